@@ -1,0 +1,63 @@
+"""Low-rank fine-tuning: LoRA, LoRA², OLoRA, ALoRA and what combines them, under one adapter class and one loop.
+
+    import lorafamily
+    lorafamily.apply(model, method="lora2", budget=0.17e6)
+    lorafamily.train(model, batches, steps=1000)
+    lorafamily.save(model, "my-adapter")
+"""
+
+from lorafamily.adapter import Adapter, Parametrisation
+from lorafamily.budget import Sizing
+from lorafamily.deploy.files import load, save
+from lorafamily.deploy.merge import merge, unmerge
+from lorafamily.errors import (
+    AllocationError,
+    BudgetError,
+    DataError,
+    FileError,
+    LoraFamilyError,
+    MethodError,
+    StateError,
+    TargetError,
+    TrainingError,
+)
+from lorafamily.injection import apply, disabled, remove, switch
+from lorafamily.insight.summary import Summary, summary
+from lorafamily.layers import LayerKind, register_layer_kind
+from lorafamily.method import Initialisation, Method, Penalty
+from lorafamily.registry import methods
+from lorafamily.training.history import History
+from lorafamily.training.loop import train
+
+__all__ = [
+    "Adapter",
+    "AllocationError",
+    "BudgetError",
+    "DataError",
+    "FileError",
+    "History",
+    "Initialisation",
+    "LayerKind",
+    "LoraFamilyError",
+    "Method",
+    "MethodError",
+    "Parametrisation",
+    "Penalty",
+    "Sizing",
+    "StateError",
+    "Summary",
+    "TargetError",
+    "TrainingError",
+    "apply",
+    "disabled",
+    "load",
+    "merge",
+    "methods",
+    "register_layer_kind",
+    "remove",
+    "save",
+    "summary",
+    "switch",
+    "train",
+    "unmerge",
+]

@@ -1,0 +1,237 @@
+"""The low-rank update of one weight, in any parametrisation:   ΔW = s · U V.
+
+Axes: d_in, d_out of the weight; r = number of rank slices; m = inner size of the factors (r, where nothing else is
+said). A *slice* is one term of the sum that a parametrisation is; allocation drops and adds slices.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lorafamily.functional import low_rank_linear
+
+Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
+
+
+class Parametrisation(nn.Module, ABC):
+    """How U and V are made of trainable tensors. A leaf class is one way; the rest of the package sees `factors`.
+
+    A leaf registers its tensors as parameters in `__init__(d_in, d_out, rank, **own_sizes)`, uninitialised, and says
+    in `slices` which axis of which tensor counts rank slices. Dropping, adding, masking and scoring slices follow.
+    """
+
+    slices: ClassVar[Mapping[str, int]]
+    """Name of each tensor that has rank slices -> the axis they lie on."""
+    switch: ClassVar[str]
+    """The sliced tensor that is zero where a slice contributes nothing but can still learn."""
+    own_sizes: ClassVar[Mapping[str, int]] = {}
+    """Sizes besides `rank`, with their defaults; options of every method that uses the parametrisation."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+
+    @staticmethod
+    @abstractmethod
+    def count(d_in: int, d_out: int, rank: int, **own_sizes: int) -> int:
+        """Trainable numbers; what a budget adds up."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Keywords that build a parametrisation of the present size: `rank` and `own_sizes`."""
+
+    @abstractmethod
+    def factors(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
+        """(U, V), differentiable; `gate` multiplies each slice (1 keeps it, 0 takes it out)."""
+
+    @abstractmethod
+    def reset(self, generator: torch.Generator) -> None:
+        """The parametrisation's own start, at which U V = 0. `generator` lives on the CPU."""
+
+    @abstractmethod
+    def represent(self, U: Float[Tensor, "d_out m"], V: Float[Tensor, "m d_in"]) -> None:
+        """Take values with which `factors()` multiplies out to U V; m is at most `capacity`."""
+
+    @abstractmethod
+    def fresh(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """n new slices, by tensor name, that leave U V as it is."""
+
+    def frames(self) -> list[Float[Tensor, "_ _"]]:
+        """Matrices whose rows should be orthonormal, for penalties; none unless the method speaks of frames."""
+        return []
+
+    @property
+    def rank(self) -> int:
+        """Number of slices present."""
+        return self.get_parameter(self.switch).shape[self.slices[self.switch]]
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank beyond which ΔW cannot gain anything."""
+        return min(self.d_in, self.d_out)
+
+    @property
+    def capacity(self) -> int:
+        """The largest rank of U V that the present tensors can hold."""
+        return self.rank
+
+    @property
+    def slice_cost(self) -> int:
+        """Trainable numbers that one slice more or less makes."""
+        return sum(
+            math.prod(size for axis, size in enumerate(parameter.shape) if axis != along)
+            for parameter, along in self.sliced()
+        )
+
+    def sliced(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Each tensor that has slices, with their axis."""
+        for name, axis in self.slices.items():
+            yield self.get_parameter(name), axis
+
+    @torch.no_grad()
+    def mask(self, off: Int[Tensor, " n"]) -> None:
+        """Set the given slices to contribute nothing; they keep training and may come back."""
+        self.get_parameter(self.switch).index_fill_(self.slices[self.switch], off, 0)
+
+    def resize(self, keep: Int[Tensor, " n"], new: Mapping[str, Tensor]) -> list[Resize]:
+        """Keep the given slices, in that order, and append `new` ones; the tensors really change size.
+
+        Resized tensors are new parameters: a graph that somebody still holds remembers the shapes of the old ones.
+        Returns what an optimiser needs to follow.
+        """
+        done = []
+        for name, axis in self.slices.items():
+            old = self.get_parameter(name)
+            kept = old.data.index_select(axis, keep)
+            data = torch.cat([kept, new[name].to(kept)], axis) if name in new else kept
+            parameter = nn.Parameter(data, requires_grad=old.requires_grad)
+            setattr(self, name, parameter)
+            done.append(Resize(old, parameter, axis, keep))
+        return done
+
+
+@dataclass(frozen=True)
+class Resize:
+    """One parameter replaced by another of different size: the slices `keep` of `axis`, then any appended ones."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    axis: int
+    keep: Tensor
+
+
+class Adapter(nn.Module):
+    """The update of one weight: a parametrisation that trains, a scale, and, where the start is not zero, the frozen
+    start that is subtracted so that the adapted layer begins as the base layer.
+
+    `update` is U V in some parametrisation; `start` is its frozen copy or None; `scale` is s; `dropout` acts on the
+    input of the update in training.
+    """
+
+    def __init__(
+        self, update: Parametrisation, *, scale: float, dropout: float = 0.0, start_rank: int | None = None
+    ):
+        super().__init__()
+        self.update = update
+        self.start_rank = update.rank if start_rank is None else start_rank
+        self.start: Parametrisation | None = None
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self._gate: Tensor | None = None
+
+    def freeze_start(self) -> None:
+        """From now on ΔW counts from the present values: ΔW = s (U V − U0 V0), zero to the last bit now."""
+        self.start = copy.deepcopy(self.update).requires_grad_(False)
+
+    def factors(self) -> Factors:
+        """(U, V) with ΔW = s · U V, whatever the parametrisation and its start.
+
+        With a frozen start U V − U0 V0 is written (U − U0) V + U0 (V − V0): the same matrix, but exactly zero at the
+        start, and in low precision the difference is taken between small numbers, not between two large products.
+        """
+        U, V = self.update.factors(self._gate)
+        if self.start is None:
+            return U, V
+        U0, V0 = self.start.factors(self._gate)
+        return torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
+
+    @torch.no_grad()
+    def delta(self) -> Float[Tensor, "d_out d_in"]:
+        """ΔW, in float32 or higher."""
+        U, V = self.factors()
+        U, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (U, V))
+        return self.scale * (U @ V)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """‖ΔW‖_F from the r×r Gram matrices of the factors, without forming ΔW; nan on the meta device."""
+        if self.device.type == "meta":
+            return math.nan
+        U, V = (factor.double() for factor in self.factors())
+        return self.scale * math.sqrt(max(float(((U.T @ U) * (V @ V.T)).sum()), 0.0))
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """What the update adds to the output of its layer."""
+        return low_rank_linear(self.dropout(x), *self.factors(), self.scale)
+
+    @property
+    def rank(self) -> int:
+        """Rank slices present."""
+        return self.update.rank
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.update.parameters()).device
+
+    def trainable(self) -> int:
+        """Trainable numbers at the present size."""
+        return sum(parameter.numel() for parameter in self.update.parameters())
+
+    @contextmanager
+    def gated(self, gate: Float[Tensor, " r"]) -> Iterator[None]:
+        """Multiply the slices by `gate` inside the block, to ask what each is worth."""
+        before, self._gate = self._gate, gate
+        try:
+            yield
+        finally:
+            self._gate = before
+
+    def mask(self, off: Int[Tensor, " n"]) -> None:
+        """Switch slices off, in the frozen start as well: a slice's contribution is its difference to its start."""
+        self.update.mask(off)
+        if self.start is not None:
+            self.start.mask(off)
+
+    def resize(self, keep: Int[Tensor, " n"], add: int = 0, *, generator: torch.Generator | None = None) -> list[Resize]:
+        """Keep the given slices and append `add` fresh ones, which leave the function as it is."""
+        new: dict[str, Tensor] = {}
+        if add:
+            if generator is None:
+                raise TypeError("adding slices draws random numbers: pass a generator")
+            new = self.update.fresh(add, generator)
+        if self.start is not None:
+            self.start.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
+        return self.update.resize(keep, new)
+
+    def state(self) -> dict[str, Any]:
+        """What, besides the tensors, rebuilds the adapter; plain data for a file."""
+        return {
+            "sizes": self.update.sizes(),
+            "start_rank": self.start_rank,
+            "scale": self.scale,
+            "dropout": self.dropout.p,
+            "frozen_start": self.start is not None,
+        }
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}"

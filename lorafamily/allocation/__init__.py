@@ -1,0 +1,1 @@
+"""Which module gets how many rank slices, and when."""

@@ -1,0 +1,121 @@
+"""The contract between the training loop and whatever moves rank between modules.
+
+A method carries an `Allocation`: plain settings. At the start of a run it becomes an `Allocator`, which the loop calls
+after every optimiser step, while the gradients are still there. What it does is returned as a `Decision`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorafamily.adapter import Adapter
+from lorafamily.errors import AllocationError
+from lorafamily.training.surgery import follow_resize
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One change of the allocation. Ranks and scores are by module name; `threshold`: the highest score dropped."""
+
+    step: int
+    before: dict[str, int]
+    after: dict[str, int]
+    reason: str
+    threshold: float | None = None
+    scores: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Rank slices left in all modules."""
+        return sum(self.after.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an allocator may know and touch.
+
+    `steps`: optimiser steps of the whole run. `limit`: trainable adapter numbers that must never be exceeded, None for
+    no such limit. `validation_loss()`: the task loss on one fixed batch of validation data, in eval mode, with the
+    gates' gradients if gradients are on; None where the run has no validation data.
+    """
+
+    adapters: Mapping[str, Adapter]
+    steps: int
+    limit: int | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    validation_loss: Callable[[], Tensor] | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
+        """Change one adapter's slices, and the optimiser's state with them."""
+        adapter = self.adapters[name]
+        for change in adapter.resize(keep.to(adapter.device), add, generator=self.generator):
+            if self.optimizer is not None:
+                follow_resize(self.optimizer, change)
+
+    def trainable(self) -> int:
+        return sum(adapter.trainable() for adapter in self.adapters.values())
+
+
+class Allocator(ABC):
+    """Moves rank during one run. Deterministic: the same numbers seen, the same decisions."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.ranks = {name: adapter.rank for name, adapter in run.adapters.items()}
+        """Slices in use by module: present and not masked at the last decision."""
+
+    @abstractmethod
+    def step(self, step: int) -> Decision | None:
+        """Called after optimiser step `step` (from 1) with the gradients still in place; does what it decides."""
+
+    def decided(self, step: int, after: dict[str, int], reason: str, **details: object) -> Decision:
+        """Record a change that was made."""
+        before, self.ranks = self.ranks, after
+        return Decision(step, before, dict(after), reason, **details)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Allocation(ABC):
+    """Settings of an allocator. Fields are options of the methods that use it."""
+
+    @abstractmethod
+    def begin(self, run: Run) -> Allocator:
+        """The allocator for one run.
+
+        Raises:
+            AllocationError: the schedule cannot run as set, or needs what the run lacks.
+        """
+
+    def end_share(self) -> float:
+        """The share of the start rank that is left at the end; what `budget_at="end"` divides by."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Fixed(Allocation):
+    """Every module keeps the rank it started with."""
+
+    def begin(self, run: Run) -> Allocator:
+        return _Still(run)
+
+
+class _Still(Allocator):
+    def step(self, step: int) -> None:
+        return None
+
+
+def in_steps(value: float, steps: int, name: str) -> int:
+    """A schedule setting in optimiser steps: a whole number is steps already, a fraction is of the run."""
+    if isinstance(value, int) and value >= 0:
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return round(value * steps)
+    raise AllocationError(
+        f"{name}={value!r}: must be a whole number of optimiser steps or a fraction of the run in [0, 1)"
+    )

@@ -1,0 +1,1 @@
+"""Getting the trained update out: merged into the weights, or as a small file."""

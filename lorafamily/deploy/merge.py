@@ -1,0 +1,83 @@
+"""Merging is an act, not a mode: weights change when `merge` is called and at no other time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from lorafamily.adapter import Adapter
+from lorafamily.errors import StateError
+from lorafamily.injection import Model, Placement, placement_of, state_of
+from lorafamily.layers import attach, detach, kind_of, weight_of
+
+
+@torch.no_grad()
+def merge(model: Model) -> Model:
+    """Fold the active adapters into their weights, W + ΔW, and leave nothing of them in the forward pass.
+
+    ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. The originals are kept, so
+    `unmerge` gives back their bits. Merged modules have their own class again, and `state_dict()` the base's names:
+    `save_pretrained` writes an ordinary checkpoint. Merging what is merged changes nothing.
+
+    Raises:
+        StateError: no adapter is active, or an adapted weight is shared with another layer, which would change too.
+    """
+    placement = placement_of(model)
+    state = state_of(model)
+    assert state is not None
+    if state.merged:
+        return model
+    _refuse_shared(model, placement)
+    merged = {path: merged_weight(model.get_submodule(path), a) for path, a in placement.adapters.items()}
+    for other in state.placements.values():
+        for path in other.adapters:
+            detach(model.get_submodule(path), other.name)
+    state.originals = {}
+    for path, weight in merged.items():
+        parameter = model.get_submodule(path).get_parameter("weight")
+        state.originals[path], parameter.data = parameter.data, weight
+    return model
+
+
+@torch.no_grad()
+def unmerge(model: Model) -> Model:
+    """Put the original weights and the adapters back as they were before `merge`; nothing if nothing is merged."""
+    state = state_of(model)
+    if state is None or state.originals is None:
+        return model
+    for path, original in state.originals.items():
+        parameter = model.get_submodule(path).get_parameter("weight")
+        parameter.data = original.to(parameter.device)
+    for placement in state.placements.values():
+        for path, adapter in placement.adapters.items():
+            module = model.get_submodule(path)
+            attach(module, placement.name, adapter.to(weight_of(module).device))
+            if placement.name == state.active:
+                module.active = placement.name
+    state.originals = None
+    return model
+
+
+def merged_weight(module: nn.Module, adapter: Adapter) -> Tensor:
+    """W + ΔW in the module's own layout and dtype; a new tensor."""
+    weight = module.get_parameter("weight").data
+    kind = kind_of(module)
+    assert kind is not None
+    delta = kind.matrix(adapter.delta())
+    return (weight.to(delta.dtype) + delta).to(weight.dtype).contiguous()
+
+
+def _refuse_shared(model: nn.Module, placement: Placement) -> None:
+    owners = defaultdict(list)
+    for name, module in model.named_modules():
+        for own_name, parameter in module._parameters.items():
+            owners[id(parameter)].append(f"{name}.{own_name}")
+    for path in placement.adapters:
+        names = owners[id(model.get_submodule(path).get_parameter("weight"))]
+        if len(names) > 1:
+            raise StateError(
+                f"{' and '.join(names)} are one tied tensor: merging the adapter of {path} would change "
+                "the others too; untie them (a clone of the weight) before merging"
+            )

@@ -1,0 +1,1 @@
+"""Seeing what adapters are and where the rank went."""

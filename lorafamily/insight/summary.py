@@ -1,0 +1,105 @@
+"""What was placed in a model, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorafamily.injection import Placement, placement_of
+from lorafamily.layers import base_parameters
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted layer. `norm` is ‖ΔW‖_F; `parameters` are trainable numbers now."""
+
+    module: str
+    d_out: int
+    d_in: int
+    start_rank: int
+    rank: int
+    parameters: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Adapters of one name; prints as a table. `beside` counts what trains besides adapters, such as a task head."""
+
+    name: str
+    method: str
+    rows: tuple[Row, ...]
+    base_parameters: int
+    beside: int
+    budget: int | None
+    budget_at: str
+    start_parameters: int
+    dtype: str
+
+    @property
+    def parameters(self) -> int:
+        """Trainable adapter numbers now."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def rank(self) -> int:
+        return sum(row.rank for row in self.rows)
+
+    @property
+    def unused(self) -> int | None:
+        """What is left of the budget, None where a rank was asked for."""
+        return None if self.budget is None else self.budget - self.parameters
+
+    def __str__(self) -> str:
+        width = max(len(row.module) for row in self.rows)
+        head = f"{'module':<{width}}  {'d_out × d_in':>13}  {'rank':>9}  {'parameters':>10}  {'‖ΔW‖':>9}"
+        lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, "─" * len(head)]
+        for row in self.rows:
+            rank = f"{row.rank}" if row.rank == row.start_rank else f"{row.start_rank} → {row.rank}"
+            lines.append(
+                f"{row.module:<{width}}  {f'{row.d_out} × {row.d_in}':>13}  {rank:>9}  {row.parameters:>10,}  "
+                f"{row.norm:>9.3g}"
+            )
+        lines.append("─" * len(head))
+        share = self.parameters / self.base_parameters
+        lines.append(
+            f"adapters: {self.parameters:,} trainable ({share:.2%} of the base's {self.base_parameters:,}), "
+            f"total rank {self.rank}; started with {self.start_parameters:,}"
+        )
+        if self.budget is not None:
+            lines.append(f"budget (at the {self.budget_at}): {self.budget:,}, of which {self.unused:,} unused")
+        if self.beside:
+            lines.append(f"trained beside the adapters, counted apart: {self.beside:,}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def summary(model: nn.Module, name: str | None = None) -> Summary:
+    """Shape, rank, parameters and ‖ΔW‖ of every adapted layer, totals, budget used; `print` it for a table.
+
+    Raises:
+        StateError: the model has no adapter of that name, or no active one.
+    """
+    placement = placement_of(model, name)
+    rows = tuple(_row(placement, path) for path in placement.adapters)
+    first = next(iter(placement.adapters.values()))
+    return Summary(
+        name=placement.name,
+        method=placement.spec,
+        rows=rows,
+        base_parameters=sum(p.numel() for p in base_parameters(model).values()),
+        beside=sum(value.numel() for value in placement.parked.values()),
+        budget=placement.sizing.budget,
+        budget_at=placement.sizing.budget_at,
+        start_parameters=placement.sizing.start,
+        dtype=str(next(first.update.parameters()).dtype).removeprefix("torch."),
+    )
+
+
+def _row(placement: Placement, path: str) -> Row:
+    adapter = placement.adapters[path]
+    update = adapter.update
+    parameters = adapter.trainable()
+    return Row(path, update.d_out, update.d_in, adapter.start_rank, adapter.rank, parameters, adapter.norm())

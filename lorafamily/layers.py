@@ -1,0 +1,135 @@
+"""How adapters sit on a layer: the module stays the same object and gets a subclass of its own class.
+
+So names, `isinstance`, hooks and `save_pretrained` keep working, and leaving is giving the class back.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorafamily.adapter import Adapter
+
+
+class LayerKind(ABC):
+    """What the package must know of a class of layers. Make one instance and `register_layer_kind` it to add yours."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this kind speaks for the module."""
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
+        """The module's weight as (d_out, d_in), a view; its own inverse on a (d_out, d_in) matrix."""
+
+
+class _Linear(LayerKind):
+    def matches(self, module: nn.Module) -> bool:
+        # nn.MultiheadAttention reads its output projection's weight and never calls the module: an adapter on it
+        # would be silently without effect.
+        return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+    def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
+        return weight
+
+
+class _Conv1D(LayerKind):
+    """Hugging Face's Conv1D (GPT-2): a linear layer whose weight is stored transposed, (d_in, d_out)."""
+
+    def matches(self, module: nn.Module) -> bool:
+        # A model that has one has imported it; nobody else pays for importing transformers.
+        home = sys.modules.get("transformers.pytorch_utils")
+        return home is not None and isinstance(module, home.Conv1D)
+
+    def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
+        return weight.T
+
+
+_KINDS: list[LayerKind] = [_Linear(), _Conv1D()]
+
+
+def register_layer_kind(kind: LayerKind) -> None:
+    """Let `apply` adapt a further class of layers. Later registrations are asked first."""
+    _KINDS.insert(0, kind)
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind that speaks for a module, or None where no adapter can sit on it."""
+    return next((kind for kind in _KINDS if kind.matches(module)), None)
+
+
+def weight_of(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a layer that can carry an adapter, as (d_out, d_in), a view."""
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.matrix(cast(Tensor, module.weight))
+
+
+class Adapted(nn.Module):
+    """What the dynamic subclasses add: the adapters of this layer, by name, and which of them is active."""
+
+    adapters: nn.ModuleDict
+    active: str | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.active is None:
+            return y
+        return y + self.adapters[self.active](x)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The subclass has no importable name; pickle and copy rebuild it from the class it extends.
+        return _bare, (_own_class(self),), self.__dict__
+
+
+def _own_class(module: Adapted) -> type[nn.Module]:
+    return type(module).__mro__[2]  # after the dynamic subclass and Adapted
+
+
+@functools.cache
+def _adapted(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+
+
+def _bare(cls: type[nn.Module]) -> nn.Module:
+    adapted = _adapted(cls)
+    return adapted.__new__(adapted)
+
+
+def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
+    """Put an adapter on a layer; it takes effect when `module.active` is its name."""
+    if not isinstance(module, Adapted):
+        module.__class__ = _adapted(type(module))
+        module.adapters = nn.ModuleDict()
+        module.active = None
+        # In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel and calls no submodule, unless
+        # some submodule has a hook. The container is never called, so this one costs nothing.
+        module.adapters.register_forward_pre_hook(_no_fused_kernel)
+    adapters = cast(Adapted, module).adapters
+    adapters[name] = adapter.train(module.training)
+
+
+def _no_fused_kernel(module: nn.Module, inputs: Any) -> None:
+    return None
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Take an adapter off a layer; with the last one the layer's own class comes back."""
+    assert isinstance(module, Adapted)
+    del module.adapters[name]
+    if module.active == name:
+        module.active = None
+    if not module.adapters:
+        del module.adapters, module.active
+        module.__class__ = _own_class(module)
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters by name, without those of adapters."""
+    inside = {id(p) for m in model.modules() if isinstance(m, Adapted) for p in m.adapters.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}

@@ -1,0 +1,189 @@
+"""A method of the family is a choice on four axes and a scale: parametrisation, initialisation, allocation, penalty."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorafamily.adapter import Adapter, Parametrisation
+from lorafamily.allocation.allocator import Allocation, Fixed
+from lorafamily.errors import MethodError
+
+Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
+"""Of the start rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+
+@dataclass(frozen=True)
+class Initialisation(ABC):
+    """The first values of a parametrisation. Fields are options of the methods that use it."""
+
+    frozen_start: ClassVar[bool] = False
+    """Whether U V is not zero at the start, so that the adapter must subtract a frozen copy of it."""
+
+    @abstractmethod
+    def __call__(
+        self, update: Parametrisation, weight: Float[Tensor, "d_out d_in"], generator: torch.Generator
+    ) -> None:
+        """Fill `update`; `weight` is read, never changed; `generator` lives on the CPU."""
+
+
+@dataclass(frozen=True)
+class OwnStart(Initialisation):
+    """Whatever the parametrisation's paper starts from: U V = 0."""
+
+    def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
+        update.reset(generator)
+
+
+@dataclass(frozen=True)
+class Penalty(ABC):
+    """A term added to the loss. Fields are options of the methods that use it."""
+
+    @abstractmethod
+    def __call__(self, adapters: Iterable[Adapter]) -> Float[Tensor, ""]:
+        """One differentiable number for all adapters."""
+
+
+AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named point in the space of low-rank methods.
+
+    `parametrisation_options` override the parametrisation's own sizes. `claimed` are the axes on which this method
+    has an opinion; a combination `a+b` takes every claimed axis from the method that claims it. A method built anew
+    claims what it sets; one made by `but` claims what it changes.
+    """
+
+    parametrisation: type[Parametrisation]
+    initialisation: Initialisation = OwnStart()
+    allocation: Allocation = Fixed()
+    penalty: Penalty | None = None
+    scaling: Scaling = "alpha/r"
+    alpha: float = 16.0
+    rank: int = 8
+    """Used where neither a rank nor a budget is asked for."""
+    parametrisation_options: Mapping[str, int] = field(default_factory=dict)
+    claimed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.claimed:
+            defaults = {f.name: f.default for f in fields(Method)}
+            own = frozenset(axis for axis in AXES if getattr(self, axis) != defaults[axis])
+            object.__setattr__(self, "claimed", own)
+
+    def but(self, **axes: Any) -> Method:
+        """This method with some axes changed; it then claims just those."""
+        return replace(self, **axes, claimed=frozenset(axes) & frozenset(AXES))
+
+    def combined(self, other: Method, names: str) -> Method:
+        """Both methods at once, each on the axes it claims.
+
+        Raises:
+            MethodError: both claim an axis and differ on it.
+        """
+        for axis in sorted(self.claimed & other.claimed):
+            mine, theirs = getattr(self, axis), getattr(other, axis)
+            if mine != theirs:
+                raise MethodError(
+                    f'"{names}" has no meaning: both parts decide the {axis} '
+                    f"({_describe(mine)} and {_describe(theirs)}); combine methods that differ on other axes"
+                )
+        changes = {axis: getattr(other, axis) for axis in other.claimed}
+        return replace(self, **changes, claimed=self.claimed | other.claimed)
+
+    def options(self) -> dict[str, Any]:
+        """Every option with its present value, flat; `with_options(**options())` gives the method back."""
+        flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling}
+        flat |= {**self.parametrisation.own_sizes, **self.parametrisation_options}
+        for part in (self.initialisation, self.allocation, self.penalty):
+            if part is not None:
+                flat |= {f.name: getattr(part, f.name) for f in fields(part)}
+        return flat
+
+    def with_options(self, **options: Any) -> Method:
+        """The method with options set, each on the axis that has it.
+
+        Raises:
+            MethodError: an option that no axis of this method takes; the message lists those there are.
+        """
+        known = self.options()
+        if unknown := sorted(set(options) - set(known)):
+            raise MethodError(
+                f"unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; "
+                f"this method takes {', '.join(sorted(known))}"
+            )
+        changes: dict[str, Any] = {name: options[name] for name in ("alpha", "scaling") if name in options}
+        sizes = {name: value for name, value in options.items() if name in self.parametrisation.own_sizes}
+        changes["parametrisation_options"] = {**self.parametrisation_options, **sizes}
+        for axis in ("initialisation", "allocation", "penalty"):
+            part = getattr(self, axis)
+            if part is not None:
+                own = {f.name: options[f.name] for f in fields(part) if f.name in options}
+                changes[axis] = replace(part, **own)
+        method = replace(self, **changes)
+        method.scale(rank=1)  # refuses a bad alpha or scaling now, not in the middle of placing adapters
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise MethodError(f"{name}={value!r}: must be a whole number of at least 1")
+        return method
+
+    def scale(self, rank: int) -> float:
+        """s for a module that starts with `rank` slices."""
+        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise MethodError(f"alpha={self.alpha!r}: must be a positive, finite number")
+        if self.scaling == "alpha/r":
+            return self.alpha / rank
+        if self.scaling == "alpha/sqrt(r)":
+            return self.alpha / math.sqrt(rank)
+        raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r" or "alpha/sqrt(r)"')
+
+    def count(self, d_in: int, d_out: int, rank: int) -> int:
+        """Trainable numbers of one adapter of this method at `rank`, capped by the layer's own size."""
+        return self.parametrisation.count(d_in, d_out, **self.capped(d_in, d_out, rank))
+
+    def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:
+        """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway."""
+        sizes = {"rank": rank, **self.parametrisation.own_sizes, **self.parametrisation_options}
+        return {name: min(size, d_in, d_out) for name, size in sizes.items()}
+
+    def build(
+        self,
+        weight: Float[Tensor, "d_out d_in"],
+        rank: int,
+        *,
+        dropout: float,
+        generator: torch.Generator,
+    ) -> Adapter:
+        """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is."""
+        d_out, d_in = weight.shape
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        home = torch.device("meta" if weight.is_meta else "cpu")  # drawn on the CPU: the same numbers for every device
+        with home:
+            update = self.parametrisation(d_in, d_out, **self.capped(d_in, d_out, rank)).to(dtype)
+        adapter = Adapter(update, scale=self.scale(update.rank), dropout=dropout)
+        if not weight.is_meta:
+            with torch.no_grad():
+                self.initialisation(update, weight.detach(), generator)
+        if self.initialisation.frozen_start:
+            adapter.freeze_start()
+        return adapter.to(weight.device)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    return type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
+
+
+if TYPE_CHECKING:  # the axes are attributes of Method; a renamed one must be renamed in AXES too
+    _: tuple[Any, ...] = tuple(getattr(Method, axis) for axis in AXES)

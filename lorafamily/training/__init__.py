@@ -1,0 +1,1 @@
+"""The one loop, and the optimiser's surgery when ranks change."""

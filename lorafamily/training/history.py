@@ -1,0 +1,62 @@
+"""What a run was: numbers by step, evaluations, allocation decisions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorafamily.allocation.allocator import Decision
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step. `loss`: mean task loss of its batches, without penalty (nats for cross-entropy);
+    `gradient`: norm before clipping; `rank`: slices in use; `trainable`: all numbers that train, a head included."""
+
+    step: int
+    loss: float
+    penalty: float
+    lr: float
+    gradient: float
+    rank: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation metrics after `step` optimiser steps; 0 is before training."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass
+class History:
+    """The record that `train` returns.
+
+    `seconds`: time in training steps, without evaluation and logging. `ranks_start`, `ranks_end`: slices by module.
+    `stopped`: why the run ended.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    ranks_start: dict[str, int] = field(default_factory=dict)
+    ranks_end: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    stopped: str = ""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last evaluation; empty where there was none."""
+        return self.evaluations[-1].metrics if self.evaluations else {}
+
+    def smoothed_loss(self, window: int = 10) -> list[float]:
+        """The loss by step as the mean of the last `window` steps."""
+        losses = [step.loss for step in self.steps]
+        return [sum(w) / len(w) for i in range(len(losses)) if (w := losses[max(0, i + 1 - window) : i + 1])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)

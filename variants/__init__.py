@@ -1,0 +1,1 @@
+"""The methods of the family, one file each; installed as `lorafamily.variants` and found by entry points."""

@@ -1,0 +1,112 @@
+"""ALoRA (Liu et al. 2024, arXiv:2403.16187): allocating LoRA.   z = x Wᴬ G Wᴮ,   G = diag(g), g ∈ {0, 1}.
+
+Every module starts with the same rank, so the budget is met from the first step and nothing larger is ever allocated.
+After K1 steps, N_A times, K2 steps apart (sec. 3.3): score every rank by what the network loses without it and is worth
+with it alone (AB-LoRA, sec. 3.2), drop the n_A lowest of the whole network, and give n_A new ones to the modules that
+lost none. A gate that is 0 stays 0, so a dropped rank is removed; a gate that is 1 is a factor of 1. Hence the update
+itself is plain LoRA, and gates exist only while ranks are scored.
+
+Not to be confused with Activated LoRA (arXiv:2504.12397), which some servers call "aLoRA".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
+from lorafamily.allocation.scores import Scores, ablation, ablation_estimate
+from lorafamily.errors import AllocationError
+from lorafamily.names import modules_per_block
+from lorafamily.variants.lora import lora
+
+SCORERS = {"exact": ablation, "first-order": ablation_estimate}
+
+
+@dataclass(frozen=True)
+class PruneAndGrow(Allocation):
+    """`scores`: "exact" (two forwards a rank) or "first-order" (two backwards in all). `rounds` is N_A.
+
+    `warmup` (K1) and `interval` (K2) are fractions of the run or whole numbers of optimiser steps; the paper's 1 and
+    0.25 epochs are a tenth and a fortieth of its ten. `drop` is n_A; None takes the paper's, the number of adapted
+    modules in one transformer block.
+    """
+
+    scores: Literal["exact", "first-order"] = "exact"
+    rounds: int = 8
+    warmup: float = 0.1
+    interval: float = 0.025
+    drop: int | None = None
+
+    def begin(self, run: Run) -> Allocator:
+        return PruneAndGrower(self, run)
+
+
+class PruneAndGrower(Allocator):
+    """One run of `PruneAndGrow`."""
+
+    def __init__(self, settings: PruneAndGrow, run: Run):
+        super().__init__(run)
+        if settings.scores not in SCORERS:
+            raise AllocationError(f"scores={settings.scores!r}: must be one of {', '.join(SCORERS)}")
+        if run.validation_loss is None:
+            raise AllocationError(
+                "ranks are scored on validation data, and the run has none: pass train(..., validation=batches)"
+            )
+        self.loss = run.validation_loss
+        self.scorer = SCORERS[settings.scores]
+        self.drop = modules_per_block(run.adapters) if settings.drop is None else settings.drop
+        first = max(1, in_steps(settings.warmup, run.steps, "warmup"))
+        apart = max(1, in_steps(settings.interval, run.steps, "interval"))
+        self.rounds = {first + i * apart for i in range(settings.rounds)}
+        if not self.rounds or max(self.rounds) > run.steps:
+            raise AllocationError(
+                f"{settings.rounds} rounds of allocation, the first after {first} steps and then every {apart}, do not "
+                f"fit into {run.steps} steps; train longer, or lower rounds, warmup or interval"
+            )
+
+    def step(self, step: int) -> Decision | None:
+        if step not in self.rounds:
+            return None
+        scores = self.scorer(self.run.adapters, self.loss)
+        lost, threshold = self._lowest(scores)
+        for name, dropped in lost.items():
+            if not dropped:
+                continue
+            keep = [i for i in range(self.ranks[name]) if i not in dropped]
+            self.run.resize(name, torch.tensor(keep, dtype=torch.long))
+        added = self._grow([name for name in lost if not lost[name]], scores)
+        after = {name: rank - len(lost[name]) + added[name] for name, rank in self.ranks.items()}
+        as_lists = {name: values.tolist() for name, values in scores.items()}
+        return self.decided(step, after, "pruned and grown by ablation", threshold=threshold, scores=as_lists)
+
+    def _lowest(self, scores: Scores) -> tuple[dict[str, set[int]], float | None]:
+        """The n_A lowest ranks of the network, by module, and the highest score among them."""
+        order = sorted((float(value), name, i) for name, values in scores.items() for i, value in enumerate(values))
+        lost: dict[str, set[int]] = {name: set() for name in scores}
+        for _, name, i in order[: self.drop]:
+            lost[name].add(i)
+        return lost, order[min(self.drop, len(order)) - 1][0] if order and self.drop else None
+
+    def _grow(self, untouched: list[str], scores: Scores) -> dict[str, int]:
+        """Share n_A new ranks among the modules that lost none: evenly, the remainder to the highest mean score.
+
+        A module without ranks has no score and comes last. Where one rank more would break the parameter budget or
+        exceed the layer's own size, that module gets none.
+        """
+        added = dict.fromkeys(self.ranks, 0)
+        mean = {name: float(scores[name].mean()) if len(scores[name]) else float("-inf") for name in untouched}
+        turn = sorted(untouched, key=lambda name: (-mean[name], name))
+        for i in range(self.drop if turn else 0):
+            name = turn[i % len(turn)]
+            update = self.run.adapters[name].update
+            fits = self.run.limit is None or self.run.trainable() + update.slice_cost <= self.run.limit
+            if fits and update.rank < update.largest_rank:
+                self.run.resize(name, torch.arange(update.rank), add=1)
+                added[name] += 1
+        return added
+
+
+alora = lora.but(allocation=PruneAndGrow())
