@@ -15,11 +15,11 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydoc_data.topics import topics
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,7 +27,17 @@ from torch.utils.data import DataLoader, Dataset
 
 WEIGHTS = Path(__file__).parent / "weights" / "prose-bytes.safetensors"
 # Tests, demos and tables of characters are not what one would call the library's code; topics is the prose itself.
-LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "pydoc_data", "encodings", "lib2to3", "site-packages", "ensurepip"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "pydoc_data",
+    "encodings",
+    "lib2to3",
+    "site-packages",
+    "ensurepip",
+}
 CONTEXT = 128  # bytes
 
 
@@ -50,8 +60,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
         q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))

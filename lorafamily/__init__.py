@@ -1,9 +1,9 @@
 """Low-rank fine-tuning: LoRA, LoRA², OLoRA, ALoRA and what combines them, under one adapter class and one loop.
 
-    import lorafamily
-    lorafamily.apply(model, method="lora2", budget=0.17e6)
-    lorafamily.train(model, batches, steps=1000)
-    lorafamily.save(model, "my-adapter")
+import lorafamily
+lorafamily.apply(model, method="lora2", budget=0.17e6)
+lorafamily.train(model, batches, steps=1000)
+lorafamily.save(model, "my-adapter")
 """
 
 from lorafamily.adapter import Adapter, Parametrisation

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,15 +36,12 @@ class Parametrisation(nn.Module, ABC):
     """The sliced tensor that is zero where a slice contributes nothing but can still learn."""
     own_sizes: ClassVar[Mapping[str, int]] = {}
     """Sizes besides `rank`, with their defaults; options of every method that uses the parametrisation."""
+    count: ClassVar[Callable[..., int]]
+    """Static: (d_in, d_out, rank, **own_sizes) -> trainable numbers, what a budget adds up."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
-
-    @staticmethod
-    @abstractmethod
-    def count(d_in: int, d_out: int, rank: int, **own_sizes: int) -> int:
-        """Trainable numbers; what a budget adds up."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
@@ -138,9 +135,7 @@ class Adapter(nn.Module):
     input of the update in training.
     """
 
-    def __init__(
-        self, update: Parametrisation, *, scale: float, dropout: float = 0.0, start_rank: int | None = None
-    ):
+    def __init__(self, update: Parametrisation, *, scale: float, dropout: float = 0.0, start_rank: int | None = None):
         super().__init__()
         self.update = update
         self.start_rank = update.rank if start_rank is None else start_rank
@@ -212,7 +207,9 @@ class Adapter(nn.Module):
         if self.start is not None:
             self.start.mask(off)
 
-    def resize(self, keep: Int[Tensor, " n"], add: int = 0, *, generator: torch.Generator | None = None) -> list[Resize]:
+    def resize(
+        self, keep: Int[Tensor, " n"], add: int = 0, *, generator: torch.Generator | None = None
+    ) -> list[Resize]:
         """Keep the given slices and append `add` fresh ones, which leave the function as it is."""
         new: dict[str, Tensor] = {}
         if add:

@@ -134,7 +134,10 @@ def apply(
         path: chosen.build(weight_of(module), sizing.rank, dropout=dropout, generator=generator)
         for path, module in modules.items()
     }
-    place(model, Placement(name, method, chosen, sizing, dropout, adapters, {p: v.data.clone() for p, v in beside.items()}))
+    place(
+        model,
+        Placement(name, method, chosen, sizing, dropout, adapters, {p: v.data.clone() for p, v in beside.items()}),
+    )
     return model
 
 
@@ -152,7 +155,9 @@ def check_can_place(model: nn.Module, name: str) -> None:
     if state is not None and state.merged:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
     if state is None and (inside := next((n for n, m in model.named_modules() if isinstance(m, Adapted)), None)):
-        raise StateError(f"{inside} carries an adapter placed through another model object; call lorafamily on that one")
+        raise StateError(
+            f"{inside} carries an adapter placed through another model object; call lorafamily on that one"
+        )
 
 
 def match_beside(
@@ -202,11 +207,16 @@ def activate(model: nn.Module, name: str | None) -> None:
     for leaving_or_entering in (state.active, name):
         if leaving_or_entering is not None:
             _swap_parked(model, state.placements[leaving_or_entering])
+    state.active = name
+    point_modules(model, state)
+
+
+def point_modules(model: nn.Module, state: ModelState) -> None:
+    """Tell every adapted layer which of its adapters is active."""
     for path in {path for placement in state.placements.values() for path in placement.adapters}:
         module = model.get_submodule(path)
         if isinstance(module, Adapted):
-            module.active = name if name in module.adapters else None
-    state.active = name
+            module.active = state.active if state.active is not None and state.active in module.adapters else None
 
 
 def switch(model: Model, name: str | None) -> Model:

@@ -5,7 +5,6 @@ So names, `isinstance`, hooks and `save_pretrained` keep working, and leaving is
 
 from __future__ import annotations
 
-import functools
 import sys
 from abc import ABC, abstractmethod
 from typing import Any, cast
@@ -32,7 +31,9 @@ class _Linear(LayerKind):
     def matches(self, module: nn.Module) -> bool:
         # nn.MultiheadAttention reads its output projection's weight and never calls the module: an adapter on it
         # would be silently without effect.
-        return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        return isinstance(module, nn.Linear) and not isinstance(
+            module, nn.modules.linear.NonDynamicallyQuantizableLinear
+        )
 
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         return weight
@@ -91,9 +92,14 @@ def _own_class(module: Adapted) -> type[nn.Module]:
     return type(module).__mro__[2]  # after the dynamic subclass and Adapted
 
 
-@functools.cache
-def _adapted(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+_SUBCLASSES: dict[type, type] = {}
+
+
+def _adapted(cls: type) -> type[nn.Module]:
+    """The one subclass of `cls` that carries adapters."""
+    if cls not in _SUBCLASSES:
+        _SUBCLASSES[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+    return _SUBCLASSES[cls]
 
 
 def _bare(cls: type[nn.Module]) -> nn.Module:
@@ -105,13 +111,13 @@ def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
     """Put an adapter on a layer; it takes effect when `module.active` is its name."""
     if not isinstance(module, Adapted):
         module.__class__ = _adapted(type(module))
-        module.adapters = nn.ModuleDict()
-        module.active = None
+    adapted = cast(Adapted, module)
+    if "adapters" not in adapted._modules:
+        adapted.adapters, adapted.active = nn.ModuleDict(), None
         # In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel and calls no submodule, unless
         # some submodule has a hook. The container is never called, so this one costs nothing.
-        module.adapters.register_forward_pre_hook(_no_fused_kernel)
-    adapters = cast(Adapted, module).adapters
-    adapters[name] = adapter.train(module.training)
+        adapted.adapters.register_forward_pre_hook(_no_fused_kernel)
+    adapted.adapters[name] = adapter.train(module.training)
 
 
 def _no_fused_kernel(module: nn.Module, inputs: Any) -> None:
@@ -126,7 +132,7 @@ def detach(module: nn.Module, name: str) -> None:
         module.active = None
     if not module.adapters:
         del module.adapters, module.active
-        module.__class__ = _own_class(module)
+        cast(nn.Module, module).__class__ = _own_class(module)
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,10 +16,10 @@ Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 # Components of module names that mark what sits on top of the network: the output head and the pooler. Part of every
 # Hugging Face architecture seen so far; what is matched by weight (a head tied to the embedding) needs no name.
-HEADS = frozenset(
-    "lm_head embed_out output_projection cls predictions classifier pre_classifier classification_head score pooler "
-    "qa_outputs head heads fc_out".split()
-)
+HEADS = {
+    *("lm_head", "embed_out", "output_projection", "fc_out", "cls", "predictions", "qa_outputs"),
+    *("classifier", "pre_classifier", "classification_head", "score", "head", "heads", "pooler"),
+}
 _ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)($|[._])", re.IGNORECASE)
 
 

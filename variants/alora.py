@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from lorafamily.variants.lora import lora
 
 from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
 from lorafamily.allocation.scores import Scores, ablation, ablation_estimate
 from lorafamily.errors import AllocationError
 from lorafamily.names import modules_per_block
-from lorafamily.variants.lora import lora
 
 SCORERS = {"exact": ablation, "first-order": ablation_estimate}
 

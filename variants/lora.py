@@ -48,7 +48,7 @@ class Plain(Parametrisation):
 
     def reset(self, generator: torch.Generator) -> None:
         """As the authors' code; the paper says Gaussian, see `LoRAStart`."""
-        self.A.copy_(kaiming_uniform(*self.A.shape, generator, self.A.dtype))
+        self.A.copy_(kaiming_uniform(len(self.A), self.d_in, generator, self.A.dtype))
         self.B.zero_()
 
     def represent(self, U: Float[Tensor, "d_out m"], V: Float[Tensor, "m d_in"]) -> None:

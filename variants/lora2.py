@@ -12,13 +12,13 @@ r > 1 and its penalty raises.
 
 import torch
 from jaxtyping import Float
+from lorafamily.variants.adalora import gaussian
 from torch import Tensor, nn
 
 from lorafamily.adapter import Factors, Parametrisation
 from lorafamily.allocation.importance import ImportancePruning
 from lorafamily.method import Method
 from lorafamily.penalty import Orthogonality
-from lorafamily.variants.adalora import gaussian
 
 
 class DualPlane(Parametrisation):
@@ -37,7 +37,7 @@ class DualPlane(Parametrisation):
         self.bb = nn.Parameter(torch.empty(d_out, rank))
 
     @staticmethod
-    def count(d_in: int, d_out: int, rank: int, inner_rank: int = 8) -> int:
+    def count(d_in: int, d_out: int, rank: int, inner_rank: int) -> int:
         return rank * (d_in + d_out) + 2 * rank * inner_rank + inner_rank
 
     def sizes(self) -> dict[str, int]:

@@ -132,9 +132,7 @@ class ImportancePruner(Allocator):
         if self.run.limit is None:
             return
         adapters = self.run.adapters
-        spent = sum(
-            a.trainable() - int((~keep[name]).sum()) * a.update.slice_cost for name, a in adapters.items()
-        )
+        spent = sum(a.trainable() - int((~keep[name]).sum()) * a.update.slice_cost for name, a in adapters.items())
         candidates = sorted((float(scores[n][i]), n, int(i)) for n in keep for i in keep[n].nonzero())
         for _, name, index in candidates:
             if spent <= self.run.limit:

@@ -89,9 +89,7 @@ def ablation_estimate(adapters: Mapping[str, Adapter], loss: Loss) -> Scores:
     present = {name: adapter for name, adapter in adapters.items() if adapter.rank}
     result = {name: torch.zeros(adapter.rank, dtype=torch.float64) for name, adapter in adapters.items()}
     for value in (1.0, 0.0):
-        gates = {
-            name: torch.full((a.rank,), value, device=a.device, requires_grad=True) for name, a in present.items()
-        }
+        gates = {name: torch.full((a.rank,), value, device=a.device, requires_grad=True) for name, a in present.items()}
         with ExitStack() as stack, torch.enable_grad():
             for name, adapter in present.items():
                 stack.enter_context(adapter.gated(gates[name]))

@@ -91,9 +91,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
             weight = weight_of(model.get_submodule(at))
             with torch.device("meta"):
                 update = method.parametrisation(weight.shape[1], weight.shape[0], **entry["sizes"])
-            adapter = Adapter(
-                update, scale=entry["scale"], dropout=entry["dropout"], start_rank=entry["start_rank"]
-            )
+            adapter = Adapter(update, scale=entry["scale"], dropout=entry["dropout"], start_rank=entry["start_rank"])
             if entry["frozen_start"]:
                 adapter.freeze_start()
             adapters[at] = adapter

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
-from lorafamily.injection import Model, Placement, placement_of, state_of
+from lorafamily.injection import Model, Placement, placement_of, point_modules, state_of
 from lorafamily.layers import attach, detach, kind_of, weight_of
 
 
@@ -54,9 +54,8 @@ def unmerge(model: Model) -> Model:
         for path, adapter in placement.adapters.items():
             module = model.get_submodule(path)
             attach(module, placement.name, adapter.to(weight_of(module).device))
-            if placement.name == state.active:
-                module.active = placement.name
     state.originals = None
+    point_modules(model, state)
     return model
 
 

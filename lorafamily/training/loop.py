@@ -7,9 +7,9 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ def train(
         optim = optimizer(trained)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: _lr_factor(step, total, warmup, schedule))
     autocast = _autocast(precision, device)
-    runner = torch.compile(model) if compile else model
+    runner = cast(nn.Module, torch.compile(model)) if compile else model
 
     def validation_loss() -> Tensor:
         assert validation is not None
@@ -202,7 +202,7 @@ def _total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, a
         raise DataError(f"steps={steps!r}, epochs={epochs!r}: give one of them")
     if steps is None:
         assert epochs is not None
-        if not hasattr(data, "__len__"):
+        if not isinstance(data, Sized):
             raise DataError(f"epochs={epochs} needs data with a length; a {type(data).__name__} has none: give steps")
         steps = math.ceil(len(data) * epochs / accumulate)
         if steps < 1:
@@ -278,7 +278,12 @@ def _check_finite(step: int, loss: float, norm: float, accumulate: int, adapters
     if math.isfinite(loss) and math.isfinite(norm):
         return
     broken = next(
-        (path for path, a in adapters.items() for p in a.parameters() if p.grad is not None and not p.grad.isfinite().all()),
+        (
+            path
+            for path, a in adapters.items()
+            for p in a.parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ),
         None,
     )
     where = f"; first adapter with such a gradient: {broken}" if broken else ""

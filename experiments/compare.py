@@ -1,0 +1,239 @@
+"""The main job: methods of the family against each other at equal parameter budgets, under one loop.
+
+    python experiments/compare.py                       # embedded model and data, nothing to download
+    python experiments/compare.py --model PATH --task sst2 --data DIR --batch 32 --length 96 --budgets 0.17e6
+    python experiments/compare.py --help
+
+A grid of cells, method @ budget × learning rate × seed. Each finished cell is a line of `runs/NAME/results.jsonl` and
+is not run again; at the end `runs/NAME/` has `report.md`, plots and, for `tensorboard --logdir runs`, the logs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import embedded
+import report
+import torch
+import tyro
+from cell import FULL, NONE, Cell, Training, run
+from tasks import Task, TaskError, find
+
+import lorafamily
+from lorafamily.allocation.allocator import Run
+from lorafamily.injection import placement_of
+from lorafamily.registry import find as find_method
+
+TRADED_OFF = {"alora": {"scores": "first-order"}}
+"""Exact AB-LoRA takes two forwards a rank and round, minutes a cell here; its first-order estimate two backwards."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare low-rank methods at equal parameter budgets."""
+
+    name: str = "embedded"
+    """folder under --out; the same name again goes on with the cells that are missing"""
+    task: str = "code"
+    """code (embedded model, Python source), text (--data FILE), or a GLUE task: sst2, rte, cola, mrpc, stsb, qnli, …"""
+    model: str | None = None
+    """folder or hub id of a transformers model; none for the embedded one"""
+    data: Path | None = None
+    """GLUE: folder of <task>/{train,validation}.jsonl.gz, none to take it from the hub; text: a file"""
+    methods: tuple[str, ...] = (NONE, FULL, "lora", "olora", "alora", "lora2", "adalora")
+    """any of lorafamily.methods(), joined by + to combine; none: no adaptation (a task head still trains); full: all"""
+    budgets: tuple[float, ...] = (80e3, 10e3)
+    """trainable adapter numbers, each exceeded at no step; on the embedded model 80e3 is LoRA at rank 8, 10e3 rank 1"""
+    seeds: int = 2
+    """runs of every cell, with seeds 0, 1, …"""
+    steps: int = 150
+    """optimiser steps"""
+    batch: int = 16
+    """sequences per step"""
+    length: int = 128
+    """tokens per sequence at most (the embedded model takes 128 bytes always)"""
+    lr: tuple[float, ...] = (5e-3,)
+    """peak learning rates; of several each method shows its best, and the report says so"""
+    targets: str | None = None
+    """regular expression for the layers to adapt, or "attention"; none: all linear layers but the head"""
+    dropout: float = 0.0
+    """probability, on the input of the adapters"""
+    evaluations: int = 6
+    """of the validation metric during a run, evenly spread"""
+    options: tuple[str, ...] = tuple(f"{m}.{k}={v}" for m, own in TRADED_OFF.items() for k, v in own.items())
+    """options of methods, as METHOD.OPTION=VALUE"""
+    device: str = "auto"
+    """auto takes a GPU where there is one"""
+    out: Path = Path("runs")
+    """folder for all runs"""
+    progress: bool = True
+    """show a progress bar for every cell"""
+
+
+def main(settings: Compare) -> None:
+    if settings.task == "code" or (settings.task == "text" and settings.model is None):
+        _ensure_weights()
+    task = find(settings.task, model=settings.model, data=settings.data, batch=settings.batch, length=settings.length)
+    training = _training(settings)
+    cells = _cells(settings)
+    _check(cells, task, training)
+    folder = settings.out / settings.name
+    folder.mkdir(parents=True, exist_ok=True)
+    same = _what_rows_depend_on(settings, training)
+    rows = _finished(folder / "results.jsonl", same)
+
+    print(f"{task.about}\n{len(cells)} cells on {training.device}, {sum(c.key in rows for c in cells)} of them done\n")
+    begun = time.perf_counter()
+    for number, cell in enumerate(cells, 1):
+        if cell.key in rows:
+            continue
+        print(f"[{number}/{len(cells)}] {cell.key}", flush=True)
+        row = run(cell, task, training, folder / "cells" / cell.key, settings.progress)
+        row["settings"] = same
+        with open(folder / "results.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows[cell.key] = row
+        print(f"    {task.metric}: {row['metric']:.4f}", flush=True)
+
+    text = report.write(
+        folder,
+        [rows[cell.key] for cell in cells],
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        about=task.about,
+        facts=_facts(settings, training),
+    )
+    print(f"\n{text}\n\n{time.perf_counter() - begun:.0f} s; {folder}/report.md, plots beside it, and")
+    print(f"tensorboard --logdir {settings.out}")
+
+
+def _cells(settings: Compare) -> list[Cell]:
+    cells = []
+    for method in settings.methods:
+        for budget in [None] if method in (NONE, FULL) else settings.budgets:
+            for lr in settings.lr:
+                for seed in range(settings.seeds):
+                    cells.append(Cell(method, None if budget is None else int(budget), lr, seed))
+    if not cells:
+        raise TaskError("nothing to compare: --methods, --budgets, --lr and --seeds must not be empty")
+    return cells
+
+
+def _training(settings: Compare) -> Training:
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    options: dict[str, dict[str, Any]] = {}
+    for setting in settings.options:
+        method, dot, rest = setting.partition(".")
+        option, equals, value = rest.partition("=")
+        if not (dot and equals and method and option):
+            raise TaskError(f"--options {setting}: must be METHOD.OPTION=VALUE, such as alora.scores=exact")
+        try:
+            options.setdefault(method, {})[option] = json.loads(value)
+        except ValueError:
+            options.setdefault(method, {})[option] = value
+    return Training(
+        steps=settings.steps,
+        evaluate_every=max(1, settings.steps // settings.evaluations),
+        targets=settings.targets,
+        dropout=settings.dropout,
+        device=device,
+        options=options,
+    )
+
+
+def _check(cells: list[Cell], task: Task, training: Training) -> None:
+    """Apply every method at every budget once, so that what cannot work says so before hours of training."""
+    model, head = task.model(seed=0)
+    seen = set()
+    for cell in cells:
+        if cell.method in (NONE, FULL) or (cell.method, cell.budget) in seen:
+            continue
+        seen.add((cell.method, cell.budget))
+        lorafamily.apply(
+            model.to("meta"),
+            cell.method,
+            budget=cell.budget,
+            targets=training.targets,
+            also_train=head,
+            dropout=training.dropout,
+            **training.options_of(cell.method),
+        )
+        placement = placement_of(model)
+        trial = Run(
+            placement.adapters, training.steps, placement.sizing.budget, validation_loss=lambda: torch.zeros(())
+        )
+        placement.method.allocation.begin(trial)
+        lorafamily.remove(model)
+
+
+def _what_rows_depend_on(settings: Compare, training: Training) -> dict[str, Any]:
+    """The settings that a finished cell must have been run with to stand beside the others."""
+    fields = ("task", "model", "data", "steps", "batch", "length", "targets", "dropout", "evaluations")
+    same: dict[str, Any] = {name: getattr(settings, name) for name in fields}
+    same |= {"device": training.device, "options": training.options, "torch": torch.__version__}
+    return dict(json.loads(json.dumps(same, default=str)))
+
+
+def _finished(path: Path, same: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of earlier calls by key.
+
+    Raises:
+        TaskError: some were made with other settings; they could not be compared.
+    """
+    if not path.exists():
+        return {}
+    rows = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line that a killed run left unfinished; its cell runs again
+        differing = [f"{k} {row['settings'].get(k)} → {same[k]}" for k in same if row["settings"].get(k) != same[k]]
+        if differing:
+            raise TaskError(
+                f"{path} has cells made with other settings ({'; '.join(differing)}); give another --name, or delete it"
+            )
+        rows[row["key"]] = row
+    return rows
+
+
+def _facts(settings: Compare, training: Training) -> dict[str, str]:
+    facts = {"command": "python experiments/compare.py " + " ".join(sys.argv[1:])}
+    facts |= {field.name: str(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+    facts |= {"device": training.device, "seeds": ", ".join(map(str, range(settings.seeds)))}
+    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("lorafamily", "torch", "numpy"))
+    facts["python"] = platform.python_version()
+    facts["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if training.device == "cuda":
+        facts["machine"] += f", {torch.cuda.get_device_name()}"
+    for method in settings.methods:
+        if method not in (NONE, FULL):
+            facts[f"options of {method}"] = json.dumps(
+                find_method(method).with_options(**training.options_of(method)).options()
+            )
+    return facts
+
+
+def _ensure_weights() -> None:
+    if not embedded.WEIGHTS.exists():
+        print(f"{embedded.WEIGHTS} is absent; pretraining it first, about 20 minutes on two cores", flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name("pretrain.py"))], check=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Compare))
+    except (TaskError, lorafamily.LoraFamilyError) as refused:
+        print(f"compare.py: {refused}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,63 @@
+"""What the tests share: a tiny real transformer, a way to leave the start, and every method there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from embedded import ByteDecoder
+from torch import Tensor, nn
+
+import lorafamily
+from lorafamily.injection import placement_of
+
+SHARED = Path(__file__).parents[2] / "shared"
+COMBINATIONS = ["adalora+olora", "lora2+olora", "olora+alora", "rslora+alora"]
+METHODS = [*sorted(lorafamily.methods()), *COMBINATIONS]
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def shared(path: str) -> Path:
+    """A file beside the project, not part of it; the test is skipped where it is absent."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"{found} is not here; it holds reference data that is not part of the project")
+    return found
+
+
+def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> ByteDecoder:
+    """Two blocks of width 16, weights large enough that updates matter."""
+    torch.manual_seed(seed)
+    model = ByteDecoder(width=16, layers=2, heads=2, context=24).to(dtype)
+    with torch.no_grad():
+        for block in model.blocks:
+            for weight in block.parameters():
+                if weight.ndim == 2:
+                    weight.normal_(std=weight.shape[1] ** -0.5)
+    return model.eval()
+
+
+def tokens(rows: int = 4, seed: int = 0) -> Tensor:
+    return torch.randint(256, (rows, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def data(batches: int = 4) -> list[dict[str, Tensor]]:
+    return [{"bytes": tokens(seed=i)} for i in range(batches)]
+
+
+@torch.no_grad()
+def perturb_(model: nn.Module, seed: int = 1, size: float = 0.1) -> nn.Module:
+    """Move every trainable adapter tensor off its start: at the start ΔW = 0 and any merge would pass."""
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in placement_of(model).adapters.values():
+        for parameter in adapter.update.parameters():
+            noise = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(generator=generator)
+            parameter.add_(size * noise.to(parameter.device))
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, rows: int = 4) -> Tensor:
+    return model(tokens(rows)).logits

@@ -1,0 +1,301 @@
+"""Scores, schedules and the surgery that allocation needs."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from conftest import METHODS, data, every_method, logits, perturb_, tiny
+from lorafamily.variants.alora import PruneAndGrow
+from lorafamily.variants.lora import Plain
+from torch import nn
+from torch.testing import assert_close
+
+import lorafamily
+from lorafamily.adapter import Adapter
+from lorafamily.allocation.allocator import Run
+from lorafamily.allocation.importance import ImportancePruning
+from lorafamily.allocation.scores import ablation, ablation_estimate
+from lorafamily.injection import placement_of
+from lorafamily.training.batches import loss_of
+from lorafamily.training.surgery import follow_resize
+
+
+def adapters_of(method: str, rank: int = 3, **options) -> tuple[nn.Module, dict[str, Adapter]]:
+    model = perturb_(lorafamily.apply(tiny(dtype=torch.float64), method, rank=rank, seed=0, **options))
+    return model, placement_of(model).adapters
+
+
+@every_method
+def test_dropping_a_slice_is_gating_it_off(method):
+    _, adapters = adapters_of(method)
+    adapter = next(iter(adapters.values()))
+    gate = torch.ones(adapter.rank, dtype=torch.float64)
+    gate[1] = 0
+    with adapter.gated(gate):
+        expected = adapter.delta()
+    assert (expected - adapter.delta()).abs().max() > 1e-6
+    trainable = adapter.trainable()
+    adapter.resize(torch.tensor([i for i in range(adapter.rank) if i != 1]))
+    assert_close(adapter.delta(), expected, rtol=1e-12, atol=1e-15)
+    assert adapter.trainable() == trainable - adapter.update.slice_cost
+
+
+@every_method
+def test_masking_a_slice_is_gating_it_off_for_now(method):
+    _, adapters = adapters_of(method)
+    adapter = next(iter(adapters.values()))
+    gate = torch.ones(adapter.rank, dtype=torch.float64)
+    gate[0] = 0
+    with adapter.gated(gate):
+        expected = adapter.delta()
+    adapter.mask(torch.tensor([0]))
+    assert_close(adapter.delta(), expected, rtol=1e-12, atol=1e-15)
+    x = torch.randn(2, adapter.update.d_in, dtype=torch.float64)
+    adapter(x).square().sum().backward()
+    switch, axis = adapter.update.get_parameter(adapter.update.switch), adapter.update.slices[adapter.update.switch]
+    assert switch.grad.select(axis, 0).any()  # it can come back
+
+
+@every_method
+def test_added_slices_leave_the_function_unchanged(method):
+    model, adapters = adapters_of(method)
+    before = logits(model)
+    for adapter in adapters.values():
+        rank = adapter.rank
+        adapter.resize(torch.arange(rank), add=2, generator=torch.Generator().manual_seed(0))
+        assert adapter.rank == rank + 2
+    assert_close(logits(model), before, rtol=1e-12, atol=1e-12)
+
+
+@every_method
+def test_rank_zero_is_a_normal_state(method, tmp_path):
+    model, adapters = adapters_of(method)
+    base = logits(tiny(dtype=torch.float64))
+    for adapter in adapters.values():
+        adapter.resize(torch.arange(0))
+    assert torch.equal(logits(model), base)
+    fresh = lorafamily.load(tiny(dtype=torch.float64), lorafamily.save(model, tmp_path))
+    assert torch.equal(logits(fresh), base)
+    for adapter in placement_of(fresh).adapters.values():
+        adapter.resize(torch.arange(0), add=1, generator=torch.Generator())
+    assert_close(logits(fresh), base, rtol=0, atol=0)
+    history = lorafamily.train(fresh, data(1), steps=2, progress=False, check_gradients=False, **_no_schedule(fresh))
+    assert len(history.steps) == 2
+
+
+def _no_schedule(model: nn.Module) -> dict:
+    """Train without the method's allocation, which two steps are too short for."""
+    placement = placement_of(model)
+    placement.method = placement.method.but(allocation=lorafamily.methods()["lora"].allocation)
+    return {}
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, momentum=0.9), torch.optim.Adagrad])
+def test_surgery_keeps_the_survivors_moments_bit_for_bit(make):
+    torch.manual_seed(0)
+    update = Plain(6, 5, 4)
+    update.reset(torch.Generator())
+    optimizer = make(update.parameters())
+    for _ in range(3):
+        for parameter in update.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    before = {id(p): copy.copy(optimizer.state[p]) for p in update.parameters()}
+    keep = torch.tensor([0, 2, 3])
+    for change in update.resize(keep, update.fresh(2, torch.Generator())):
+        follow_resize(optimizer, change)
+        old, new = before[id(change.old)], optimizer.state[change.new]
+        assert change.old not in optimizer.state
+        moments = [key for key, value in old.items() if value.shape == change.old.shape]
+        assert moments
+        for key in moments:
+            assert torch.equal(new[key].narrow(change.axis, 0, 3), old[key].index_select(change.axis, keep))
+            assert not new[key].narrow(change.axis, 3, 2).any()
+        assert all(new[key] is value for key, value in old.items() if key not in moments)
+    for parameter in update.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["alora", "olora+alora", "lora2"])
+def test_exact_ablation_is_the_definition(method):
+    """IS(i) = S(M) − S(M∖i) + S(M_i), against adapters whose slices are really taken out."""
+    model, adapters = adapters_of(method, rank=2)
+    batch = data(1)[0]
+
+    def loss(of=model):
+        return of(**batch).loss
+
+    scores = ablation(adapters, loss)
+    for name, adapter in adapters.items():
+        for i in range(adapter.rank):
+            without, alone = copy.deepcopy(model), copy.deepcopy(model)
+            placement_of(without).adapters[name].resize(torch.tensor([j for j in range(adapter.rank) if j != i]))
+            for other, left in placement_of(alone).adapters.items():
+                left.resize(torch.tensor([i] if other == name else [], dtype=torch.long))
+            with torch.no_grad():
+                expected = -loss() + loss(without) - loss(alone)
+            assert_close(scores[name][i], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_first_order_ablation_is_exact_for_small_updates():
+    """The estimate's error is of second order in the size of the update: ten times smaller, a hundred times closer."""
+    errors = []
+    for size in (1e-2, 1e-3):
+        model, adapters = adapters_of("alora")
+        for adapter in adapters.values():
+            adapter.update.B.data.mul_(size)
+        loss = partial(loss_of, model, data(1)[0])
+        exact, estimate = (scorer(adapters, loss) for scorer in (ablation, ablation_estimate))
+        errors.append(max(float((exact[name] - estimate[name]).abs().max()) for name in exact))
+    assert errors[1] < errors[0] / 50
+
+
+def pruner(scores: list[list[float]], **settings):
+    """A pruner over Plain adapters of width 4 whose sensitivity is planted."""
+    adapters = {}
+    for i, own in enumerate(scores):
+        update = Plain(4, 4, len(own))
+        update.reset(torch.Generator())
+        adapters[f"l{i}"] = Adapter(update, scale=1.0)
+    limit = settings.pop("limit", None)
+    allocator = ImportancePruning(**settings).begin(Run(adapters, steps=10, limit=limit))
+    planted = {name: torch.tensor(own, dtype=torch.float64) for name, own in zip(adapters, scores, strict=True)}
+    allocator.sensitivity.scores = lambda: planted
+    return allocator, adapters
+
+
+def run_to_end(allocator):
+    return [decision for step in range(1, 11) if (decision := allocator.step(step)) is not None]
+
+
+def test_ties_prune_no_more_than_asked():
+    allocator, adapters = pruner([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], target=2 / 3, warmup=1, final=3, interval=2)
+    decisions = run_to_end(allocator)
+    assert [sum(adapter.rank for adapter in adapters.values()), decisions[-1].total] == [4, 4]
+
+
+def test_target_equal_to_the_start_prunes_nothing():
+    allocator, _ = pruner([[3.0, 1.0], [2.0, 4.0]], target=1.0, warmup=1, final=3, interval=2)
+    decisions = run_to_end(allocator)
+    assert all(decision.after == {"l0": 2, "l1": 2} for decision in decisions)
+    assert decisions[-1].threshold is None
+
+
+def test_a_module_may_lose_all_its_slices():
+    allocator, adapters = pruner([[0.1, 0.2], [2.0, 4.0]], target=1, warmup=1, final=3, interval=2)
+    run_to_end(allocator)
+    assert [adapter.rank for adapter in adapters.values()] == [0, 2]
+
+
+def test_target_zero_leaves_nothing():
+    allocator, adapters = pruner([[0.1, 0.2], [2.0, 4.0]], target=0, warmup=1, final=3, interval=2)
+    run_to_end(allocator)
+    assert [adapter.rank for adapter in adapters.values()] == [0, 0]
+
+
+def test_final_pattern_is_cut_to_the_parameter_budget():
+    allocator, adapters = pruner([[1.0, 2.0], [3.0, 4.0]], target=1.0, warmup=1, final=3, interval=2, limit=24)
+    run_to_end(allocator)
+    assert sum(adapter.trainable() for adapter in adapters.values()) == 24
+    assert [adapter.rank for adapter in adapters.values()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 3}, "is 6 slices in all, but the start has 4"),
+        ({"target": 1.5}, "target=1.5"),
+        ({"warmup": 8, "final": 4}, "nothing would ever be pruned: of 10 steps the first 8 are warm-up"),
+        ({"warmup": 1.5}, "warmup=1.5"),
+        ({"beta1": 1.0}, "beta1=1.0"),
+    ],
+)
+def test_a_schedule_that_cannot_run_is_refused(settings, message):
+    with pytest.raises(lorafamily.AllocationError, match=message):
+        pruner([[1.0, 2.0], [3.0, 4.0]], **settings)
+
+
+def grower(ranks: dict[str, int], scores: dict[str, list[float]], *, limit: int | None = None, **settings):
+    adapters = {}
+    for name, rank in ranks.items():
+        update = Plain(8, 8, rank)
+        update.reset(torch.Generator())
+        adapters[name] = Adapter(update, scale=1.0)
+    run = Run(adapters, steps=10, limit=limit, validation_loss=lambda: torch.zeros(()))
+    allocator = PruneAndGrow(rounds=1, warmup=1, interval=1, **settings).begin(run)
+    allocator.scorer = lambda adapters, loss: {n: torch.tensor(v, dtype=torch.float64) for n, v in scores.items()}
+    return allocator, adapters
+
+
+RANKS = {"h.0.q": 2, "h.0.k": 2, "h.0.v": 2, "h.1.q": 2, "h.1.k": 2, "h.1.v": 2}
+SCORES = {"h.0.q": [1, 9], "h.0.k": [2, 9], "h.0.v": [7, 7], "h.1.q": [6, 6], "h.1.k": [3, 9], "h.1.v": [5, 5]}
+
+
+def test_alora_drops_the_lowest_and_shares_new_ranks_evenly():
+    """n_A = 3 modules a block; three modules lost none and get one new rank each."""
+    allocator, adapters = grower(RANKS, SCORES)
+    decision = allocator.step(1)
+    assert decision.after == {"h.0.q": 1, "h.0.k": 1, "h.0.v": 3, "h.1.q": 3, "h.1.k": 1, "h.1.v": 3}
+    assert {name: adapter.rank for name, adapter in adapters.items()} == decision.after
+    assert decision.threshold == 3.0
+    assert allocator.step(2) is None
+
+
+def test_alora_gives_the_remainder_to_the_highest_mean_score():
+    allocator, _ = grower(RANKS, SCORES | {"h.1.v": [0, 5]}, drop=4)
+    # q, k of block 0, k, v of block 1 lose one; 4 new ranks for 2 modules: 2 each. With drop=3 one is left over.
+    assert allocator.step(1).after == {"h.0.q": 1, "h.0.k": 1, "h.0.v": 4, "h.1.q": 4, "h.1.k": 1, "h.1.v": 1}
+    allocator, _ = grower(RANKS, SCORES | {"h.0.q": [0, 0.5], "h.1.q": [8, 8]}, drop=5)
+    # drops: q of block 0 twice, k of both blocks, and one of v of block 1: 5 new ranks for two modules, 8 before 7.
+    assert allocator.step(1).after == {"h.0.q": 0, "h.0.k": 1, "h.0.v": 4, "h.1.q": 5, "h.1.k": 1, "h.1.v": 1}
+
+
+def test_alora_shrinks_where_every_module_lost_a_rank():
+    allocator, _ = grower({"h.0.q": 2, "h.0.k": 2}, {"h.0.q": [1, 9], "h.0.k": [2, 9]})
+    assert allocator.step(1).after == {"h.0.q": 1, "h.0.k": 1}
+
+
+def test_alora_never_exceeds_the_parameter_budget():
+    allocator, adapters = grower(RANKS, SCORES, limit=sum(RANKS.values()) * 16 - 16)
+    allocator.step(1)
+    assert sum(adapter.trainable() for adapter in adapters.values()) == sum(RANKS.values()) * 16 - 16
+
+
+def test_alora_needs_validation_data_and_enough_steps():
+    model = lorafamily.apply(tiny(), "alora", rank=2)
+    with pytest.raises(lorafamily.AllocationError, match=r"pass train\(\.\.\., validation=batches\)"):
+        lorafamily.train(model, data(), steps=100, progress=False)
+    with pytest.raises(lorafamily.AllocationError, match="do not fit into 5 steps"):
+        lorafamily.train(model, data(), steps=5, validation=data(1), progress=False)
+    with pytest.raises(lorafamily.AllocationError, match="scores='best'"):
+        lorafamily.train(
+            lorafamily.apply(tiny(), "alora", rank=2, scores="best"),
+            data(),
+            steps=99,
+            validation=data(1),
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if lorafamily.methods()[m.split("+")[0]]])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_budget_holds_at_every_step(method, seed):
+    budget = 3_000
+    model = lorafamily.apply(tiny(seed=seed), method, budget=budget, seed=seed)
+    history = lorafamily.train(model, data(), steps=40, validation=data(1), progress=False, seed=seed)
+    assert max(step.trainable for step in history.steps) <= budget
+    assert history.ranks_end == {n: a.rank for n, a in placement_of(model).adapters.items()}
+    if history.decisions:
+        assert history.ranks_end != history.ranks_start
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_budget_for_the_end_holds_at_the_end(seed):
+    model = lorafamily.apply(tiny(), "adalora", budget=3_000, budget_at="end", seed=seed)
+    history = lorafamily.train(model, data(), steps=40, progress=False, seed=seed)
+    assert history.steps[0].trainable > 3_000
+    assert placement_of(model).trainable() <= 3_000

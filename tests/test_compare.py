@@ -1,0 +1,342 @@
+"""The main job: small grids end to end, resuming, and clear refusals before any training."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cell as cells
+import compare
+import numpy as np
+import pytest
+import report
+import tasks
+from compare import Compare
+
+import lorafamily
+
+ROOT = Path(__file__).parents[1]
+TINY = {"steps": 12, "evaluations": 2, "batch": 4, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def _small_validation(monkeypatch):
+    monkeypatch.setattr(tasks.Bytes, "evaluated", 8 * 1024)
+
+
+def small(tmp_path, **changes) -> Compare:
+    options = ("alora.scores=first-order", "alora.rounds=2")
+    return Compare(**({"out": tmp_path, "options": options, **TINY} | changes))
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
+    compare.main(small(tmp_path, seeds=1, budgets=(10e3,)))
+    folder = tmp_path / "embedded"
+    done = rows(folder)
+    assert [row["method"] for row in done] == list(Compare().methods)
+    for name in ("quality-by-step.png", "quality-by-size.png", "allocation.png"):
+        assert (folder / name).stat().st_size > 10_000
+    text = (folder / "report.md").read_text()
+    for word in (
+        "bits per byte",
+        "One learning rate, 0.005",
+        "steps to LoRA's loss",
+        "versions",
+        "torch 2",
+        "| seeds | 0 |",
+    ):
+        assert word in text
+    table = capsys.readouterr().out
+    for row in done:
+        assert row["method"] in table
+        if row["budget"]:
+            assert row["trainable"] <= row["budget"]
+            assert row["merge_difference"] < 1e-3
+            assert list((folder / "cells" / row["key"] / "tensorboard").iterdir())
+            loaded = lorafamily.load(tasks.embedded.pretrained(), folder / "cells" / row["key"] / "adapter")
+            assert sum(r.rank for r in lorafamily.summary(loaded).rows) == sum(row["ranks_end"].values())
+    by_method = {row["method"]: row for row in done}
+    assert by_method["none"]["trainable"] == 0
+    assert by_method["none"]["metric"] > by_method["full"]["metric"]
+
+
+def test_finished_cells_are_read_back_and_only_missing_ones_run(tmp_path, monkeypatch):
+    settings = small(tmp_path, seeds=1, budgets=(10e3,), methods=("none", "lora"))
+    compare.main(settings)
+    first = rows(tmp_path / "embedded")
+    path = tmp_path / "embedded" / "results.jsonl"
+    path.write_text(path.read_text() + '{"key": "lora@10000-lr0.005-se')  # a run killed while writing
+    ran = []
+    real = compare.run
+    monkeypatch.setattr(compare, "run", lambda cell, *rest: ran.append(cell.key) or real(cell, *rest))
+    compare.main(small(tmp_path, seeds=2, budgets=(10e3,), methods=("none", "lora")))
+    assert ran == ["none-lr0.005-seed1", "lora@10000-lr0.005-seed1"]
+    assert rows(tmp_path / "embedded")[:2] == first
+
+
+def test_cells_of_other_settings_are_not_mixed_in(tmp_path):
+    compare.main(small(tmp_path, seeds=1, methods=("none",)))
+    with pytest.raises(tasks.TaskError, match=r"other settings \(steps 12 → 13\)"):
+        compare.main(small(tmp_path, seeds=1, methods=("none",), steps=13))
+
+
+def test_several_learning_rates_are_said_in_the_report(tmp_path):
+    compare.main(small(tmp_path, seeds=1, budgets=(10e3,), methods=("none", "lora"), lr=(1e-3, 1e-2)))
+    text = (tmp_path / "embedded" / "report.md").read_text()
+    assert "The same 2 learning rates (0.001, 0.01) were tried for every method" in text
+    assert "lora@10,000 0.01" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "sst3"}, "unknown task 'sst3'; there are code, text, cola"),
+        ({"task": "sst2"}, "needs --model"),
+        ({"task": "text"}, "--task text needs --data"),
+        ({"task": "text", "data": Path("/nowhere")}, "/nowhere: no such file"),
+        ({"model": "bert"}, "--task code adapts the embedded model"),
+        ({"methods": ("lora3",)}, 'no method named "lora3"'),
+        ({"methods": ()}, "nothing to compare"),
+        ({"budgets": (100.0,)}, "budget 100 is too small"),
+        ({"options": ("alora",)}, "must be METHOD.OPTION=VALUE"),
+        ({"options": ("lora.gamma=1",)}, "unknown option gama|unknown option gamma"),
+        ({"methods": ("alora",), "options": ()}, "do not fit into 12 steps"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_training(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("trained"))
+    with pytest.raises((tasks.TaskError, lorafamily.LoraFamilyError), match=message):
+        compare.main(small(tmp_path, **arguments))
+
+
+def write_task(folder: Path, name: str, train: list[dict], validation: list[dict]) -> Path:
+    (folder / name).mkdir(parents=True)
+    for split, lines in (("train", train), ("validation", validation)):
+        with gzip.open(folder / name / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    return folder
+
+
+GOOD = [{"sentence": f"word{i} good" if i % 2 else f"word{i} bad", "label": i % 2} for i in range(32)]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (GOOD, [], "the validation split is empty"),
+        ([], GOOD, "the train split is empty"),
+        (
+            [{"text": "a", "label": 0}],
+            GOOD,
+            "row 1: no sentence; sst2 rows have sentence, label, this one has text, label",
+        ),
+        ([{"sentence": "a", "label": 2}], GOOD, "row 1: label 2, not in 0 … 1"),
+    ],
+)
+def test_wrong_data_is_refused_by_row(tmp_path, train, validation, message):
+    write_task(tmp_path, "sst2", train, validation)
+    with pytest.raises(tasks.TaskError, match=message):
+        tasks.find("sst2", model="anything", data=tmp_path, batch=2, length=8)
+
+
+def test_a_missing_or_damaged_file_is_refused(tmp_path):
+    with pytest.raises(tasks.TaskError, match=r"sst2/train\.jsonl\.gz: no such file"):
+        tasks.find("sst2", model="anything", data=tmp_path, batch=2, length=8)
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "train.jsonl.gz").write_text("plain text")
+    with pytest.raises(tasks.TaskError, match="not gzipped JSON lines"):
+        tasks.find("sst2", model="anything", data=tmp_path, batch=2, length=8)
+
+
+def tiny_bert(folder: Path, labels: int) -> Path:
+    """A random BERT with a vocabulary of its own, saved as a user would have it."""
+    import transformers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"] + [f"word{i}" for i in range(32)]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is an extra")
+def test_a_glue_task_runs_end_to_end(tmp_path):
+    model = tiny_bert(tmp_path / "bert", 2)
+    data = write_task(tmp_path / "data", "sst2", GOOD * 4, GOOD)
+    compare.main(
+        small(
+            tmp_path,
+            name="sst2",
+            task="sst2",
+            model=str(model),
+            data=data,
+            methods=("none", "full", "lora", "lora2", "alora"),
+            budgets=(2000,),
+            seeds=1,
+            lr=(2e-2,),
+            steps=60,
+        )
+    )
+    by_method = {row["method"]: row for row in rows(tmp_path / "sst2")}
+    assert by_method["none"]["beside"] == by_method["lora"]["beside"] == 34
+    assert by_method["lora"]["metric"] > 0.9
+    assert "accuracy" in (tmp_path / "sst2" / "report.md").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is an extra")
+def test_regression_and_causal_text_tasks(tmp_path):
+    import transformers
+
+    bert = tiny_bert(tmp_path / "bert", 1)
+    pairs = [{"sentence1": f"word{i}", "sentence2": "good", "label": i / 8} for i in range(32)]
+    task = tasks.find("stsb", model=str(bert), data=write_task(tmp_path / "d", "stsb", pairs, pairs), batch=4, length=8)
+    model, head = task.model(0)
+    assert head is not None
+    assert -1 <= task.evaluate(model.eval())[task.metric] <= 1
+
+    gpt = tmp_path / "gpt"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    tokenizer.save_pretrained(gpt)
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    ).save_pretrained(gpt)
+    text = tmp_path / "text.txt"
+    text.write_text("good bad word1 word2 " * 400)
+    compare.main(
+        small(
+            tmp_path,
+            name="text",
+            task="text",
+            model=str(gpt),
+            data=text,
+            length=16,
+            methods=("none", "lora"),
+            budgets=(500,),
+            seeds=1,
+        )
+    )
+    none, lora = rows(tmp_path / "text")
+    assert lora["metric"] < none["metric"]
+
+
+def test_the_embedded_model_takes_a_text_of_ones_own(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question: " * 2000)
+    compare.main(small(tmp_path, task="text", data=text, methods=("none", "lora"), seeds=1))
+    none, *adapted = rows(tmp_path / "embedded")
+    assert all(row["metric"] < none["metric"] for row in adapted)
+
+
+def test_glue_scores():
+    predicted, true = np.array([1, 1, 0, 1]), np.array([1, 0, 0, 1])
+    assert tasks.glue_score("accuracy", predicted, true) == 0.75
+    # tp 2, fp 1, fn 0, tn 1: F1 = 4/5; Matthews = (2·1 − 1·0) / √(3·2·2·1)
+    assert tasks.glue_score("mean of accuracy and F1", predicted, true) == pytest.approx((0.75 + 0.8) / 2)
+    assert tasks.glue_score("Matthews correlation", predicted, true) == pytest.approx(2 / 12**0.5)
+    assert tasks.glue_score("Matthews correlation", np.ones(4), true) == 0.0
+    up = np.array([0.1, 0.2, 0.4, 0.9])
+    assert tasks.glue_score("mean of Pearson and Spearman correlation", up, 3 * up) == pytest.approx(1.0)
+
+
+def test_steps_to_reach_the_loss_of_lora():
+    def group(method, losses, budget=10):
+        made = [{"seed": seed, "losses": own, "train_loss": own[-1], "lr": 1.0} for seed, own in enumerate(losses)]
+        return report.Group(method, budget, 1.0, tuple(made))
+
+    lora = group("lora", [[3, 2, 1], [3, 2, 1.5]])
+    fast, half, slow = (
+        group("a", [[3, 1, 1], [1, 1, 1]]),
+        group("b", [[2, 1, 1], [2, 2, 2]]),
+        group("c", [[3, 3, 3]] * 2),
+    )
+    full = group("full", [[1, 1, 1]] * 2, budget=None)
+    groups = [lora, fast, half, slow, full]
+    assert [report.steps_to_reach(groups, g) for g in groups] == ["3", "2", "2 (1 of 2 seeds)", "not reached", "1"]
+
+
+def test_peak_memory_sees_what_was_held():
+    import torch
+
+    memory = cells.PeakMemory("cpu")
+    before = memory.read()
+    torch.zeros(64 * 2**20 // 4).add_(1)
+    assert 50 < memory.read() - before < 90
+
+
+def test_a_method_of_another_package_is_found_and_trains(tmp_path):
+    """A package outside the repository, built and installed; it brings a start of its own in one file."""
+    source = tmp_path / "outside"
+    (source / "outside_lora").mkdir(parents=True)
+    (source / "outside_lora" / "__init__.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from lorafamily import Initialisation\n"
+        "from lorafamily.variants.lora import lora\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Ones(Initialisation):\n"
+        "    value: float = 0.1\n"
+        "    def __call__(self, update, weight, generator):\n"
+        "        update.reset(generator)\n"
+        "        update.A.fill_(self.value)\n\n"
+        "ones = lora.but(initialisation=Ones())\n"
+    )
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "outside-lora"\nversion = "1"\n'
+        '[project.entry-points."lorafamily.variants"]\nones = "outside_lora:ones"\n'
+    )
+    site = tmp_path / "site"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        site,
+        source,
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    listed = subprocess.run(
+        [sys.executable, "-c", "import lorafamily; print(*lorafamily.methods())"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "ones" in listed.stdout.split()
+    command = [
+        sys.executable, ROOT / "experiments" / "compare.py", "--methods", "none", "ones", "--budgets", "10e3",
+        "--seeds", "1", "--steps", "12", "--evaluations", "1", "--no-progress", "--out", tmp_path / "runs",
+        "--options", "ones.value=0.2",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    none, ones = rows(tmp_path / "runs" / "embedded")
+    assert ones["method"] == "ones"
+    assert ones["metric"] < none["metric"]
+    assert '"value": 0.2' in (tmp_path / "runs" / "embedded" / "report.md").read_text()
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path):
+    command = [sys.executable, ROOT / "experiments" / "compare.py", "--methods", "lora3", "--out", tmp_path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith('compare.py: no method named "lora3" is installed')
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,108 @@
+"""Loading is strict: one clear line, the model untouched, nothing unpickled."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import perturb_, tiny
+from embedded import ByteDecoder
+from safetensors.torch import load_file, save_file
+
+import lorafamily
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, also_train=r"^norm\."))
+    return lorafamily.save(model, tmp_path / "adapter")
+
+
+def edit_record(folder, change):
+    path = folder / "adapter.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def edit_tensors(folder, change):
+    path = folder / "adapter.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+KEY = "blocks.0.mlp.up.update.A"
+DAMAGE = {
+    "no record": (lambda f: (f / "adapter.json").unlink(), "no adapter.json there"),
+    "no tensors": (lambda f: (f / "adapter.safetensors").unlink(), "no adapter.safetensors there"),
+    "truncated record": (lambda f: (f / "adapter.json").write_text("{"), "damaged, not JSON"),
+    "truncated tensors": (
+        lambda f: (f / "adapter.safetensors").write_bytes((f / "adapter.safetensors").read_bytes()[:-9]),
+        "damaged, not a safetensors file",
+    ),
+    "pickle": (
+        lambda f: (f / "adapter.safetensors").write_bytes(pickle.dumps({"a": 1})),
+        "damaged, not a safetensors file",
+    ),
+    "newer format": (
+        lambda f: edit_record(f, lambda r: r.update(format=99)),
+        "format 99; this version .* reads format 1",
+    ),
+    "no object": (lambda f: (f / "adapter.json").write_text("[]"), "format None"),
+    "record lacks a part": (lambda f: edit_record(f, lambda r: r.pop("modules")), "not a record of an adapter"),
+    "sizes of no sense": (
+        lambda f: edit_record(f, lambda r: r["modules"]["blocks.0.mlp.up"].update(sizes={"rank": "x"})),
+        "not a record of an adapter",
+    ),
+    "unknown method": (lambda f: edit_record(f, lambda r: r.update(method="lora9")), 'no method named "lora9"'),
+    "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(KEY)), f"{KEY} is missing"),
+    "extra tensor": (lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))), "x is not in the record"),
+    "wrong shape": (lambda f: edit_tensors(f, lambda t: t.update({KEY: torch.ones(2, 3)})), r"\(2, 3\), not \(2, 16\)"),
+    "nan": (lambda f: edit_tensors(f, lambda t: t[KEY].fill_(torch.nan)), f"{KEY} is not all finite"),
+    "integers": (lambda f: edit_tensors(f, lambda t: t.update({KEY: t[KEY].int()})), f"{KEY} is not all finite"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused(folder, damage):
+    harm, message = DAMAGE[damage]
+    harm(folder)
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(lorafamily.LoraFamilyError, match=message):
+        lorafamily.load(model, folder)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_file_for_another_base_says_which_modules_differ(folder):
+    with pytest.raises(
+        lorafamily.FileError, match=r"another model .*blocks.0.attention.query is \[32, 32\], not \[16, 16\]"
+    ):
+        lorafamily.load(ByteDecoder(width=32, layers=2, heads=2, context=24), folder)
+    with pytest.raises(lorafamily.FileError, match=r"blocks.1.attention.query is missing"):
+        lorafamily.load(ByteDecoder(width=16, layers=1, heads=2, context=24), folder)
+
+
+def test_nothing_partial_is_left_behind(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def test_saving_without_adapters_is_refused(tmp_path):
+    with pytest.raises(lorafamily.StateError, match="has no adapters"):
+        lorafamily.save(tiny(), tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_file_size_follows_the_ranks(tmp_path):
+    sizes = []
+    for rank in (2, 4):
+        folder = lorafamily.save(lorafamily.apply(tiny(), "lora", rank=rank), tmp_path / str(rank))
+        sizes.append((folder / "adapter.safetensors").stat().st_size)
+    # Per rank and float32: twelve modules of 16 + 16 (attention) and 16 + 64 (MLP) numbers, two blocks.
+    assert sizes[1] - sizes[0] == pytest.approx(2 * 4 * 2 * (4 * 32 + 2 * 80), rel=0.02)  # the header grows a little

@@ -1,0 +1,227 @@
+"""The loop: what it optimises, what it records, what it refuses."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import data, every_method, logits, tiny, tokens
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import lorafamily
+from lorafamily.injection import placement_of
+
+
+@every_method
+def test_every_method_learns(method):
+    model = lorafamily.apply(tiny(), method, rank=3, seed=0)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad and "start" not in n}
+    history = lorafamily.train(model, data(1), steps=60, lr=2e-2, validation=data(1), progress=False)
+    assert history.steps[-1].loss < 0.8 * history.steps[0].loss
+    assert history.metrics["loss"] == pytest.approx(history.steps[-1].loss, rel=0.2)
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in frozen.items())
+
+
+def test_the_same_loop_trains_a_plain_model():
+    model = tiny()
+    history = lorafamily.train(model, data(1), steps=20, lr=1e-2, progress=False)
+    assert history.steps[-1].loss < 0.7 * history.steps[0].loss
+    assert history.steps[-1].trainable == sum(p.numel() for p in model.parameters())
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    ends = []
+    for accumulate in (1, 2):
+        model = lorafamily.apply(tiny(dtype=torch.float64), "lora", rank=3, seed=0)
+        halves = data(2)
+        batches = halves if accumulate == 2 else [{"bytes": torch.cat([half["bytes"] for half in halves])}]
+        lorafamily.train(model, batches, steps=5, accumulate=accumulate, progress=False)
+        ends.append(logits(model))
+    # Same mathematics, gradients summed in another order; Adam divides by their size, so rounding is amplified.
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-8, atol=1e-8)
+
+
+def test_penalty_is_in_the_gradient_and_in_the_record():
+    recorded = {}
+    for gamma in (0.0, 0.5):
+        model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0, gamma=gamma)
+        history = lorafamily.train(model, data(1), steps=30, lr=1e-2, progress=False)
+        recorded[gamma] = history.steps
+    assert recorded[0.0][0].penalty == 0.0
+    # Frames of three rows of size 0.02 √16: ‖F Fᵀ − I‖ is nearly √3.
+    assert recorded[0.5][0].penalty == pytest.approx(0.5 * math.sqrt(3), rel=0.02)
+    assert recorded[0.5][-1].penalty < 0.5 * recorded[0.5][0].penalty
+    assert recorded[0.5][0].loss == recorded[0.0][0].loss  # the task loss is what is logged
+
+
+def test_tensorboard_shows_scalars_and_a_heatmap_at_each_change(tmp_path):
+    model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
+    history = lorafamily.train(model, data(), steps=40, validation=data(1), log_dir=tmp_path, progress=False)
+    shown = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "scalars": 0}).Reload()
+    ranks = [event.value for event in shown.Scalars("rank/total")]
+    assert ranks == [step.rank for step in history.steps]
+    assert [e.value for e in shown.Scalars("train/loss (nats)")] == pytest.approx([s.loss for s in history.steps])
+    assert {"train/penalty", "train/learning rate", "rank/trainable numbers", "validation/loss"} <= set(
+        shown.Tags()["scalars"]
+    )
+    changes = [d.step for d in history.decisions if d.before != d.after]
+    assert [event.step for event in shown.Images("rank/by layer")] == [0, *changes]
+    assert len(changes) > 5
+
+
+def test_history_holds_decisions_and_ranks():
+    model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
+    history = lorafamily.train(model, data(), steps=40, progress=False)
+    assert sum(history.ranks_start.values()) == 36
+    assert history.decisions[-1].reason == "final pattern"
+    assert history.ranks_end == {n: a.rank for n, a in placement_of(model).adapters.items()}
+    assert sum(history.ranks_end.values()) == 24
+    assert history.stopped == "all 40 steps done"
+
+
+def test_early_stopping_stops():
+    model = lorafamily.apply(tiny(), "lora", rank=2)
+    history = lorafamily.train(
+        model,
+        data(),
+        steps=100,
+        evaluate=lambda model: {"loss": 1.0},
+        evaluate_every=5,
+        patience=2,
+        progress=False,
+    )
+    assert len(history.steps) == 15
+    assert history.stopped == "no lower validation loss in 2 evaluations"
+
+
+def test_epochs_become_steps():
+    model = lorafamily.apply(tiny(), "lora", rank=2)
+    assert len(lorafamily.train(model, data(4), epochs=1.5, accumulate=2, progress=False).steps) == 3
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_learning_rate_rises_then_follows_the_schedule(schedule):
+    model = lorafamily.apply(tiny(), "lora", rank=2)
+    history = lorafamily.train(model, data(), steps=20, lr=1.0, warmup=0.2, schedule=schedule, progress=False)
+    rates = [step.lr for step in history.steps]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0
+    if schedule == "constant":
+        assert set(rates[4:]) == {1.0}
+    else:
+        assert all(a > b for a, b in pairwise(rates[4:]))
+        assert rates[-1] < 0.1
+
+
+def test_bfloat16_autocast_keeps_float32_factors_and_learns():
+    model = lorafamily.apply(tiny(), "olora", rank=3, seed=0)
+    history = lorafamily.train(model, data(1), steps=40, lr=2e-2, precision="bfloat16", progress=False)
+    assert history.steps[-1].loss < 0.9 * history.steps[0].loss
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_an_optimiser_of_ones_own_follows_resizing():
+    model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
+    made = []
+
+    def sgd(parameters):
+        made.append(torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+        return made[0]
+
+    lorafamily.train(model, data(), steps=40, optimizer=sgd, progress=False)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for group in made[0].param_groups for p in group["params"]} == trained
+    for parameter, state in made[0].state.items():
+        assert state["momentum_buffer"].shape == parameter.shape
+
+
+class Bypassing(nn.Module):
+    """Reads a weight without calling its layer: an adapter there can do nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.bypassed = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return SimpleNamespace(loss=torch.nn.functional.linear(self.used(x), self.bypassed.weight).square().mean())
+
+
+def test_an_adapter_without_gradient_is_named():
+    model = lorafamily.apply(Bypassing(), "lora", rank=2)
+    with pytest.raises(lorafamily.TrainingError, match=r"1 of 2 adapters got no gradient.*: bypassed\. "):
+        lorafamily.train(model, [(torch.ones(2, 4),)], steps=3, progress=False)
+    lorafamily.train(model, [(torch.ones(2, 4),)], steps=3, progress=False, check_gradients=False)
+
+
+def test_the_penalty_alone_does_not_pass_for_a_gradient():
+    model = lorafamily.apply(Bypassing(), "adalora", rank=2)
+    with pytest.raises(lorafamily.TrainingError, match="bypassed"):
+        lorafamily.train(model, [(torch.ones(2, 4),)], steps=10, progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm():
+    model = lorafamily.apply(tiny(), "lora", rank=2)
+
+    def poisoned(model, batch):
+        loss = model(batch["bytes"]).loss
+        return loss * float("nan") if batch["poison"] else loss
+
+    batches = [{"bytes": tokens(), "poison": i == 3} for i in range(5)]
+    with pytest.raises(lorafamily.TrainingError, match=r"loss nan.*at step 4 \(batches 3 to 3.*first adapter"):
+        lorafamily.train(model, batches, steps=10, loss_fn=poisoned, progress=False)
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, lorafamily.DataError, "give one of them"),
+        ({"steps": 5, "epochs": 1}, lorafamily.DataError, "give one of them"),
+        ({"steps": 0}, lorafamily.DataError, "steps=0"),
+        ({"steps": 5, "accumulate": 0}, lorafamily.DataError, "accumulate=0"),
+        ({"steps": 5, "precision": "int8"}, lorafamily.TrainingError, "precision='int8'"),
+        ({"steps": 5, "schedule": "steps"}, lorafamily.TrainingError, "schedule='steps'"),
+        ({"steps": 5, "data": []}, lorafamily.DataError, "the data gave no batch"),
+        ({"epochs": 1, "data": []}, lorafamily.DataError, "is the data empty"),
+        ({"epochs": 1, "data": iter(data())}, lorafamily.DataError, "needs data with a length"),
+        ({"steps": 5, "data": iter(data(2))}, lorafamily.DataError, "iterator that is used up"),
+        ({"steps": 5, "validation": []}, lorafamily.DataError, "validation gave no batch"),
+        ({"steps": 5, "data": [(torch.ones(1),)], "loss_fn": None}, lorafamily.DataError, "without a loss"),
+        (
+            {"steps": 5, "evaluate": lambda m: {"accuracy": 1.0}, "patience": 1},
+            lorafamily.TrainingError,
+            'patience watches "loss"',
+        ),
+    ],
+)
+def test_what_the_loop_refuses(arguments, error, message):
+    arguments = {"data": data(), "progress": False, **arguments}
+    model = lorafamily.apply(tiny(), "lora", rank=2)
+    if "loss_fn" in arguments:
+        model = lorafamily.apply(nn.Sequential(nn.Linear(1, 1)), "lora", rank=1)
+    with pytest.raises(error, match=message):
+        lorafamily.train(model, **arguments)
+
+
+def test_a_model_with_nothing_to_train_or_merged_is_refused():
+    model = tiny().requires_grad_(False)
+    with pytest.raises(lorafamily.TrainingError, match="no parameter has requires_grad"):
+        lorafamily.train(model, data(), steps=1)
+    lorafamily.merge(lorafamily.apply(model, "lora", rank=1))
+    with pytest.raises(lorafamily.TrainingError, match="is merged"):
+        lorafamily.train(model, data(), steps=1)
+
+
+def test_compiled_model_trains_to_the_same_losses():
+    ends = []
+    for compiled in (False, True):
+        model = lorafamily.apply(tiny(), "lora", rank=2, seed=0)
+        if compiled:
+            torch._dynamo.reset()
+        history = lorafamily.train(model, data(1), steps=3, compile=compiled, progress=False)
+        ends.append([step.loss for step in history.steps])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)  # float32, kernels fused in another order
