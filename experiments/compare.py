@@ -37,6 +37,9 @@ TRADED_OFF = {"alora": {"scores": "first-order"}}
 """Exact AB-LoRA takes two forwards a rank and round, minutes a cell here; its first-order estimate two backwards."""
 
 
+TUNED = ("5e-3",)
+
+
 @dataclass(frozen=True)
 class Compare:
     """Compare low-rank methods at equal parameter budgets."""
@@ -54,20 +57,22 @@ class Compare:
     budgets: tuple[float, ...] = (80e3, 10e3)
     """trainable adapter numbers, each exceeded at no step; on the embedded model 80e3 is LoRA at rank 8, 10e3 rank 1"""
     seeds: int = 2
-    """runs of every cell, with seeds 0, 1, …"""
+    """runs of every cell"""
+    first_seed: int = 0
+    """the seeds are this one and those after it"""
     steps: int = 150
     """optimiser steps"""
     batch: int = 16
     """sequences per step"""
     length: int = 128
     """tokens per sequence at most (the embedded model takes 128 bytes always)"""
-    lr: tuple[float, ...] = (5e-3,)
-    """peak learning rates; of several each method shows its best, and the report says so"""
+    lr: tuple[str, ...] = TUNED
+    """peak learning rates, RATE for all or METHOD=RATE; as many for every method, of several each shows its best"""
     targets: str | None = None
     """regular expression for the layers to adapt, or "attention"; none: all linear layers but the head"""
     dropout: float = 0.0
     """probability, on the input of the adapters"""
-    evaluations: int = 6
+    evaluations: int = 5
     """of the validation metric during a run, evenly spread"""
     options: tuple[str, ...] = tuple(f"{m}.{k}={v}" for m, own in TRADED_OFF.items() for k, v in own.items())
     """options of methods, as METHOD.OPTION=VALUE"""
@@ -118,14 +123,34 @@ def main(settings: Compare) -> None:
 
 def _cells(settings: Compare) -> list[Cell]:
     cells = []
+    rates = _rates(settings)
     for method in settings.methods:
         for budget in [None] if method in (NONE, FULL) else settings.budgets:
-            for lr in settings.lr:
-                for seed in range(settings.seeds):
+            for lr in rates[method]:
+                for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
                     cells.append(Cell(method, None if budget is None else int(budget), lr, seed))
     if not cells:
         raise TaskError("nothing to compare: --methods, --budgets, --lr and --seeds must not be empty")
     return cells
+
+
+def _rates(settings: Compare) -> dict[str, list[float]]:
+    """Learning rates by method: its own where it has some, else those for all; one for `none` without a head is idle."""
+    given: dict[str, list[float]] = {"": []}
+    for entry in settings.lr:
+        method, _, rate = entry.rpartition("=")
+        try:
+            given.setdefault(method, []).append(float(rate))
+        except ValueError:
+            raise TaskError(f"--lr {entry}: must be a number or METHOD=NUMBER, such as 1e-3 or lora2=2e-2") from None
+    rates = {method: given.get(method) or given[""] for method in settings.methods}
+    counts = {method: len(own) for method, own in rates.items()}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise TaskError(
+            f"--lr gives {', '.join(f'{method} {n}' for method, n in counts.items())} learning rates; "
+            "a comparison is fair where every method gets as many, and at least one"
+        )
+    return rates
 
 
 def _training(settings: Compare) -> Training:
@@ -194,11 +219,12 @@ def _finished(path: Path, same: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     rows = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a line that a killed run left unfinished; its cell runs again
+    text = path.read_text()
+    if text and not text.endswith("\n"):  # a run was killed while writing; that cell runs again
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text)
+    for line in text.splitlines():
+        row = json.loads(line)
         differing = [f"{k} {row['settings'].get(k)} → {same[k]}" for k in same if row["settings"].get(k) != same[k]]
         if differing:
             raise TaskError(
@@ -211,7 +237,7 @@ def _finished(path: Path, same: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _facts(settings: Compare, training: Training) -> dict[str, str]:
     facts = {"command": "python experiments/compare.py " + " ".join(sys.argv[1:])}
     facts |= {field.name: str(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
-    facts |= {"device": training.device, "seeds": ", ".join(map(str, range(settings.seeds)))}
+    facts["device"] = training.device
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("lorafamily", "torch", "numpy"))
     facts["python"] = platform.python_version()
     facts["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"

@@ -107,7 +107,7 @@ class ByteDecoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = F.linear(self.norm(x), self.embedding.weight)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), bytes[:, 1:].flatten())
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), bytes[:, 1:].flatten())
         return Output(loss, logits)
 
 

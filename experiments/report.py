@@ -137,16 +137,6 @@ def write(
     """Write `report.md` and the plots into `folder`; returns the table as text for the terminal."""
     groups = grouped(rows, higher_is_better)
     lines = table(groups, metric)
-    rates = sorted({row["lr"] for row in rows})
-    rate_note = (
-        f"One learning rate, {rates[0]:g}, was used for every method; none was tuned."
-        if len(rates) == 1
-        else f"The same {len(rates)} learning rates ({', '.join(f'{lr:g}' for lr in rates)}) were tried for every "
-        "method; "
-        "each is shown at the one with the best validation mean: "
-        + ", ".join(f"{g.method}{'' if g.budget is None else f'@{g.budget:,}'} {g.lr:g}" for g in groups)
-        + "."
-    )
     save(quality_by_step(groups, metric), folder / "quality-by-step.png")
     save(quality_by_size(groups, metric), folder / "quality-by-size.png")
     pictures = ["quality-by-step", "quality-by-size"]
@@ -158,7 +148,7 @@ def write(
         f"# {folder.name}",
         about,
         f"Metric: {metric}, {better} is better; mean ± standard deviation over {len({r['seed'] for r in rows})} seeds. "
-        f"{rate_note}",
+        f"{_about_rates(rows, groups)}",
         as_markdown(lines),
         "Trainable: adapter numbers at the start, task heads not counted. Rank: slices in all modules; LoRA² counts "
         "its singular values, the rank of its ΔW is at most k a module. Train loss: mean of the last 10 steps. Steps "
@@ -171,6 +161,28 @@ def write(
     ]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
     return as_text(lines)
+
+
+def _about_rates(rows: Sequence[Row], groups: Sequence[Group]) -> str:
+    """How many learning rates were tried and which are shown."""
+    tried: dict[str, set[float]] = defaultdict(set)
+    for row in rows:
+        if row["losses"]:
+            tried[row["method"]].add(row["lr"])
+    number = max((len(rates) for rates in tried.values()), default=1)
+    every = set().union(*tried.values())
+    if number == 1 and len(every) <= 1:
+        return f"One learning rate, {min(every, default=math.nan):g}, was used for every method; none was tuned here."
+    if number == 1:
+        own = ", ".join(f"{method} {min(rates):g}" for method, rates in tried.items())
+        return f"One learning rate was used for each method, given beforehand: {own}."
+    best = ", ".join(
+        f"{g.method}{'' if g.budget is None else f' @ {g.budget:,}'} {g.lr:g}" for g in groups if g.rows[0]["losses"]
+    )
+    return (
+        f"{number} learning rates were tried for every method ({', '.join(f'{lr:g}' for lr in sorted(every))}); "
+        f"each is shown at the one with the best validation mean: {best}."
+    )
 
 
 def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
@@ -192,7 +204,8 @@ def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
         axes.set_xlabel("optimiser steps")
         axes.set_title(f"budget {budget:,} trainable numbers" if budget else "no budget", fontsize=10)
         axes.grid(alpha=0.3)
-        _zoom(axes, [value for g in shown for row in g.rows for _, value in row["curve"][1:]])
+        unadapted = [row["metric"] for g in groups if g.method == NONE for row in g.rows]
+        _zoom(axes, [*unadapted, *(value for g in shown for row in g.rows for _, value in row["curve"][1:])])
     panels[0].set_ylabel(f"validation {metric}")
     panels[-1].legend(fontsize=8)
     figure.suptitle("Validation quality during training (mean and standard deviation over seeds)", fontsize=11)
@@ -282,7 +295,7 @@ def _no_adaptation_line(axes: Any, groups: Sequence[Group]) -> None:
 
 
 def _zoom(axes: Any, values: Sequence[float]) -> None:
-    """Show what happens after the first evaluation; the start is the same for all and far away."""
+    """Show what happens after the first evaluation; with a new task head the start is noise and far away."""
     if values:
         low, high = min(values), max(values)
         margin = 0.08 * (high - low) or 0.01

@@ -28,6 +28,13 @@ def adapters_of(method: str, rank: int = 3, **options) -> tuple[nn.Module, dict[
     return model, placement_of(model).adapters
 
 
+@torch.no_grad()
+def plain(d_in: int, d_out: int, rank: int) -> Plain:
+    update = Plain(d_in, d_out, rank)
+    update.reset(torch.Generator())
+    return update
+
+
 @every_method
 def test_dropping_a_slice_is_gating_it_off(method):
     _, adapters = adapters_of(method)
@@ -96,8 +103,7 @@ def _no_schedule(model: nn.Module) -> dict:
 @pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, momentum=0.9), torch.optim.Adagrad])
 def test_surgery_keeps_the_survivors_moments_bit_for_bit(make):
     torch.manual_seed(0)
-    update = Plain(6, 5, 4)
-    update.reset(torch.Generator())
+    update = plain(6, 5, 4)
     optimizer = make(update.parameters())
     for _ in range(3):
         for parameter in update.parameters():
@@ -158,9 +164,7 @@ def pruner(scores: list[list[float]], **settings):
     """A pruner over Plain adapters of width 4 whose sensitivity is planted."""
     adapters = {}
     for i, own in enumerate(scores):
-        update = Plain(4, 4, len(own))
-        update.reset(torch.Generator())
-        adapters[f"l{i}"] = Adapter(update, scale=1.0)
+        adapters[f"l{i}"] = Adapter(plain(4, 4, len(own)), scale=1.0)
     limit = settings.pop("limit", None)
     allocator = ImportancePruning(**settings).begin(Run(adapters, steps=10, limit=limit))
     planted = {name: torch.tensor(own, dtype=torch.float64) for name, own in zip(adapters, scores, strict=True)}
@@ -222,9 +226,7 @@ def test_a_schedule_that_cannot_run_is_refused(settings, message):
 def grower(ranks: dict[str, int], scores: dict[str, list[float]], *, limit: int | None = None, **settings):
     adapters = {}
     for name, rank in ranks.items():
-        update = Plain(8, 8, rank)
-        update.reset(torch.Generator())
-        adapters[name] = Adapter(update, scale=1.0)
+        adapters[name] = Adapter(plain(8, 8, rank), scale=1.0)
     run = Run(adapters, steps=10, limit=limit, validation_loss=lambda: torch.zeros(()))
     allocator = PruneAndGrow(rounds=1, warmup=1, interval=1, **settings).begin(run)
     allocator.scorer = lambda adapters, loss: {n: torch.tensor(v, dtype=torch.float64) for n, v in scores.items()}

@@ -121,7 +121,7 @@ def test_ranks_are_capped_by_the_layer():
         ({"budget": 1000, "budget_at": "start"}, lorafamily.BudgetError, "budget_at='start'"),
         ({"rank": 0}, lorafamily.BudgetError, "rank=0: must be a whole number of at least 1"),
         ({"rank": 2.5}, lorafamily.BudgetError, "rank=2.5"),
-        ({"targets": "qury"}, lorafamily.TargetError, r"qury.*nearest: .*query.*end in: down, key, output"),
+        ({"targets": "atention.qury"}, lorafamily.TargetError, r"nearest: .*attention.query.*end in: down, key, output"),
         ({"targets": ["query", "nothing"]}, lorafamily.TargetError, '"nothing" matches no layer'),
         ({"targets": "*"}, lorafamily.TargetError, "no regular expression"),
         ({"targets": lambda name, module: False}, lorafamily.TargetError, "match no layer of ByteDecoder"),

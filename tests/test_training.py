@@ -98,6 +98,15 @@ def test_early_stopping_stops():
     assert history.stopped == "no lower validation loss in 2 evaluations"
 
 
+def test_early_stopping_waits_for_the_allocation():
+    model = lorafamily.apply(tiny(), "adalora", rank=3)
+    history = lorafamily.train(
+        model, data(), steps=40, evaluate=lambda m: {"loss": 1.0}, evaluate_every=2, patience=1, progress=False
+    )
+    assert len(history.steps) == 24  # the pattern is final at step 21; best at 22, no better at 24
+    assert history.ranks_end == {n: a.rank for n, a in placement_of(model).adapters.items()}
+
+
 def test_epochs_become_steps():
     model = lorafamily.apply(tiny(), "lora", rank=2)
     assert len(lorafamily.train(model, data(4), epochs=1.5, accumulate=2, progress=False).steps) == 3

@@ -70,6 +70,7 @@ class PruneAndGrower(Allocator):
     def step(self, step: int) -> Decision | None:
         if step not in self.rounds:
             return None
+        self.settled = step == max(self.rounds)
         scores = self.scorer(self.run.adapters, self.loss)
         lost, threshold = self._lowest(scores)
         for name, dropped in lost.items():

@@ -69,6 +69,8 @@ class Allocator(ABC):
         self.run = run
         self.ranks = {name: adapter.rank for name, adapter in run.adapters.items()}
         """Slices in use by module: present and not masked at the last decision."""
+        self.settled = False
+        """Whether no further decision will come."""
 
     @abstractmethod
     def step(self, step: int) -> Decision | None:
@@ -106,6 +108,10 @@ class Fixed(Allocation):
 
 
 class _Still(Allocator):
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.settled = True
+
     def step(self, step: int) -> None:
         return None
 

@@ -67,22 +67,21 @@ class ImportancePruner(Allocator):
         self.start = sum(self.ranks.values())
         self.target = settings.slices_left(self.start, len(self.ranks))
         self.warmup = in_steps(settings.warmup, run.steps, "warmup")
-        self.settled = run.steps - in_steps(settings.final, run.steps, "final")
+        self.freeze = run.steps - in_steps(settings.final, run.steps, "final")
         self.interval = max(1, in_steps(settings.interval, run.steps, "interval"))
-        if self.warmup >= self.settled:
+        if self.warmup >= self.freeze:
             raise AllocationError(
                 f"nothing would ever be pruned: of {run.steps} steps the first {self.warmup} are warm-up and the last "
-                f"{run.steps - self.settled} keep the final pattern; train longer, or lower warmup or final"
+                f"{run.steps - self.freeze} keep the final pattern; train longer, or lower warmup or final"
             )
         self.sensitivity = Sensitivity(run.adapters, settings.beta1, settings.beta2)
-        self.done = False
 
     def step(self, step: int) -> Decision | None:
-        if self.done:
+        if self.settled:
             return None
-        if step < self.settled:
+        if step < self.freeze:
             self.sensitivity.observe()
-        if step > self.settled or step == self.run.steps:
+        if step > self.freeze or step == self.run.steps:
             return self._settle(step)
         if step > self.warmup and step % self.interval == 0:
             return self._mask(step)
@@ -92,9 +91,9 @@ class ImportancePruner(Allocator):
         """b(t)."""
         if step <= self.warmup:
             return self.start
-        if step > self.settled:
+        if step > self.freeze:
             return self.target
-        ahead = 1 - (step - self.warmup) / (self.settled - self.warmup)
+        ahead = 1 - (step - self.warmup) / (self.freeze - self.warmup)
         return int(self.target + (self.start - self.target) * ahead**3)
 
     def _mask(self, step: int) -> Decision:
@@ -109,7 +108,7 @@ class ImportancePruner(Allocator):
         self._fit_limit(keep, scores)
         for name, kept in keep.items():
             self.run.resize(name, kept.nonzero().squeeze(1))
-        self.done = True
+        self.settled = True
         after = {name: int(kept.sum()) for name, kept in keep.items()}
         return self.decided(step, after, "final pattern", threshold=threshold, scores=_lists(scores))
 

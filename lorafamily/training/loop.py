@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import random
@@ -64,7 +65,7 @@ def train(
         validation: batches, needed by methods that score ranks on them; their mean loss is evaluated as "loss".
         evaluate: function from the model (in eval mode, without gradients) to metrics by name, instead of that loss.
         evaluate_every: optimiser steps between evaluations; None: only at the end.
-        patience: stop after so many evaluations without a lower "loss".
+        patience: stop after so many evaluations without a lower "loss", counted once the allocation is settled.
         accumulate: batches per optimiser step, averaged.
         max_grad_norm: gradients are scaled down to this norm, over all trained parameters.
         precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; factors stay float32.
@@ -102,11 +103,14 @@ def train(
     autocast = _autocast(precision, device)
     runner = cast(nn.Module, torch.compile(model)) if compile else model
 
-    def validation_loss() -> Tensor:
+    @functools.cache
+    def scoring_batch() -> Any:
         assert validation is not None
+        return to_device(first_rows(next(endless(validation)), SCORING_ROWS), device)
+
+    def validation_loss() -> Tensor:
         with _evaluating(model), autocast():
-            batch = first_rows(next(endless(validation)), SCORING_ROWS)
-            return loss_of(model, to_device(batch, device), loss_fn)
+            return loss_of(model, scoring_batch(), loss_fn)
 
     def metrics() -> dict[str, float]:
         with _evaluating(model), torch.no_grad(), autocast():
@@ -178,12 +182,13 @@ def train(
                     evaluation = Evaluation(step, metrics())
                     history.evaluations.append(evaluation)
                     board.evaluation(evaluation)
-                    if patience is not None:
+                    if patience is not None and allocator.settled:
                         best, since_best = _improved(evaluation, best, since_best)
                         if since_best >= patience:
                             history.stopped = f"no lower validation loss in {patience} evaluations"
                             break
     finally:
+        optim.zero_grad(set_to_none=True)
         board.close()
         model.train(was_training)
     history.stopped = history.stopped or f"all {total} steps done"
