@@ -30,7 +30,7 @@ from tasks import Task, TaskError, find
 
 import lorafamily
 from lorafamily.allocation.allocator import Run
-from lorafamily.injection import placement_of
+from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
 
 TRADED_OFF = {"alora": {"scores": "first-order"}}
@@ -96,12 +96,14 @@ def main(settings: Compare) -> None:
     same = _what_rows_depend_on(settings, training)
     rows = _finished(folder / "results.jsonl", same)
 
-    print(f"{task.about}\n{len(cells)} cells on {training.device}, {sum(c.key in rows for c in cells)} of them done\n")
+    missing = [cell for cell in cells if cell.key not in rows]
+    print(f"{task.about}\n{len(cells)} cells on {training.device}, {len(cells) - len(missing)} of them done\n")
     begun = time.perf_counter()
-    for number, cell in enumerate(cells, 1):
-        if cell.key in rows:
-            continue
-        print(f"[{number}/{len(cells)}] {cell.key}", flush=True)
+    for number, cell in enumerate(missing, 1):
+        left = (time.perf_counter() - begun) / max(1, number - 1) * (len(missing) - number + 1) / 60
+        print(
+            f"[{number}/{len(missing)}] {cell.key}" + (f", about {left:.0f} min left" if number > 3 else ""), flush=True
+        )
         row = run(cell, task, training, folder / "cells" / cell.key, settings.progress)
         row["settings"] = same
         with open(folder / "results.jsonl", "a") as file:
@@ -135,7 +137,7 @@ def _cells(settings: Compare) -> list[Cell]:
 
 
 def _rates(settings: Compare) -> dict[str, list[float]]:
-    """Learning rates by method: its own where it has some, else those for all; one for `none` without a head is idle."""
+    """Learning rates by method: its own where --lr gives it some, else those for all."""
     given: dict[str, list[float]] = {"": []}
     for entry in settings.lr:
         method, _, rate = entry.rpartition("=")

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import METHODS, data, every_method, logits, perturb_, tiny
+from conftest import data, every_method, few_rounds, logits, perturb_, tiny
 from lorafamily.variants.alora import PruneAndGrow
 from lorafamily.variants.lora import Plain
 from torch import nn
@@ -18,9 +18,9 @@ from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Run
 from lorafamily.allocation.importance import ImportancePruning
 from lorafamily.allocation.scores import ablation, ablation_estimate
-from lorafamily.injection import placement_of
+from lorafamily.allocation.surgery import follow_resize
+from lorafamily.placement import placement_of
 from lorafamily.training.batches import loss_of
-from lorafamily.training.surgery import follow_resize
 
 
 def adapters_of(method: str, rank: int = 3, **options) -> tuple[nn.Module, dict[str, Adapter]]:
@@ -283,11 +283,11 @@ def test_alora_needs_validation_data_and_enough_steps():
         )
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if lorafamily.methods()[m.split("+")[0]]])
+@every_method
 @pytest.mark.parametrize("seed", range(3))
 def test_the_budget_holds_at_every_step(method, seed):
     budget = 3_000
-    model = lorafamily.apply(tiny(seed=seed), method, budget=budget, seed=seed)
+    model = lorafamily.apply(tiny(seed=seed), method, budget=budget, seed=seed, **few_rounds(method))
     history = lorafamily.train(model, data(), steps=40, validation=data(1), progress=False, seed=seed)
     assert max(step.trainable for step in history.steps) <= budget
     assert history.ranks_end == {n: a.rank for n, a in placement_of(model).adapters.items()}

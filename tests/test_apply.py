@@ -11,7 +11,7 @@ from conftest import every_method, logits, tiny
 from torch import nn
 
 import lorafamily
-from lorafamily.injection import placement_of
+from lorafamily.placement import placement_of
 
 
 class DebertaShaped(nn.Module):
@@ -121,7 +121,11 @@ def test_ranks_are_capped_by_the_layer():
         ({"budget": 1000, "budget_at": "start"}, lorafamily.BudgetError, "budget_at='start'"),
         ({"rank": 0}, lorafamily.BudgetError, "rank=0: must be a whole number of at least 1"),
         ({"rank": 2.5}, lorafamily.BudgetError, "rank=2.5"),
-        ({"targets": "atention.qury"}, lorafamily.TargetError, r"nearest: .*attention.query.*end in: down, key, output"),
+        (
+            {"targets": "atention.qury"},
+            lorafamily.TargetError,
+            r"nearest: .*attention.query.*end in: down, key",
+        ),
         ({"targets": ["query", "nothing"]}, lorafamily.TargetError, '"nothing" matches no layer'),
         ({"targets": "*"}, lorafamily.TargetError, "no regular expression"),
         ({"targets": lambda name, module: False}, lorafamily.TargetError, "match no layer of ByteDecoder"),

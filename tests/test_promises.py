@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import data, every_method, logits, perturb_, tiny, tokens
+from conftest import data, every_method, few_rounds, logits, perturb_, tiny, tokens
 from torch.testing import assert_close
 
 import lorafamily
-from lorafamily.injection import placement_of
+from lorafamily.placement import placement_of
 
 
 @every_method
@@ -58,7 +58,7 @@ def test_merged_model_computes_the_same_function(method):
     lorafamily.apply(model, method, rank=3, alpha=4)
     perturb_(model)
     adapted = logits(model)
-    assert (adapted - base).abs().max() > 0.1  # the adapters really do something
+    assert (adapted - base).abs().max() > 0.03  # the adapters really do something
     # The same mathematics in another order: float64 rounding, amplified by two blocks.
     assert_close(logits(lorafamily.merge(model)), adapted, rtol=1e-9, atol=1e-9)
     assert not any("Adapted" in type(module).__name__ for module in model.modules())
@@ -109,7 +109,7 @@ def test_merging_an_adapter_on_a_tied_weight_is_refused():
 @every_method
 def test_a_saved_adapter_gives_the_same_bits_in_a_fresh_model(method, tmp_path):
     model = tiny()
-    lorafamily.apply(model, method, rank=3, also_train="norm.weight$", dropout=0.1)
+    lorafamily.apply(model, method, rank=3, also_train="norm.weight$", dropout=0.1, **few_rounds(method))
     lorafamily.train(
         model, data(), steps=40, validation=data(1), progress=False
     )  # unequal ranks, where a method makes them
@@ -131,7 +131,7 @@ def test_two_runs_with_one_seed_give_the_same_bytes(method, tmp_path):
     files = []
     for run in ("a", "b"):
         torch.manual_seed(int(run == "a"))  # whatever came before must not matter
-        model = lorafamily.apply(tiny(), method, rank=3, seed=7, dropout=0.1)
+        model = lorafamily.apply(tiny(), method, rank=3, seed=7, dropout=0.1, **few_rounds(method))
         lorafamily.train(model, data(), steps=40, validation=data(1), evaluate_every=7, progress=False, seed=3)
         files.append((lorafamily.save(model, tmp_path / run) / "adapter.safetensors").read_bytes())
     assert files[0] == files[1]

@@ -8,20 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import data, every_method, logits, tiny, tokens
+from conftest import data, every_method, few_rounds, logits, tiny, tokens
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import lorafamily
-from lorafamily.injection import placement_of
+from lorafamily.placement import placement_of
 
 
 @every_method
 def test_every_method_learns(method):
-    model = lorafamily.apply(tiny(), method, rank=3, seed=0)
+    model = lorafamily.apply(tiny(), method, rank=3, seed=0, **few_rounds(method))
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad and "start" not in n}
     history = lorafamily.train(model, data(1), steps=60, lr=2e-2, validation=data(1), progress=False)
-    assert history.steps[-1].loss < 0.8 * history.steps[0].loss
+    assert history.steps[-1].loss < 0.9 * history.steps[0].loss
     assert history.metrics["loss"] == pytest.approx(history.steps[-1].loss, rel=0.2)
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in frozen.items())
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import every_method, perturb_
+from conftest import every_method, few_rounds, perturb_
 from torch.testing import assert_close
 
 import lorafamily
-from lorafamily.injection import placement_of
+from lorafamily.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 
@@ -44,14 +44,14 @@ def test_apply_train_merge_save_pretrained_reload(family, method, tmp_path):
     head = "classifier" if family == "bert" else None
     with torch.no_grad():
         base = model(ids()).logits
-        lorafamily.apply(model, method, rank=2, also_train=head)
+        lorafamily.apply(model, method, rank=2, also_train=head, **few_rounds(method))
         assert torch.equal(model(ids()).logits, base)
     assert len(placement_of(model).adapters) == LAYERS[family]
     labels = torch.tensor([0, 1, 2]) if family == "bert" else ids()
     batches = [{"input_ids": ids(), "labels": labels}]
     history = lorafamily.train(model, batches, steps=40, lr=1e-2, validation=batches, progress=False)
     assert history.steps[-1].loss < history.steps[0].loss
-    perturb_(model)
+    perturb_(model, size=0.1)
     model.eval()
     with torch.no_grad():
         adapted = model(ids()).logits
@@ -97,7 +97,8 @@ def test_gpt2_stores_weights_transposed_and_delta_follows():
 
 def test_gradient_checkpointing_reaches_every_adapter():
     model = model_of("llama")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
     lorafamily.apply(model, "lora", rank=2)
     batches = [{"input_ids": ids(), "labels": ids()}]
     assert lorafamily.train(model, batches, steps=3, progress=False).steps

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lorafamily.adapter import Adapter
+from lorafamily.allocation.surgery import follow_resize
 from lorafamily.errors import AllocationError
-from lorafamily.training.surgery import follow_resize
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
 from lorafamily.errors import FileError, LoraFamilyError
-from lorafamily.injection import Model, Placement, check_can_place, place, placement_of, state_of
 from lorafamily.layers import base_parameters, kind_of, weight_of
+from lorafamily.placement import Model, Placement, check_can_place, place, placement_of, state_of
 from lorafamily.registry import find
 
 FORMAT = 1

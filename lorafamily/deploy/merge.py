@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
-from lorafamily.injection import Model, Placement, placement_of, point_modules, state_of
 from lorafamily.layers import attach, detach, kind_of, weight_of
+from lorafamily.placement import Model, Placement, placement_of, point_modules, state_of
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorafamily.injection import Placement, placement_of
 from lorafamily.layers import base_parameters
+from lorafamily.placement import Placement, placement_of
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from lorafamily.allocation.allocator import Fixed, Run
 from lorafamily.errors import DataError, TrainingError
-from lorafamily.injection import Placement, placement_of, state_of
-from lorafamily.insight.board import Board
+from lorafamily.placement import Placement, placement_of, state_of
 from lorafamily.training.batches import LossFn, endless, first_rows, loss_of, to_device
+from lorafamily.training.board import Board
 from lorafamily.training.history import Evaluation, History, Step
 
 SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples

@@ -1,0 +1,160 @@
+"""What lorafamily notes on a model: which adapters were placed under which name, and which of them is in effect."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+from torch import Tensor, nn
+
+from lorafamily.adapter import Adapter
+from lorafamily.budget import Sizing
+from lorafamily.errors import StateError
+from lorafamily.layers import Adapted, attach, base_parameters
+from lorafamily.method import Method
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Placement:
+    """Everything placed in a model under one name.
+
+    `adapters`: by full name of their layer. `parked`: for each parameter trained beside the adapters the values that
+    are not in the model now: the base's while this placement is active, the trained ones while it is not.
+    """
+
+    name: str
+    spec: str
+    method: Method
+    sizing: Sizing
+    dropout: float
+    adapters: dict[str, Adapter]
+    parked: dict[str, Tensor]
+
+    def trainable(self) -> int:
+        """Trainable adapter numbers at the present ranks; what trains beside them is not counted."""
+        return sum(adapter.trainable() for adapter in self.adapters.values())
+
+    def rank(self) -> int:
+        """Rank slices in all modules."""
+        return sum(adapter.rank for adapter in self.adapters.values())
+
+
+@dataclass
+class ModelState:
+    """What lorafamily notes on a model: placements by name, the active one, which base parameters trained before, and
+    while a placement is merged the original weights by module name."""
+
+    trained_before: frozenset[str]
+    placements: dict[str, Placement] = field(default_factory=dict)
+    active: str | None = None
+    originals: dict[str, Tensor] | None = None
+
+    @property
+    def merged(self) -> bool:
+        return self.originals is not None
+
+
+_ATTRIBUTE = "_lorafamily"
+
+
+def state_of(model: nn.Module) -> ModelState | None:
+    """What is noted on the model, None where nothing was ever placed or all was removed."""
+    return cast("ModelState | None", model.__dict__.get(_ATTRIBUTE))
+
+
+def forget(model: nn.Module) -> None:
+    """Take the note off the model."""
+    delattr(model, _ATTRIBUTE)
+
+
+def placement_of(model: nn.Module, name: str | None = None) -> Placement:
+    """The placement of that name, or the active one.
+
+    Raises:
+        StateError: the model has no adapters, none is active, or none of that name.
+    """
+    state = state_of(model)
+    if state is None:
+        raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
+    name = state.active if name is None else name
+    if name is None:
+        raise StateError(f"no adapter is active; choose one with lorafamily.switch: {_known(state)}")
+    if name not in state.placements:
+        raise StateError(f'no adapter named "{name}"; this model has {_known(state)}')
+    return state.placements[name]
+
+
+def check_can_place(model: nn.Module, name: str) -> None:
+    """Refuse a name that is taken or cannot be one, and a model whose adapters are merged."""
+    if not isinstance(model, nn.Module):
+        raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        raise StateError(f"name={name!r}: must be of letters, digits, _ and -, and no attribute of a module")
+    state = state_of(model)
+    if state is not None and name in state.placements:
+        raise StateError(
+            f'an adapter named "{name}" is already there; give another name=..., or lorafamily.remove(model) first'
+        )
+    if state is not None and state.merged:
+        raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
+    if state is None and (inside := next((n for n, m in model.named_modules() if isinstance(m, Adapted)), None)):
+        raise StateError(
+            f"{inside} carries an adapter placed through another model object; call lorafamily on that one"
+        )
+
+
+def place(model: nn.Module, placement: Placement) -> None:
+    """Attach what was built and checked, make it the active one, freeze the rest."""
+    state = state_of(model)
+    if state is None:
+        state = ModelState(frozenset(n for n, p in base_parameters(model).items() if p.requires_grad))
+        setattr(model, _ATTRIBUTE, state)
+    activate(model, None)
+    for path, adapter in placement.adapters.items():
+        attach(model.get_submodule(path), placement.name, adapter)
+    state.placements[placement.name] = placement
+    activate(model, placement.name)
+    train_only(model, placement)
+
+
+def train_only(model: nn.Module, placement: Placement) -> None:
+    """Leave requires_grad to one placement's adapters and what trains beside them."""
+    model.requires_grad_(False)
+    for adapter in placement.adapters.values():
+        adapter.update.requires_grad_(True)
+    for path in placement.parked:
+        model.get_parameter(path).requires_grad_(True)
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Let one placement take effect, with what was trained beside it; None is the base model."""
+    state = state_of(model)
+    assert state is not None
+    if state.active == name:
+        return
+    for leaving_or_entering in (state.active, name):
+        if leaving_or_entering is not None:
+            _swap_parked(model, state.placements[leaving_or_entering])
+    state.active = name
+    point_modules(model, state)
+
+
+def point_modules(model: nn.Module, state: ModelState) -> None:
+    """Tell every adapted layer which of its adapters is active."""
+    for path in {path for placement in state.placements.values() for path in placement.adapters}:
+        module = model.get_submodule(path)
+        if isinstance(module, Adapted):
+            module.active = state.active if state.active is not None and state.active in module.adapters else None
+
+
+def _swap_parked(model: nn.Module, placement: Placement) -> None:
+    for path, other in placement.parked.items():
+        parameter = model.get_parameter(path)
+        parameter.data, placement.parked[path] = other.to(parameter.device), parameter.data
+
+
+def _known(state: ModelState) -> str:
+    return ", ".join(f'"{name}"' for name in state.placements)
