@@ -91,7 +91,7 @@ def check_can_place(model: nn.Module, name: str) -> None:
     """Refuse a name that is taken or cannot be one, and a model whose adapters are merged."""
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise StateError(f"name={name!r}: must be of letters, digits, _ and -, and no attribute of a module")
     state = state_of(model)
     if state is not None and name in state.placements:

@@ -80,7 +80,10 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
 
 def _without_heads(model: nn.Module, able: dict[str, nn.Module]) -> dict[str, nn.Module]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    try:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:  # some Hugging Face models have the method but no such layer
+        output = None
     return {
         name: module
         for name, module in able.items()

@@ -144,6 +144,7 @@ def test_ranks_are_capped_by_the_layer():
         ({"dropout": 1.0}, lorafamily.MethodError, "dropout=1.0"),
         ({"name": "a.b"}, lorafamily.StateError, "name='a.b'"),
         ({"name": "keys"}, lorafamily.StateError, "name='keys'"),
+        ({"name": "training"}, lorafamily.StateError, "name='training'"),
     ],
 )
 def test_a_refusal_says_why_and_leaves_the_model_alone(arguments, error, message):

@@ -47,6 +47,8 @@ class PruneAndGrow(Allocation):
 class PruneAndGrower(Allocator):
     """One run of `PruneAndGrow`."""
 
+    grows = True
+
     def __init__(self, settings: PruneAndGrow, run: Run):
         super().__init__(run)
         if settings.scores not in SCORERS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +65,9 @@ class Run:
 
 class Allocator(ABC):
     """Moves rank during one run. Deterministic: the same numbers seen, the same decisions."""
+
+    grows: ClassVar[bool] = False
+    """Whether a module may end with more slices than it started with."""
 
     def __init__(self, run: Run):
         self.run = run

@@ -27,7 +27,7 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], np.ndarra
 def rank_heatmap(ranks: Mapping[str, int], title: str, highest: int | None = None) -> Figure:
     """Layers × kinds of matrix, the rank in every cell. `highest`: top of the colour scale, else the largest rank."""
     kinds, layers, grid = rank_grid(ranks)
-    figure = Figure(figsize=(2.6 + 0.5 * len(layers), 1.5 + 0.36 * len(kinds)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(max(4.8, 2.6 + 0.5 * len(layers)), 1.7 + 0.36 * len(kinds)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     top = max(1.0, float(np.nanmax(grid)) if highest is None else highest)
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")

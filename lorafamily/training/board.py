@@ -20,7 +20,8 @@ class Board:
 
     def __init__(self, log_dir: str | os.PathLike[str] | None, allocator: Allocator):
         self.writer = None if log_dir is None else SummaryWriter(os.fspath(log_dir))
-        self.highest = max(allocator.ranks.values(), default=0)
+        # One colour scale for the run, so that pictures compare: with head-room where modules may grow.
+        self.highest = max(allocator.ranks.values(), default=0) * (2 if allocator.grows else 1)
         self.shown: dict[str, int] = {}
         self._heatmap(0, allocator.ranks, "start")
 
@@ -53,7 +54,7 @@ class Board:
         if self.writer is None or not ranks or ranks == self.shown:
             return
         self.shown = dict(ranks)
-        title = f"rank by layer, step {step}: {sum(ranks.values())} in all ({why})"
+        title = f"Rank by layer and matrix, {sum(ranks.values())} in all\nstep {step}: {why}"
         self.writer.add_image(
             "rank/by layer", pixels(rank_heatmap(ranks, title, self.highest)), step, dataformats="HWC"
         )
