@@ -175,7 +175,7 @@ def _about_rates(rows: Sequence[Row], groups: Sequence[Group]) -> str:
         return f"One learning rate, {min(every, default=math.nan):g}, was used for every method; none was tuned here."
     if number == 1:
         own = ", ".join(f"{method} {min(rates):g}" for method, rates in tried.items())
-        return f"One learning rate was used for each method, given beforehand: {own}."
+        return f"Each method was run at one learning rate: {own}."
     best = ", ".join(
         f"{g.method}{'' if g.budget is None else f' @ {g.budget:,}'} {g.lr:g}" for g in groups if g.rows[0]["losses"]
     )
