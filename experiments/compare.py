@@ -246,6 +246,7 @@ def _facts(settings: Compare, training: Training) -> dict[str, str]:
     facts = {"command": "python experiments/compare.py " + " ".join(sys.argv[1:])}
     facts |= {field.name: str(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
     facts["device"] = training.device
+    facts["seeds"] = ", ".join(str(settings.first_seed + i) for i in range(settings.seeds))
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("lorafamily", "torch", "numpy"))
     facts["python"] = platform.python_version()
     facts["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"

@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,32 @@ def grouped(rows: Iterable[Row], higher_is_better: bool) -> list[Group]:
 
 
 def steps_to_reach(groups: Sequence[Group], group: Group) -> str:
-    """Steps after which the training loss is where plain LoRA of the same budget ends, the same seed held against the
-    same seed; methods without a budget are held against the largest one."""
-    lora = {(g.budget, row["seed"]): row["train_loss"] for g in groups if g.method == "lora" for row in g.rows}
+    """Steps until the validation loss is where plain LoRA of the same budget ends, mean over seeds.
+
+    The same seed is held against the same seed, the loss is interpolated between evaluations, and methods without a
+    budget are held against the largest one.
+    """
+    lora = {(g.budget, row["seed"]): row["validation_loss"] for g in groups if g.method == "lora" for row in g.rows}
     budget = group.budget
     if budget is None:
         budget = max((b for b, _ in lora if b is not None), default=None)
-    reached: list[int | None] = []
-    for row in group.rows:
-        goal = lora.get((budget, row["seed"]))
-        if goal is None or not row["losses"]:
-            return "–"
-        reached.append(next((i + 1 for i, loss in enumerate(row["losses"]) if loss <= goal), None))
+    goals = [lora.get((budget, row["seed"])) for row in group.rows]
+    if any(goal is None or len(row["loss_curve"]) < 2 for goal, row in zip(goals, group.rows, strict=True)):
+        return "–"
+    reached = [_first_crossing(row["loss_curve"], goal) for goal, row in zip(goals, group.rows, strict=True)]
     there = [step for step in reached if step is not None]
     if not there:
         return "not reached"
     note = "" if len(there) == len(reached) else f" ({len(there)} of {len(reached)} seeds)"
     return f"{statistics.fmean(there):.0f}{note}"
+
+
+def _first_crossing(curve: Sequence[tuple[int, float]], goal: Any) -> float | None:
+    for (step, loss), (next_step, next_loss) in pairwise(curve):
+        if next_loss <= goal:
+            share = 1.0 if loss == next_loss else min(1.0, max(0.0, (loss - goal) / (loss - next_loss)))
+            return step + share * (next_step - step)
+    return None
 
 
 def table(groups: Sequence[Group], metric: str) -> list[list[str]]:
@@ -152,7 +162,7 @@ def write(
         as_markdown(lines),
         "Trainable: adapter numbers at the start, task heads not counted. Rank: slices in all modules; LoRA² counts "
         "its singular values, the rank of its ΔW is at most k a module. Train loss: mean of the last 10 steps. Steps "
-        "to LoRA's loss: until the training loss is where plain LoRA of that budget ends (full: of the largest one). "
+        "to LoRA's loss: until the validation loss is where plain LoRA of that budget ends (full: of the largest one). "
         "Peak memory: of tensors on a GPU, of the whole process otherwise. Merged − unmerged: largest difference in "
         "the logits.",
         *(f"![{name.replace('-', ' ')}]({name}.png)" for name in pictures),
@@ -167,7 +177,7 @@ def _about_rates(rows: Sequence[Row], groups: Sequence[Group]) -> str:
     """How many learning rates were tried and which are shown."""
     tried: dict[str, set[float]] = defaultdict(set)
     for row in rows:
-        if row["losses"]:
+        if row["train_loss"] is not None:
             tried[row["method"]].add(row["lr"])
     number = max((len(rates) for rates in tried.values()), default=1)
     every = set().union(*tried.values())
@@ -177,7 +187,9 @@ def _about_rates(rows: Sequence[Row], groups: Sequence[Group]) -> str:
         own = ", ".join(f"{method} {min(rates):g}" for method, rates in tried.items())
         return f"Each method was run at one learning rate: {own}."
     best = ", ".join(
-        f"{g.method}{'' if g.budget is None else f' @ {g.budget:,}'} {g.lr:g}" for g in groups if g.rows[0]["losses"]
+        f"{g.method}{'' if g.budget is None else f' @ {g.budget:,}'} {g.lr:g}"
+        for g in groups
+        if g.rows[0]["train_loss"] is not None
     )
     return (
         f"{number} learning rates were tried for every method ({', '.join(f'{lr:g}' for lr in sorted(every))}); "

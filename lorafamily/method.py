@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -80,6 +80,9 @@ class Method:
             defaults = {f.name: f.default for f in fields(Method)}
             own = frozenset(axis for axis in AXES if getattr(self, axis) != defaults[axis])
             object.__setattr__(self, "claimed", own)
+        names = [*self.parametrisation.own_sizes, *(f.name for part in self._parts() for f in fields(part))]
+        if twice := sorted({name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "rank")}):
+            raise MethodError(f"option {', '.join(twice)} means two things in this method; rename one")
 
     def but(self, **axes: Any) -> Method:
         """This method with some axes changed; it then claims just those."""
@@ -99,15 +102,16 @@ class Method:
                     f"({_describe(mine)} and {_describe(theirs)}); combine methods that differ on other axes"
                 )
         changes = {axis: getattr(other, axis) for axis in other.claimed}
+        if "parametrisation" in other.claimed:  # what belongs to it comes along
+            changes |= {name: getattr(other, name) for name in ("alpha", "rank", "parametrisation_options")}
         return replace(self, **changes, claimed=self.claimed | other.claimed)
 
     def options(self) -> dict[str, Any]:
         """Every option with its present value, flat; `with_options(**options())` gives the method back."""
         flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling}
         flat |= {**self.parametrisation.own_sizes, **self.parametrisation_options}
-        for part in (self.initialisation, self.allocation, self.penalty):
-            if part is not None:
-                flat |= {f.name: getattr(part, f.name) for f in fields(part)}
+        for part in self._parts():
+            flat |= {f.name: getattr(part, f.name) for f in fields(part)}
         return flat
 
     def with_options(self, **options: Any) -> Method:
@@ -147,6 +151,10 @@ class Method:
             return self.alpha / math.sqrt(rank)
         raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r" or "alpha/sqrt(r)"')
 
+    def _parts(self) -> list[Initialisation | Allocation | Penalty]:
+        """The axes whose settings are options."""
+        return [part for part in (self.initialisation, self.allocation, self.penalty) if part is not None]
+
     def count(self, d_in: int, d_out: int, rank: int) -> int:
         """Trainable numbers of one adapter of this method at `rank`, capped by the layer's own size."""
         return self.parametrisation.count(d_in, d_out, **self.capped(d_in, d_out, rank))
@@ -183,7 +191,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, type):
         return value.__name__
     return type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
-
-
-if TYPE_CHECKING:  # the axes are attributes of Method; a renamed one must be renamed in AXES too
-    _: tuple[Any, ...] = tuple(getattr(Method, axis) for axis in AXES)

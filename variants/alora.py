@@ -60,6 +60,8 @@ class PruneAndGrower(Allocator):
         self.loss = run.validation_loss
         self.scorer = SCORERS[settings.scores]
         self.drop = modules_per_block(run.adapters) if settings.drop is None else settings.drop
+        if self.drop < 1:
+            raise AllocationError(f"drop={settings.drop!r}: must be at least 1 rank a round")
         first = max(1, in_steps(settings.warmup, run.steps, "warmup"))
         apart = max(1, in_steps(settings.interval, run.steps, "interval"))
         self.rounds = {first + i * apart for i in range(settings.rounds)}
