@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -130,7 +129,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
 
 
 class PeakMemory:
-    """The most memory held since this object was made, MiB: of tensors on a GPU, of the whole process elsewhere."""
+    """The most memory held since this object was made: of tensors on a GPU, of the whole process elsewhere."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -139,14 +138,18 @@ class PeakMemory:
         elif sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
 
-    def read(self) -> float:
+    def read(self) -> float | None:
+        """MiB; None where the system does not say."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         if sys.platform == "linux":
             status = Path("/proc/self/status").read_text()
             return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-        # Elsewhere the mark cannot be reset: the peak of the process so far, in bytes on a Mac.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if sys.platform == "darwin":  # where the mark cannot be reset: of the process so far, in bytes
+            import resource
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return None
 
 
 def _evaluate(model: nn.Module, task: Task) -> dict[str, float]:

@@ -19,6 +19,7 @@ from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -60,10 +61,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
         q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.query, self.key, self.value)
+            rearrange(project(x), "batch seq (heads width) -> batch heads seq width", heads=self.heads)
+            for project in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+        return self.output(rearrange(mixed, "batch heads seq width -> batch seq (heads width)"))
 
 
 class MLP(nn.Module):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -165,14 +166,14 @@ class Adapter(nn.Module):
         """ΔW, in float32 or higher."""
         U, V = self.factors()
         U, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (U, V))
-        return self.scale * (U @ V)
+        return self.scale * einsum(U, V, "d_out m, m d_in -> d_out d_in")
 
     @torch.no_grad()
     def norm(self) -> float:
         """‖ΔW‖_F from the r×r Gram matrices of the factors, without forming ΔW; nan on the meta device."""
         if self.device.type == "meta":
             return math.nan
-        U, V = (factor.double() for factor in self.factors())
+        U, V = (factor.cpu().double() for factor in self.factors())
         return self.scale * math.sqrt(max(float(((U.T @ U) * (V @ V.T)).sum()), 0.0))
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:

@@ -93,6 +93,17 @@ def test_rank_zero_is_a_normal_state(method, tmp_path):
     assert len(history.steps) == 2
 
 
+@pytest.mark.parametrize("method", ["adalora", "lora2", "alora", "olora+alora"])
+def test_training_goes_on_where_some_modules_have_no_rank_left(method):
+    model = lorafamily.apply(tiny(), method, rank=2, seed=0, **few_rounds(method))
+    adapters = placement_of(model).adapters
+    for name in list(adapters)[::3]:
+        adapters[name].resize(torch.arange(0))
+    history = lorafamily.train(model, data(1), steps=40, validation=data(1), progress=False)
+    assert history.ranks_end == {name: adapter.rank for name, adapter in adapters.items()}
+    assert history.steps[-1].loss < history.steps[0].loss
+
+
 def _no_schedule(model: nn.Module) -> dict:
     """Train without the method's allocation, which two steps are too short for."""
     placement = placement_of(model)

@@ -43,11 +43,12 @@ class Sensitivity:
         each = iter(zip(self.tensors, self.average, self.uncertainty, strict=True))
         result = {}
         for name, adapter in self.adapters.items():
-            total = torch.zeros(adapter.rank, dtype=torch.float64, device=adapter.device)
+            total = torch.zeros(adapter.rank, dtype=torch.float64)
             for _ in adapter.update.slices:
                 (_, axis), average, uncertainty = next(each)
-                total += (average * uncertainty).double().movedim(axis, 0).reshape(adapter.rank, -1).mean(1)
-            result[name] = total.cpu()
+                entries = average * uncertainty
+                total += (entries if entries.ndim == 1 else entries.mean(1 - axis)).cpu().double()
+            result[name] = total
         return result
 
 
@@ -67,7 +68,7 @@ def ablation(adapters: Mapping[str, Adapter], loss: Loss) -> Scores:
         with ExitStack() as stack:
             for name, adapter in adapters.items():
                 stack.enter_context(adapter.gated(gates[name]))
-            return loss().double().cpu()
+            return loss().cpu().double()
 
     whole = loss_with(all_on)
     result = {}
@@ -96,8 +97,8 @@ def ablation_estimate(adapters: Mapping[str, Adapter], loss: Loss) -> Scores:
             value_of_loss = loss()
             gradients = torch.autograd.grad(value_of_loss, list(gates.values()))
         for name, gradient in zip(gates, gradients, strict=True):
-            result[name] -= gradient.double().cpu()
+            result[name] -= gradient.cpu().double()
         if value == 0.0:
             for name in result:
-                result[name] -= value_of_loss.detach().double().cpu()
+                result[name] -= value_of_loss.detach().cpu().double()
     return result
