@@ -12,17 +12,19 @@ from torch import nn
 from lorafamily import targets as targeting
 from lorafamily.budget import solve
 from lorafamily.deploy.merge import unmerge
-from lorafamily.errors import MethodError, StateError, TargetError
+from lorafamily.errors import MethodError, TargetError
 from lorafamily.layers import detach, weight_of
 from lorafamily.placement import (
     Model,
     ModelState,
     Placement,
     activate,
+    base_values,
     check_can_place,
     forget,
     place,
     placement_of,
+    refuse_merged,
     state_of,
     train_only,
 )
@@ -76,10 +78,7 @@ def apply(
         path: chosen.build(weight_of(module), sizing.rank, dropout=dropout, generator=generator)
         for path, module in modules.items()
     }
-    place(
-        model,
-        Placement(name, method, chosen, sizing, dropout, adapters, {p: v.data.clone() for p, v in beside.items()}),
-    )
+    place(model, Placement(name, method, chosen, sizing, dropout, adapters, parked=base_values(model, beside)))
     return model
 
 
@@ -108,8 +107,7 @@ def switch(model: Model, name: str | None) -> Model:
     if state is None and name is None:
         return model
     placement = None if name is None else placement_of(model, name)
-    if state is not None and state.merged:
-        raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
+    refuse_merged(state)
     activate(model, name)
     if placement is not None:
         train_only(model, placement)
@@ -123,8 +121,7 @@ def disabled(model: Model) -> Iterator[Model]:
     if state is None:
         yield model
         return
-    if state.merged:
-        raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
+    refuse_merged(state)
     before = state.active
     activate(model, None)
     try:

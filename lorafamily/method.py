@@ -76,6 +76,8 @@ class Method:
     claimed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        given, sizes = self.parametrisation_options, self.parametrisation.own_sizes
+        object.__setattr__(self, "parametrisation_options", {name: given.get(name, sizes[name]) for name in sizes})
         if not self.claimed:
             defaults = {f.name: f.default for f in fields(Method)}
             own = frozenset(axis for axis in AXES if getattr(self, axis) != defaults[axis])
@@ -109,7 +111,7 @@ class Method:
     def options(self) -> dict[str, Any]:
         """Every option with its present value, flat; `with_options(**options())` gives the method back."""
         flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling}
-        flat |= {**self.parametrisation.own_sizes, **self.parametrisation_options}
+        flat |= self.parametrisation_options
         for part in self._parts():
             flat |= {f.name: getattr(part, f.name) for f in fields(part)}
         return flat
@@ -161,7 +163,7 @@ class Method:
 
     def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:
         """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway."""
-        sizes = {"rank": rank, **self.parametrisation.own_sizes, **self.parametrisation_options}
+        sizes = {"rank": rank, **self.parametrisation_options}
         return {name: min(size, d_in, d_out) for name, size in sizes.items()}
 
     def build(

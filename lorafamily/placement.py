@@ -98,12 +98,24 @@ def check_can_place(model: nn.Module, name: str) -> None:
         raise StateError(
             f'an adapter named "{name}" is already there; give another name=..., or lorafamily.remove(model) first'
         )
-    if state is not None and state.merged:
-        raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
+    refuse_merged(state)
     if state is None and (inside := next((n for n, m in model.named_modules() if isinstance(m, Adapted)), None)):
         raise StateError(
             f"{inside} carries an adapter placed through another model object; call lorafamily on that one"
         )
+
+
+def refuse_merged(state: ModelState | None) -> None:
+    """Refuse what would have to happen on top of merged weights."""
+    if state is not None and state.merged:
+        raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
+
+
+def base_values(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of the parameters as the base has them, also while another adapter's trained values are in effect."""
+    state = state_of(model)
+    parked = state.placements[state.active].parked if state is not None and state.active is not None else {}
+    return {path: parked.get(path, parameter.data).clone() for path, parameter in parameters.items()}
 
 
 def place(model: nn.Module, placement: Placement) -> None:

@@ -169,6 +169,7 @@ def test_several_adapters_switch_and_leave_one_by_one():
     outputs = {}
     for name, method in {"fr": "lora", "de": "olora"}.items():
         lorafamily.apply(model, method, rank=2, name=name, also_train=r"^norm\.weight$")
+        assert torch.equal(logits(model), base)  # the second one's head starts from the base, not from the first's
         lorafamily.train(model, data(), steps=3, progress=False, lr=1e-2)
         outputs[name] = logits(model)
     assert not torch.equal(outputs["fr"], outputs["de"])

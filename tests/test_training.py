@@ -225,7 +225,7 @@ def test_a_model_with_nothing_to_train_or_merged_is_refused():
     with pytest.raises(lorafamily.TrainingError, match="no parameter has requires_grad"):
         lorafamily.train(model, data(), steps=1)
     lorafamily.merge(lorafamily.apply(model, "lora", rank=1))
-    with pytest.raises(lorafamily.TrainingError, match="is merged"):
+    with pytest.raises(lorafamily.StateError, match="is merged"):
         lorafamily.train(model, data(), steps=1)
 
 

@@ -62,7 +62,10 @@ class Plain(Parametrisation):
 
 @dataclass(frozen=True)
 class LoRAStart(Initialisation):
-    """`init`: "kaiming", as the authors' code and `peft`, or "gaussian", as the paper: A ~ N(0, 1/r)."""
+    """`init`: "kaiming", as the authors' code and `peft`, or "gaussian", as the paper.
+
+    The paper gives no variance; N(0, 1/r²) is what `peft` takes for it.
+    """
 
     init: Literal["kaiming", "gaussian"] = "kaiming"
 
@@ -72,7 +75,7 @@ class LoRAStart(Initialisation):
         update.reset(generator)
         if self.init == "gaussian":
             A = update.get_parameter("A")
-            A.copy_(torch.empty_like(A).normal_(std=1 / math.sqrt(A.shape[0]), generator=generator))
+            A.copy_(torch.empty_like(A).normal_(std=1 / A.shape[0], generator=generator))
 
 
 lora = Method(parametrisation=Plain, initialisation=LoRAStart())

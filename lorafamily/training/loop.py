@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lorafamily.allocation.allocator import Fixed, Run
 from lorafamily.errors import DataError, TrainingError
-from lorafamily.placement import Placement, placement_of, state_of
+from lorafamily.placement import Placement, placement_of, refuse_merged, state_of
 from lorafamily.training.batches import LossFn, endless, first_rows, loss_of, to_device
 from lorafamily.training.board import Board
 from lorafamily.training.history import Evaluation, History, Step
@@ -78,11 +78,11 @@ def train(
     Raises:
         DataError: no batches, or no loss from them.
         AllocationError: the method's rank schedule does not fit the run.
+        StateError: the adapters are merged, or none is active.
         TrainingError: nothing to train, an adapter without gradient, or a number that is not finite.
     """
     placement = placement_of(model) if state_of(model) is not None else None
-    if placement is not None and (state := state_of(model)) is not None and state.merged:
-        raise TrainingError(f'adapter "{placement.name}" is merged; lorafamily.unmerge(model) before training')
+    refuse_merged(state_of(model))
     trained = _trained(model)
     if not trained:
         raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")

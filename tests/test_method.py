@@ -1,0 +1,101 @@
+"""Methods as points on axes: options, combinations, the registry's rules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import every_method, tiny
+from lorafamily.variants.lora import lora
+from lorafamily.variants.olora import leading_qr
+from torch.testing import assert_close
+
+import lorafamily
+from lorafamily.placement import placement_of
+from lorafamily.registry import find
+
+
+@every_method
+def test_options_survive_a_file(method):
+    made = find(method).with_options(alpha=3.0)
+    assert find(method).with_options(**json.loads(json.dumps(made.options()))) == made
+
+
+@pytest.mark.parametrize("parts", [("olora", "alora"), ("lora2", "olora"), ("rslora", "adalora")])
+def test_a_combination_takes_each_axis_from_the_part_that_claims_it(parts):
+    first, second = map(find, parts)
+    for spec in ("+".join(parts), "+".join(reversed(parts))):
+        combined = find(spec)
+        assert combined.claimed == first.claimed | second.claimed
+        for part in (first, second):
+            assert all(getattr(combined, axis) == getattr(part, axis) for axis in part.claimed)
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    scales = {
+        method: placement_of(lorafamily.apply(tiny(), method, rank=4, alpha=8)).adapters["blocks.0.mlp.up"].scale
+        for method in ("lora", "rslora", "rslora+olora")
+    }
+    assert scales == {"lora": 2.0, "rslora": 4.0, "rslora+olora": 4.0}
+
+
+def test_lora_starts_as_the_code_or_as_the_paper():
+    def first(**options):
+        model = lorafamily.apply(tiny(), "lora", rank=4, seed=0, **options)
+        return torch.cat(
+            [a.update.A.data.flatten() for a in placement_of(model).adapters.values() if a.update.d_in == 16]
+        )
+
+    kaiming, gaussian = first(), first(init="gaussian")
+    assert kaiming.abs().max() <= 1 / 4  # U(−1/√d_in, 1/√d_in)
+    # 640 draws: the standard error of a standard deviation is 3 %, and seed 0 is fixed.
+    assert float(kaiming.std()) == pytest.approx(1 / (4 * 3**0.5), rel=0.1)
+    assert float(gaussian.std()) == pytest.approx(1 / 4, rel=0.1)
+
+
+def test_the_panel_qr_is_the_full_qr_with_signs_fixed():
+    W = torch.randn(12, 9, generator=torch.Generator().manual_seed(0)).double()
+    Q, R = torch.linalg.qr(W)
+    signs = R.diagonal().sign()
+    got_Q, got_R = leading_qr(W, 4)
+    assert_close(got_Q, (Q * signs)[:, :4])
+    assert_close(got_R, (R * signs[:, None])[:4])
+    assert (got_R.diagonal() > 0).all()
+
+
+def test_dependent_leading_columns_fall_back_to_the_full_qr():
+    W = torch.randn(12, 9, generator=torch.Generator().manual_seed(0)).double()
+    W[:, 1] = 2 * W[:, 0]
+    Q, R = leading_qr(W, 4)
+    assert_close(Q.T @ Q, torch.eye(4).double())
+    assert_close(R, Q.T @ W)
+    assert torch.isfinite(Q).all()
+
+
+def test_an_option_that_would_mean_two_things_is_refused():
+    @dataclass(frozen=True)
+    class Clash(lorafamily.Initialisation):
+        rounds: int = 1
+
+        def __call__(self, update, weight, generator): ...
+
+    with pytest.raises(lorafamily.MethodError, match="option rounds means two things"):
+        find("alora").but(initialisation=Clash())
+
+
+def test_an_entry_point_must_be_a_method(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from lorafamily import registry
+
+    points = [EntryPoint("broken", "math:pi", registry.GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    with pytest.raises(lorafamily.MethodError, match="math:pi is a float, not a"):
+        lorafamily.methods()
+    points[:] = [EntryPoint("lora", "one:lora", registry.GROUP), EntryPoint("lora", "two:lora", registry.GROUP)]
+    with pytest.raises(lorafamily.MethodError, match="two packages register the method"):
+        lorafamily.methods()
+    points[:] = [EntryPoint("mine", "lorafamily.variants.lora:lora", registry.GROUP)]
+    assert lorafamily.methods() == {"mine": lora}
