@@ -147,6 +147,8 @@ def _rates(settings: Compare) -> dict[str, list[float]]:
             given.setdefault(method, []).append(float(rate))
         except ValueError:
             raise TaskError(f"--lr {entry}: must be a number or METHOD=NUMBER, such as 1e-3 or lora2=2e-2") from None
+        if method:
+            _known(method, f"--lr {entry}")
     rates = {}
     for method in settings.methods:
         # A combination without rates of its own must be gentle enough for the most delicate of its parts.
@@ -161,6 +163,15 @@ def _rates(settings: Compare) -> dict[str, list[float]]:
     return rates
 
 
+def _known(method: str, setting: str) -> None:
+    """Refuse a setting for a method that does not exist; it would be ignored."""
+    if method not in (NONE, FULL):
+        try:
+            find_method(method)
+        except lorafamily.MethodError as error:
+            raise TaskError(f"{setting}: {error}") from None
+
+
 def _training(settings: Compare) -> Training:
     device = settings.device
     if device == "auto":
@@ -171,6 +182,7 @@ def _training(settings: Compare) -> Training:
         option, equals, value = rest.partition("=")
         if not (dot and equals and method and option):
             raise TaskError(f"--options {setting}: must be METHOD.OPTION=VALUE, such as alora.scores=exact")
+        _known(method, f"--options {setting}")
         try:
             options.setdefault(method, {})[option] = json.loads(value)
         except ValueError:

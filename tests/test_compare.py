@@ -111,6 +111,8 @@ def test_several_learning_rates_are_said_in_the_report(tmp_path):
         ({"options": ("alora",)}, "must be METHOD.OPTION=VALUE"),
         ({"options": ("lora.gamma=1",)}, "unknown option gama|unknown option gamma"),
         ({"methods": ("alora",), "options": (), "steps": 5}, "do not fit into 5 steps"),
+        ({"options": ("alroa.scores=exact",)}, "--options alroa.scores=exact: no method named"),
+        ({"lr": ("1e-3", "lroa=1e-2")}, "--lr lroa=1e-2: no method named"),
         ({"lr": ("fast",)}, "must be a number or METHOD=NUMBER"),
         ({"lr": ("1e-3", "lora=1e-3", "lora=1e-2")}, "fair where every method gets as many"),
     ],
