@@ -17,7 +17,7 @@ import lorafamily
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Run
 from lorafamily.allocation.importance import ImportancePruning
-from lorafamily.allocation.scores import ablation, ablation_estimate
+from lorafamily.allocation.scores import SCORERS, Ablation, AblationEstimate, Sensitivity
 from lorafamily.allocation.surgery import follow_resize
 from lorafamily.placement import placement_of
 from lorafamily.training.batches import loss_of
@@ -146,7 +146,7 @@ def test_exact_ablation_is_the_definition(method):
     def loss(of=model):
         return of(**batch).loss
 
-    scores = ablation(adapters, loss)
+    scores = Ablation(Run(adapters, steps=1, validation_loss=loss)).scores()
     for name, adapter in adapters.items():
         for i in range(adapter.rank):
             without, alone = copy.deepcopy(model), copy.deepcopy(model)
@@ -166,12 +166,51 @@ def test_first_order_ablation_is_exact_for_small_updates():
         for adapter in adapters.values():
             adapter.update.B.data.mul_(size)
         loss = partial(loss_of, model, data(1)[0])
-        exact, estimate = (scorer(adapters, loss) for scorer in (ablation, ablation_estimate))
+        run = Run(adapters, steps=1, validation_loss=loss)
+        exact, estimate = (scorer(run).scores() for scorer in (Ablation, AblationEstimate))
         errors.append(max(float((exact[name] - estimate[name]).abs().max()) for name in exact))
     assert errors[1] < errors[0] / 50
 
 
-def pruner(scores: list[list[float]], **settings):
+def test_magnitude_is_the_norm_of_the_slice_alone():
+    _, adapters = adapters_of("olora")
+    scores = SCORERS["magnitude"](Run(adapters, steps=1)).scores()
+    adapter = adapters["blocks.0.mlp.up"]
+    U, V, U0, V0 = adapter.update.B, adapter.update.A, adapter.start.B, adapter.start.A
+    for i in range(3):
+        alone = adapter.scale * (torch.outer(U[:, i], V[i]) - torch.outer(U0[:, i], V0[i]))
+        assert float(scores["blocks.0.mlp.up"][i]) == pytest.approx(float(alone.norm().detach()), rel=1e-9)
+
+
+@pytest.mark.parametrize("scores", SCORERS)
+@pytest.mark.parametrize("method", ["adalora", "lora2+olora", "alora"])
+def test_any_allocator_takes_any_scorer(method, scores):
+    model = lorafamily.apply(tiny(), method, rank=3, seed=0, scores=scores, **few_rounds(method))
+    if "alora" not in method.split("+"):
+        placement_of(model).method = placement_of(model).method.with_options(interval=15)
+    history = lorafamily.train(model, data(1), steps=40, validation=data(1), progress=False)
+    assert history.ranks_end != history.ranks_start
+    assert history.steps[-1].loss < history.steps[0].loss
+
+
+def test_averaged_sensitivity_follows_a_resize():
+    _, adapters = adapters_of("adalora")
+    run = Run(adapters, steps=1)
+    scorer = Sensitivity(run)
+    for adapter in adapters.values():
+        for parameter in adapter.update.parameters():
+            parameter.grad = torch.randn_like(parameter)
+    scorer.observe()
+    name, before = "blocks.1.mlp.down", scorer.scores()
+    keep = torch.tensor([2, 0])
+    run.resize(name, keep, add=1)
+    scorer.follow(name, keep, 1)
+    after = scorer.scores()
+    assert_close(after[name], torch.cat([before[name][keep], torch.zeros(1).double()]))
+    assert all(torch.equal(after[other], before[other]) for other in before if other != name)
+
+
+def pruner(scores: list[list[float]], /, **settings):
     """A pruner over Plain adapters of width 4 whose sensitivity is planted."""
     adapters = {}
     for i, own in enumerate(scores):
@@ -179,7 +218,7 @@ def pruner(scores: list[list[float]], **settings):
     limit = settings.pop("limit", None)
     allocator = ImportancePruning(**settings).begin(Run(adapters, steps=10, limit=limit))
     planted = {name: torch.tensor(own, dtype=torch.float64) for name, own in zip(adapters, scores, strict=True)}
-    allocator.sensitivity.scores = lambda: planted
+    allocator.scorer.scores = lambda: planted
     return allocator, adapters
 
 
@@ -227,6 +266,8 @@ def test_final_pattern_is_cut_to_the_parameter_budget():
         ({"warmup": 8, "final": 4}, "nothing would ever be pruned: of 10 steps the first 8 are warm-up"),
         ({"warmup": 1.5}, "warmup=1.5"),
         ({"beta1": 1.0}, "beta1=1.0"),
+        ({"scores": "magnitude", "beta1": 0.5}, "has no use for them"),
+        ({"scores": "worth"}, "scores='worth': must be one of sensitivity, exact"),
     ],
 )
 def test_a_schedule_that_cannot_run_is_refused(settings, message):
@@ -240,7 +281,8 @@ def grower(ranks: dict[str, int], scores: dict[str, list[float]], *, limit: int 
         adapters[name] = Adapter(plain(8, 8, rank), scale=1.0)
     run = Run(adapters, steps=10, limit=limit, validation_loss=lambda: torch.zeros(()))
     allocator = PruneAndGrow(rounds=1, warmup=1, interval=1, **settings).begin(run)
-    allocator.scorer = lambda adapters, loss: {n: torch.tensor(v, dtype=torch.float64) for n, v in scores.items()}
+    planted = {name: torch.tensor(own, dtype=torch.float64) for name, own in scores.items()}
+    allocator.scorer.scores = lambda: planted
     return allocator, adapters
 
 

@@ -12,29 +12,27 @@ Not to be confused with Activated LoRA (arXiv:2504.12397), which some servers ca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from lorafamily.variants.lora import lora
 
 from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
-from lorafamily.allocation.scores import Scores, ablation, ablation_estimate
+from lorafamily.allocation.scores import Scorer, Scores, scorer_named
 from lorafamily.errors import AllocationError
 from lorafamily.names import modules_per_block
-
-SCORERS = {"exact": ablation, "first-order": ablation_estimate}
 
 
 @dataclass(frozen=True)
 class PruneAndGrow(Allocation):
-    """`scores`: "exact" (two forwards a rank) or "first-order" (two backwards in all). `rounds` is N_A.
+    """`scores` names the scorer: "exact" is AB-LoRA (two forwards a rank), "first-order" its estimate (two backwards in
+    all), and there are the others of `SCORERS` for comparison. `rounds` is N_A.
 
     `warmup` (K1) and `interval` (K2) are fractions of the run or whole numbers of optimiser steps; the paper's 1 and
     0.25 epochs are a tenth and a fortieth of its ten. `drop` is n_A; None takes the paper's, the number of adapted
     modules in one transformer block.
     """
 
-    scores: Literal["exact", "first-order"] = "exact"
+    scores: str = "exact"
     rounds: int = 8
     warmup: float = 0.1
     interval: float = 0.025
@@ -51,14 +49,7 @@ class PruneAndGrower(Allocator):
 
     def __init__(self, settings: PruneAndGrow, run: Run):
         super().__init__(run)
-        if settings.scores not in SCORERS:
-            raise AllocationError(f"scores={settings.scores!r}: must be one of {', '.join(SCORERS)}")
-        if run.validation_loss is None:
-            raise AllocationError(
-                "ranks are scored on validation data, and the run has none: pass train(..., validation=batches)"
-            )
-        self.loss = run.validation_loss
-        self.scorer = SCORERS[settings.scores]
+        self.scorer: Scorer = scorer_named(settings.scores, run)
         self.drop = modules_per_block(run.adapters) if settings.drop is None else settings.drop
         if self.drop < 1:
             raise AllocationError(f"drop={settings.drop!r}: must be at least 1 rank a round")
@@ -72,20 +63,21 @@ class PruneAndGrower(Allocator):
             )
 
     def step(self, step: int) -> Decision | None:
+        if not self.settled:
+            self.scorer.observe()
         if step not in self.rounds:
             return None
         self.settled = step == max(self.rounds)
-        scores = self.scorer(self.run.adapters, self.loss)
+        scores = self.scorer.scores()
         lost, threshold = self._lowest(scores)
         for name, dropped in lost.items():
             if not dropped:
                 continue
             keep = [i for i in range(self.ranks[name]) if i not in dropped]
-            self.run.resize(name, torch.tensor(keep, dtype=torch.long))
+            self.resize(name, torch.tensor(keep, dtype=torch.long))
         added = self._grow([name for name in lost if not lost[name]], scores)
         after = {name: rank - len(lost[name]) + added[name] for name, rank in self.ranks.items()}
-        as_lists = {name: values.tolist() for name, values in scores.items()}
-        return self.decided(step, after, "pruned and grown by ablation", threshold=threshold, scores=as_lists)
+        return self.decided(step, after, "pruned and grown", threshold, scores)
 
     def _lowest(self, scores: Scores) -> tuple[dict[str, set[int]], float | None]:
         """The n_A lowest ranks of the network, by module, and the highest score among them."""
@@ -109,7 +101,7 @@ class PruneAndGrower(Allocator):
             update = self.run.adapters[name].update
             fits = self.run.limit is None or self.run.trainable() + update.slice_cost <= self.run.limit
             if fits and update.rank < update.largest_rank:
-                self.run.resize(name, torch.arange(update.rank), add=1)
+                self.resize(name, torch.arange(update.rank), add=1)
                 added[name] += 1
         return added
 

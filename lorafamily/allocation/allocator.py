@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafamily.adapter import Adapter
+from lorafamily.allocation.scores import Scorer, Scores
 from lorafamily.allocation.surgery import follow_resize
 from lorafamily.errors import AllocationError
 
@@ -75,15 +76,25 @@ class Allocator(ABC):
         """Slices in use by module: present and not masked at the last decision."""
         self.settled = False
         """Whether no further decision will come."""
+        self.scorer: Scorer | None = None
 
     @abstractmethod
     def step(self, step: int) -> Decision | None:
         """Called after optimiser step `step` (from 1) with the gradients still in place; does what it decides."""
 
-    def decided(self, step: int, after: dict[str, int], reason: str, **details: object) -> Decision:
+    def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
+        """Change one adapter's slices, and with them the optimiser's state and what the scorer has averaged."""
+        self.run.resize(name, keep, add)
+        if self.scorer is not None:
+            self.scorer.follow(name, keep, add)
+
+    def decided(
+        self, step: int, after: dict[str, int], reason: str, threshold: float | None, scores: Scores
+    ) -> Decision:
         """Record a change that was made."""
         before, self.ranks = self.ranks, after
-        return Decision(step, before, dict(after), reason, **details)  # type: ignore[arg-type]
+        by_module = {name: values.tolist() for name, values in scores.items()}
+        return Decision(step, before, dict(after), reason, threshold, by_module)
 
 
 @dataclass(frozen=True)

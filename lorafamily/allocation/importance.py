@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
-from lorafamily.allocation.scores import Sensitivity
+from lorafamily.allocation.scores import Scorer, Sensitivity, scorer_named
 from lorafamily.errors import AllocationError
 
 
@@ -19,15 +19,17 @@ class ImportancePruning(Allocation):
     b(t) = b0 for t ≤ t_i;   b_T + (b0 − b_T) (1 − (t − t_i) / (T − t_f − t_i))³, truncated, every Δ_T steps;
     b_T for t > T − t_f. Until then a pruned slice is masked and may come back; from then on it is gone.
 
+    `scores` names the scorer, see `SCORERS`; `beta1`, `beta2` smooth the sensitivity and belong to it alone.
     `target` is b_T: a fraction of b0, or a whole number of slices a module on average. `warmup` (t_i), `final` (t_f)
     and `interval` (Δ_T) are fractions of the run or whole numbers of optimiser steps; the papers give steps for one
-    data set each, of which these are the rounded middle. `beta1`, `beta2` smooth the scores.
+    data set each, of which these are the rounded middle.
     """
 
     target: float = 2 / 3
     warmup: float = 0.1
     final: float = 0.5
     interval: float = 0.01
+    scores: str = "sensitivity"
     beta1: float = 0.85
     beta2: float = 0.85
 
@@ -61,9 +63,6 @@ class ImportancePruner(Allocator):
 
     def __init__(self, settings: ImportancePruning, run: Run):
         super().__init__(run)
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(settings, name) < 1:
-                raise AllocationError(f"{name}={getattr(settings, name)!r}: must be in [0, 1)")
         self.start = sum(self.ranks.values())
         self.target = settings.slices_left(self.start, len(self.ranks))
         self.warmup = in_steps(settings.warmup, run.steps, "warmup")
@@ -74,13 +73,20 @@ class ImportancePruner(Allocator):
                 f"nothing would ever be pruned: of {run.steps} steps the first {self.warmup} are warm-up and the last "
                 f"{run.steps - self.freeze} keep the final pattern; train longer, or lower warmup or final"
             )
-        self.sensitivity = Sensitivity(run.adapters, settings.beta1, settings.beta2)
+        if settings.scores == "sensitivity":
+            self.scorer: Scorer = Sensitivity(run, settings.beta1, settings.beta2)
+        elif (settings.beta1, settings.beta2) != (ImportancePruning.beta1, ImportancePruning.beta2):
+            raise AllocationError(
+                f"beta1 and beta2 smooth the sensitivity; scores={settings.scores!r} has no use for them"
+            )
+        else:
+            self.scorer = scorer_named(settings.scores, run)
 
     def step(self, step: int) -> Decision | None:
         if self.settled:
             return None
         if step < self.freeze:
-            self.sensitivity.observe()
+            self.scorer.observe()
         if step > self.freeze or step == self.run.steps:
             return self._settle(step)
         if step > self.warmup and step % self.interval == 0:
@@ -101,23 +107,23 @@ class ImportancePruner(Allocator):
         for name, adapter in self.run.adapters.items():
             adapter.mask((~keep[name]).nonzero().squeeze(1).to(adapter.device))
         after = {name: int(kept.sum()) for name, kept in keep.items()}
-        return self.decided(step, after, "masked by importance", threshold=threshold, scores=_lists(scores))
+        return self.decided(step, after, "masked by importance", threshold, scores)
 
     def _settle(self, step: int) -> Decision:
         keep, threshold, scores = self._survivors(self.target)
         self._fit_limit(keep, scores)
         for name, kept in keep.items():
-            self.run.resize(name, kept.nonzero().squeeze(1))
+            self.resize(name, kept.nonzero().squeeze(1))
         self.settled = True
         after = {name: int(kept.sum()) for name, kept in keep.items()}
-        return self.decided(step, after, "final pattern", threshold=threshold, scores=_lists(scores))
+        return self.decided(step, after, "final pattern", threshold, scores)
 
     def _survivors(self, slices: int) -> tuple[dict[str, Tensor], float | None, dict[str, Tensor]]:
         """The `slices` most important slices as masks by module, the highest score that falls, and all scores.
 
         The order is total (equal scores fall in order of the modules), so ties never prune more than asked.
         """
-        scores = self.sensitivity.scores()
+        scores = self.scorer.scores()
         flat = torch.cat(list(scores.values()))
         falling = flat.argsort(stable=True)[: len(flat) - slices]
         keep = torch.ones(len(flat), dtype=torch.bool)
@@ -138,7 +144,3 @@ class ImportancePruner(Allocator):
                 return
             keep[name][index] = False
             spent -= adapters[name].update.slice_cost
-
-
-def _lists(scores: dict[str, Tensor]) -> dict[str, list[float]]:
-    return {name: values.tolist() for name, values in scores.items()}
