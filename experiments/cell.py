@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import Task
 from torch import Tensor, nn
 
 import lorafamily
 from lorafamily.training.batches import to_device
+from tasks import Task
 
 NONE, FULL = "none", "full"
 """What is compared beside adapters: nothing adapted (a new task head still trains), everything trained."""

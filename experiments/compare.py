@@ -21,17 +21,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import embedded
-import report
 import torch
 import tyro
-from cell import FULL, NONE, Cell, Training, run
-from tasks import Task, TaskError, find
 
+import embedded
 import lorafamily
+import report
+from cell import FULL, NONE, Cell, Training, run
 from lorafamily.allocation.allocator import Run
 from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
+from tasks import Task, TaskError, find
 
 TRADED_OFF = {"alora": {"scores": "first-order"}}
 """Exact AB-LoRA takes two forwards a rank and round, minutes a cell here; its first-order estimate two backwards."""

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import tyro
-from embedded import WEIGHTS, ByteDecoder, batches, digest, prose
 from safetensors.torch import save_file
 
 import lorafamily
+from embedded import WEIGHTS, ByteDecoder, batches, digest, prose
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cell import FULL, NONE
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cell import FULL, NONE
 from lorafamily.insight.figures import rank_grid
 
 Row = Mapping[str, Any]

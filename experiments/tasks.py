@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import embedded
 import numpy as np
 import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import embedded
 from lorafamily.training.batches import to_device
 
 Batches = Iterable[Mapping[str, Tensor]]

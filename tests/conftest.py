@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from embedded import ByteDecoder
 from torch import Tensor, nn
 
 import lorafamily
+from embedded import ByteDecoder
 from lorafamily.placement import placement_of
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -7,13 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import data, every_method, few_rounds, logits, perturb_, tiny
-from lorafamily.variants.alora import PruneAndGrow
-from lorafamily.variants.lora import Plain
 from torch import nn
 from torch.testing import assert_close
 
 import lorafamily
+from conftest import data, every_method, few_rounds, logits, perturb_, tiny
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Run
 from lorafamily.allocation.importance import ImportancePruning
@@ -21,6 +19,8 @@ from lorafamily.allocation.scores import SCORERS, Ablation, AblationEstimate, Se
 from lorafamily.allocation.surgery import follow_resize
 from lorafamily.placement import placement_of
 from lorafamily.training.batches import loss_of
+from lorafamily.variants.alora import PruneAndGrow
+from lorafamily.variants.lora import Plain
 
 
 def adapters_of(method: str, rank: int = 3, **options) -> tuple[nn.Module, dict[str, Adapter]]:

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from conftest import every_method, logits, tiny
 from torch import nn
 
 import lorafamily
+from conftest import every_method, logits, tiny
 from lorafamily.placement import placement_of
 
 

@@ -11,15 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cell as cells
-import compare
 import numpy as np
 import pytest
+
+import cell as cells
+import compare
+import lorafamily
 import report
 import tasks
 from compare import Compare
-
-import lorafamily
 
 ROOT = Path(__file__).parents[1]
 TINY = {"steps": 12, "evaluations": 2, "batch": 4, "progress": False, "lr": ("2e-3",)}

@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import perturb_, tiny
-from embedded import ByteDecoder
 from safetensors.torch import load_file, save_file
 
 import lorafamily
+from conftest import perturb_, tiny
+from embedded import ByteDecoder
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import every_method, tiny
-from lorafamily.variants.lora import lora
-from lorafamily.variants.olora import leading_qr
 from torch.testing import assert_close
 
 import lorafamily
+from conftest import every_method, tiny
 from lorafamily.placement import placement_of
 from lorafamily.registry import find
+from lorafamily.variants.lora import lora
+from lorafamily.variants.olora import leading_qr
 
 
 @every_method

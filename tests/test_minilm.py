@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import every_method, perturb_
 from torch.testing import assert_close
 
 import lorafamily
+from conftest import every_method, perturb_
 from lorafamily.placement import placement_of
 
 carrier = pytest.importorskip(

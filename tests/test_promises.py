@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import data, every_method, few_rounds, logits, perturb_, tiny, tokens
 from torch.testing import assert_close
 
 import lorafamily
+from conftest import data, every_method, few_rounds, logits, perturb_, tiny, tokens
 from lorafamily.placement import placement_of
 
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import torch
-from conftest import data, logits, perturb_, tiny
 from torch.testing import assert_close
 
 import lorafamily
+from conftest import data, logits, perturb_, tiny
 from lorafamily import registry
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

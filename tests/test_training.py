@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import data, every_method, few_rounds, logits, tiny, tokens
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import lorafamily
+from conftest import data, every_method, few_rounds, logits, tiny, tokens
 from lorafamily.placement import placement_of
 
 

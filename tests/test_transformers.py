@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import every_method, few_rounds, perturb_
 from torch.testing import assert_close
 
 import lorafamily
+from conftest import every_method, few_rounds, perturb_
 from lorafamily.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import shared
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lorafamily
+from conftest import shared
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.allocator import Run
 from lorafamily.allocation.importance import ImportancePruning

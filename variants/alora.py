@@ -14,12 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from lorafamily.variants.lora import lora
 
 from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
 from lorafamily.allocation.scores import Scorer, Scores, scorer_named
 from lorafamily.errors import AllocationError
 from lorafamily.names import modules_per_block
+from lorafamily.variants.lora import lora
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ r > 1 and its penalty raises.
 
 import torch
 from jaxtyping import Float
-from lorafamily.variants.adalora import gaussian
 from torch import Tensor, nn
 
 from lorafamily.adapter import Factors, Parametrisation
 from lorafamily.allocation.importance import ImportancePruning
 from lorafamily.method import Method
 from lorafamily.penalty import Orthogonality
+from lorafamily.variants.adalora import gaussian
 
 
 class DualPlane(Parametrisation):

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from lorafamily.variants.lora import lora
 from torch import Tensor
 
 from lorafamily.adapter import Factors, Parametrisation
 from lorafamily.method import Initialisation
+from lorafamily.variants.lora import lora
 
 
 def leading_qr(W: Float[Tensor, "d_out d_in"], r: int) -> Factors:
