@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -57,7 +58,9 @@ class Training:
 
 
 def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool = True) -> dict[str, Any]:
-    """Train and measure the cell; a row of results in plain data. TensorBoard and the adapter go into `folder`."""
+    """Train and measure the cell; a row of results in plain data. Log and adapter go into `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)  # a cell that was interrupted starts anew
+    folder.mkdir(parents=True)
     model, head = task.model(cell.seed)
     model.to(training.device)
     adapts = cell.method not in (NONE, FULL)
@@ -91,7 +94,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
             evaluate=task.evaluate,
             evaluate_every=training.evaluate_every,
             seed=cell.seed,
-            log_dir=folder / "tensorboard",
+            log_dir=folder,
             progress=progress,
         )
     peak = memory.read()
