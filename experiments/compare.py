@@ -118,7 +118,7 @@ def main(settings: Compare) -> None:
         [rows[cell.key] for cell in cells],
         metric=task.metric,
         higher_is_better=task.higher_is_better,
-        about=task.about + (CHOSEN if settings.lr == TUNED else ""),
+        about=task.about + _departures(settings),
         facts=_facts(settings, training),
     )
     print(f"\n{text}\n\n{time.perf_counter() - begun:.0f} s; {folder}/report.md, plots beside it, and")
@@ -136,6 +136,14 @@ def _cells(settings: Compare) -> list[Cell]:
     if not cells:
         raise TaskError("nothing to compare: --methods, --budgets, --lr and --seeds must not be empty")
     return cells
+
+
+def _departures(settings: Compare) -> str:
+    """What a reader of the table must know besides the task: where rates come from, options unlike a method's own."""
+    used = {part for method in settings.methods for part in method.split("+")}
+    options = [setting for setting in settings.options if setting.partition(".")[0] in used]
+    said = CHOSEN if settings.lr == TUNED else ""
+    return said + (f" Options that differ from the methods' own: {', '.join(options)}." if options else "")
 
 
 def _rates(settings: Compare) -> dict[str, list[float]]:
