@@ -47,6 +47,7 @@ def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
     for name in ("quality-by-step.png", "quality-by-size.png", "allocation.png"):
         assert (folder / name).stat().st_size > 10_000
     text = (folder / "report.md").read_text()
+    assert "differ from the methods' own: alora.scores=first-order, alora.rounds=2." in text
     for word in (
         "bits per byte",
         "learning rate",
