@@ -61,6 +61,7 @@ def train(
             tuple as positions; the model's output must have `.loss`, unless `loss_fn(model, batch)` gives it.
         steps: optimiser steps; or `epochs`: rounds through the data, which then must have a length.
         lr: peak learning rate; after `warmup` (share of the run) it falls to 0 (linear, cosine) or stays (constant).
+            In runs of some hundred steps LoRA² and AdaLoRA want about ten times LoRA's, OLoRA a tenth.
         weight_decay, optimizer: of AdamW; or a function from parameters to an optimiser of your own.
         validation: batches, needed by methods that score ranks on them; their mean loss is evaluated as "loss".
         evaluate: function from the model (in eval mode, without gradients) to metrics by name, instead of that loss.
