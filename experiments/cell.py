@@ -65,16 +65,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
     model.to(training.device)
     adapts = cell.method not in (NONE, FULL)
     if adapts:
-        lorafamily.apply(
-            model,
-            cell.method,
-            budget=cell.budget,
-            targets=training.targets,
-            also_train=head,
-            dropout=training.dropout,
-            seed=cell.seed,
-            **training.options_of(cell.method),
-        )
+        adapt(model, head, cell, training)
     elif cell.method == NONE:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
@@ -129,6 +120,20 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
     elif cell.method == NONE:
         row |= {"beside": trainable, "trainable": 0}
     return row
+
+
+def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training) -> None:
+    """Put the cell's adapters into a model."""
+    lorafamily.apply(
+        model,
+        cell.method,
+        budget=cell.budget,
+        targets=training.targets,
+        also_train=head,
+        dropout=training.dropout,
+        seed=cell.seed,
+        **training.options_of(cell.method),
+    )
 
 
 class PeakMemory:

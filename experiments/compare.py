@@ -27,15 +27,14 @@ import tyro
 import embedded
 import lorafamily
 import report
-from cell import FULL, NONE, Cell, Training, run
+from cell import FULL, NONE, Cell, Training, adapt, run
 from lorafamily.allocation.allocator import Run
 from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
 from tasks import Task, TaskError, find
 
-TRADED_OFF = {"alora": {"scores": "first-order"}}
+TRADED_OFF = ("alora.scores=first-order",)
 """Exact AB-LoRA takes two forwards a rank and round, minutes a cell here; its first-order estimate two backwards."""
-
 
 TUNED = ("1e-2", "full=2e-3", "olora=1e-3", "lora2=2e-2", "adalora=2e-2")
 """For the embedded setting: each method's best of four on another seed, docs/results.md has the numbers."""
@@ -76,7 +75,7 @@ class Compare:
     """probability, on the input of the adapters"""
     evaluations: int = 5
     """of the validation metric during a run, evenly spread"""
-    options: tuple[str, ...] = tuple(f"{m}.{k}={v}" for m, own in TRADED_OFF.items() for k, v in own.items())
+    options: tuple[str, ...] = TRADED_OFF
     """options of methods, as METHOD.OPTION=VALUE"""
     device: str = "auto"
     """auto takes a GPU where there is one"""
@@ -213,15 +212,7 @@ def _check(cells: list[Cell], task: Task, training: Training) -> None:
         if cell.method in (NONE, FULL) or (cell.method, cell.budget) in seen:
             continue
         seen.add((cell.method, cell.budget))
-        lorafamily.apply(
-            model.to("meta"),
-            cell.method,
-            budget=cell.budget,
-            targets=training.targets,
-            also_train=head,
-            dropout=training.dropout,
-            **training.options_of(cell.method),
-        )
+        adapt(model.to("meta"), head, cell, training)
         placement = placement_of(model)
         trial = Run(
             placement.adapters, training.steps, placement.sizing.budget, validation_loss=lambda: torch.zeros(())

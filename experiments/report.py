@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cell import FULL, NONE
-from lorafamily.insight.figures import rank_grid
+from lorafamily.insight.figures import draw_grid, rank_grid
 
 Row = Mapping[str, Any]
 # Okabe and Ito's colours, told apart by colour-blind readers; markers say the same a second time.
@@ -268,15 +268,8 @@ def allocation(groups: Sequence[Group]) -> Figure:
             axes.axis("off")
         for column, (group, grid) in enumerate(zip(shown[budget], grids, strict=True)):
             axes = panels[row][column]
-            image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
-            for (y, x), value in np.ndenumerate(grid):
-                if not np.isnan(value):
-                    shade = "black" if value > 0.55 * top else "white"
-                    axes.text(x, y, f"{value:.3g}", ha="center", va="center", color=shade, fontsize=7)
-            axes.set_xticks(range(len(layers)), layers, fontsize=8)
-            axes.set_yticks(range(len(kinds)), kinds if column == 0 else [""] * len(kinds), fontsize=8)
+            image = draw_grid(axes, kinds if column == 0 else [""] * len(kinds), layers, grid, top)
             axes.set_title(f"{group.method} @ {budget:,}", fontsize=9)
-            axes.set_xlabel("layer", fontsize=8)
         figure.colorbar(image, ax=list(panels[row]), label="rank", shrink=0.9)
     figure.suptitle("Final rank by layer and matrix (mean over seeds; LoRA² counts its singular values)", fontsize=11)
     return figure

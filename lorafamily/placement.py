@@ -37,10 +37,6 @@ class Placement:
         """Trainable adapter numbers at the present ranks; what trains beside them is not counted."""
         return sum(adapter.trainable() for adapter in self.adapters.values())
 
-    def rank(self) -> int:
-        """Rank slices in all modules."""
-        return sum(adapter.rank for adapter in self.adapters.values())
-
 
 @dataclass
 class ModelState:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import UInt8
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from lorafamily.names import place_of
 
@@ -30,17 +32,23 @@ def rank_heatmap(ranks: Mapping[str, int], title: str, highest: int | None = Non
     figure = Figure(figsize=(max(4.8, 2.6 + 0.5 * len(layers)), 1.7 + 0.36 * len(kinds)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     top = max(1.0, float(np.nanmax(grid)) if highest is None else highest)
-    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
-    axes.set_xticks(range(len(layers)), layers)
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("layer")
+    image = draw_grid(axes, kinds, layers, grid, top)
     axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label="rank", shrink=0.9)
+    return figure
+
+
+def draw_grid(axes: Axes, kinds: list[str], layers: list[str], grid: np.ndarray, top: float) -> AxesImage:
+    """Fill axes with a grid of ranks, each written in its cell, on a colour scale from 0 to `top`."""
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    axes.set_xticks(range(len(layers)), layers, fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes.set_xlabel("layer", fontsize=8)
     for (row, column), rank in np.ndenumerate(grid):
         if not np.isnan(rank):
             shade = "black" if rank > 0.55 * top else "white"
-            axes.text(column, row, f"{rank:.0f}", ha="center", va="center", color=shade, fontsize=8)
-    figure.colorbar(image, ax=axes, label="rank", shrink=0.9)
-    return figure
+            axes.text(column, row, f"{rank:.3g}", ha="center", va="center", color=shade, fontsize=7)
+    return image
 
 
 def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
