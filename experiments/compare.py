@@ -215,7 +215,11 @@ def _check(cells: list[Cell], task: Task, training: Training) -> None:
         adapt(model.to("meta"), head, cell, training)
         placement = placement_of(model)
         trial = Run(
-            placement.adapters, training.steps, placement.sizing.budget, validation_loss=lambda: torch.zeros(())
+            model,
+            placement.adapters,
+            training.steps,
+            placement.sizing.budget,
+            validation_loss=lambda: torch.zeros(()),
         )
         placement.method.allocation.begin(trial)
         lorafamily.remove(model)

@@ -35,6 +35,8 @@ class Parametrisation(nn.Module, ABC):
     """Name of each tensor that has rank slices -> the axis they lie on."""
     switch: ClassVar[str]
     """The sliced tensor that is zero where a slice contributes nothing but can still learn."""
+    sliced_by: ClassVar[str] = "rank"
+    """The size that is the number of slices: `rank`, or one of `own_sizes`."""
     own_sizes: ClassVar[Mapping[str, int]] = {}
     """Sizes besides `rank`, with their defaults; options of every method that uses the parametrisation."""
     count: ClassVar[Callable[..., int]]
@@ -143,6 +145,8 @@ class Adapter(nn.Module):
         self.start: Parametrisation | None = None
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
+        self.off = False
+        """Whether the adapted layer computes as if it had no adapter, for now."""
         self._gate: Tensor | None = None
 
     def freeze_start(self) -> None:
@@ -195,12 +199,13 @@ class Adapter(nn.Module):
 
     @contextmanager
     def gated(self, gate: Float[Tensor, " r"]) -> Iterator[None]:
-        """Multiply the slices by `gate` inside the block, to ask what each is worth."""
-        before, self._gate = self._gate, gate
+        """Multiply the slices by `gate` inside the block, to ask what each is worth; an adapter that was off is on."""
+        before = self._gate, self.off
+        self._gate, self.off = gate, False
         try:
             yield
         finally:
-            self._gate = before
+            self._gate, self.off = before
 
     def mask(self, off: Int[Tensor, " n"]) -> None:
         """Switch slices off, in the frozen start as well: a slice's contribution is its difference to its start."""

@@ -1,4 +1,7 @@
-"""Parameters ↔ ranks: the largest rank, the same for every module, whose adapters fit a budget of trainable numbers."""
+"""Parameters ↔ ranks: the largest start, the same for every module, that fits a budget.
+
+A budget is in trainable numbers or in rank slices, never in both: a slice of a wide layer costs more numbers.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,15 @@ Shapes = Mapping[str, tuple[int, int]]
 class Sizing:
     """What was asked for and what it comes to.
 
-    `budget`: trainable adapter numbers, not bytes, or None where a rank was asked for; `rank`: of every module at the
-    start; `start`: trainable numbers at the start.
+    `budget`: trainable adapter numbers, not bytes; `rank_budget`: rank slices of all modules together; each None where
+    something else was asked for. `rank`: of every module at the start; `start`: trainable numbers at the start.
     """
 
     budget: int | None
     budget_at: Literal["peak", "end"]
     rank: int
     start: int
+    rank_budget: int | None = None
 
 
 def solve(
@@ -35,32 +39,43 @@ def solve(
     *,
     budget: float | None = None,
     rank: int | None = None,
+    rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
-) -> Sizing:
-    """The start rank that a budget buys, or the cost of the rank asked for.
+) -> tuple[Method, Sizing]:
+    """The start that a budget buys, or the cost of the rank asked for; with the method, whose own sizes a rank budget
+    sets where they are what counts slices.
 
     `budget_at="end"` lets a method that prunes start larger, by the share that its allocation leaves at the end.
 
     Raises:
-        BudgetError: both or neither usable, not a positive number, or too small for one rank a module.
+        BudgetError: more than one given, not a positive number, or too small for one rank a module.
     """
-    if budget is not None and rank is not None:
-        raise BudgetError(f"budget={budget!r} and rank={rank!r} are both given; give one, the other follows from it")
+    given = {"budget": budget, "rank": rank, "rank_budget": rank_budget}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        said = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise BudgetError(
+            f"{said} are {'both' if len(given) == 2 else 'all'} given; give one, the rest follows from it"
+        )
     if budget_at not in ("peak", "end"):
         raise BudgetError(f'budget_at={budget_at!r}: must be "peak" (never exceeded) or "end" (held after pruning)')
+    share = method.allocation.end_share() if budget_at == "end" else 1.0
 
     def cost(at_rank: int) -> int:
         return sum(method.count(d_in, d_out, at_rank) for d_in, d_out in shapes.values())
 
+    if rank_budget is not None:
+        each = _slices_each(rank_budget, len(shapes), share)
+        method, rank = method.with_slices(each)
+        return method, Sizing(None, budget_at, rank, cost(rank), rank_budget)
     if budget is None:
         rank = method.rank if rank is None else rank
         if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
             raise BudgetError(f"rank={rank!r}: must be a whole number of at least 1")
-        return Sizing(None, budget_at, int(rank), cost(int(rank)))
+        return method, Sizing(None, budget_at, int(rank), cost(int(rank)))
 
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not math.isfinite(budget) or budget <= 0:
         raise BudgetError(f"budget={budget!r}: must be a positive number of trainable parameters, such as 0.17e6")
-    share = method.allocation.end_share() if budget_at == "end" else 1.0
     allowed = math.floor(budget / share) if share else math.inf
     smallest = cost(1)
     if smallest > allowed:
@@ -74,4 +89,18 @@ def solve(
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cost(middle) <= allowed else (low, middle - 1)
-    return Sizing(math.floor(budget), budget_at, low, cost(low))
+    return method, Sizing(math.floor(budget), budget_at, low, cost(low))
+
+
+def _slices_each(rank_budget: int, modules: int, share: float) -> int:
+    """Slices of every module at the start, within a budget of slices for all."""
+    if isinstance(rank_budget, bool) or not isinstance(rank_budget, numbers.Integral) or rank_budget < 1:
+        raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of rank slices, at least 1")
+    each = math.floor(rank_budget / share / modules) if share else math.inf
+    if each < 1:
+        raise BudgetError(
+            f"rank_budget {rank_budget:,} is too small: one rank on each of the {modules} matched layers is the "
+            f"least; the smallest that works is {math.ceil(modules * share):,}, or narrow targets, for example to "
+            f'"attention"'
+        )
+    return int(each)

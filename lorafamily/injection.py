@@ -37,6 +37,7 @@ def apply(
     *,
     budget: float | None = None,
     rank: int | None = None,
+    rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
     also_train: str | Sequence[str] | None = None,
@@ -50,8 +51,10 @@ def apply(
     Args:
         model: any `nn.Module`; it comes back as the same object, computing what it computed before.
         method: a name from `lorafamily.methods()`, or names joined by "+" that differ on their axes.
-        budget: trainable adapter numbers (not bytes); the largest rank that fits is chosen. Exclusive with `rank`.
-        rank: of every module, capped by the layer's size (LoRA²: the outer width k). Neither: the method's default.
+        budget: trainable adapter numbers (not bytes); the largest rank that fits is chosen.
+        rank: of every module, capped by the layer's size (LoRA²: the outer width k). At most one of `budget`, `rank`
+            and `rank_budget` is given; with none it is the method's default rank.
+        rank_budget: rank slices of all modules together (LoRA²: its singular values), whatever they cost.
         budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
         targets: layers to adapt: None or "all-linear" (without output head and pooler), "attention", regular
             expressions searched for in full module names, or a predicate of (name, module).
@@ -71,7 +74,7 @@ def apply(
     modules = targeting.match(model, targets)
     beside = match_beside(model, also_train, modules)
     shapes = {path: (w.shape[1], w.shape[0]) for path, module in modules.items() for w in [weight_of(module)]}
-    sizing = solve(chosen, shapes, budget=budget, rank=rank, budget_at=budget_at)
+    chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
 
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
     adapters = {

@@ -78,10 +78,18 @@ class Adapted(nn.Module):
     active: str | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        return self.updated(self.own(x), x)
+
+    def own(self, x: Tensor) -> Tensor:
+        """What the layer computes without adapter."""
+        return super().forward(x)
+
+    def updated(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output, from what it computes without adapter and its input."""
         if self.active is None:
             return y
-        return y + self.adapters[self.active](x)
+        adapter = cast(Adapter, self.adapters[self.active])
+        return y if adapter.off else y + adapter(x)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The subclass has no importable name; pickle and copy rebuild it from the class it extends.

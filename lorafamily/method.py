@@ -143,6 +143,11 @@ class Method:
                 raise MethodError(f"{name}={value!r}: must be a whole number of at least 1")
         return method
 
+    def with_slices(self, n: int) -> tuple[Method, int]:
+        """The method and the rank at which every module starts with n slices."""
+        by = self.parametrisation.sliced_by
+        return (self, n) if by == "rank" else (self.with_options(**{by: n}), self.rank)
+
     def scale(self, rank: int) -> float:
         """s for a module that starts with `rank` slices."""
         if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha <= 0:

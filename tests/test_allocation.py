@@ -13,9 +13,10 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import data, every_method, few_rounds, logits, perturb_, tiny
 from lorafamily.adapter import Adapter
+from lorafamily.allocation.ablation import Ablation, AblationEstimate
 from lorafamily.allocation.allocator import Fixed, Run
 from lorafamily.allocation.importance import ImportancePruning
-from lorafamily.allocation.scores import SCORERS, Ablation, AblationEstimate, Sensitivity
+from lorafamily.allocation.scores import SCORERS, Sensitivity
 from lorafamily.allocation.surgery import follow_resize
 from lorafamily.placement import placement_of
 from lorafamily.training.batches import loss_of
@@ -146,7 +147,7 @@ def test_exact_ablation_is_the_definition(method):
     def loss(of=model):
         return of(**batch).loss
 
-    scores = Ablation(Run(adapters, steps=1, validation_loss=loss)).scores()
+    scores = Ablation(Run(model, adapters, steps=1, validation_loss=loss)).scores()
     for name, adapter in adapters.items():
         for i in range(adapter.rank):
             without, alone = copy.deepcopy(model), copy.deepcopy(model)
@@ -167,15 +168,15 @@ def test_first_order_ablation_is_exact_for_small_updates():
         for adapter in adapters.values():
             adapter.update.B.data.mul_(size)
         loss = partial(loss_of, model, data(1)[0])
-        run = Run(adapters, steps=1, validation_loss=loss)
+        run = Run(model, adapters, steps=1, validation_loss=loss)
         exact, estimate = (scorer(run).scores() for scorer in (Ablation, AblationEstimate))
         errors.append(max(float((exact[name] - estimate[name]).abs().max()) for name in exact))
     assert errors[1] < errors[0] / 50
 
 
 def test_magnitude_is_the_norm_of_the_slice_alone():
-    _, adapters = adapters_of("olora")
-    scores = SCORERS["magnitude"](Run(adapters, steps=1)).scores()
+    model, adapters = adapters_of("olora")
+    scores = SCORERS["magnitude"](Run(model, adapters, steps=1)).scores()
     adapter = adapters["blocks.0.mlp.up"]
     U, V, U0, V0 = adapter.update.B, adapter.update.A, adapter.start.B, adapter.start.A
     for i in range(3):
@@ -195,8 +196,8 @@ def test_any_allocator_takes_any_scorer(method, scores):
 
 
 def test_averaged_sensitivity_follows_a_resize():
-    _, adapters = adapters_of("adalora")
-    run = Run(adapters, steps=1)
+    model, adapters = adapters_of("adalora")
+    run = Run(model, adapters, steps=1)
     scorer = Sensitivity(run)
     for adapter in adapters.values():
         for parameter in adapter.update.parameters():
@@ -217,7 +218,7 @@ def pruner(scores: list[list[float]], /, **settings):
     for i, own in enumerate(scores):
         adapters[f"l{i}"] = Adapter(plain(4, 4, len(own)), scale=1.0)
     limit = settings.pop("limit", None)
-    allocator = ImportancePruning(**settings).begin(Run(adapters, steps=10, limit=limit))
+    allocator = ImportancePruning(**settings).begin(Run(nn.Module(), adapters, steps=10, limit=limit))
     planted = {name: torch.tensor(own, dtype=torch.float64) for name, own in zip(adapters, scores, strict=True)}
     allocator.scorer.scores = lambda: planted
     return allocator, adapters
@@ -280,7 +281,7 @@ def grower(ranks: dict[str, int], scores: dict[str, list[float]], *, limit: int 
     adapters = {}
     for name, rank in ranks.items():
         adapters[name] = Adapter(plain(8, 8, rank), scale=1.0)
-    run = Run(adapters, steps=10, limit=limit, validation_loss=lambda: torch.zeros(()))
+    run = Run(nn.Module(), adapters, steps=10, limit=limit, validation_loss=lambda: torch.zeros(()))
     allocator = PruneAndGrow(rounds=1, warmup=1, interval=1, **settings).begin(run)
     planted = {name: torch.tensor(own, dtype=torch.float64) for name, own in scores.items()}
     allocator.scorer.scores = lambda: planted

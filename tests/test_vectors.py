@@ -87,7 +87,7 @@ def test_ranks_thresholds_and_survivors_of_forty_steps(method):
         for at in layers
     }
     settings = ImportancePruning(target=2, warmup=6, final=10, interval=3, beta1=0.85, beta2=0.85)
-    allocator = settings.begin(Run(adapters, steps=40))
+    allocator = settings.begin(Run(nn.Module(), adapters, steps=40))
     singular = "E" if method == "lora2" else "singular"
     survivors: dict[str, Tensor] = {}
     for t in range(1, 41):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
-from lorafamily.allocation.scores import Scorer, Scores, scorer_named
+from lorafamily.allocation.scorer import Scorer, Scores
+from lorafamily.allocation.scores import scorer_named
 from lorafamily.errors import AllocationError
 from lorafamily.names import modules_per_block
 from lorafamily.variants.lora import lora
@@ -24,8 +25,8 @@ from lorafamily.variants.lora import lora
 
 @dataclass(frozen=True)
 class PruneAndGrow(Allocation):
-    """`scores` names the scorer: "exact" is AB-LoRA (two forwards a rank), "first-order" its estimate (two backwards in
-    all), and there are the others of `SCORERS` for comparison. `rounds` is N_A.
+    """`scores` names the scorer: "exact" is AB-LoRA (about one forward a rank), "first-order" its estimate (two
+    backwards in all), and there are the others of `SCORERS` for comparison. `rounds` is N_A.
 
     `warmup` (K1) and `interval` (K2) are fractions of the run or whole numbers of optimiser steps; the paper's 1 and
     0.25 epochs are a tenth and a fortieth of its ten. `drop` is n_A; None takes the paper's, the number of adapted
@@ -90,18 +91,16 @@ class PruneAndGrower(Allocator):
     def _grow(self, untouched: list[str], scores: Scores) -> dict[str, int]:
         """Share n_A new ranks among the modules that lost none: evenly, the remainder to the highest mean score.
 
-        A module without ranks has no score and comes last. Where one rank more would break the parameter budget or
-        exceed the layer's own size, that module gets none.
+        A module without ranks has no score and comes last. Where one rank more would break a budget or exceed the
+        layer's own size, that module gets none.
         """
         added = dict.fromkeys(self.ranks, 0)
         mean = {name: float(scores[name].mean()) if len(scores[name]) else float("-inf") for name in untouched}
         turn = sorted(untouched, key=lambda name: (-mean[name], name))
         for i in range(self.drop if turn else 0):
             name = turn[i % len(turn)]
-            update = self.run.adapters[name].update
-            fits = self.run.limit is None or self.run.trainable() + update.slice_cost <= self.run.limit
-            if fits and update.rank < update.largest_rank:
-                self.resize(name, torch.arange(update.rank), add=1)
+            if self.run.has_room(name):
+                self.resize(name, torch.arange(self.run.adapters[name].rank), add=1)
                 added[name] += 1
         return added
 

@@ -26,6 +26,7 @@ class DualPlane(Parametrisation):
 
     slices = {"aa": 1, "E": 0, "B": 0}
     switch = "E"
+    sliced_by = "inner_rank"
     own_sizes = {"inner_rank": 8}
 
     def __init__(self, d_in: int, d_out: int, rank: int, inner_rank: int):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
-from lorafamily.allocation.scores import Scorer, Sensitivity, scorer_named
+from lorafamily.allocation.scorer import Scorer
+from lorafamily.allocation.scores import Sensitivity, scorer_named
 from lorafamily.errors import AllocationError
 
 

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from lorafamily.allocation.ablation import Ablation, AblationEstimate
+from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
 
 if TYPE_CHECKING:
-    from lorafamily.adapter import Adapter
     from lorafamily.allocation.allocator import Run
-
-Scores = dict[str, Float[Tensor, " r"]]
-"""By module name one score a slice, float64 on the CPU; higher is worth more."""
-
-
-class Scorer(ABC):
-    """Scores the slices of one run's adapters."""
-
-    def __init__(self, run: Run):
-        self.run = run
-
-    def observe(self) -> None:
-        """Called after every optimiser step, while the gradients are still there."""
-
-    @abstractmethod
-    def scores(self) -> Scores:
-        """What every slice is worth now."""
-
-    def follow(self, name: str, keep: Int[Tensor, " n"], add: int) -> None:
-        """A module kept the given slices and got `add` new ones; what was averaged must follow."""
 
 
 class Sensitivity(Scorer):
@@ -86,65 +65,6 @@ class Sensitivity(Scorer):
         return [(name, p, axis) for name, adapter in self.run.adapters.items() for p, axis in adapter.update.sliced()]
 
 
-class Ablation(Scorer):
-    """AB-LoRA, exact (ALoRA, sec. 3.2):   IS(i) = S(M) − S(M∖i) + S(M_i),   S = −loss on validation data.
-
-    M∖i has slice i off, M_i has only slice i on in the whole network. Two forwards a slice.
-    """
-
-    def __init__(self, run: Run):
-        super().__init__(run)
-        if run.validation_loss is None:
-            raise AllocationError(
-                "ranks are scored on validation data, and the run has none: pass train(..., validation=batches)"
-            )
-        self.loss = run.validation_loss
-
-    @torch.no_grad()
-    def scores(self) -> Scores:
-        adapters = self.run.adapters
-        all_on = {name: torch.ones(a.rank, device=a.device) for name, a in adapters.items()}
-        all_off = {name: torch.zeros(a.rank, device=a.device) for name, a in adapters.items()}
-        whole = self._loss_with(all_on)
-        result = {}
-        for name, adapter in adapters.items():
-            scores = torch.zeros(adapter.rank, dtype=torch.float64)
-            for i in range(adapter.rank):
-                without, alone = all_on[name].clone(), all_off[name].clone()
-                without[i], alone[i] = 0, 1
-                loss_without = self._loss_with({**all_on, name: without})
-                loss_alone = self._loss_with({**all_off, name: alone})
-                scores[i] = loss_without - whole - loss_alone
-            result[name] = scores
-        return result
-
-    def _loss_with(self, gates: Mapping[str, Tensor]) -> Tensor:
-        with gated(self.run.adapters, gates):
-            return self.loss().cpu().double()
-
-
-class AblationEstimate(Ablation):
-    """AB-LoRA to first order in the gates: one backward with all slices on, one with all off.
-
-    S(M) − S(M∖i) ≈ ∂S/∂g_i at g = 1, and S(M_i) ≈ S(M_0) + ∂S/∂g_i at g = 0.
-    """
-
-    @torch.no_grad()
-    def scores(self) -> Scores:
-        present = {name: adapter for name, adapter in self.run.adapters.items() if adapter.rank}
-        result = {name: torch.zeros(a.rank, dtype=torch.float64) for name, a in self.run.adapters.items()}
-        for value in (1.0, 0.0):
-            gates = {n: torch.full((a.rank,), value, device=a.device, requires_grad=True) for n, a in present.items()}
-            with gated(present, gates), torch.enable_grad():
-                loss = self.loss()
-                gradients = torch.autograd.grad(loss, list(gates.values()))
-            for name, gradient in zip(gates, gradients, strict=True):
-                result[name] -= gradient.cpu().double()
-                if value == 0.0:
-                    result[name] -= loss.detach().cpu().double()
-        return result
-
-
 class Magnitude(Scorer):
     """‖ΔW‖_F of the slice alone."""
 
@@ -188,11 +108,3 @@ def scorer_named(name: str, run: Run) -> Scorer:
     if name not in SCORERS:
         raise AllocationError(f"scores={name!r}: must be one of {', '.join(SCORERS)}")
     return SCORERS[name](run)
-
-
-def gated(adapters: Mapping[str, Adapter], gates: Mapping[str, Tensor]) -> ExitStack:
-    """Inside the block every adapter's slices are multiplied by its gate."""
-    stack = ExitStack()
-    for name, adapter in adapters.items():
-        stack.enter_context(adapter.gated(gates[name]))
-    return stack

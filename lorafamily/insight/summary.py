@@ -34,6 +34,7 @@ class Summary:
     base_parameters: int
     beside: int
     budget: int | None
+    rank_budget: int | None
     budget_at: str
     start_parameters: int
     dtype: str
@@ -49,7 +50,9 @@ class Summary:
 
     @property
     def unused(self) -> int | None:
-        """What is left of the budget, None where a rank was asked for."""
+        """What is left of the budget, in trainable numbers or in rank slices; None where a rank was asked for."""
+        if self.rank_budget is not None:
+            return self.rank_budget - self.rank
         return None if self.budget is None else self.budget - self.parameters
 
     def __str__(self) -> str:
@@ -70,6 +73,10 @@ class Summary:
         )
         if self.budget is not None:
             lines.append(f"budget (at the {self.budget_at}): {self.budget:,}, of which {self.unused:,} unused")
+        if self.rank_budget is not None:
+            lines.append(
+                f"rank budget (at the {self.budget_at}): {self.rank_budget:,} slices, of which {self.unused:,} unused"
+            )
         if self.beside:
             lines.append(f"trained beside the adapters, counted apart: {self.beside:,}")
         return "\n".join(lines)
@@ -92,6 +99,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         base_parameters=sum(p.numel() for p in base_parameters(model).values()),
         beside=sum(value.numel() for value in placement.parked.values()),
         budget=placement.sizing.budget,
+        rank_budget=placement.sizing.rank_budget,
         budget_at=placement.sizing.budget_at,
         start_parameters=placement.sizing.start,
         dtype=str(next(first.update.parameters()).dtype).removeprefix("torch."),

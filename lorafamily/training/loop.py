@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lorafamily.allocation.allocator import Fixed, Run
 from lorafamily.errors import DataError, TrainingError
-from lorafamily.placement import Placement, placement_of, refuse_merged, state_of
+from lorafamily.placement import placement_of, refuse_merged, state_of
 from lorafamily.training.batches import LossFn, endless, first_rows, loss_of, to_device
 from lorafamily.training.board import Board
 from lorafamily.training.history import Evaluation, History, Step
@@ -48,6 +48,7 @@ def train(
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     compile: bool = False,
     seed: int | None = 0,
+    scoring_memory: float | None = None,
     log_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     check_gradients: bool = True,
@@ -72,8 +73,10 @@ def train(
         precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; factors stay float32.
         compile: run the model through `torch.compile`.
         seed: of Python's, NumPy's and torch's generators at the start (dropout, shuffling); None leaves them alone.
+        scoring_memory: MiB of activations that ablations scored in one batch may hold. None: 1024 on a GPU, and on a
+            CPU, where batches gain nothing, one ablation at a time.
         log_dir: folder for TensorBoard.
-        progress: show a bar with loss, steps per second and total rank.
+        progress: show a bar with loss, steps per second and total rank, and one while ranks are scored.
         check_gradients: after the first backward, refuse to go on where an adapter got no gradient.
 
     Raises:
@@ -124,7 +127,18 @@ def train(
             return {"loss": sum(losses) / len(losses)}
 
     adapters = {} if placement is None else placement.adapters
-    run = Run(adapters, total, _limit(placement), optim, validation_loss if validation is not None else None)
+    run = Run(
+        model=model,
+        adapters=adapters,
+        steps=total,
+        # With a budget for the end the start may be larger; the allocator must be below it when it is done.
+        limit=placement.sizing.budget if placement else None,
+        rank_limit=placement.sizing.rank_budget if placement else None,
+        optimizer=optim,
+        validation_loss=validation_loss if validation is not None else None,
+        scoring_memory=scoring_memory,
+        progress=progress,
+    )
     run.generator.manual_seed(seed or 0)
     allocator = (placement.method.allocation if placement else Fixed()).begin(run)
     penalty = placement.method.penalty if placement else None
@@ -253,11 +267,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def _limit(placement: Placement | None) -> int | None:
-    """Trainable adapter numbers that must hold from now on: the budget, or nothing where a rank was asked for."""
-    return None if placement is None else placement.sizing.budget
 
 
 def _check_gradients(adapters: Mapping[str, Any]) -> None:

@@ -1,0 +1,144 @@
+"""Running a model again from the middle: what a change deep inside leaves as it was is not computed again.
+
+A module whose call was over before the changed layer is reached cannot depend on it; its recorded output stands in for
+the call. Nothing is assumed of the architecture but that a module's output follows from its inputs and parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lorafamily.layers import Adapted
+
+T = TypeVar("T")
+
+
+class Tape:
+    """Stands in front of the `forward` of every module of a model, and hands out recorded outputs instead of calling.
+
+    What is recorded are the outputs of the calls that were over when some adapted layer was first reached, and what
+    that layer computes there without its adapter. A call is told from others by the calls it happens in and its number
+    in them, so modules may be shared and called repeatedly.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.order: dict[str, None] = {}
+        """Modules in the order in which they were first called since the tape was made."""
+        self._outputs: dict[str, Any] = {}
+        self._layer: tuple[str, Tensor] | None = None  # the call that was wound to, and what it computes
+        self._within: list[_Call] = []
+        self._stop_at: str | None = None
+
+    def run(self, compute: Callable[[], T]) -> T:
+        """Compute something with the model, recorded calls replayed."""
+        self._within = [_Call("")]
+        with self._in_front():
+            return compute()
+
+    def wind_to(self, path: str, compute: Callable[[], Any]) -> None:
+        """Compute until a layer is first reached, and record what was over by then; layers must come in `order`."""
+        self._stop_at, self._layer = path, None
+        try:
+            self.run(compute)
+        except _Reached:
+            self._outputs = {key: output for call in self._within for key, output in call.over.items()}
+        finally:
+            self._stop_at, self._within = None, []
+
+    @property
+    def bytes(self) -> int:
+        """Size of the recorded outputs."""
+        return sum(leaf.nbytes for leaf in tree_leaves([self._outputs, self._layer]) if isinstance(leaf, Tensor))
+
+    @contextmanager
+    def _in_front(self) -> Iterator[None]:
+        modules = dict(_own_modules(self.model))
+        before = {path: vars(module).get("forward") for path, module in modules.items()}
+        for path, module in modules.items():
+            vars(module)["forward"] = partial(self._call, path, module, module.forward)
+        try:
+            yield
+        finally:
+            for path, module in modules.items():
+                del vars(module)["forward"]
+                if before[path] is not None:
+                    vars(module)["forward"] = before[path]
+
+    def _call(self, path: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        caller = self._within[-1]
+        caller.calls[path] += 1
+        key = f"{caller.key}/{path}#{caller.calls[path]}"
+        if key in self._outputs:
+            recorded = self._outputs[key]
+            if self._stop_at is not None:
+                caller.over[key] = recorded
+            return _copied(recorded)  # the model may write into what it is given
+        if isinstance(module, Adapted):
+            if path == self._stop_at:
+                self._layer = key, module.own(*args, **kwargs)
+                raise _Reached
+            if self._layer is not None and key == self._layer[0]:
+                return module.updated(self._layer[1], *args, **kwargs)
+        self.order.setdefault(path)
+        self._within.append(_Call(key))
+        output = forward(*args, **kwargs)
+        self._within.pop()  # and with it what was recorded inside: the whole call is over
+        if self._stop_at is not None:
+            caller.over[key] = _copied(output)
+        return output
+
+
+@dataclass
+class _Call:
+    """A call in progress: how often it has called each module, and the outputs of those calls that are over."""
+
+    key: str
+    calls: Counter[str] = field(default_factory=Counter)
+    over: dict[str, Any] = field(default_factory=dict)
+
+
+class _Reached(BaseException):
+    """Thrown to leave the model at the layer that was asked for; no `except Exception` of a model may catch it."""
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules without what adapters are made of: an ablation happens inside those."""
+    adapters = {id(inner) for m in model.modules() if isinstance(m, Adapted) for inner in m.adapters.modules()}
+    return ((path, module) for path, module in model.named_modules() if id(module) not in adapters)
+
+
+def _copied(output: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+
+
+class PeakActivations(TorchDispatchMode):
+    """Measures in a `with` block the most bytes of new tensors alive at once; `peak` afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._alive = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                storage = leaf.untyped_storage()
+                self._alive += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self._alive)
+        return output
+
+    def _freed(self, size: int) -> None:
+        self._alive -= size
