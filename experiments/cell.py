@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -115,8 +114,6 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
             "file_bytes": sum(path.stat().st_size for path in saved.iterdir()),
             "merge_difference": _merge_difference(model, task),
         }
-        with open(folder / "allocation.jsonl", "w") as file:
-            file.writelines(json.dumps(vars(decision)) + "\n" for decision in history.decisions)
     elif cell.method == NONE:
         row |= {"beside": trainable, "trainable": 0}
     return row

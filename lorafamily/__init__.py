@@ -22,6 +22,7 @@ from lorafamily.errors import (
     TrainingError,
 )
 from lorafamily.injection import apply, disabled, remove, switch
+from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
 from lorafamily.method import Initialisation, Method, Penalty
@@ -53,6 +54,8 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "ranks_at",
+    "redraw",
     "register_layer_kind",
     "remove",
     "save",

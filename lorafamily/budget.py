@@ -60,12 +60,13 @@ def solve(
     if budget_at not in ("peak", "end"):
         raise BudgetError(f'budget_at={budget_at!r}: must be "peak" (never exceeded) or "end" (held after pruning)')
     share = method.allocation.end_share() if budget_at == "end" else 1.0
+    largest = max(min(shape) for shape in shapes.values())
 
     def cost(at_rank: int) -> int:
         return sum(method.count(d_in, d_out, at_rank) for d_in, d_out in shapes.values())
 
     if rank_budget is not None:
-        each = _slices_each(rank_budget, len(shapes), share)
+        each = _slices_each(rank_budget, len(shapes), share, largest)
         method, rank = method.with_slices(each)
         return method, Sizing(None, budget_at, rank, cost(rank), rank_budget)
     if budget is None:
@@ -76,7 +77,7 @@ def solve(
 
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not math.isfinite(budget) or budget <= 0:
         raise BudgetError(f"budget={budget!r}: must be a positive number of trainable parameters, such as 0.17e6")
-    allowed = math.floor(budget / share) if share else math.inf
+    allowed = budget / share if share else math.inf
     smallest = cost(1)
     if smallest > allowed:
         raise BudgetError(
@@ -84,7 +85,6 @@ def solve(
             f"{smallest:,}; the smallest budget that works is {math.ceil(smallest * share):,}, or narrow targets, "
             f'for example to "attention"'
         )
-    largest = max(min(shape) for shape in shapes.values())
     low, high = 1, largest  # cost(low) fits throughout; sizes are capped by each layer, so nothing grows past `high`
     while low < high:
         middle = (low + high + 1) // 2
@@ -92,15 +92,15 @@ def solve(
     return method, Sizing(math.floor(budget), budget_at, low, cost(low))
 
 
-def _slices_each(rank_budget: int, modules: int, share: float) -> int:
+def _slices_each(rank_budget: int, modules: int, share: float, largest: int) -> int:
     """Slices of every module at the start, within a budget of slices for all."""
     if isinstance(rank_budget, bool) or not isinstance(rank_budget, numbers.Integral) or rank_budget < 1:
         raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of rank slices, at least 1")
-    each = math.floor(rank_budget / share / modules) if share else math.inf
-    if each < 1:
+    allowed = rank_budget / share if share else math.inf
+    if allowed < modules:
         raise BudgetError(
             f"rank_budget {rank_budget:,} is too small: one rank on each of the {modules} matched layers is the "
             f"least; the smallest that works is {math.ceil(modules * share):,}, or narrow targets, for example to "
             f'"attention"'
         )
-    return int(each)
+    return largest if allowed >= largest * modules else int(allowed / modules)

@@ -26,11 +26,13 @@ class Orthogonality(Penalty):
             raise MethodError(f"gamma={self.gamma!r}: must be zero or positive")
 
     def __call__(self, adapters: Iterable[Adapter]) -> Float[Tensor, ""]:
-        errors = [orthogonality_error(frame) for adapter in adapters for frame in adapter.update.frames()]
-        return self.gamma * torch.stack(errors).mean() if errors else torch.zeros(())
+        error = orthogonality_error(adapters)
+        return torch.zeros(()) if error is None else self.gamma * error
 
 
-def orthogonality_error(frame: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
-    """‖F Fᵀ − I‖_F; zero where the rows of F are orthonormal."""
-    gram = frame @ frame.T
-    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+def orthogonality_error(adapters: Iterable[Adapter]) -> Float[Tensor, ""] | None:
+    """Mean of ‖F Fᵀ − I‖_F over all frames F, zero where their rows are orthonormal; None where there are no frames."""
+    grams = [frame @ frame.T for adapter in adapters for frame in adapter.update.frames()]
+    if not grams:
+        return None
+    return torch.stack([torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]).mean()

@@ -1,8 +1,13 @@
-"""Pictures of a rank allocation. Figures are matplotlib's, made without its global state."""
+"""Pictures of a rank allocation. Figures are matplotlib's, made without its global state.
+
+Colours are Okabe and Ito's and the map cividis, which colour-blind readers tell apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -10,8 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from lorafamily.names import place_of
+
+if TYPE_CHECKING:
+    from lorafamily.allocation.allocator import Decision
+    from lorafamily.training.history import Step
+
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+KEPT, DROPPED, MARK = "#0072B2", "#D55E00", "#444444"
+SIDE_BY_SIDE = 8
+"""Layers up to which two grids stand beside each other; wider ones stand one above the other."""
 
 
 def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], np.ndarray]:
@@ -26,15 +41,37 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], np.ndarra
     return kinds, ["–" if layer is None else str(layer) for layer in layers], grid
 
 
-def rank_heatmap(ranks: Mapping[str, int], title: str, highest: int | None = None) -> Figure:
-    """Layers × kinds of matrix, the rank in every cell. `highest`: top of the colour scale, else the largest rank."""
-    kinds, layers, grid = rank_grid(ranks)
-    figure = Figure(figsize=(max(4.8, 2.6 + 0.5 * len(layers)), 1.7 + 0.36 * len(kinds)), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    top = max(1.0, float(np.nanmax(grid)) if highest is None else highest)
-    image = draw_grid(axes, kinds, layers, grid, top)
-    axes.set_title(title, fontsize=10)
-    figure.colorbar(image, ax=axes, label="rank", shrink=0.9)
+def rank_by_kind(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Total rank of each kind of matrix, over all layers."""
+    totals: dict[str, int] = {}
+    for name, rank in ranks.items():
+        kind = place_of(name).kind
+        totals[kind] = totals.get(kind, 0) + rank
+    return totals
+
+
+def rank_heatmap(
+    start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
+) -> Figure:
+    """Layers × kinds of matrix with the rank in every cell, at the start and now, on one colour scale.
+
+    `now`: None shows the start alone. `highest`: top of the colour scale, else the largest rank there is.
+    """
+    shown = {"start": start} if now is None else {"start": start, "now": now}
+    grids = {when: rank_grid(ranks) for when, ranks in shown.items()}
+    kinds, layers, _ = grids["start"]
+    top = max(1.0, *(float(np.nanmax(grid)) for _, _, grid in grids.values())) if highest is None else max(1, highest)
+    beside = len(layers) <= SIDE_BY_SIDE
+    wide, high = (len(grids), 1) if beside else (1, len(grids))
+    size = (3.0 + wide * max(2.2, 0.45 * len(layers)), 1.1 + high * (0.7 + 0.32 * len(kinds)))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).flat
+    for number, (axes, (when, (_, _, grid))) in enumerate(zip(panels, grids.items(), strict=True)):
+        named = kinds if number == 0 or not beside else [""] * len(kinds)
+        image = draw_grid(axes, named, layers, grid, top)
+        axes.set_title(f"{when}: {int(np.nansum(grid))} in all", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9)
     return figure
 
 
@@ -49,6 +86,99 @@ def draw_grid(axes: Axes, kinds: list[str], layers: list[str], grid: np.ndarray,
             shade = "black" if rank > 0.55 * top else "white"
             axes.text(column, row, f"{rank:.3g}", ha="center", va="center", color=shade, fontsize=7)
     return image
+
+
+def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
+    """Rank by kind of matrix against step, stacked, with a mark above every decision that changed something.
+
+    The first of the decisions is the start.
+    """
+    figure = Figure(figsize=(8.4, 4.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    kinds = list(rank_by_kind(decisions[0].after))
+    steps = [decision.step for decision in decisions] + [last_step]
+    by_kind = np.array([[rank_by_kind(d.after)[kind] for d in [*decisions, decisions[-1]]] for kind in kinds])
+    colours, hatches = cycle(COLOURS), [""] * len(COLOURS) + ["//"] * len(COLOURS) + [".."] * len(COLOURS)
+    areas = axes.stackplot(
+        steps,
+        by_kind,
+        labels=[f"{kind}: {own[0]} → {own[-1]}" for kind, own in zip(kinds, by_kind, strict=True)],
+        colors=[next(colours) for _ in kinds],
+        step="post",
+        edgecolor="white",
+        linewidth=0.4,
+    )
+    for area, hatch in zip(areas, cycle(hatches)):
+        area.set_hatch(hatch)
+    changed = [d for d in decisions[1:] if d.before != d.after]
+    total = by_kind.sum(0)
+    axes.plot(
+        [d.step for d in changed],
+        [d.total for d in changed],
+        linestyle="",
+        marker="v",
+        color=MARK,
+        markersize=4,
+        label=f"decision that changed ranks ({len(changed)} in all)",
+    )
+    axes.set_xlim(0, max(last_step, 1))
+    axes.set_ylim(0, 1.08 * max(1, int(total.max())))
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("rank slices in use")
+    axes.set_title(f"Rank by kind of matrix during training: {total[0]} slices at the start, {total[-1]} at the end")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure | None:
+    """How slices were scored at the first, middle and last decision, and which of them fell; None without scores."""
+    scored = [d for d in decisions if any(d.scores.values())]
+    if not scored:
+        return None
+    chosen = [scored[i] for i in sorted({round(i) for i in np.linspace(0, len(scored) - 1, panels)})]
+    figure = Figure(figsize=(1.0 + 3.4 * len(chosen), 3.6), dpi=100, layout="constrained")
+    for axes, decision in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+        scores = np.array([value for own in decision.scores.values() for value in own])
+        wide = scores.min() > 0 and scores.max() / scores.min() > 100  # sensitivities span orders of magnitude
+        edges = np.geomspace(scores.min(), scores.max(), 31) if wide else np.histogram_bin_edges(scores, 30)
+        threshold = -np.inf if decision.threshold is None else decision.threshold
+        fallen = scores <= threshold
+        axes.hist([scores[fallen], scores[~fallen]], edges, stacked=True, color=[DROPPED, KEPT], label=["off", "kept"])
+        if fallen.any():
+            axes.axvline(threshold, color=MARK, linestyle="--", linewidth=1, label="threshold")
+        if wide:
+            axes.set_xscale("log")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"step {decision.step}: {fallen.sum()} of {len(scores)} slices off", fontsize=9)
+        axes.set_xlabel("score", fontsize=9)
+        axes.tick_params(labelsize=8)
+    figure.axes[0].set_ylabel("slices")
+    figure.axes[-1].legend(fontsize=8)
+    figure.suptitle("Scores of the rank slices when decisions were made (higher is worth more)", fontsize=10)
+    return figure
+
+
+def course(steps: Sequence[Step]) -> Figure:
+    """Total rank, trainable numbers and, where frames should be orthonormal, their error, against step."""
+    measured = [(step.step, step.orthogonality) for step in steps if step.orthogonality is not None]
+    curves: dict[str, tuple[list[int], Sequence[float]]] = {
+        "rank slices in use": ([s.step for s in steps], [s.rank for s in steps]),
+        "trainable numbers": ([s.step for s in steps], [s.trainable for s in steps]),
+    }
+    if measured:
+        curves["mean ‖F Fᵀ − I‖ of the frames"] = ([s for s, _ in measured], [e for _, e in measured])
+    figure = Figure(figsize=(7.2, 0.8 + 1.7 * len(curves)), dpi=100, layout="constrained")
+    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, (at, values)), colour in zip(panels, curves.items(), COLOURS, strict=False):
+        axes.plot(at, values, color=colour, linewidth=1.6, drawstyle="steps-post")
+        axes.set_ylabel(label, fontsize=8)
+        axes.set_ylim(0, 1.08 * max(1e-12, *values))
+        axes.ticklabel_format(axis="y", style="plain")
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("optimiser step")
+    figure.suptitle("Rank, size and orthogonality during training" if measured else "Rank and size during training")
+    return figure
 
 
 def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:

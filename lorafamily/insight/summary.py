@@ -26,7 +26,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Adapters of one name; prints as a table. `beside` counts what trains besides adapters, such as a task head."""
+    """Adapters of one name; prints as a table. `beside` counts what trains besides adapters, such as a task head;
+    `tensor_bytes` is what the tensors of a saved file take, frozen starts and what trains beside included."""
 
     name: str
     method: str
@@ -37,6 +38,7 @@ class Summary:
     rank_budget: int | None
     budget_at: str
     start_parameters: int
+    tensor_bytes: int
     dtype: str
 
     @property
@@ -77,6 +79,7 @@ class Summary:
             lines.append(
                 f"rank budget (at the {self.budget_at}): {self.rank_budget:,} slices, of which {self.unused:,} unused"
             )
+        lines.append(f"saved: {self.tensor_bytes / 1024:,.0f} KiB of tensors")
         if self.beside:
             lines.append(f"trained beside the adapters, counted apart: {self.beside:,}")
         return "\n".join(lines)
@@ -91,6 +94,9 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     """
     placement = placement_of(model, name)
     rows = tuple(_row(placement, path) for path in placement.adapters)
+    tensors = [t for adapter in placement.adapters.values() for t in adapter.parameters()] + [
+        *placement.parked.values()
+    ]
     first = next(iter(placement.adapters.values()))
     return Summary(
         name=placement.name,
@@ -102,6 +108,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         rank_budget=placement.sizing.rank_budget,
         budget_at=placement.sizing.budget_at,
         start_parameters=placement.sizing.start,
+        tensor_bytes=sum(tensor.nbytes for tensor in tensors),
         dtype=str(next(first.update.parameters()).dtype).removeprefix("torch."),
     )
 

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from lorafamily.insight.figures import pixels, rank_heatmap
+from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap, rank_history, score_histograms
 
 if TYPE_CHECKING:
-    from lorafamily.allocation.allocator import Allocator, Decision
-    from lorafamily.training.history import Evaluation, Step
+    from lorafamily.allocation.allocator import Decision
+    from lorafamily.training.history import Evaluation, History, Step
+
+Setting = str | int | float | bool
 
 
 class Board:
-    """Scalars at every step, a rank heat-map at the start and whenever an allocation changed; nothing without a
-    folder."""
+    """Scalars at every step; rank heat-map, ranks by kind and scores whenever an allocation changed; at the end the
+    history of the allocation, and a line in the HParams tab.
 
-    def __init__(self, log_dir: str | os.PathLike[str] | None, allocator: Allocator):
-        self.writer = None if log_dir is None else SummaryWriter(os.fspath(log_dir))
-        # One colour scale for the run, so that pictures compare: with head-room where modules may grow.
-        self.highest = max(allocator.ranks.values(), default=0) * (2 if allocator.grows else 1)
-        self.shown: dict[str, int] = {}
-        self._heatmap(0, allocator.ranks, "start")
+    `highest`: top of the colour scale of all heat-maps, so that they compare.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], start: Decision, highest: int):
+        self.writer = SummaryWriter(os.fspath(folder))
+        self.start, self.highest = start, highest
+        self.decisions = [start]
+        self._ranks(start)
 
     def step(self, record: Step, decision: Decision | None) -> None:
-        if self.writer is None:
-            return
         scalars = {
             "train/loss (nats)": record.loss,
             "train/penalty": record.penalty,
@@ -36,25 +41,45 @@ class Board:
             "rank/total": record.rank,
             "rank/trainable numbers": record.trainable,
         }
+        if record.orthogonality is not None:
+            scalars["train/orthogonality error"] = record.orthogonality
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, record.step)
         if decision is not None:
-            self._heatmap(record.step, decision.after, decision.reason)
+            self.decisions.append(decision)
+            scores = np.array([score for own in decision.scores.values() for score in own])
+            if scores.size and np.ptp(scores) > 0:
+                self.writer.add_histogram("rank/scores", scores, decision.step)
+            if decision.before != decision.after:
+                self._ranks(decision)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        if self.writer is not None:
-            for name, value in evaluation.metrics.items():
-                self.writer.add_scalar(f"validation/{name}", value, evaluation.step)
+        for name, value in evaluation.metrics.items():
+            self.writer.add_scalar(f"validation/{name}", value, evaluation.step)
 
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    def close(self, history: History, settings: Mapping[str, Setting]) -> None:
+        last = history.steps[-1] if history.steps else None
+        if self.start.after and last is not None:
+            self._image("rank/history", rank_history(self.decisions, last.step), last.step)
+            histograms = score_histograms(self.decisions)
+            if histograms is not None:
+                self._image("rank/scores", histograms, last.step)
+        final = {f"final/{name}": value for name, value in history.metrics.items()}
+        if last is not None:
+            final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/rank": last.rank}
+            final |= {"final/trainable numbers": last.trainable}
+            # Under the run's own name; the default is a run of its own, named after the time.
+            self.writer.add_hparams(dict(settings), final, run_name=".")
+        self.writer.close()
 
-    def _heatmap(self, step: int, ranks: dict[str, int], why: str) -> None:
-        if self.writer is None or not ranks or ranks == self.shown:
+    def _ranks(self, decision: Decision) -> None:
+        if not decision.after:
             return
-        self.shown = dict(ranks)
-        title = f"Rank by layer and matrix, {sum(ranks.values())} in all\nstep {step}: {why}"
-        self.writer.add_image(
-            "rank/by layer", pixels(rank_heatmap(ranks, title, self.highest)), step, dataformats="HWC"
-        )
+        title = f"Rank by layer and matrix, step {decision.step}: {decision.reason}"
+        now = None if decision is self.start else decision.after
+        self._image("rank/by layer", rank_heatmap(self.start.after, now, title, self.highest), decision.step)
+        for kind, rank in rank_by_kind(decision.after).items():
+            self.writer.add_scalar(f"rank by kind/{kind}", rank, decision.step)
+
+    def _image(self, tag: str, figure: Figure, step: int) -> None:
+        self.writer.add_image(tag, pixels(figure), step, dataformats="HWC")

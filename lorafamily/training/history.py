@@ -12,7 +12,8 @@ from lorafamily.allocation.allocator import Decision
 @dataclass(frozen=True)
 class Step:
     """One optimiser step. `loss`: mean task loss of its batches, without penalty (nats for cross-entropy);
-    `gradient`: norm before clipping; `rank`: slices in use; `trainable`: all numbers that train, a head included."""
+    `gradient`: norm before clipping; `rank`: slices in use; `trainable`: all numbers that train, a head included;
+    `orthogonality`: mean ‖F Fᵀ − I‖_F of the adapters' frames, None where there are none or it was not measured."""
 
     step: int
     loss: float
@@ -21,6 +22,7 @@ class Step:
     gradient: float
     rank: int
     trainable: int
+    orthogonality: float | None = None
 
 
 @dataclass(frozen=True)

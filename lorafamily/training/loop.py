@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed, Run
 from lorafamily.errors import DataError, TrainingError
-from lorafamily.placement import placement_of, refuse_merged, state_of
+from lorafamily.penalty import orthogonality_error
+from lorafamily.placement import Placement, placement_of, refuse_merged, state_of
 from lorafamily.training.batches import LossFn, endless, first_rows, loss_of, to_device
-from lorafamily.training.board import Board
+from lorafamily.training.board import Setting
 from lorafamily.training.history import Evaluation, History, Step
+from lorafamily.training.log import Log
 
 SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples
 
@@ -75,7 +78,7 @@ def train(
         seed: of Python's, NumPy's and torch's generators at the start (dropout, shuffling); None leaves them alone.
         scoring_memory: MiB of activations that ablations scored in one batch may hold. None: 1024 on a GPU, and on a
             CPU, where batches gain nothing, one ablation at a time.
-        log_dir: folder for TensorBoard.
+        log_dir: folder for TensorBoard, for pictures of the allocation, and for its record: see `ranks_at`, `redraw`.
         progress: show a bar with loss, steps per second and total rank, and one while ranks are scored.
         check_gradients: after the first backward, refuse to go on where an adapter got no gradient.
 
@@ -143,8 +146,12 @@ def train(
     allocator = (placement.method.allocation if placement else Fixed()).begin(run)
     penalty = placement.method.penalty if placement else None
 
+    settings: dict[str, Setting] = {"lr": lr, "steps": total, "schedule": schedule, "warmup": warmup}
+    settings |= {"weight decay": weight_decay, "accumulate": accumulate, "seed": -1 if seed is None else seed}
+    settings |= _about(placement)
     history = History(ranks_start=dict(allocator.ranks))
-    board = Board(log_dir, allocator)
+    log = Log(log_dir, allocator)
+    measure_frames = max(1, total // 100)  # steps between looks at the frames, where there are any
     evaluates = evaluate is not None or validation is not None
     best, since_best = math.inf, 0
     batches = endless(data)
@@ -186,9 +193,10 @@ def train(
                     gradient=norm,
                     rank=sum(allocator.ranks.values()),
                     trainable=sum(parameter.numel() for parameter in trained),
+                    orthogonality=_frame_error(adapters) if step % measure_frames == 0 else None,
                 )
                 history.steps.append(record)
-                board.step(record, decision)
+                log.step(record, decision)
                 bar.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, refresh=False)
                 bar.update()
 
@@ -196,7 +204,7 @@ def train(
                 if evaluates and due:
                     evaluation = Evaluation(step, metrics())
                     history.evaluations.append(evaluation)
-                    board.evaluation(evaluation)
+                    log.evaluation(evaluation)
                     if patience is not None and allocator.settled:
                         best, since_best = _improved(evaluation, best, since_best)
                         if since_best >= patience:
@@ -204,7 +212,7 @@ def train(
                             break
     finally:
         optim.zero_grad(set_to_none=True)
-        board.close()
+        log.close(history, settings)
         model.train(was_training)
     history.stopped = history.stopped or f"all {total} steps done"
     history.ranks_end = dict(allocator.ranks)
@@ -213,6 +221,22 @@ def train(
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _about(placement: Placement | None) -> dict[str, Setting]:
+    """What was adapted how, for the table of runs."""
+    if placement is None:
+        return {"method": "none"}
+    sizing, options = placement.sizing, placement.method.options()
+    about = {"method": placement.spec, "start rank": sizing.rank, "budget at": sizing.budget_at, **options}
+    about |= {"budget": sizing.budget or 0, "rank budget": sizing.rank_budget or 0}
+    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in about.items()}
+
+
+@torch.no_grad()
+def _frame_error(adapters: Mapping[str, Adapter]) -> float | None:
+    error = orthogonality_error(adapters.values())
+    return None if error is None else error.item()
 
 
 def _total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, accumulate: int) -> int:

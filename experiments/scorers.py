@@ -1,0 +1,210 @@
+"""What scoring ranks costs, and whether the cheap score of AB-LoRA agrees with the exact one.
+
+    python experiments/scorers.py --model PATH --task sst2 --data DIR
+
+Prints three tables: exact against first-order scores after training, seed by seed; wall time of the definition, of the
+exact scorer and of the first-order one, alternating in one run; the share of a training step that keeping sensitivity
+scores takes, and how many numbers are scored for it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import scipy.stats
+import torch
+import tyro
+from torch import Tensor
+
+import lorafamily
+from lorafamily.allocation.ablation import Ablation, AblationEstimate
+from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run
+from lorafamily.allocation.scorer import Scores
+from lorafamily.names import modules_per_block
+from lorafamily.placement import placement_of
+from lorafamily.training.batches import first_rows, loss_of
+from lorafamily.training.loop import SCORING_ROWS
+from report import as_text
+from tasks import Task, TaskError, find
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare the scorers of rank slices on a trained model."""
+
+    model: str | None = None
+    """folder or hub id of a transformers model; none for the embedded one"""
+    task: str = "code"
+    """as in compare.py"""
+    data: Path | None = None
+    """as in compare.py"""
+    rank: int = 8
+    """of plain LoRA on every linear layer"""
+    steps: int = 100
+    """of training before ranks are scored"""
+    lr: float = 1e-3
+    """of that training"""
+    batch: int = 32
+    """sequences per step"""
+    length: int = 96
+    """tokens per sequence at most"""
+    seeds: int = 3
+    """for the agreement of the scores"""
+    rounds: int = 2
+    """of the timings, which alternate"""
+    observed_steps: int = 60
+    """training steps in which the cost of keeping sensitivity scores is measured"""
+
+
+def main(settings: Settings) -> None:
+    task = find(settings.task, model=settings.model, data=settings.data, batch=settings.batch, length=settings.length)
+    lines = [["seed", "ranks", "Spearman", "p", "same among the lowest", "first-order range", "exact range"]]
+    for seed in range(settings.seeds):
+        run = _trained(task, settings, seed)
+        exact, estimate = Ablation(run).scores(), AblationEstimate(run).scores()
+        lines.append([str(seed), *_agreement(exact, estimate)])
+    print(f"\nExact AB-LoRA against its first-order estimate, LoRA rank {settings.rank}, {settings.steps} steps")
+    print(as_text(lines), flush=True)
+
+    print(f"\nWall time of scoring {sum(map(len, exact.values()))} ranks on one batch of {SCORING_ROWS}, seconds")
+    scorers: dict[str, Callable[[], Scores]] = {
+        "definition": lambda: by_definition(run),
+        "exact": lambda: Ablation(run).scores(),
+        "first-order": lambda: AblationEstimate(run).scores(),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in scorers}
+    for _ in range(settings.rounds):
+        for name, score in scorers.items():
+            begun = time.perf_counter()
+            found = score()
+            spent[name].append(time.perf_counter() - begun)
+            if name == "exact":
+                exact = found
+            if name == "definition":
+                defined = found
+    total = {name: sum(own) for name, own in spent.items()}
+    rows = [["scorer", "each round", "definition / this"]]
+    for name, own in spent.items():
+        rows.append([name, ", ".join(f"{s:.2f}" for s in own), f"{total['definition'] / total[name]:.2f}"])
+    print(as_text(rows))
+    print(f"largest difference of exact and definition: {_largest_difference(exact, defined):.1e}", flush=True)
+
+    rows = [["method", "numbers scored", "of adalora's", "s/step with", "s/step without", "bookkeeping"]]
+    numbers: dict[str, int] = {}
+    for method in ("adalora", "lora2"):
+        numbers[method], with_scores, without = _bookkeeping(task, settings, method)
+        rows.append(
+            [
+                method,
+                f"{numbers[method]:,}",
+                f"{numbers[method] / numbers['adalora']:.2%}",
+                f"{with_scores:.4f}",
+                f"{without:.4f}",
+                f"{with_scores / without - 1:.2%}",
+            ]
+        )
+    print(f"\nKeeping sensitivity scores, {settings.observed_steps} training steps, batch {settings.batch}")
+    print(as_text(rows))
+    print(
+        f"Numbers scored: entries of tensors whose sensitivity is averaged, at the start, all modules, rank "
+        f"{settings.rank} (lora2: k = r = {settings.rank}); adalora P, λ, Q whole, lora2 E, aa, B only."
+    )
+
+
+def _trained(task: Task, settings: Settings, seed: int) -> Run:
+    """Plain LoRA after training, as a run on the scoring batch that `train` would use."""
+    model, head = task.model(seed)
+    lorafamily.apply(model, "lora", rank=settings.rank, also_train=head, seed=seed)
+    lorafamily.train(model, task.training(seed), steps=settings.steps, lr=settings.lr, seed=seed, progress=False)
+    model.eval()
+    batch = first_rows(next(iter(task.validation())), SCORING_ROWS)
+    loss = partial(loss_of, model, batch)
+    return Run(model, placement_of(model).adapters, 1, validation_loss=loss)
+
+
+def _agreement(exact: Scores, estimate: Scores) -> list[str]:
+    one, other = torch.cat(list(exact.values())), torch.cat(list(estimate.values()))
+    result = scipy.stats.spearmanr(one.numpy(), other.numpy())
+    n = modules_per_block(exact)  # what one round of ALoRA drops
+    same = len(set(one.argsort()[:n].tolist()) & set(other.argsort()[:n].tolist()))
+    ranges = [f"{float(s.min()):.4f} … {float(s.max()):.4f}" for s in (other, one)]
+    return [str(len(one)), f"{result.statistic:.3f}", f"{result.pvalue:.0e}", f"{same} of {n}", *ranges]
+
+
+@torch.no_grad()
+def by_definition(run: Run) -> Scores:
+    """AB-LoRA taken literally: for every slice one forward without it and one with it alone."""
+    assert run.validation_loss is not None
+    gates = {name: torch.ones(adapter.rank) for name, adapter in run.adapters.items()}
+
+    def loss(value: float, name: str = "", i: int = 0) -> Tensor:
+        assert run.validation_loss is not None
+        for gate in gates.values():
+            gate.fill_(value)
+        if name:
+            gates[name][i] = 1 - value
+        return run.validation_loss().double()
+
+    with ExitStack() as stack:
+        for name, adapter in run.adapters.items():
+            stack.enter_context(adapter.gated(gates[name]))
+        whole = loss(1.0)
+        return {
+            name: torch.stack([loss(1.0, name, i) - whole - loss(0.0, name, i) for i in range(adapter.rank)])
+            for name, adapter in run.adapters.items()
+        }
+
+
+def _largest_difference(one: Scores, other: Scores) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def _bookkeeping(task: Task, settings: Settings, method: str) -> tuple[int, float, float]:
+    """Numbers scored, and seconds a step with and without the scorer's part, both from the same steps."""
+    model, head = task.model(0)
+    options: dict[str, Any] = {"inner_rank": settings.rank} if method == "lora2" else {}
+    lorafamily.apply(model, method, rank=settings.rank, also_train=head, seed=0, warmup=0.1, final=0.1, **options)
+    placement = placement_of(model)
+    scored = sum(p.numel() for adapter in placement.adapters.values() for p, _ in adapter.update.sliced())
+    timed = Timed(placement.method.allocation)
+    placement.method = placement.method.but(allocation=timed)
+    history = lorafamily.train(
+        model, task.training(0), steps=settings.observed_steps, lr=settings.lr, seed=0, progress=False
+    )
+    with_scores = history.seconds / settings.observed_steps
+    return scored, with_scores, with_scores - sum(timed.spent) / settings.observed_steps
+
+
+@dataclass(frozen=True)
+class Timed(Allocation):
+    """An allocation that notes the seconds its allocator takes after every step."""
+
+    inner: Allocation
+    spent: list[float] = field(default_factory=list)
+
+    def begin(self, run: Run) -> Allocator:
+        allocator = self.inner.begin(run)
+        step = allocator.step
+
+        def timed(number: int) -> Decision | None:
+            begun = time.perf_counter()
+            decision = step(number)
+            self.spent.append(time.perf_counter() - begun)
+            return decision
+
+        allocator.step = timed  # type: ignore[method-assign, assignment]
+        return allocator
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings))
+    except (TaskError, lorafamily.LoraFamilyError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -1,0 +1,118 @@
+"""What a run leaves in its folder, and what comes back from it without the model.
+
+`allocation.jsonl`: one line a decision (step, reason, threshold, ranks before and after and scores by module), the
+first being the start. `steps.jsonl`: one line a training step. Both are written as the run goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from lorafamily.allocation.allocator import Decision
+from lorafamily.errors import FileError
+from lorafamily.insight import figures
+from lorafamily.training.history import Step
+
+DECISIONS, STEPS = "allocation.jsonl", "steps.jsonl"
+
+
+class Record:
+    """Appends to a run's two files; each line is on disk when the call returns."""
+
+    def __init__(self, folder: str | os.PathLike[str], start: Decision):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._decisions = open(self.folder / DECISIONS, "w")  # noqa: SIM115 - open as long as the run
+        self._steps = open(self.folder / STEPS, "w")  # noqa: SIM115
+        self.decision(start)
+
+    def decision(self, decision: Decision) -> None:
+        _append(self._decisions, decision)
+
+    def step(self, step: Step) -> None:
+        _append(self._steps, step)
+
+    def close(self) -> None:
+        self._decisions.close()
+        self._steps.close()
+
+
+def ranks_at(folder: str | os.PathLike[str], step: int) -> dict[str, int]:
+    """The rank of every module after `step` optimiser steps of a recorded run; 0 is the start.
+
+    Raises:
+        FileError: no record there, or it is damaged.
+    """
+    ranks: dict[str, int] = {}
+    for decision in read_decisions(folder):
+        if decision.step <= step:
+            ranks = decision.after
+    return ranks
+
+
+def redraw(folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw the pictures of a recorded run into its folder again, from its two files alone; returns them.
+
+    Raises:
+        FileError: no record there, or it is damaged.
+    """
+    return draw(Path(folder), read_decisions(folder), read_steps(folder))
+
+
+def draw(folder: Path, decisions: Sequence[Decision], steps: Sequence[Step]) -> list[Path]:
+    """Write a run's pictures: ranks at the start and at the end, their history, scores, and the course of the run."""
+    start, end = decisions[0].after, decisions[-1].after
+    if not start:
+        return []
+    last = steps[-1].step if steps else decisions[-1].step
+    changed = f"Rank by layer and matrix after {last} steps"
+    pictures = {
+        "rank-by-layer": figures.rank_heatmap(start, end, changed),
+        "rank-history": figures.rank_history(decisions, last),
+        "scores": figures.score_histograms(decisions),
+        "course": figures.course(steps) if steps else None,
+    }
+    drawn = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            FigureCanvasAgg(figure)
+            figure.savefig(folder / f"{name}.png")
+            drawn.append(folder / f"{name}.png")
+    return drawn
+
+
+def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
+    """The decisions of a recorded run, the first being the start."""
+    decisions: list[Decision] = _read(Path(folder) / DECISIONS, Decision)
+    if not decisions:
+        raise FileError(f"{Path(folder) / DECISIONS}: empty; a record begins with the ranks at the start")
+    return decisions
+
+
+def read_steps(folder: str | os.PathLike[str]) -> list[Step]:
+    """The training steps of a recorded run."""
+    return _read(Path(folder) / STEPS, Step)
+
+
+def _append(file: Any, entry: Any) -> None:
+    file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
+    file.flush()
+
+
+def _read(path: Path, kind: type[Any]) -> list[Any]:
+    if not path.is_file():
+        raise FileError(f"{path} does not exist; train(..., log_dir=folder) writes it")
+    entries = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            entries.append(kind(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise FileError(f"{path}, line {number}: not a record of a {kind.__name__.lower()} ({error})") from None
+    return entries

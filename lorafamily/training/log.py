@@ -1,0 +1,46 @@
+"""Everything a run writes into its folder: records, TensorBoard, pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafamily.allocation.allocator import Decision
+from lorafamily.insight.record import Record, draw
+from lorafamily.training.board import Board, Setting
+
+if TYPE_CHECKING:
+    from lorafamily.allocation.allocator import Allocator
+    from lorafamily.training.history import Evaluation, History, Step
+
+
+class Log:
+    """Of one run; does nothing without a folder."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, allocator: Allocator):
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            start = Decision(0, {}, dict(allocator.ranks), "start")
+            head_room = 2 if allocator.grows else 1
+            self.record = Record(self.folder, start)
+            self.board = Board(self.folder, start, head_room * max(start.after.values(), default=0))
+
+    def step(self, step: Step, decision: Decision | None) -> None:
+        if self.folder is not None:
+            self.record.step(step)
+            if decision is not None:
+                self.record.decision(decision)
+            self.board.step(step, decision)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        if self.folder is not None:
+            self.board.evaluation(evaluation)
+
+    def close(self, history: History, settings: Mapping[str, Setting]) -> None:
+        """Draw the pictures of whatever was run, and close the files."""
+        if self.folder is not None:
+            self.record.close()
+            self.board.close(history, settings)
+            draw(self.folder, self.board.decisions, history.steps)
