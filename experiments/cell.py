@@ -6,12 +6,11 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lorafamily
 from lorafamily.training.batches import to_device
@@ -112,7 +111,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
             "beside": summary.beside,
             "trainable": summary.start_parameters,
             "file_bytes": sum(path.stat().st_size for path in saved.iterdir()),
-            "merge_difference": _merge_difference(model, task),
+            "merge_difference": lorafamily.merge_difference(model, _first_batch(model, task)),
         }
     elif cell.method == NONE:
         row |= {"beside": trainable, "trainable": 0}
@@ -163,19 +162,5 @@ def _evaluate(model: nn.Module, task: Task) -> dict[str, float]:
         return task.evaluate(model)
 
 
-@torch.no_grad()
-def _merge_difference(model: nn.Module, task: Task) -> float:
-    """max |logits merged − logits unmerged| on the first batch of validation data."""
-    model.eval()
-    device = next(model.parameters()).device
-    (batch,) = islice(task.validation(), 1)
-
-    def logits() -> Tensor:
-        output: Tensor = model(**to_device(batch, device)).logits.float()
-        return output
-
-    unmerged = logits()
-    lorafamily.merge(model)
-    difference = (logits() - unmerged).abs().max().item()
-    lorafamily.unmerge(model)
-    return difference
+def _first_batch(model: nn.Module, task: Task) -> Any:
+    return to_device(next(iter(task.validation())), next(model.parameters()).device)

@@ -8,8 +8,10 @@ lorafamily.save(model, "my-adapter")
 
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.budget import Sizing
+from lorafamily.deploy.combine import combine, compress
 from lorafamily.deploy.files import load, save
-from lorafamily.deploy.merge import merge, unmerge
+from lorafamily.deploy.merge import merge, merge_difference, unmerge
+from lorafamily.deploy.peft import export_peft, import_loralib, import_peft
 from lorafamily.errors import (
     AllocationError,
     BudgetError,
@@ -50,9 +52,15 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "apply",
+    "combine",
+    "compress",
     "disabled",
+    "export_peft",
+    "import_loralib",
+    "import_peft",
     "load",
     "merge",
+    "merge_difference",
     "methods",
     "ranks_at",
     "redraw",

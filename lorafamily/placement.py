@@ -41,12 +41,12 @@ class Placement:
 @dataclass
 class ModelState:
     """What lorafamily notes on a model: placements by name, the active one, which base parameters trained before, and
-    while a placement is merged the original weights by module name."""
+    while a placement is merged the original weights by module name (None for those that were not kept)."""
 
     trained_before: frozenset[str]
     placements: dict[str, Placement] = field(default_factory=dict)
     active: str | None = None
-    originals: dict[str, Tensor] | None = None
+    originals: dict[str, Tensor | None] | None = None
 
     @property
     def merged(self) -> bool:
@@ -126,6 +126,20 @@ def place(model: nn.Module, placement: Placement) -> None:
     state.placements[placement.name] = placement
     activate(model, placement.name)
     train_only(model, placement)
+
+
+def exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
+    """Put other adapters into the layers of a placement, in the place of its own."""
+    for path, adapter in adapters.items():
+        attach(model.get_submodule(path), placement.name, adapter)
+    placement.adapters = adapters
+    state = state_of(model)
+    assert state is not None
+    if state.active == placement.name:
+        train_only(model, placement)
+    else:
+        for adapter in adapters.values():
+            adapter.requires_grad_(False)
 
 
 def train_only(model: nn.Module, placement: Placement) -> None:

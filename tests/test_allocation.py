@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from functools import partial
 
 import pytest
@@ -138,6 +139,35 @@ def test_surgery_keeps_the_survivors_moments_bit_for_bit(make):
     optimizer.step()
 
 
+def test_two_hundred_resizings_leave_nothing_behind():
+    model = lorafamily.apply(tiny(), "olora+alora", rank=3, seed=0)
+    adapters = placement_of(model).adapters
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    run = Run(model, adapters, steps=1, optimizer=optimizer)
+
+    def decide(number: int) -> None:
+        model(**data(1)[0]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for i, name in enumerate(adapters):
+            if (i + number) % 2:
+                run.resize(name, torch.tensor([0, 2]))
+                run.resize(name, torch.arange(2), add=1)
+
+    def alive() -> tuple[int, int]:
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+        return len(tensors), sum(tensor.nbytes for tensor in tensors)
+
+    for number in range(4):
+        decide(number)
+    before, states = alive(), len(optimizer.state)
+    for number in range(200):
+        decide(number)
+    assert alive() == before
+    assert len(optimizer.state) == states == len(optimizer.param_groups[0]["params"])
+
+
 @pytest.mark.parametrize("method", ["alora", "olora+alora", "lora2"])
 def test_exact_ablation_is_the_definition(method):
     """IS(i) = S(M) − S(M∖i) + S(M_i), against adapters whose slices are really taken out."""
@@ -193,6 +223,19 @@ def test_any_allocator_takes_any_scorer(method, scores):
     history = lorafamily.train(model, data(1), steps=40, validation=data(1), progress=False)
     assert history.ranks_end != history.ranks_start
     assert history.steps[-1].loss < history.steps[0].loss
+
+
+def test_lora2_keeps_scores_of_under_one_percent_of_adalora_s_numbers():
+    """DeBERTaV3-base's six matrices a layer, r = k = 8; entries of the tensors whose sensitivity is averaged."""
+    shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+    with torch.device("meta"):
+        layer = nn.ModuleList(nn.Linear(d_in, d_out) for d_in, d_out in shapes)
+    scored = {}
+    for method in ("adalora", "lora2"):
+        adapters = placement_of(lorafamily.apply(layer, method, rank=8)).adapters
+        scored[method] = sum(average.numel() for average in Sensitivity(Run(layer, adapters, steps=1)).average)
+        lorafamily.remove(layer)
+    assert scored == {"adalora": 110_640, "lora2": 816}
 
 
 def test_averaged_sensitivity_follows_a_resize():
@@ -348,6 +391,27 @@ def test_the_budget_holds_at_every_step(method, seed):
     assert history.ranks_end == {n: a.rank for n, a in placement_of(model).adapters.items()}
     if history.decisions:
         assert history.ranks_end != history.ranks_start
+
+
+@every_method
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rank_budget_holds_at_every_step(method, seed):
+    """100 slices for 12 modules: 8 each, LoRA²'s singular values included, whatever they cost."""
+    model = lorafamily.apply(tiny(seed=seed), method, rank_budget=100, seed=seed, **few_rounds(method))
+    summary = lorafamily.summary(model)
+    assert (summary.rank, summary.unused, summary.budget) == (96, 4, None)
+    assert "rank budget (at the peak): 100 slices, of which 4 unused" in str(summary)
+    history = lorafamily.train(model, data(), steps=40, validation=data(1), progress=False, seed=seed)
+    assert max(step.rank for step in history.steps) <= 100
+    assert history.ranks_start == dict.fromkeys(history.ranks_start, 8)
+    assert sum(adapter.rank for adapter in placement_of(model).adapters.values()) <= 100
+
+
+def test_a_rank_budget_for_the_end_lets_pruning_start_larger():
+    model = lorafamily.apply(tiny(), "adalora", rank_budget=24, budget_at="end", seed=0)
+    assert lorafamily.summary(model).rank == 36
+    lorafamily.train(model, data(), steps=40, progress=False)
+    assert lorafamily.summary(model).rank == 24
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -119,6 +119,10 @@ def test_ranks_are_capped_by_the_layer():
         ({"budget": "many"}, lorafamily.BudgetError, "budget='many'"),
         ({"budget": 1000, "rank": 1}, lorafamily.BudgetError, "both given; give one"),
         ({"budget": 1000, "budget_at": "start"}, lorafamily.BudgetError, "budget_at='start'"),
+        ({"rank_budget": 11}, lorafamily.BudgetError, r"rank_budget 11 is too small.*12 matched.*smallest.* 12"),
+        ({"rank_budget": 20.5}, lorafamily.BudgetError, "rank_budget=20.5: must be a whole number"),
+        ({"rank_budget": 99, "budget": 9}, lorafamily.BudgetError, "budget=9 and rank_budget=99 are both given"),
+        ({"rank_budget": 99, "budget": 9, "rank": 1}, lorafamily.BudgetError, "are all given; give one"),
         ({"rank": 0}, lorafamily.BudgetError, "rank=0: must be a whole number of at least 1"),
         ({"rank": 2.5}, lorafamily.BudgetError, "rank=2.5"),
         (

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import lorafamily
@@ -60,21 +59,6 @@ def test_penalty_is_in_the_gradient_and_in_the_record():
     assert recorded[0.5][0].penalty == pytest.approx(0.5 * math.sqrt(3), rel=0.02)
     assert recorded[0.5][-1].penalty < 0.5 * recorded[0.5][0].penalty
     assert recorded[0.5][0].loss == recorded[0.0][0].loss  # the task loss is what is logged
-
-
-def test_tensorboard_shows_scalars_and_a_heatmap_at_each_change(tmp_path):
-    model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
-    history = lorafamily.train(model, data(), steps=40, validation=data(1), log_dir=tmp_path, progress=False)
-    shown = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "scalars": 0}).Reload()
-    ranks = [event.value for event in shown.Scalars("rank/total")]
-    assert ranks == [step.rank for step in history.steps]
-    assert [e.value for e in shown.Scalars("train/loss (nats)")] == pytest.approx([s.loss for s in history.steps])
-    assert {"train/penalty", "train/learning rate", "rank/trainable numbers", "validation/loss"} <= set(
-        shown.Tags()["scalars"]
-    )
-    changes = [d.step for d in history.decisions if d.before != d.after]
-    assert [event.step for event in shown.Images("rank/by layer")] == [0, *changes]
-    assert len(changes) > 5
 
 
 def test_history_holds_decisions_and_ranks():
@@ -233,13 +217,16 @@ COMPILED = """
 import lorafamily
 from conftest import data, tiny
 for compiled in (False, True):
-    model = lorafamily.apply(tiny(), "lora", rank=2, seed=0)
-    history = lorafamily.train(model, data(1), steps=3, compile=compiled, progress=False)
+    model = lorafamily.apply(tiny(), "alora", rank=2, seed=0, rounds=8, scores="first-order", drop=3)
+    history = lorafamily.train(
+        model, data(1), steps=40, warmup=0.0, lr=5e-3, compile=compiled, validation=data(1), progress=False
+    )
+    assert len({tuple(d.after.values()) for d in history.decisions}) == 8
     print(*(step.loss for step in history.steps))
 """
 
 
-def test_compiled_model_trains_to_the_same_losses():
+def test_compiled_model_trains_to_the_same_losses_through_eight_resizings():
     """In a process of its own: the shape checks of these tests wrap functions in what torch.compile cannot trace."""
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent / 'experiments'}"}

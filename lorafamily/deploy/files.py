@@ -6,19 +6,17 @@ Read with safetensors and json only. Everything is checked before the model is t
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
+from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.layers import base_parameters, kind_of, weight_of
 from lorafamily.placement import Model, Placement, check_can_place, place, placement_of, state_of
@@ -26,6 +24,7 @@ from lorafamily.registry import find
 
 FORMAT = 1
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
+FOLDER = f"a saved adapter is a folder with {RECORD} and {TENSORS}"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
@@ -60,9 +59,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         },
         "also_trained": {at: list(value.shape) for at, value in beside.items()},
     }
-    on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    _write(folder / TENSORS, safetensors.torch.save(on_cpu))
-    _write(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    write_tensors(folder / TENSORS, tensors)
+    write_json(folder / RECORD, record)
     return folder
 
 
@@ -80,7 +78,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     check_can_place(model, name)
     folder = Path(path)
     record = _read_record(folder)
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder / TENSORS, FOLDER)
     try:
         method = find(record["method"]).with_options(**record["options"])
         sizing = Sizing(**record["sizing"])
@@ -112,37 +110,12 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     return model
 
 
-def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
-    if not path.is_file():
-        raise FileError(f"{folder}: no {RECORD} there; a saved adapter is a folder with {RECORD} and {TENSORS}")
-    try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FileError(f"{path}: damaged, not JSON ({error})") from None
+    record = read_json(folder / RECORD, FOLDER)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
-        raise FileError(f"{path}: format {found!r}; this version of lorafamily reads format {FORMAT}")
+        raise FileError(f"{folder / RECORD}: format {found!r}; this version of lorafamily reads format {FORMAT}")
     return record
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / TENSORS
-    if not path.is_file():
-        raise FileError(f"{folder}: no {TENSORS} there; a saved adapter is a folder with {RECORD} and {TENSORS}")
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise FileError(f"{path}: damaged, not a safetensors file ({error})") from None
 
 
 def _check_layers(model: nn.Module, record: Mapping[str, Any], folder: Path) -> None:
@@ -160,10 +133,8 @@ def _check_layers(model: nn.Module, record: Mapping[str, Any], folder: Path) -> 
         elif list(parameters[at].shape) != shape:
             wrong.append(f"{at} is {list(parameters[at].shape)}, not {shape}")
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise FileError(
-            f"{folder}: made for another model ({record['base']}); in this {type(model).__name__} "
-            f"{'; '.join(wrong[:5])}{more}"
+            f"{folder}: made for another model ({record['base']}); in this {type(model).__name__} {listed(wrong)}"
         )
 
 
@@ -176,5 +147,4 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[i
         elif not value.is_floating_point() or not torch.isfinite(value).all():
             wrong.append(f"{key} is not all finite floating-point numbers")
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise FileError(f"{folder / TENSORS}: {'; '.join(wrong[:5])}{more}")
+        raise FileError(f"{folder / TENSORS}: {listed(wrong)}")

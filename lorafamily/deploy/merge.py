@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +12,26 @@ from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
 from lorafamily.layers import attach, detach, kind_of, weight_of
 from lorafamily.placement import Model, Placement, placement_of, point_modules, state_of
+from lorafamily.training.batches import call
 
 
 @torch.no_grad()
-def merge(model: Model) -> Model:
+def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") -> Model:
     """Fold the active adapters into their weights, W + ΔW, and leave nothing of them in the forward pass.
 
-    ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. The originals are kept, so
-    `unmerge` gives back their bits. Merged modules have their own class again, and `state_dict()` the base's names:
-    `save_pretrained` writes an ordinary checkpoint. Merging what is merged changes nothing.
+    ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. Merged modules have their own
+    class again, and `state_dict()` the base's names: `save_pretrained` writes an ordinary checkpoint. Merging what is
+    merged changes nothing. `merge_difference` says how far the rounding moves the outputs.
+
+    Args:
+        keep: where the original weights wait, whose bits `unmerge` gives back: on their device, in CPU memory, or
+            nowhere, with which merging is for good.
 
     Raises:
         StateError: no adapter is active, or an adapted weight is shared with another layer, which would change too.
     """
+    if keep not in ("device", "cpu", "none"):
+        raise StateError(f'keep={keep!r}: must be "device", "cpu" or "none"')
     placement = placement_of(model)
     state = state_of(model)
     assert state is not None
@@ -37,17 +45,28 @@ def merge(model: Model) -> Model:
     state.originals = {}
     for path, weight in merged.items():
         parameter = model.get_submodule(path).get_parameter("weight")
-        state.originals[path], parameter.data = parameter.data, weight
+        original, parameter.data = parameter.data, weight
+        state.originals[path] = None if keep == "none" else original if keep == "device" else original.cpu()
     return model
 
 
 @torch.no_grad()
 def unmerge(model: Model) -> Model:
-    """Put the original weights and the adapters back as they were before `merge`; nothing if nothing is merged."""
+    """Put the original weights and the adapters back as they were before `merge`; nothing if nothing is merged.
+
+    Raises:
+        StateError: merged with keep="none".
+    """
     state = state_of(model)
     if state is None or state.originals is None:
         return model
+    if any(original is None for original in state.originals.values()):
+        raise StateError(
+            f'adapter "{state.active}" was merged with keep="none": the original weights are gone; load the base '
+            'again, or merge with keep="cpu"'
+        )
     for path, original in state.originals.items():
+        assert original is not None
         parameter = model.get_submodule(path).get_parameter("weight")
         parameter.data = original.to(parameter.device)
     for placement in state.placements.values():
@@ -57,6 +76,36 @@ def unmerge(model: Model) -> Model:
     state.originals = None
     point_modules(model, state)
     return model
+
+
+@torch.no_grad()
+def merge_difference(model: nn.Module, batch: Any) -> float:
+    """Largest difference that merging makes to the outputs on a batch, in eval mode; the model stays as it was.
+
+    Of the logits where the model returns an object with `.logits`, of the tensor it returns otherwise; `batch` goes to
+    the model as in `train`.
+
+    Raises:
+        StateError: no adapter is active, or merging is refused.
+    """
+    state, training = state_of(model), model.training
+    merged = state is not None and state.merged
+    model.eval()
+    try:
+        both = [outputs_of(change(model), batch).float() for change in (unmerge, merge)]
+    finally:
+        model.train(training)
+        (merge if merged else unmerge)(model)
+    return float((both[0] - both[1]).abs().max())
+
+
+def outputs_of(model: nn.Module, batch: Any) -> Tensor:
+    """The logits, or the tensor, that a model returns for a batch."""
+    output = call(model, batch)
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise StateError(f"{type(model).__name__} returned a {type(output).__name__}, no tensor and without .logits")
+    return output
 
 
 def merged_weight(module: nn.Module, adapter: Adapter) -> Tensor:

@@ -57,16 +57,23 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tens
     """
     if loss_fn is not None:
         return loss_fn(model, batch)
-    if isinstance(batch, Mapping):
-        output, given = model(**batch), f"the keys {', '.join(batch)}"
-    elif isinstance(batch, (list, tuple)):
-        output, given = model(*batch), f"{len(batch)} tensors"
-    else:
-        output, given = model(batch), f"a {type(batch).__name__}"
+    output = call(model, batch)
     loss = getattr(output, "loss", None)
     if loss is None:
+        given = f"a {type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            given = f"the keys {', '.join(batch)}"
+        elif isinstance(batch, (list, tuple)):
+            given = f"{len(batch)} tensors"
         raise DataError(
             f"{type(model).__name__} returned a {type(output).__name__} without a loss for a batch of {given}; "
             "put the labels the model knows into the batch, or pass loss_fn=lambda model, batch: ..."
         )
     return loss
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """What the model returns for a batch: a mapping goes to it as keywords, a tuple or list as positions."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (list, tuple)) else model(batch)

@@ -1,0 +1,119 @@
+"""Adding adapters up, and making them smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorafamily.adapter import Adapter
+from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
+from lorafamily.errors import StateError
+from lorafamily.layers import base_parameters
+from lorafamily.placement import Model, Placement, check_can_place, exchange, placement_of, refuse_merged, state_of
+
+
+def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
+    """Place a new adapter whose update is the weighted sum of others, and make it the active one.
+
+    Exact: the factors are put side by side, so ranks add up; `compress` makes them small again. What only one of them
+    trained beside its adapters (a task head) comes along.
+
+    Raises:
+        StateError: an unknown name, a name that is taken, a merged model, or a head that several of them trained.
+    """
+    if not weights:
+        raise StateError('nothing to combine: give names with their weights, such as {"a": 0.7, "b": 0.3}')
+    parts = {own: placement_of(model, own) for own in weights}
+    check_can_place(model, name)
+    beside = _beside(model, parts)
+    layers = {at for part in parts.values() for at in part.adapters}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for at in layers:
+        of_layer = [(weights[own], part.adapters[at]) for own, part in parts.items() if at in part.adapters]
+        with torch.no_grad():
+            both = [(weight * adapter.scale, *adapter.factors()) for weight, adapter in of_layer]
+        factors[at] = torch.cat([s * U for s, U, _ in both], 1), torch.cat([V for _, _, V in both], 0)
+    rank = max(len(V) for _, V in factors.values())
+    return place_plain(model, name, factors, dict.fromkeys(layers, 1.0), beside, rank=rank, options={"alpha": rank})
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` did to one layer. `error`: ‖ΔW − ΔW′‖_F / ‖ΔW‖_F, 0 where ΔW is zero."""
+
+    module: str
+    rank_before: int
+    rank_after: int
+    error: float
+
+
+def compress(
+    model: nn.Module, name: str | None = None, *, rank: int | None = None, energy: float | None = None
+) -> list[Compressed]:
+    """Replace an adapter (default: the active one) in place by plain LoRA of the best lower rank; reports by layer.
+
+    The singular values of U V come from the QR factors of U and V, an m × m matrix; no d_out × d_in one is formed.
+
+    Args:
+        rank: of every layer at most.
+        energy: share of ‖ΔW‖²_F that every layer keeps at least, in (0, 1]; the rank follows from it.
+
+    Raises:
+        StateError: unknown name, a merged model, or not just one of `rank` and `energy`.
+    """
+    placement = placement_of(model, name)
+    refuse_merged(state_of(model))
+    if (rank is None) == (energy is None):
+        raise StateError(f"rank={rank!r}, energy={energy!r}: give one of them")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise StateError(f"rank={rank!r}: must be a whole number of at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise StateError(f"energy={energy!r}: must be a share in (0, 1]")
+
+    factors, report = {}, []
+    for at, adapter in placement.adapters.items():
+        Q, S, K = singular(adapter)
+        kept = len(S) if rank is None else rank
+        if energy is not None:
+            left = S.square().flip(0).cumsum(0).flip(0)  # left[i]: energy of what falls if i values are kept
+            kept = int((left > (1 - energy) * left[:1]).sum())
+        kept = min(kept, int((S[:1] * 1e-12 < S).sum())) if S.any() else 0
+        error = float(S[kept:].norm() / S.norm()) if S.any() else 0.0
+        root, dtype = S[:kept].sqrt(), next(adapter.update.parameters()).dtype
+        factors[at] = (Q[:, :kept] * root).to(dtype), (root[:, None] * K[:kept]).to(dtype)
+        report.append(Compressed(at, adapter.rank, kept, error))
+    largest = max(row.rank_after for row in report)
+    method, adapters = plain_adapters(
+        model, factors, dict.fromkeys(factors, 1.0), dropout=placement.dropout, options={"alpha": max(1, largest)}
+    )
+    placement.spec, placement.method, placement.sizing = PLAIN, method, sizing_of(adapters, max(1, largest))
+    exchange(model, placement, adapters)
+    return report
+
+
+@torch.no_grad()
+def singular(adapter: Adapter) -> tuple[Float[Tensor, "d_out m"], Float[Tensor, " m"], Float[Tensor, "m d_in"]]:
+    """Left singular vectors, values and right vectors of ΔW = s U V in float64, from the m × m core."""
+    U, V = (factor.double() for factor in adapter.factors())
+    Q, R = torch.linalg.qr(adapter.scale * U)
+    K, L = torch.linalg.qr(V.T)
+    left, S, right = torch.linalg.svd(R @ L.T, full_matrices=False)
+    return Q @ left, S, right @ K.T
+
+
+def _beside(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:
+    state = state_of(model)
+    assert state is not None
+    parameters, beside = base_parameters(model), {}
+    for own, part in parts.items():
+        for at, parked in part.parked.items():
+            if at in beside:
+                raise StateError(
+                    f"{at} was trained with several of these adapters; which of them counts is not defined"
+                )
+            beside[at] = parameters[at].data.clone() if own == state.active else parked.clone()
+    return beside

@@ -1,0 +1,329 @@
+"""Hugging Face `peft`'s folders: write what it and inference servers load, read what it saved.
+
+A file is `adapter_model.safetensors` with `lora_A` (r, d_in) and `lora_B` (d_out, r) for every layer, and
+`adapter_config.json`. Their scale is lora_alpha / r, or lora_alpha / √r with `use_rslora`; `rank_pattern` and
+`alpha_pattern` give single layers other values.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorafamily.adapter import Adapter
+from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
+from lorafamily.deploy.plain import place_plain
+from lorafamily.errors import FileError, StateError
+from lorafamily.layers import base_parameters, kind_of, weight_of
+from lorafamily.placement import Model, Placement, check_can_place, placement_of, state_of
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FOLDER = f"what peft saves is a folder with {CONFIG} and {TENSORS}"
+PREFIX = "base_model.model."
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM accepts, but for 1, where other servers begin higher."""
+
+UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+}
+WITHOUT_EFFECT = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("runtime_config", "qalora_group_size", "ensure_weight_tying", "velora_config"),
+}
+"""Settings that say where a file comes from or how training went, not what it computes."""
+PRISTINE_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` with which peft left the base weights as they were."""
+
+
+def export_peft(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    layout: Literal["peft", "serving"] = "peft",
+    ranks: Sequence[int] = SERVED_RANKS,
+) -> Path:
+    """Write the adapters of one name (default: the active ones) as a LoRA folder of `peft`; returns the folder.
+
+    Every method becomes plain LoRA on the pristine base: a frozen start goes along as extra ranks, modules without
+    rank are left out, and what trained beside the adapters goes into `modules_to_save`.
+
+    Args:
+        layout: "peft": true ranks and scales, by pattern. "serving": what needs nothing but r, lora_alpha and the
+            tensors: one rank for all, padded with zeros to the next of `ranks`, the scale multiplied into lora_B and
+            lora_alpha = r.
+        ranks: those that the server accepts.
+
+    Raises:
+        StateError: nothing to export, or something that such a file cannot hold; it is named.
+    """
+    placement = placement_of(model, name)
+    present = {at: adapter for at, adapter in placement.adapters.items() if adapter.rank}
+    if not present:
+        raise StateError(f'adapter "{placement.name}" has no rank left in any module: there is nothing to export')
+    factors = {at: _plain_factors(adapter) for at, adapter in present.items()}
+    if layout == "peft":
+        scales = {at: adapter.scale for at, adapter in present.items()}
+        heads = _heads(model, placement)
+        config = _patterns({at: len(V) for at, (_, V) in factors.items()}, scales)
+        config |= {"target_modules": sorted(factors), "modules_to_save": sorted(heads) or None}
+    elif layout == "serving":
+        if placement.parked:
+            raise StateError(
+                f"servers load no trained {', '.join(placement.parked)}, only low-rank tensors; export with "
+                'layout="peft", or merge and save_pretrained'
+            )
+        rank = _served_rank(max(len(V) for _, V in factors.values()), ranks)
+        factors |= {at: _nothing(adapter) for at, adapter in placement.adapters.items() if at not in present}
+        factors = {at: _padded(placement.adapters[at].scale * U, V, rank) for at, (U, V) in factors.items()}
+        heads = {}
+        config = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+        config["target_modules"] = _short_names(model, factors)
+    else:
+        raise StateError(f'layout={layout!r}: must be "peft" or "serving"')
+
+    tensors = {}
+    for at, (U, V) in factors.items():
+        tensors[f"{PREFIX}{at}.lora_A.weight"], tensors[f"{PREFIX}{at}.lora_B.weight"] = V, U
+    for at, values in heads.items():
+        tensors |= {f"{PREFIX}{at}.{key}": value for key, value in values.items()}
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, _fixed(model, factors) | config)
+    return folder
+
+
+def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default") -> Model:
+    """Put a LoRA that `peft` saved into a model of the same architecture, and make it the active adapter.
+
+    rsLoRA, rank and alpha patterns and `modules_to_save` are read. Nothing is changed if anything does not fit.
+
+    Raises:
+        FileError: the folder lacks a file, a file is damaged or made for another model, or it holds what LoRA of this
+            package is not, such as DoRA; it is named.
+        StateError: the name is taken, or the model is merged.
+    """
+    check_can_place(model, name)
+    folder = Path(path)
+    config = read_json(folder / CONFIG, FOLDER)
+    _check_config(config, folder / CONFIG)
+    tensors = {key.removeprefix(PREFIX): v for key, v in read_tensors(folder / TENSORS, FOLDER).items()}
+    pairs = {key[: -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight")}
+    pairs |= {key[: -len(".lora_B.weight")] for key in tensors if key.endswith(".lora_B.weight")}
+    factors = {at: (tensors.pop(f"{at}.lora_B.weight", None), tensors.pop(f"{at}.lora_A.weight", None)) for at in pairs}
+    ranks = {at: _by_pattern(config.get("rank_pattern"), at, config["r"]) for at in pairs}
+    scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
+    scales = {}
+    for at, rank in ranks.items():
+        alpha = _by_pattern(config.get("alpha_pattern"), at, config["lora_alpha"])
+        scales[at] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return place_plain(
+        model,
+        name,
+        _checked_factors(model, factors, ranks, folder / TENSORS),
+        scales,
+        _checked_heads(model, tensors, folder / TENSORS),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        rank=int(config["r"]),
+        options={"alpha": config["lora_alpha"], "scaling": scaling},
+    )
+
+
+def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, name: str = "default") -> Model:
+    """Put the factors of an original `loralib` checkpoint into a model: keys `LAYER.lora_A`, `LAYER.lora_B`.
+
+    Args:
+        state: the checkpoint's state dict; what it holds beside the factors is ignored where the model has it.
+        alpha: `lora_alpha` of the training script; the checkpoint does not say.
+
+    Raises:
+        FileError: no factors in it, or factors that do not fit the model's layers (`MergedLinear` has others).
+        StateError: the name is taken, or the model is merged.
+    """
+    check_can_place(model, name)
+    pairs = {key.rpartition(".")[0] for key in state if key.endswith((".lora_A", ".lora_B"))}
+    if not pairs:
+        raise FileError("no key of this state dict ends in .lora_A or .lora_B; it is no loralib checkpoint")
+    factors = {at: (state.get(f"{at}.lora_B"), state.get(f"{at}.lora_A")) for at in pairs}
+    ranks = {at: len(A) for at, (_, A) in factors.items() if A is not None}
+    checked = _checked_factors(model, factors, ranks, Path("state dict"))
+    scales = {at: alpha / rank for at, rank in ranks.items()}
+    largest = max(ranks.values())
+    return place_plain(model, name, checked, scales, {}, rank=largest, options={"alpha": alpha})
+
+
+def _plain_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        U, V = adapter.factors()
+    return U.detach().cpu(), V.detach().cpu()
+
+
+def _nothing(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    return torch.zeros(adapter.update.d_out, 0), torch.zeros(0, adapter.update.d_in)
+
+
+def _padded(
+    U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"], rank: int
+) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
+    missing = rank - len(V)
+    return F.pad(U, (0, missing)), F.pad(V, (0, 0, 0, missing))
+
+
+def _served_rank(needed: int, ranks: Sequence[int]) -> int:
+    enough = [rank for rank in sorted(ranks) if rank >= needed]
+    if not enough:
+        raise StateError(
+            f"the largest rank is {needed}, and the server accepts {', '.join(map(str, sorted(ranks)))}; compress the "
+            "adapter first, or give ranks=[...] that it accepts"
+        )
+    return enough[0]
+
+
+def _patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
+    """r and lora_alpha of most layers, and patterns for the others, each matching the full name of one layer."""
+    alphas = {at: _whole(scales[at] * rank) for at, rank in ranks.items()}
+    r = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
+    alpha = max(sorted(set(alphas.values())), key=list(alphas.values()).count)
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(at)}": rank for at, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(at)}": own for at, own in alphas.items() if own != alpha},
+    }
+
+
+def _whole(value: float) -> float | int:
+    """16.0 → 16: peft's alpha is an int by its type, and takes a float."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _short_names(model: nn.Module, factors: Mapping[str, Any]) -> list[str]:
+    """The last components of the layers' names, as servers expect, where those name just these layers; else all."""
+    short = {at.rpartition(".")[2] for at in factors}
+    able = {at for at, module in model.named_modules() if kind_of(module) is not None}
+    return sorted(short) if {at for at in able if at.rpartition(".")[2] in short} == set(factors) else sorted(factors)
+
+
+def _fixed(model: nn.Module, factors: Mapping[str, Any]) -> dict[str, Any]:
+    modules = [model.get_submodule(at) for at in factors]
+    transposed = all(module.get_parameter("weight").stride() != weight_of(module).stride() for module in modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "fan_in_fan_out": transposed,
+    }
+
+
+def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor]]:
+    """Whole modules with what trained beside the adapters: peft saves no single parameters."""
+    state = state_of(model)
+    assert state is not None
+    active = placement.name == state.active
+    parameters = base_parameters(model)
+    trained = {n: parameters[n].data if active else value for n, value in placement.parked.items()}
+    owners = {at.rpartition(".")[0] for at in trained}
+    for owner in owners:
+        if owner in placement.adapters or not owner or any(model.get_submodule(owner).children()):
+            names = ", ".join(at for at in trained if at.rpartition(".")[0] == owner)
+            raise StateError(f"{names} trained beside the adapters; peft's modules_to_save cannot hold it")
+    # peft takes every module whose name ends like one of those listed.
+    taken = [at for at, module in model.named_modules() if at.endswith(tuple(owners)) and at and module is not None]
+    return {
+        at: {key: trained.get(f"{at}.{key}", value) for key, value in model.get_submodule(at).state_dict().items()}
+        for at in (taken if owners else [])
+    }
+
+
+def _check_config(config: Any, path: Path) -> None:
+    if not isinstance(config, dict) or not {"peft_type", "r", "lora_alpha"} <= set(config):
+        raise FileError(f"{path}: no configuration of a LoRA by peft (peft_type, r and lora_alpha are needed)")
+    if config["peft_type"] != "LORA":
+        raise FileError(f"{path}: peft_type {config['peft_type']}; only LORA can be read")
+    if (start := config.get("init_lora_weights", True)) not in PRISTINE_STARTS:
+        raise FileError(
+            f"{path}: init_lora_weights={start!r} changed the base weights, and the file fits only those; save it with "
+            "peft's path_initial_model_for_weight_conversion"
+        )
+    known = UNDERSTOOD | WITHOUT_EFFECT | {"init_lora_weights"}
+    if strange := {k: v for k, v in config.items() if k not in known and v and (k, v) != ("bias", "none")}:
+        said = ", ".join(f"{key}={value!r}" for key, value in strange.items())
+        raise FileError(f"{path}: {said}; that is more than the low-rank update of a weight, and cannot be read")
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        values = [config[key], *(config.get(pattern) or {}).values()]
+        if not all(_positive(value) for value in values):
+            raise FileError(f"{path}: {key} and its pattern must be positive numbers, not {values}")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """peft's rule: the first pattern that matches the end of the name, at a dot."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _checked_factors(
+    model: nn.Module,
+    factors: Mapping[str, tuple[Tensor | None, Tensor | None]],
+    ranks: Mapping[str, int],
+    path: Path,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(U, V) by layer, each of the shape the layer needs."""
+    if not factors:
+        raise FileError(f"{path}: holds no pair of lora_A and lora_B")
+    modules, checked, wrong = dict(model.named_modules()), {}, []
+    for at, (U, V) in factors.items():
+        if at not in modules or kind_of(modules[at]) is None:
+            wrong.append(f"{at} is no layer of this {type(model).__name__} that can carry an adapter")
+            continue
+        if U is None or V is None:
+            wrong.append(f"{at}.lora_{'B' if U is None else 'A'} is missing")
+            continue
+        d_out, d_in = weight_of(modules[at]).shape
+        wanted = {"B": (U, (d_out, ranks[at])), "A": (V, (ranks[at], d_in))}
+        for letter, (factor, shape) in wanted.items():
+            if tuple(factor.shape) != shape:
+                wrong.append(f"{at}.lora_{letter} is {tuple(factor.shape)}, not {shape}")
+            elif not factor.is_floating_point() or not factor.isfinite().all():
+                wrong.append(f"{at}.lora_{letter} is not all finite floating-point numbers")
+        checked[at] = U, V
+    if wrong:
+        raise FileError(f"{path}: {listed(wrong)}")
+    return checked
+
+
+def _checked_heads(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """What trained beside the adapters, by parameter of the model."""
+    parameters, wrong = base_parameters(model), []
+    for at, value in tensors.items():
+        if at not in parameters:
+            wrong.append(f"{at} is neither lora_A nor lora_B nor a parameter of this {type(model).__name__}")
+        elif parameters[at].shape != value.shape:
+            wrong.append(f"{at} is {tuple(value.shape)}, not {tuple(parameters[at].shape)}")
+        elif not value.isfinite().all():
+            wrong.append(f"{at} is not all finite numbers")
+    if wrong:
+        raise FileError(f"{path}: {listed(wrong)}")
+    return dict(tensors)

@@ -1,0 +1,123 @@
+"""Merging is an act: exact, reversible to the last bit, and it says what it does to the outputs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lorafamily
+from conftest import data, logits, perturb_, tiny, tokens
+from lorafamily.placement import placement_of, state_of
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FIVE = {"a": ("lora", 2), "b": ("olora", 3), "c": ("lora2", 4), "d": ("adalora", 1), "e": ("rslora+alora", 5)}
+
+
+def with_five(dtype: torch.dtype) -> nn.Module:
+    """Five adapters of different methods and ranks on one model, all moved off their start."""
+    model = tiny().to(dtype)
+    for seed, (name, (method, rank)) in enumerate(FIVE.items()):
+        perturb_(lorafamily.apply(model, method, rank=rank, name=name, seed=seed), seed=seed, size=0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging_and_switching_for_long_never_changes_a_bit(dtype):
+    """experiments/drift.py does the same for ten thousand cycles, beside peft."""
+    model = with_five(dtype)
+    base = {name: value.clone() for name, value in tiny().to(dtype).state_dict().items()}
+    first = {}
+    for _ in range(60):
+        for name in FIVE:
+            merged = logits(lorafamily.merge(lorafamily.switch(model, name)))
+            assert torch.equal(merged, first.setdefault(name, merged))
+            lorafamily.unmerge(model)
+    assert len({float(value.float().sum()) for value in first.values()}) == 5
+    lorafamily.remove(model)
+    assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("keep", ["device", "cpu"])
+def test_originals_wait_where_they_were_told(keep):
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, seed=0))
+    weight = model.get_submodule("blocks.0.mlp.up").weight
+    pointer, adapted = weight.data_ptr(), logits(model)
+    lorafamily.merge(model, keep=keep)
+    assert all(original.device.type == "cpu" for original in state_of(model).originals.values())
+    assert torch.equal(logits(lorafamily.unmerge(model)), adapted)
+    assert model.get_submodule("blocks.0.mlp.up").weight.data_ptr() == pointer  # nothing was copied on this device
+
+
+def test_merging_for_good_says_so_afterwards():
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, seed=0))
+    expected = logits(lorafamily.merge(model))
+    merged = logits(lorafamily.merge(lorafamily.unmerge(model), keep="none"))
+    assert torch.equal(merged, expected)
+    for undo in (lorafamily.unmerge, lorafamily.remove):
+        with pytest.raises(lorafamily.StateError, match='merged with keep="none": the original weights are gone'):
+            undo(model)
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(lorafamily.StateError, match="keep='disk'"):
+        lorafamily.merge(tiny_adapted(), keep="disk")
+
+
+def tiny_adapted() -> nn.Module:
+    return lorafamily.apply(tiny(), "lora", rank=2, seed=0)
+
+
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
+    model = perturb_(tiny_adapted())
+    before = logits(model)
+    adapters = list(placement_of(model).adapters.values())
+    monkeypatch.setattr(adapters[7], "delta", lambda: (_ for _ in ()).throw(MemoryError("full")))
+    with pytest.raises(MemoryError):
+        lorafamily.merge(model)
+    monkeypatch.undo()
+    assert torch.equal(logits(model), before)
+    assert not state_of(model).merged
+    lorafamily.merge(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_difference_that_merging_makes(dtype, merged):
+    model = perturb_(lorafamily.apply(tiny().to(dtype), "lora", rank=2, seed=0), size=0.1)
+    batch = {"bytes": tokens()}
+    unmerged = logits(model)
+    expected = float((logits(lorafamily.merge(model)).float() - unmerged.float()).abs().max())
+    if not merged:
+        lorafamily.unmerge(model)
+    model.train()
+    assert lorafamily.merge_difference(model, batch) == expected > 0
+    assert model.training
+    assert state_of(model).merged is merged
+    lorafamily.unmerge(model)
+    assert torch.equal(logits(model.eval()), unmerged)
+
+
+def test_the_difference_needs_outputs_to_compare():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return {"y": self.layer(x)}
+
+    model = lorafamily.apply(Odd(), "lora", rank=1)
+    with pytest.raises(lorafamily.StateError, match=r"Odd returned a dict, no tensor and without \.logits"):
+        lorafamily.merge_difference(model, torch.ones(2, 4))
+    assert not state_of(model).merged
+
+
+def test_train_and_eval_never_touch_weights():
+    model = perturb_(tiny_adapted())
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        model.train()
+        model.eval()
+    lorafamily.train(model, data(1), steps=1, lr=0.0, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
