@@ -158,7 +158,10 @@ def train(
     was_training = model.training
     model.train()
     try:
-        with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+        with (
+            _recompiling(total if compile else None),
+            tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar,
+        ):
             for step in range(1, total + 1):
                 begun = time.perf_counter()
                 loss_sum, penalty_value = 0.0, 0.0
@@ -279,6 +282,15 @@ def _autocast(precision: str, device: torch.device) -> Callable[[], contextlib.A
     if precision == "bfloat16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     raise TrainingError(f'precision={precision!r}: must be "auto", "float32" or "bfloat16"')
+
+
+def _recompiling(times: int | None) -> contextlib.AbstractContextManager[Any]:
+    """Let every change of the ranks compile anew; after eight shapes torch.compile would give up without a word."""
+    if times is None:
+        return contextlib.nullcontext()
+    import torch._dynamo.config as dynamo  # slow to import, for those who compile alone
+
+    return dynamo.patch(recompile_limit=max(dynamo.recompile_limit, times))
 
 
 @contextlib.contextmanager
