@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter
 
@@ -18,16 +19,29 @@ from lorafamily.adapter import Adapter
 class LayerKind(ABC):
     """What the package must know of a class of layers. Make one instance and `register_layer_kind` it to add yours."""
 
+    linear: ClassVar[bool] = False
+    """Whether `targets="all-linear"` takes such layers; others must be named."""
+
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether this kind speaks for the module."""
 
     @abstractmethod
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
-        """The module's weight as (d_out, d_in), a view; its own inverse on a (d_out, d_in) matrix."""
+        """The module's weight as (d_out, d_in), a view."""
+
+    @abstractmethod
+    def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
+        """A (d_out, d_in) matrix in the shape of the module's weight; the inverse of `matrix`."""
+
+    def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
+        """What the adapter adds to the layer's output for input x: that of W + ΔW less that of W."""
+        return adapter(x)
 
 
 class _Linear(LayerKind):
+    linear = True
+
     def matches(self, module: nn.Module) -> bool:
         # nn.MultiheadAttention reads its output projection's weight and never calls the module: an adapter on it
         # would be silently without effect.
@@ -38,20 +52,68 @@ class _Linear(LayerKind):
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         return weight
 
+    def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
+        return matrix
 
-class _Conv1D(LayerKind):
-    """Hugging Face's Conv1D (GPT-2): a linear layer whose weight is stored transposed, (d_in, d_out)."""
+
+class _Transposed(LayerKind):
+    """Layers whose weight is stored as (d_in, d_out)."""
+
+    def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
+        return weight.T
+
+    def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
+        return matrix.T
+
+
+class _Conv1D(_Transposed):
+    """Hugging Face's Conv1D (GPT-2), a linear layer."""
+
+    linear = True
 
     def matches(self, module: nn.Module) -> bool:
         # A model that has one has imported it; nobody else pays for importing transformers.
         home = sys.modules.get("transformers.pytorch_utils")
         return home is not None and isinstance(module, home.Conv1D)
 
+
+class _Embedding(_Transposed):
+    """A table of vectors, which is a linear layer on one-hot inputs: d_in numbers the entries.
+
+    Dropout has no input of some size to act on. The padding entry is an entry like the others.
+    """
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding) and module.max_norm is None  # which rescales the weight as it reads it
+
+    def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
+        U, V = adapter.factors()
+        like = cast(Tensor, module.weight).dtype
+        return F.linear(F.embedding(x, V.T.to(like)), (U * adapter.scale).to(like))
+
+
+class _Convolution(LayerKind):
+    """nn.Conv1d, Conv2d, Conv3d without groups: V is a convolution to r channels, U one of size 1 from there."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
-        return weight.T
+        return weight.flatten(1)
+
+    def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
+        return matrix.view_as(weight)
+
+    def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        U, V = adapter.factors()
+        kernel = V.view(len(V), *module.weight.shape[1:]).to(x.dtype)
+        h = module._conv_forward(adapter.dropout(x), kernel, None)  # with the layer's own stride, padding and dilation
+        channels = 1 - module.weight.ndim  # counted from the end: the batch axis may be missing
+        return F.linear(h.movedim(channels, -1), (U * adapter.scale).to(h.dtype)).movedim(-1, channels)
 
 
-_KINDS: list[LayerKind] = [_Linear(), _Conv1D()]
+_KINDS: list[LayerKind] = [_Linear(), _Conv1D(), _Embedding(), _Convolution()]
 
 
 def register_layer_kind(kind: LayerKind) -> None:
@@ -76,6 +138,7 @@ class Adapted(nn.Module):
 
     adapters: nn.ModuleDict
     active: str | None
+    kind: LayerKind
 
     def forward(self, x: Tensor) -> Tensor:
         return self.updated(self.own(x), x)
@@ -89,7 +152,7 @@ class Adapted(nn.Module):
         if self.active is None:
             return y
         adapter = cast(Adapter, self.adapters[self.active])
-        return y if adapter.off else y + adapter(x)
+        return y if adapter.off else y + self.kind.added(self, adapter, x)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The subclass has no importable name; pickle and copy rebuild it from the class it extends.
@@ -121,7 +184,9 @@ def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
         module.__class__ = _adapted(type(module))
     adapted = cast(Adapted, module)
     if "adapters" not in adapted._modules:
-        adapted.adapters, adapted.active = nn.ModuleDict(), None
+        kind = kind_of(module)
+        assert kind is not None
+        adapted.adapters, adapted.active, adapted.kind = nn.ModuleDict(), None, kind
         # In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel and calls no submodule, unless
         # some submodule has a hook. The container is never called, so this one costs nothing.
         adapted.adapters.register_forward_pre_hook(_no_fused_kernel)
@@ -139,7 +204,7 @@ def detach(module: nn.Module, name: str) -> None:
     if module.active == name:
         module.active = None
     if not module.adapters:
-        del module.adapters, module.active
+        del module.adapters, module.active, module.kind
         cast(nn.Module, module).__class__ = _own_class(module)
 
 

@@ -26,23 +26,25 @@ _ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)($|[._])", re.IGNO
 def match(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
     """The layers that targets name, by full module name, in the model's order.
 
-    `targets`: None or "all-linear": every layer that can carry an adapter, without the output head and the pooler;
-    "attention": those of them inside attention; one or several regular expressions, searched for in full names; or a
-    predicate of (name, module).
+    `targets`: None or "all-linear": every linear layer, without the output head and the pooler; "attention": those of
+    them inside attention; one or several regular expressions, searched for in full names, of linear layers or, where
+    one matches none of these, of embeddings, convolutions and other kinds; or a predicate of (name, module).
 
     Raises:
         TargetError: a target that matches no layer, or a layer whose weight is no plain floating-point matrix.
     """
-    able = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
+    kinds = {name: (module, kind_of(module)) for name, module in model.named_modules()}
+    able = {name: module for name, (module, kind) in kinds.items() if kind is not None}
+    linear = {name: module for name, (module, kind) in kinds.items() if kind is not None and kind.linear}
     if targets is None or targets == "all-linear":
-        chosen = _without_heads(model, able)
+        chosen = _without_heads(model, linear)
     elif targets == "attention":
-        chosen = {name: m for name, m in _without_heads(model, able).items() if _ATTENTION.search(name)}
+        chosen = {name: m for name, m in _without_heads(model, linear).items() if _ATTENTION.search(name)}
     elif callable(targets):
         chosen = {name: module for name, module in able.items() if targets(name, module)}
     else:
         patterns = [targets] if isinstance(targets, str) else list(targets)
-        per_pattern = [_searched(pattern, able, model) for pattern in patterns]
+        per_pattern = [_searched(pattern, linear, able, model) for pattern in patterns]
         chosen = {name: module for name, module in able.items() if any(name in found for found in per_pattern)}
     if not chosen:
         raise TargetError(f"targets={targets!r} match no layer of {type(model).__name__}; {_offer(able, model)}")
@@ -93,9 +95,9 @@ def _without_heads(model: nn.Module, able: dict[str, nn.Module]) -> dict[str, nn
     }
 
 
-def _searched(pattern: str, able: dict[str, nn.Module], model: nn.Module) -> set[str]:
+def _searched(pattern: str, linear: dict[str, nn.Module], able: dict[str, nn.Module], model: nn.Module) -> set[str]:
     compiled = _compiled(pattern)
-    found = {name for name in able if compiled.search(name)}
+    found = {name for name in linear if compiled.search(name)} or {name for name in able if compiled.search(name)}
     if not found:
         near = difflib.get_close_matches(pattern, able, n=3, cutoff=0.3)
         nearest = f"nearest: {', '.join(near)}; " if near else ""

@@ -113,7 +113,7 @@ def merged_weight(module: nn.Module, adapter: Adapter) -> Tensor:
     weight = module.get_parameter("weight").data
     kind = kind_of(module)
     assert kind is not None
-    delta = kind.matrix(adapter.delta())
+    delta = kind.restore(adapter.delta(), weight)
     return (weight.to(delta.dtype) + delta).to(weight.dtype).contiguous()
 
 

@@ -1,0 +1,184 @@
+"""Every method on every kind of layer in every precision: forward = merged, unmerge and remove exact, files stable."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import lorafamily
+from conftest import every_method, perturb_
+from lorafamily import layers
+from lorafamily.placement import placement_of
+
+
+def linear():
+    return nn.Linear(7, 5), torch.randn(4, 3, 7)
+
+
+def conv1d_of_transformers():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is an extra")
+    return pytorch_utils.Conv1D(5, 7), torch.randn(4, 3, 7)
+
+
+def embedding():
+    return nn.Embedding(11, 6), torch.randint(11, (4, 3))
+
+
+def convolution1():
+    return nn.Conv1d(3, 6, 3, stride=2, padding=1), torch.randn(4, 3, 9)
+
+
+def convolution2():
+    layer = nn.Conv2d(3, 6, (3, 2), padding=(2, 1), dilation=2, padding_mode="circular", bias=False)
+    return layer, torch.randn(4, 3, 8, 7)
+
+
+def convolution3():
+    return nn.Conv3d(2, 4, 3, padding="same"), torch.randn(2, 2, 4, 3, 4)
+
+
+KINDS = [linear, conv1d_of_transformers, embedding, convolution1, convolution2, convolution3]
+# Merging rounds each weight once to the dtype; the outputs, sums of up to some tens of such products of size one, may
+# move by some units in its last place.
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.08, torch.float16: 0.01}
+
+
+def model_of(kind, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    layer, x = kind()
+    with torch.no_grad():
+        layer.weight.normal_()
+    model = nn.ModuleDict({"layer": layer}).to(dtype).eval()
+    model.forward = lambda x: model["layer"](x)
+    return model, x.to(dtype) if x.is_floating_point() else x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@every_method
+def test_forward_is_merged_and_everything_can_be_undone(method, kind, dtype, tmp_path):
+    model, x = model_of(kind, dtype)
+    before, base = copy.deepcopy(model["layer"].state_dict()), model["layer"](x)
+    lorafamily.apply(model, method, rank=3, targets="layer", seed=0)
+    assert torch.equal(model["layer"](x), base)
+    perturb_(model, size=0.3)
+    adapted = model["layer"](x)
+    assert adapted.dtype == dtype
+    assert (adapted - base).abs().max() > 0.05
+    lorafamily.merge(model)
+    assert type(model["layer"]) is type(kind()[0])
+    merged = model["layer"](x)
+    size = float(adapted.abs().max())
+    assert_close(merged, adapted, rtol=0, atol=ROUNDING[dtype] * size)
+    lorafamily.unmerge(model)
+    assert torch.equal(model["layer"](x), adapted)
+
+    first = lorafamily.save(model, tmp_path / "first")
+    loaded, _ = model_of(kind, dtype)
+    lorafamily.load(loaded, first)
+    assert torch.equal(loaded["layer"](x), adapted)
+    second = lorafamily.save(loaded, tmp_path / "second")
+    for name in ("adapter.safetensors", "adapter.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+    lorafamily.remove(model)
+    assert type(model["layer"]) is type(kind()[0])
+    assert all(torch.equal(value, before[name]) for name, value in model["layer"].state_dict().items())
+    assert torch.equal(model["layer"](x), base)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_gradient_is_that_of_the_changed_weight(kind):
+    """float64: backward through the layer with its adapter, and through the same layer with weight W + s U V."""
+    model, x = model_of(kind, torch.float64)
+    perturb_(lorafamily.apply(model, "lora", rank=3, targets="layer", seed=0))
+    adapter = placement_of(model).adapters["layer"]
+    U, V = (factor.detach().requires_grad_() for factor in adapter.factors())
+    plain, _ = model_of(kind, torch.float64)
+    changed = plain["layer"].weight.detach() + layers.kind_of(plain["layer"]).restore(
+        adapter.scale * U @ V, plain["layer"].weight
+    )
+    expected = torch.func.functional_call(plain["layer"], {"weight": changed}, (x,))
+    found = model["layer"](x)
+    assert_close(found, expected)
+    towards = torch.randn_like(found)
+    found.backward(towards)
+    expected.backward(towards)
+    assert_close(adapter.update.B.grad, U.grad)
+    assert_close(adapter.update.A.grad, V.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_adapted_layers_can_be_pickled_and_copied(kind):
+    model, x = model_of(kind, torch.float32)
+    perturb_(lorafamily.apply(model, "lora", rank=2, targets="layer", seed=0))
+    layer = model["layer"]
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+class Vision(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.tokens = nn.Embedding(5, 8)
+        self.rescaled = nn.Embedding(5, 8, max_norm=1.0)
+        self.mix = nn.Linear(8, 8)
+
+
+def test_linear_layers_go_first():
+    assert list(placement_of(lorafamily.apply(Vision(), "lora", rank=1)).adapters) == ["mix"]
+    assert list(placement_of(lorafamily.apply(Vision(), "lora", rank=1, targets="m")).adapters) == ["mix"]
+    chosen = placement_of(lorafamily.apply(Vision(), "lora", rank=1, targets=["mix", "patches", "^tokens"])).adapters
+    assert list(chosen) == ["patches", "tokens", "mix"]
+    every = placement_of(lorafamily.apply(Vision(), "lora", rank=1, targets=lambda name, module: True)).adapters
+    assert list(every) == ["patches", "tokens", "mix"]
+    for cannot in ("depthwise", "rescaled"):
+        with pytest.raises(lorafamily.TargetError, match=f'"{cannot}" matches no layer'):
+            lorafamily.apply(Vision(), "lora", targets=cannot)
+
+
+class Scaled(nn.Module):
+    """A linear layer of somebody's own, with the weight in another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, 4))  # (heads, d_out of a head, d_in)
+
+    def forward(self, x):
+        return x @ self.weight.flatten(0, 1).T
+
+
+class ScaledKind(layers.LayerKind):
+    linear = True
+
+    def matches(self, module):
+        return isinstance(module, Scaled)
+
+    def matrix(self, weight):
+        return weight.flatten(0, 1)
+
+    def restore(self, matrix, weight):
+        return matrix.view_as(weight)
+
+
+def test_a_kind_of_ones_own_takes_a_few_lines(monkeypatch):
+    monkeypatch.setattr(layers, "_KINDS", list(layers._KINDS))
+    with pytest.raises(lorafamily.TargetError):
+        lorafamily.apply(nn.Sequential(Scaled()), "lora", rank=2)
+    lorafamily.register_layer_kind(ScaledKind())
+    model = nn.Sequential(Scaled()).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    base = model(x)
+    perturb_(lorafamily.apply(model, "lora", rank=2))
+    adapted = model(x)
+    assert (adapted - base).abs().max() > 0.1
+    assert_close(lorafamily.merge(model)(x), adapted)
+    assert torch.equal(lorafamily.remove(model)(x), base)
