@@ -125,6 +125,34 @@ def test_we_compute_the_same_from_peft_s_file(family, options, tmp_path):
     assert torch.equal(logits(lorafamily.remove(ours)), logits(base))
 
 
+class Vision(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(9, 6)
+        self.patches = nn.Conv2d(1, 6, 3, padding=1)
+        self.mix = nn.Linear(6, 4)
+
+    def forward(self, ids, image):
+        return self.mix(self.words(ids).mean(1) + self.patches(image).mean((2, 3)))
+
+
+def test_embeddings_and_convolutions_both_ways(tmp_path):
+    inputs = torch.randint(9, (5, 3)), torch.randn(5, 1, 6, 6)
+    model = lorafamily.apply(Vision(), "lora", rank=3, targets=["words", "patches", "mix"], seed=0)
+    perturb_(model, size=0.3)
+    lorafamily.export_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Vision(), tmp_path)
+    assert (model(*inputs) - Vision()(*inputs)).abs().max() > 0.1
+    assert_close(theirs(*inputs), model(*inputs), **CLOSE)
+    theirs.save_pretrained(tmp_path / "again")
+    ours = lorafamily.import_peft(Vision(), tmp_path / "again")
+    assert_close(ours(*inputs), model(*inputs), **CLOSE)
+    assert len(placement_of(ours).adapters) == 3
+    with pytest.raises(lorafamily.StateError, match=r"words is a .*Embedding: servers load adapters of linear layers"):
+        lorafamily.export_peft(model, tmp_path, layout="serving")
+
+
 def test_a_trained_olora_goes_onto_the_pristine_base(tmp_path):
     model = model_of("llama")
     base = copy.deepcopy(model)

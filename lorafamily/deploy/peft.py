@@ -93,9 +93,9 @@ def export_peft(
     else:
         raise StateError(f'layout={layout!r}: must be "peft" or "serving"')
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for at, (U, V) in factors.items():
-        tensors[f"{PREFIX}{at}.lora_A.weight"], tensors[f"{PREFIX}{at}.lora_B.weight"] = V, U
+        tensors |= _stored(at, model.get_submodule(at), U, V, layout)
     for at, values in heads.items():
         tensors |= {f"{PREFIX}{at}.{key}": value for key, value in values.items()}
     folder = Path(path)
@@ -120,10 +120,8 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
     config = read_json(folder / CONFIG, FOLDER)
     _check_config(config, folder / CONFIG)
     tensors = {key.removeprefix(PREFIX): v for key, v in read_tensors(folder / TENSORS, FOLDER).items()}
-    pairs = {key[: -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight")}
-    pairs |= {key[: -len(".lora_B.weight")] for key in tensors if key.endswith(".lora_B.weight")}
-    factors = {at: (tensors.pop(f"{at}.lora_B.weight", None), tensors.pop(f"{at}.lora_A.weight", None)) for at in pairs}
-    ranks = {at: _by_pattern(config.get("rank_pattern"), at, config["r"]) for at in pairs}
+    factors = _pairs(tensors)
+    ranks = {at: _by_pattern(config.get("rank_pattern"), at, config["r"]) for at in factors}
     scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     scales = {}
     for at, rank in ranks.items():
@@ -145,7 +143,7 @@ def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, n
     """Put the factors of an original `loralib` checkpoint into a model: keys `LAYER.lora_A`, `LAYER.lora_B`.
 
     Args:
-        state: the checkpoint's state dict; what it holds beside the factors is ignored where the model has it.
+        state: the checkpoint's state dict; what it holds beside the factors is not read.
         alpha: `lora_alpha` of the training script; the checkpoint does not say.
 
     Raises:
@@ -162,6 +160,35 @@ def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, n
     scales = {at: alpha / rank for at, rank in ranks.items()}
     largest = max(ranks.values())
     return place_plain(model, name, checked, scales, {}, rank=largest, options={"alpha": alpha})
+
+
+def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor, layout: str) -> dict[str, Tensor]:
+    """The factors of one layer under peft's names and in its shapes."""
+    kind = kind_of(module)
+    if kind is not None and kind.linear:
+        return {f"{PREFIX}{at}.lora_A.weight": V, f"{PREFIX}{at}.lora_B.weight": U}
+    if layout == "serving":
+        raise StateError(f"{at} is a {type(module).__name__}: servers load adapters of linear layers only")
+    if isinstance(module, nn.Embedding):
+        return {f"{PREFIX}{at}.lora_embedding_A": V, f"{PREFIX}{at}.lora_embedding_B": U}
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        kernel = module.weight.shape[2:]
+        point = (1,) * len(kernel)
+        return {
+            f"{PREFIX}{at}.lora_A.weight": V.view(len(V), -1, *kernel),
+            f"{PREFIX}{at}.lora_B.weight": U.view(*U.shape, *point),
+        }
+    raise StateError(f"{at} is a {type(module).__name__}, which peft has no LoRA for")
+
+
+def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """(U, V) by layer, taken out of what a file holds."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in list(tensors):
+        if match := re.fullmatch(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))", key):
+            at, letter = match[1], match[2] or match[3]
+            found.setdefault(at, {})[letter] = tensors.pop(key).flatten(1)  # kernels of convolutions
+    return {at: (own.get("B"), own.get("A")) for at, own in found.items()}
 
 
 def _plain_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
