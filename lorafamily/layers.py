@@ -19,6 +19,8 @@ from lorafamily.adapter import Adapter
 class LayerKind(ABC):
     """What the package must know of a class of layers. Make one instance and `register_layer_kind` it to add yours."""
 
+    name: ClassVar[str]
+    """What files call the kind."""
     linear: ClassVar[bool] = False
     """Whether `targets="all-linear"` takes such layers; others must be named."""
 
@@ -40,6 +42,7 @@ class LayerKind(ABC):
 
 
 class _Linear(LayerKind):
+    name = "linear"
     linear = True
 
     def matches(self, module: nn.Module) -> bool:
@@ -69,6 +72,7 @@ class _Transposed(LayerKind):
 class _Conv1D(_Transposed):
     """Hugging Face's Conv1D (GPT-2), a linear layer."""
 
+    name = "conv1d"
     linear = True
 
     def matches(self, module: nn.Module) -> bool:
@@ -83,6 +87,8 @@ class _Embedding(_Transposed):
     Dropout has no input of some size to act on. The padding entry is an entry like the others.
     """
 
+    name = "embedding"
+
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding) and module.max_norm is None  # which rescales the weight as it reads it
 
@@ -94,6 +100,8 @@ class _Embedding(_Transposed):
 
 class _Convolution(LayerKind):
     """nn.Conv1d, Conv2d, Conv3d without groups: V is a convolution to r channels, U one of size 1 from there."""
+
+    name = "convolution"
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
@@ -124,6 +132,11 @@ def register_layer_kind(kind: LayerKind) -> None:
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind that speaks for a module, or None where no adapter can sit on it."""
     return next((kind for kind in _KINDS if kind.matches(module)), None)
+
+
+def kind_named(name: str) -> LayerKind | None:
+    """The kind of that name, None where no such kind is registered."""
+    return next((kind for kind in _KINDS if kind.name == name), None)
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "d_out d_in"]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafamily
-from conftest import perturb_, tiny
+from conftest import logits, perturb_, tiny
 from embedded import ByteDecoder
 
 
@@ -58,6 +58,27 @@ DAMAGE = {
         lambda f: edit_record(f, lambda r: r["modules"]["blocks.0.mlp.up"].update(sizes={"rank": "x"})),
         "not a record of an adapter",
     ),
+    "negative sizes": (
+        lambda f: edit_record(f, lambda r: r["modules"]["blocks.0.mlp.up"].update(sizes={"rank": -1})),
+        "not a record of an adapter",
+    ),
+    "a name twice": (
+        lambda f: (f / "adapter.json").write_text('{"format": 1, "format": 1}'),
+        "a name occurs twice among format, format",
+    ),
+    "a scale of no sense": (
+        lambda f: edit_record(f, lambda r: r["modules"]["blocks.0.mlp.up"].update(scale="big")),
+        "not a record of an adapter",
+    ),
+    "unknown option": (lambda f: edit_record(f, lambda r: r["options"].update(x=1)), "unknown option x"),
+    "shape of three": (
+        lambda f: edit_record(f, lambda r: r["modules"]["blocks.0.mlp.up"].update(shape=[1, 2, 3])),
+        "not a record of an adapter",
+    ),
+    "a pickle": (
+        lambda f: torch.save({KEY: torch.ones(2, 16)}, f / "adapter.safetensors"),
+        "damaged, not a safetensors file",
+    ),
     "unknown method": (lambda f: edit_record(f, lambda r: r.update(method="lora9")), 'no method named "lora9"'),
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(KEY)), f"{KEY} is missing"),
     "extra tensor": (lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))), "x is not in the record"),
@@ -87,6 +108,27 @@ def test_a_file_for_another_base_says_which_modules_differ(folder):
         lorafamily.load(ByteDecoder(width=32, layers=2, heads=2, context=24), folder)
     with pytest.raises(lorafamily.FileError, match=r"blocks.1.attention.query is missing"):
         lorafamily.load(ByteDecoder(width=16, layers=1, heads=2, context=24), folder)
+
+
+def test_a_file_that_notes_weights_is_refused_on_others(tmp_path):
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2))
+    for merged in (False, True):
+        if merged:
+            lorafamily.merge(model)
+        folder = lorafamily.save(model, tmp_path / str(merged), hash_base=True)
+        assert torch.equal(logits(lorafamily.load(tiny(), folder)), logits(lorafamily.unmerge(model)))
+    other = tiny()
+    with torch.no_grad():
+        other.blocks[1].mlp.up.weight[0, 0] += 1
+    with pytest.raises(lorafamily.FileError, match=r"in this ByteDecoder blocks\.1\.mlp\.up has other weights$"):
+        lorafamily.load(other, folder)
+
+
+def test_a_base_that_differs_elsewhere_is_said(folder):
+    other = tiny()
+    other.extra = torch.nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="every adapted layer fits, but this ByteDecoder has other parameters"):
+        lorafamily.load(other, folder)
 
 
 def test_nothing_partial_is_left_behind(folder):

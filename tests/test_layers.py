@@ -157,6 +157,7 @@ class Scaled(nn.Module):
 
 
 class ScaledKind(layers.LayerKind):
+    name = "scaled"
     linear = True
 
     def matches(self, module):

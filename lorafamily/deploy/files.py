@@ -6,8 +6,13 @@ Read with safetensors and json only. Everything is checked before the model is t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import os
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.layers import base_parameters, kind_of, weight_of
+from lorafamily.method import Method
 from lorafamily.placement import Model, Placement, check_can_place, place, placement_of, state_of
 from lorafamily.registry import find
 
@@ -27,11 +33,14 @@ TENSORS, RECORD = "adapter.safetensors", "adapter.json"
 FOLDER = f"a saved adapter is a folder with {RECORD} and {TENSORS}"
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> Path:
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, hash_base: bool = False) -> Path:
     """Write the adapters of one name (default: the active ones), with what was trained beside them, into a folder.
 
     Ranks may differ between modules and may be zero. Saving what was loaded writes the same bytes. Each file is
     written beside its place and renamed into it. Returns the folder.
+
+    `hash_base`: note hashes of the adapted weights too, so that loading onto other weights of the same shapes is
+    refused; it reads all of them once.
 
     Raises:
         StateError: nothing to save.
@@ -46,17 +55,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     beside = {n: parameters[n].data if here else parked for n, parked in placement.parked.items()}
     tensors = {f"{at}.{key}": value for at, a in placement.adapters.items() for key, value in a.state_dict().items()}
     tensors |= beside
+    modules: dict[str, dict[str, Any]] = {}
+    for at, adapter in placement.adapters.items():
+        module = model.get_submodule(at)
+        kind = kind_of(module)
+        assert kind is not None
+        modules[at] = {"kind": kind.name, "shape": list(weight_of(module).shape), "rank": adapter.rank}
+        modules[at] |= adapter.state()
+        if hash_base:
+            original = state.originals.get(at) if state.originals else None
+            modules[at]["weight_hash"] = _hash(module.get_parameter("weight") if original is None else original)
     record = {
         "format": FORMAT,
+        "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
         "method": placement.spec,
         "options": placement.method.options(),
         "sizing": dataclasses.asdict(placement.sizing),
         "dropout": placement.dropout,
-        "base": type(model).__name__,
-        "modules": {
-            at: {"shape": list(weight_of(model.get_submodule(at)).shape), **adapter.state()}
-            for at, adapter in placement.adapters.items()
-        },
+        "base": {"architecture": type(model).__name__, "shapes": _shapes(model)},
+        "modules": modules,
         "also_trained": {at: list(value.shape) for at, value in beside.items()},
     }
     write_tensors(folder / TENSORS, tensors)
@@ -64,18 +81,31 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     return folder
 
 
-def load(model: Model, path: str | os.PathLike[str], name: str | None = None) -> Model:
-    """Put a saved adapter into a model of the same architecture and make it the active one.
+@dataclass(frozen=True)
+class Saved:
+    """An adapter folder, read and checked in itself, on the CPU. `beside`: what was trained beside the adapters."""
 
-    `name`: under which it goes into the model; default "default". Nothing is changed if anything does not fit.
+    folder: Path
+    record: dict[str, Any]
+    method: Method
+    sizing: Sizing
+    adapters: dict[str, Adapter]
+    beside: dict[str, Tensor]
+
+    @property
+    def modules(self) -> dict[str, dict[str, Any]]:
+        """What the record says of every adapted layer: kind, shape as (d_out, d_in), rank, scale."""
+        modules: dict[str, dict[str, Any]] = self.record["modules"]
+        return modules
+
+
+def read(path: str | os.PathLike[str]) -> Saved:
+    """Read a saved adapter without a model.
 
     Raises:
-        FileError: the folder lacks a file, a file is damaged, or the model's layers are not those it was made for.
+        FileError: the folder lacks a file, or a file is damaged.
         MethodError: the method is not installed.
-        StateError: the name is taken, or the model is merged.
     """
-    name = "default" if name is None else name
-    check_can_place(model, name)
     folder = Path(path)
     record = _read_record(folder)
     tensors = read_tensors(folder / TENSORS, FOLDER)
@@ -84,30 +114,71 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
         sizing = Sizing(**record["sizing"])
         adapters: dict[str, Adapter] = {}
         expected: dict[str, tuple[int, ...]] = {}
-        _check_layers(model, record, folder)
         for at, entry in record["modules"].items():
-            weight = weight_of(model.get_submodule(at))
+            d_out, d_in = entry["shape"]
+            if not math.isfinite(entry["scale"]):
+                raise ValueError(f"scale {entry['scale']} of {at}")
             with torch.device("meta"):
-                update = method.parametrisation(weight.shape[1], weight.shape[0], **entry["sizes"])
+                update = method.parametrisation(d_in, d_out, **entry["sizes"])
             adapter = Adapter(update, scale=entry["scale"], dropout=entry["dropout"], start_rank=entry["start_rank"])
             if entry["frozen_start"]:
                 adapter.freeze_start()
             adapters[at] = adapter
             expected |= {f"{at}.{key}": tuple(value.shape) for key, value in adapter.state_dict().items()}
+        beside = list(record["also_trained"])
         expected |= {at: tuple(shape) for at, shape in record["also_trained"].items()}
+        if not isinstance(record["dropout"], (int, float)) or not isinstance(record["base"]["architecture"], str):
+            raise TypeError("dropout or base")
     except LoraFamilyError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileError(f"{folder / RECORD}: not a record of an adapter ({type(error).__name__}: {error})") from None
     _check_tensors(tensors, expected, folder)
-
     for at, adapter in adapters.items():
         adapter.load_state_dict({key: tensors[f"{at}.{key}"] for key in adapter.state_dict()}, assign=True)
+    return Saved(folder, record, method, sizing, adapters, {at: tensors[at] for at in beside})
+
+
+def load(model: Model, path: str | os.PathLike[str], name: str | None = None) -> Model:
+    """Put a saved adapter into a model of the same architecture and make it the active one.
+
+    `name`: under which it goes into the model; default "default". Nothing is changed if anything does not fit. Where
+    the adapted layers fit but the model differs elsewhere from the one it was made for, that is said as a warning.
+
+    Raises:
+        FileError: the folder lacks a file, a file is damaged, or the model's layers (or, where `save` noted hashes,
+            their weights) are not those it was made for.
+        MethodError: the method is not installed.
+        StateError: the name is taken, or the model is merged.
+    """
+    name = "default" if name is None else name
+    check_can_place(model, name)
+    saved = read(path)
+    _check_layers(model, saved)
+    if saved.record["base"].get("shapes") != _shapes(model):
+        made_for = saved.record["base"]["architecture"]
+        warnings.warn(
+            f"{saved.folder}: every adapted layer fits, but this {type(model).__name__} has other parameters beside "
+            f"them than the {made_for} the adapter was made for",
+            stacklevel=2,
+        )
+    for at, adapter in saved.adapters.items():
         adapter.to(weight_of(model.get_submodule(at)).device)
     parameters = base_parameters(model)
-    beside = {at: tensors[at].to(parameters[at].device, parameters[at].dtype) for at in record["also_trained"]}
-    place(model, Placement(name, record["method"], method, sizing, record["dropout"], adapters, beside))
+    beside = {at: value.to(parameters[at].device, parameters[at].dtype) for at, value in saved.beside.items()}
+    dropout = float(saved.record["dropout"])
+    place(model, Placement(name, saved.record["method"], saved.method, saved.sizing, dropout, saved.adapters, beside))
     return model
+
+
+def _shapes(model: nn.Module) -> str:
+    """A hash of the names and shapes of the base's parameters."""
+    listed = [f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(base_parameters(model).items())]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()[:32]
+
+
+def _hash(weight: Tensor) -> str:
+    return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -118,23 +189,26 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _check_layers(model: nn.Module, record: Mapping[str, Any], folder: Path) -> None:
-    """The model must have every layer and parameter the record names, in that shape."""
+def _check_layers(model: nn.Module, saved: Saved) -> None:
+    """The model must have every layer and parameter the record names, in that shape, and with the weights it notes."""
     modules, wrong = dict(model.named_modules()), []
-    for at, entry in record["modules"].items():
+    for at, entry in saved.modules.items():
         if at not in modules or kind_of(modules[at]) is None:
             wrong.append(f"{at} is missing")
         elif (shape := list(weight_of(modules[at]).shape)) != entry["shape"]:
             wrong.append(f"{at} is {shape}, not {entry['shape']}")
+        elif "weight_hash" in entry and _hash(modules[at].get_parameter("weight")) != entry["weight_hash"]:
+            wrong.append(f"{at} has other weights")
     parameters = base_parameters(model)
-    for at, shape in record["also_trained"].items():
+    for at, value in saved.beside.items():
         if at not in parameters:
             wrong.append(f"{at} is missing")
-        elif list(parameters[at].shape) != shape:
-            wrong.append(f"{at} is {list(parameters[at].shape)}, not {shape}")
+        elif parameters[at].shape != value.shape:
+            wrong.append(f"{at} is {list(parameters[at].shape)}, not {list(value.shape)}")
     if wrong:
+        made_for = saved.record["base"]["architecture"]
         raise FileError(
-            f"{folder}: made for another model ({record['base']}); in this {type(model).__name__} {listed(wrong)}"
+            f"{saved.folder}: made for another model ({made_for}); in this {type(model).__name__} {listed(wrong)}"
         )
 
 

@@ -37,9 +37,17 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 def read_json(path: Path, what: str) -> Any:
     _check_there(path, what)
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_twins)
     except ValueError as error:
         raise FileError(f"{path}: damaged, not JSON ({error})") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two entries of one name, json would keep the last and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name occurs twice among {', '.join(name for name, _ in pairs)[:80]}")
+    return found
 
 
 def listed(problems: list[str]) -> str:
