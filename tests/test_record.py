@@ -83,6 +83,9 @@ def test_tensorboard_shows_the_run(tmp_path):
     assert len(changes) > 5
     assert [event.step for event in shown.Images("rank/by layer")] == [0, *(d.step for d in changes)]
     assert [event.step for event in shown.Images("rank/history")] == [40]
+    assert [event.step for event in shown.Images("rank/scores at decisions")] == [40]
+    tags = [tag for kind in ("scalars", "images", "histograms") for tag in shown.Tags()[kind]]
+    assert len(tags) == len(set(tags))  # of two things under one tag TensorBoard shows one
     assert [event.step for event in shown.Histograms("rank/scores")] == [d.step for d in history.decisions]
     for kind, start in rank_by_kind(history.ranks_start).items():
         assert curve(f"rank by kind/{kind}") == [start, *(rank_by_kind(d.after)[kind] for d in changes)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
-from lorafamily.layers import attach, detach, kind_of, weight_of
+from lorafamily.layers import LayerKind, attach, detach, kind_of, weight_of
 from lorafamily.placement import Model, Placement, placement_of, point_modules, state_of
 from lorafamily.training.batches import call
 
@@ -110,9 +110,13 @@ def outputs_of(model: nn.Module, batch: Any) -> Tensor:
 
 def merged_weight(module: nn.Module, adapter: Adapter) -> Tensor:
     """W + ΔW in the module's own layout and dtype; a new tensor."""
-    weight = module.get_parameter("weight").data
     kind = kind_of(module)
     assert kind is not None
+    return changed_weight(module.get_parameter("weight").data, adapter, kind)
+
+
+def changed_weight(weight: Tensor, adapter: Adapter, kind: LayerKind) -> Tensor:
+    """W + ΔW in the layout and dtype of W, rounded once."""
     delta = kind.restore(adapter.delta(), weight)
     return (weight.to(delta.dtype) + delta).to(weight.dtype).contiguous()
 

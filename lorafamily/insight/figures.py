@@ -125,7 +125,9 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
     axes.set_ylim(0, 1.08 * max(1, int(total.max())))
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("rank slices in use")
-    axes.set_title(f"Rank by kind of matrix during training: {total[0]} slices at the start, {total[-1]} at the end")
+    figure.suptitle(
+        f"Rank by kind of matrix during training: {total[0]} slices at the start, {total[-1]} at the end", fontsize=11
+    )
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
@@ -171,7 +173,9 @@ def course(steps: Sequence[Step]) -> Figure:
     figure = Figure(figsize=(7.2, 0.8 + 1.7 * len(curves)), dpi=100, layout="constrained")
     panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (label, (at, values)), colour in zip(panels, curves.items(), COLOURS, strict=False):
-        axes.plot(at, values, color=colour, linewidth=1.6, drawstyle="steps-post")
+        # Counts change at a step; the error is measured now and then.
+        style = "default" if "‖" in label else "steps-post"
+        axes.plot(at, values, color=colour, linewidth=1.6, drawstyle=style)
         axes.set_ylabel(label, fontsize=8)
         axes.set_ylim(0, 1.08 * max(1e-12, *values))
         axes.ticklabel_format(axis="y", style="plain")

@@ -63,7 +63,7 @@ class Board:
             self._image("rank/history", rank_history(self.decisions, last.step), last.step)
             histograms = score_histograms(self.decisions)
             if histograms is not None:
-                self._image("rank/scores", histograms, last.step)
+                self._image("rank/scores at decisions", histograms, last.step)
         final = {f"final/{name}": value for name, value in history.metrics.items()}
         if last is not None:
             final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/rank": last.rank}
