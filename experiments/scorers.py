@@ -57,6 +57,8 @@ class Settings:
     """tokens per sequence at most"""
     seeds: int = 3
     """for the agreement of the scores"""
+    scoring_memory: float | None = None
+    """MiB for ablations in one batch; none for what suits the device"""
     rounds: int = 2
     """of the timings, which alternate"""
     observed_steps: int = 60
@@ -126,7 +128,8 @@ def _trained(task: Task, settings: Settings, seed: int) -> Run:
     model.eval()
     batch = first_rows(next(iter(task.validation())), SCORING_ROWS)
     loss = partial(loss_of, model, batch)
-    return Run(model, placement_of(model).adapters, 1, validation_loss=loss)
+    memory = settings.scoring_memory
+    return Run(model, placement_of(model).adapters, 1, validation_loss=loss, scoring_memory=memory)
 
 
 def _agreement(exact: Scores, estimate: Scores) -> list[str]:
