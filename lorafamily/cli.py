@@ -1,0 +1,124 @@
+"""Look into adapter folders, and merge them into checkpoints on disk: the command `lorafamily`.
+
+Errors are one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from tqdm import tqdm
+
+from lorafamily.deploy.checkpoint import entries_of, merge_checkpoint
+from lorafamily.deploy.files import Saved, read
+from lorafamily.errors import LoraFamilyError
+from lorafamily.insight.figures import rank_grid, rank_heatmap
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        result, text = given.run(given)
+    except (LoraFamilyError, OSError) as error:
+        print(f"lorafamily {given.command}: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=1) if given.json else text)
+    return 0
+
+
+def inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What is in an adapter folder."""
+    saved = read(given.path)
+    ranks = {at: entry["rank"] for at, entry in saved.modules.items()}
+    result = {
+        "method": saved.record["method"],
+        "base": saved.record["base"]["architecture"],
+        "written by": saved.record["written by"],
+        "parameters": sum(adapter.trainable() for adapter in saved.adapters.values()),
+        "rank": sum(ranks.values()),
+        "bytes": sum(file.stat().st_size for file in saved.folder.iterdir() if file.is_file()),
+        "trained beside": {at: list(value.shape) for at, value in saved.beside.items()},
+        "modules": {
+            at: {**{key: entry[key] for key in ("shape", "rank", "scale")}, "norm": saved.adapters[at].norm()}
+            for at, entry in saved.modules.items()
+        },
+    }
+    if given.png is not None:
+        start = {at: entry["start_rank"] for at, entry in saved.modules.items()}
+        figure = rank_heatmap(start, ranks, f"{saved.record['method']} on {result['base']}: rank by layer and matrix")
+        FigureCanvasAgg(figure)
+        figure.savefig(given.png)
+    return result, _table(saved, result) + "\n\n" + _heatmap(ranks)
+
+
+def merge(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Merge an adapter into a checkpoint on disk."""
+    saved = read(given.adapter)
+    size = sum(file.stat().st_size for file in {entry.file for entry in entries_of(given.base).values()})
+    with tqdm(total=size, unit="B", unit_scale=True, desc="merging", disable=given.json) as bar:
+        merge_checkpoint(given.base, saved, given.out, bar.update)
+    result = {"out": str(given.out), "merged": len(saved.adapters), "bytes": size}
+    return result, f"{given.out}: {given.base} with {len(saved.adapters)} layers merged, {size / 2**20:,.0f} MiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lorafamily", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        added.add_argument("--json", action="store_true", help="print a JSON object, and no progress bar")
+        added.set_defaults(run=run)
+        return added
+
+    looking = command("inspect", inspect)
+    looking.add_argument("path", type=Path, help="folder that lorafamily.save wrote")
+    looking.add_argument("--png", type=Path, help="draw the ranks by layer and matrix into this file")
+    merging = command("merge", merge)
+    merging.add_argument("--base", type=Path, required=True, help="folder of a transformers checkpoint (safetensors)")
+    merging.add_argument("--adapter", type=Path, required=True, help="folder that lorafamily.save wrote")
+    merging.add_argument("--out", type=Path, required=True, help="new folder for the merged checkpoint")
+    return parser
+
+
+def _table(saved: Saved, result: dict[str, Any]) -> str:
+    width = max((len(at) for at in saved.modules), default=6)
+    head = f"{'module':<{width}}  {'d_out × d_in':>13}  {'rank':>9}  {'scale':>6}  {'‖ΔW‖':>9}"
+    lines = [f"{saved.record['method']} for {result['base']}, {saved.folder}", head, "─" * len(head)]
+    for at, entry in saved.modules.items():
+        d_out, d_in = entry["shape"]
+        before, now = entry["start_rank"], entry["rank"]
+        rank = f"{now}" if now == before else f"{before} → {now}"
+        norm = result["modules"][at]["norm"]
+        lines.append(f"{at:<{width}}  {f'{d_out} × {d_in}':>13}  {rank:>9}  {entry['scale']:>6.3g}  {norm:>9.3g}")
+    lines.append("─" * len(head))
+    size = f"{result['bytes'] / 1024:,.0f} KiB on disk"
+    lines.append(f"{result['parameters']:,} adapter numbers, total rank {result['rank']}, {size}")
+    if saved.beside:
+        lines.append(f"trained beside the adapters: {', '.join(saved.beside)}")
+    return "\n".join(lines)
+
+
+def _heatmap(ranks: dict[str, int]) -> str:
+    """Ranks as blocks, kinds of matrix by layers, the highest block being the largest rank."""
+    kinds, layers, grid = rank_grid(ranks)
+    top, width = max(1, *ranks.values()) if ranks else 1, max((len(kind) for kind in kinds), default=0)
+    lines = [f"rank by layer, {', '.join(layers[:1])} to {layers[-1]}; {BLOCKS[-1]} = {top}" if layers else ""]
+    for kind, row in zip(kinds, grid, strict=True):
+        cells = ["·" if rank != rank else BLOCKS[round(rank / top * (len(BLOCKS) - 1))] for rank in row]
+        lines.append(f"{kind:<{width}}  {''.join(cells)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
