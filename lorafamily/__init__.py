@@ -12,6 +12,7 @@ from lorafamily.deploy.combine import combine, compress
 from lorafamily.deploy.files import load, save
 from lorafamily.deploy.merge import merge, merge_difference, unmerge
 from lorafamily.deploy.peft import export_peft, import_loralib, import_peft
+from lorafamily.deploy.routing import routing
 from lorafamily.errors import (
     AllocationError,
     BudgetError,
@@ -66,6 +67,7 @@ __all__ = [
     "redraw",
     "register_layer_kind",
     "remove",
+    "routing",
     "save",
     "summary",
     "switch",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 from jaxtyping import Float
@@ -152,6 +153,8 @@ class Adapted(nn.Module):
     adapters: nn.ModuleDict
     active: str | None
     kind: LayerKind
+    route: Callable[[Tensor], Tensor] | None = None
+    """Adds to the output what each sample's own adapter gives, see `deploy/routing.py`; then none is active."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.updated(self.own(x), x)
@@ -162,6 +165,8 @@ class Adapted(nn.Module):
 
     def updated(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output, from what it computes without adapter and its input."""
+        if self.route is not None:
+            return y + self.route(x)
         if self.active is None:
             return y
         adapter = cast(Adapter, self.adapters[self.active])

@@ -72,7 +72,7 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     model = perturb_(tiny_adapted())
     before = logits(model)
     adapters = list(placement_of(model).adapters.values())
-    monkeypatch.setattr(adapters[7], "delta", lambda: (_ for _ in ()).throw(MemoryError("full")))
+    monkeypatch.setattr(adapters[7], "factors", lambda: (_ for _ in ()).throw(MemoryError("full")))
     with pytest.raises(MemoryError):
         lorafamily.merge(model)
     monkeypatch.undo()

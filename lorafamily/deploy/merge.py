@@ -115,10 +115,17 @@ def merged_weight(module: nn.Module, adapter: Adapter) -> Tensor:
     return changed_weight(module.get_parameter("weight").data, adapter, kind)
 
 
+@torch.no_grad()
 def changed_weight(weight: Tensor, adapter: Adapter, kind: LayerKind) -> Tensor:
-    """W + ΔW in the layout and dtype of W, rounded once."""
-    delta = kind.restore(adapter.delta(), weight)
-    return (weight.to(delta.dtype) + delta).to(weight.dtype).contiguous()
+    """W + ΔW in the layout and dtype of W; a new tensor.
+
+    In one pass over W, with sums in float32 or higher, rounded once.
+    """
+    U, V = adapter.factors()
+    high = torch.promote_types(torch.promote_types(weight.dtype, U.dtype), torch.float32)
+    U, V = (factor.to(weight.device, high) for factor in (U, V))
+    changed = torch.addmm(kind.matrix(weight).to(high), U, V, alpha=adapter.scale)
+    return kind.restore(changed, weight).to(weight.dtype).contiguous()
 
 
 def _refuse_shared(model: nn.Module, placement: Placement) -> None:
