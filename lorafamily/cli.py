@@ -1,4 +1,4 @@
-"""Look into adapter folders, and merge them into checkpoints on disk: the command `lorafamily`.
+"""Look into adapter folders, merge them into checkpoints, compress and export them: the command `lorafamily`.
 
 Errors are one line on standard error and exit code 2.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tqdm import tqdm
 
 from lorafamily.deploy.checkpoint import entries_of, merge_checkpoint
-from lorafamily.deploy.files import Saved, read
-from lorafamily.errors import LoraFamilyError
+from lorafamily.deploy.combine import compressed
+from lorafamily.deploy.files import Saved, load, read, write
+from lorafamily.deploy.peft import export_peft
+from lorafamily.deploy.plain import PLAIN, sizing_of
+from lorafamily.errors import LoraFamilyError, StateError
 from lorafamily.insight.figures import rank_grid, rank_heatmap
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -71,6 +75,36 @@ def merge(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, f"{given.out}: {given.base} with {len(saved.adapters)} layers merged, {size / 2**20:,.0f} MiB"
 
 
+def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Write an adapter as plain LoRA of lower rank, the best there is for every layer."""
+    saved = read(given.adapter)
+    method, adapters, report = compressed(saved.adapters, given.rank, given.energy, saved.record["dropout"])
+    sizing = sizing_of(adapters, max([1, *(row.rank_after for row in report)]))
+    record = saved.record | {"method": PLAIN}
+    write(replace(saved, record=record, method=method, sizing=sizing, adapters=adapters), given.out)
+    rows = [asdict(row) for row in report]
+    worst = max(report, key=lambda row: row.error)
+    before, after = sum(row.rank_before for row in report), sum(row.rank_after for row in report)
+    error = f"largest error ‖ΔW − ΔW′‖ / ‖ΔW‖ {worst.error:.1%} ({worst.module})"
+    return {"out": str(given.out), "modules": rows}, f"{given.out}: total rank {before} → {after}; {error}"
+
+
+def export(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Write an adapter as a LoRA folder of peft, or one that inference servers read."""
+    saved = read(given.adapter)
+    try:
+        import transformers
+    except ImportError:
+        raise StateError("exporting reads the base with transformers, which is not installed") from None
+    architecture = saved.record["base"]["architecture"]
+    if not hasattr(transformers, architecture):
+        raise StateError(f"{architecture} is no class of transformers; load the adapter in Python and call export_peft")
+    model = getattr(transformers, architecture).from_pretrained(given.base)
+    folder = export_peft(load(model, given.adapter), given.out, layout=given.layout)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return {"out": str(folder), "bytes": size}, f"{folder}: {size / 1024:,.0f} KiB, layout {given.layout}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lorafamily", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -88,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("--base", type=Path, required=True, help="folder of a transformers checkpoint (safetensors)")
     merging.add_argument("--adapter", type=Path, required=True, help="folder that lorafamily.save wrote")
     merging.add_argument("--out", type=Path, required=True, help="new folder for the merged checkpoint")
+    smaller = command("compress", compress)
+    smaller.add_argument("--adapter", type=Path, required=True, help="folder that lorafamily.save wrote")
+    smaller.add_argument("--out", type=Path, required=True, help="folder for the smaller adapter")
+    amount = smaller.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--rank", type=int, help="of every layer at most")
+    amount.add_argument("--energy", type=float, help="share of every layer's ‖ΔW‖² to keep at least")
+    exporting = command("export", export)
+    exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
+    exporting.add_argument("--adapter", type=Path, required=True, help="folder that lorafamily.save wrote")
+    exporting.add_argument("--out", type=Path, required=True, help="folder for peft's files")
+    exporting.add_argument("--layout", choices=("peft", "serving"), default="peft", help="see lorafamily.export_peft")
     return parser
 
 

@@ -22,11 +22,11 @@ from lorafamily.placement import (
     base_values,
     check_can_place,
     forget,
+    let_train,
     place,
     placement_of,
     refuse_merged,
     state_of,
-    train_only,
 )
 from lorafamily.registry import find
 
@@ -111,9 +111,13 @@ def switch(model: Model, name: str | None) -> Model:
         return model
     placement = None if name is None else placement_of(model, name)
     refuse_merged(state)
+    assert state is not None
     activate(model, name)
     if placement is not None:
-        train_only(model, placement)
+        for other in state.placements.values():
+            if other is not placement:
+                let_train(model, other, False)
+        let_train(model, placement, True)
     return model
 
 

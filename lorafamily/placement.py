@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -125,7 +126,8 @@ def place(model: nn.Module, placement: Placement) -> None:
         attach(model.get_submodule(path), placement.name, adapter)
     state.placements[placement.name] = placement
     activate(model, placement.name)
-    train_only(model, placement)
+    model.requires_grad_(False)
+    let_train(model, placement, True)
 
 
 def exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
@@ -135,20 +137,16 @@ def exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter
     placement.adapters = adapters
     state = state_of(model)
     assert state is not None
-    if state.active == placement.name:
-        train_only(model, placement)
-    else:
-        for adapter in adapters.values():
-            adapter.requires_grad_(False)
+    let_train(model, placement, state.active == placement.name)
 
 
-def train_only(model: nn.Module, placement: Placement) -> None:
-    """Leave requires_grad to one placement's adapters and what trains beside them."""
-    model.requires_grad_(False)
+def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
+    """Set requires_grad of a placement's adapters and of what trains beside them."""
     for adapter in placement.adapters.values():
-        adapter.update.requires_grad_(True)
+        for parameter in vars(adapter.update)["_parameters"].values():  # `parameters()` takes a millisecond for all
+            parameter.requires_grad = flag
     for path in placement.parked:
-        model.get_parameter(path).requires_grad_(True)
+        model.get_parameter(path).requires_grad = flag
 
 
 def activate(model: nn.Module, name: str | None) -> None:
@@ -161,13 +159,18 @@ def activate(model: nn.Module, name: str | None) -> None:
         if leaving_or_entering is not None:
             _swap_parked(model, state.placements[leaving_or_entering])
     state.active = name
-    point_modules(model, state)
+    point_modules(adapted_modules(model, state), state)
 
 
-def point_modules(model: nn.Module, state: ModelState) -> None:
+def adapted_modules(model: nn.Module, state: ModelState) -> dict[str, nn.Module]:
+    """Every layer that some placement adapts, by name; looked up once, for walking down names is slow."""
+    paths = dict.fromkeys(path for placement in state.placements.values() for path in placement.adapters)
+    return {path: model.get_submodule(path) for path in paths}
+
+
+def point_modules(modules: Mapping[str, nn.Module], state: ModelState) -> None:
     """Tell every adapted layer which of its adapters is active."""
-    for path in {path for placement in state.placements.values() for path in placement.adapters}:
-        module = model.get_submodule(path)
+    for module in modules.values():
         if isinstance(module, Adapted):
             module.active = state.active if state.active is not None and state.active in module.adapters else None
 

@@ -177,6 +177,29 @@ def test_the_command_merges_and_inspects(tmp_path, capsys):
     assert described["modules"]["model.layers.0.self_attn.q_proj"]["shape"] == [32, 32]
 
 
+def test_the_command_compresses(tmp_path, capsys):
+    model = saved_pair(tmp_path, "llama", "adalora")
+    lorafamily.unmerge(model)
+    assert cli.main(["compress", "--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/small", "--rank", "1"]) == 0
+    assert "total rank 42 → 14; largest error" in capsys.readouterr().out
+    lorafamily.compress(model, rank=1)
+    assert torch.equal(logits(lorafamily.load(model_of("llama"), tmp_path / "small")), logits(model))
+    size = [(tmp_path / name / "adapter.safetensors").stat().st_size for name in ("small", "adapter")]
+    assert size[0] < 0.5 * size[1]
+    assert cli.main(["compress", "--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/x", "--energy", "2"]) == 2
+    assert "energy=2.0: must be a share" in capsys.readouterr().err
+
+
+def test_the_command_exports(tmp_path, capsys):
+    model = saved_pair(tmp_path, "llama", "olora")
+    arguments = ["--base", f"{tmp_path}/base", "--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/peft"]
+    assert cli.main(["export", *arguments, "--layout", "serving"]) == 0
+    assert "layout serving" in capsys.readouterr().out
+    again = lorafamily.import_peft(model_of("llama"), tmp_path / "peft")
+    # float32: W + ΔW is rounded once per weight, and sums run in another order.
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+
+
 def test_the_command_is_installed_and_refuses_in_one_line(tmp_path):
     command = [sys.executable, "-m", "lorafamily.cli", "inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from lorafamily.adapter import Adapter
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
 from lorafamily.errors import StateError
 from lorafamily.layers import base_parameters
+from lorafamily.method import Method
 from lorafamily.placement import Model, Placement, check_can_place, exchange, placement_of, refuse_merged, state_of
 
 
@@ -67,15 +68,25 @@ def compress(
     """
     placement = placement_of(model, name)
     refuse_merged(state_of(model))
+    method, adapters, report = compressed(placement.adapters, rank, energy, placement.dropout)
+    largest = max(row.rank_after for row in report)
+    placement.spec, placement.method, placement.sizing = PLAIN, method, sizing_of(adapters, max(1, largest))
+    exchange(model, placement, adapters)
+    return report
+
+
+def compressed(
+    adapters: Mapping[str, Adapter], rank: int | None, energy: float | None, dropout: float = 0.0
+) -> tuple[Method, dict[str, Adapter], list[Compressed]]:
+    """Plain LoRA adapters in the place of others, see `compress`."""
     if (rank is None) == (energy is None):
         raise StateError(f"rank={rank!r}, energy={energy!r}: give one of them")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise StateError(f"rank={rank!r}: must be a whole number of at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise StateError(f"energy={energy!r}: must be a share in (0, 1]")
-
     factors, report = {}, []
-    for at, adapter in placement.adapters.items():
+    for at, adapter in adapters.items():
         Q, S, K = singular(adapter)
         kept = len(S) if rank is None else rank
         if energy is not None:
@@ -86,13 +97,9 @@ def compress(
         root, dtype = S[:kept].sqrt(), next(adapter.update.parameters()).dtype
         factors[at] = (Q[:, :kept] * root).to(dtype), (root[:, None] * K[:kept]).to(dtype)
         report.append(Compressed(at, adapter.rank, kept, error))
-    largest = max(row.rank_after for row in report)
-    method, adapters = plain_adapters(
-        model, factors, dict.fromkeys(factors, 1.0), dropout=placement.dropout, options={"alpha": max(1, largest)}
-    )
-    placement.spec, placement.method, placement.sizing = PLAIN, method, sizing_of(adapters, max(1, largest))
-    exchange(model, placement, adapters)
-    return report
+    alpha = max([1, *(row.rank_after for row in report)])
+    method, made = plain_adapters(factors, dict.fromkeys(factors, 1.0), dropout=dropout, options={"alpha": alpha})
+    return method, made, report
 
 
 @torch.no_grad()

@@ -48,20 +48,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     placement = placement_of(model, name)
     state = state_of(model)
     assert state is not None
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = base_parameters(model)
     here = placement.name == state.active
     beside = {n: parameters[n].data if here else parked for n, parked in placement.parked.items()}
-    tensors = {f"{at}.{key}": value for at, a in placement.adapters.items() for key, value in a.state_dict().items()}
-    tensors |= beside
     modules: dict[str, dict[str, Any]] = {}
-    for at, adapter in placement.adapters.items():
+    for at in placement.adapters:
         module = model.get_submodule(at)
         kind = kind_of(module)
         assert kind is not None
-        modules[at] = {"kind": kind.name, "shape": list(weight_of(module).shape), "rank": adapter.rank}
-        modules[at] |= adapter.state()
+        modules[at] = {"kind": kind.name, "shape": list(weight_of(module).shape)}
         if hash_base:
             original = state.originals.get(at) if state.originals else None
             modules[at]["weight_hash"] = _hash(module.get_parameter("weight") if original is None else original)
@@ -69,16 +64,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
         "method": placement.spec,
-        "options": placement.method.options(),
-        "sizing": dataclasses.asdict(placement.sizing),
         "dropout": placement.dropout,
         "base": {"architecture": type(model).__name__, "shapes": _shapes(model)},
         "modules": modules,
-        "also_trained": {at: list(value.shape) for at, value in beside.items()},
     }
-    write_tensors(folder / TENSORS, tensors)
-    write_json(folder / RECORD, record)
-    return folder
+    return write(Saved(Path(path), record, placement.method, placement.sizing, placement.adapters, beside), path)
 
 
 @dataclass(frozen=True)
@@ -97,6 +87,27 @@ class Saved:
         """What the record says of every adapted layer: kind, shape as (d_out, d_in), rank, scale."""
         modules: dict[str, dict[str, Any]] = self.record["modules"]
         return modules
+
+
+def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
+    """Write an adapter without a model: one that was read, or made from such a one."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{at}.{key}": value for at, a in saved.adapters.items() for key, value in a.state_dict().items()}
+    kept = ("kind", "shape", "weight_hash")
+    modules = {
+        at: {**{key: saved.modules[at][key] for key in kept if key in saved.modules[at]}, "rank": a.rank, **a.state()}
+        for at, a in saved.adapters.items()
+    }
+    record = saved.record | {
+        "options": saved.method.options(),
+        "sizing": dataclasses.asdict(saved.sizing),
+        "also_trained": {at: list(value.shape) for at, value in saved.beside.items()},
+        "modules": modules,
+    }
+    write_tensors(folder / TENSORS, tensors | saved.beside)
+    write_json(folder / RECORD, record)
+    return folder
 
 
 def read(path: str | os.PathLike[str]) -> Saved:

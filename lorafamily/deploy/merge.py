@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
 from lorafamily.layers import LayerKind, attach, detach, kind_of, weight_of
-from lorafamily.placement import Model, Placement, placement_of, point_modules, state_of
+from lorafamily.placement import Model, Placement, adapted_modules, placement_of, point_modules, state_of
 from lorafamily.training.batches import call
 
 
@@ -37,14 +37,15 @@ def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") ->
     assert state is not None
     if state.merged:
         return model
+    modules = adapted_modules(model, state)
     _refuse_shared(model, placement)
-    merged = {path: merged_weight(model.get_submodule(path), a) for path, a in placement.adapters.items()}
+    merged = {path: merged_weight(modules[path], adapter) for path, adapter in placement.adapters.items()}
     for other in state.placements.values():
         for path in other.adapters:
-            detach(model.get_submodule(path), other.name)
+            detach(modules[path], other.name)
     state.originals = {}
     for path, weight in merged.items():
-        parameter = model.get_submodule(path).get_parameter("weight")
+        parameter = modules[path].get_parameter("weight")
         original, parameter.data = parameter.data, weight
         state.originals[path] = None if keep == "none" else original if keep == "device" else original.cpu()
     return model
@@ -65,16 +66,17 @@ def unmerge(model: Model) -> Model:
             f'adapter "{state.active}" was merged with keep="none": the original weights are gone; load the base '
             'again, or merge with keep="cpu"'
         )
+    modules = adapted_modules(model, state)
     for path, original in state.originals.items():
         assert original is not None
-        parameter = model.get_submodule(path).get_parameter("weight")
+        parameter = modules[path].get_parameter("weight")
         parameter.data = original.to(parameter.device)
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
-            module = model.get_submodule(path)
-            attach(module, placement.name, adapter.to(weight_of(module).device))
+            device = weight_of(modules[path]).device
+            attach(modules[path], placement.name, adapter if adapter.device == device else adapter.to(device))
     state.originals = None
-    point_modules(model, state)
+    point_modules(modules, state)
     return model
 
 

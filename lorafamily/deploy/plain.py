@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
@@ -34,7 +34,12 @@ def place_plain(
     `factors`: (U, V) by layer; `scales`: s by layer; `beside`: values of parameters that train beside the adapters;
     `rank`: the nominal one; `options`: of the method, for whoever reads the settings.
     """
-    method, adapters = plain_adapters(model, factors, scales, dropout=dropout, options=options)
+    on_device = {}
+    for at, module in model.named_modules():  # in the model's order
+        if at in factors:
+            (U, V), device = factors[at], weight_of(module).device
+            on_device[at] = U.to(device), V.to(device)
+    method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
     parameters = base_parameters(model)
     parked = {at: value.to(parameters[at].device, parameters[at].dtype) for at, value in beside.items()}
     place(model, Placement(name, PLAIN, method, sizing_of(adapters, rank), dropout, adapters, parked))
@@ -43,22 +48,21 @@ def place_plain(
 
 @torch.no_grad()
 def plain_adapters(
-    model: nn.Module,
     factors: Mapping[str, tuple[Tensor, Tensor]],
     scales: Mapping[str, float],
     *,
     dropout: float,
     options: Mapping[str, Any],
 ) -> tuple[Method, dict[str, Adapter]]:
-    """The method and its adapters, in the model's order, each on its layer's device; float32 or higher."""
+    """The method and its adapters, on the factors' device; float32 or higher."""
     method = find(PLAIN).with_options(**options)
     adapters = {}
-    for at in [at for at, _ in model.named_modules() if at in factors]:
-        (U, V), weight = factors[at], weight_of(model.get_submodule(at))
+    for at, (U, V) in factors.items():
         dtype = torch.promote_types(U.dtype, torch.float32)
-        update = method.parametrisation(weight.shape[1], weight.shape[0], **{"rank": len(V)}).to(dtype)
-        update.represent(U.to("cpu", dtype), V.to("cpu", dtype))
-        adapters[at] = Adapter(update, scale=scales[at], dropout=dropout).to(weight.device)
+        with U.device:
+            update = method.parametrisation(V.shape[1], U.shape[0], **{"rank": len(V)}).to(dtype)
+        update.represent(U.to(dtype), V.to(dtype))
+        adapters[at] = Adapter(update, scale=scales[at], dropout=dropout)
     return method, adapters
 
 
