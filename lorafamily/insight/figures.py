@@ -71,7 +71,8 @@ def rank_heatmap(
         image = draw_grid(axes, named, layers, grid, top)
         axes.set_title(f"{when}: {int(np.nansum(grid))} in all", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9)
+    beyond = any(np.nanmax(grid) > top for _, _, grid in grids.values())  # a module that grew past the scale's top
+    figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9, extend="max" if beyond else "neither")
     return figure
 
 
