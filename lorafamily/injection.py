@@ -57,7 +57,8 @@ def apply(
         rank_budget: rank slices of all modules together (LoRA²: its singular values), whatever they cost.
         budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
         targets: layers to adapt: None or "all-linear" (without output head and pooler), "attention", regular
-            expressions searched for in full module names, or a predicate of (name, module).
+            expressions searched for in full names (of linear layers; of embeddings and convolutions where one matches
+            no linear layer), or a predicate of (name, module) that is asked for every layer that can carry an adapter.
         also_train: regular expressions for parameters that train too, such as a task head; saved along, counted apart.
         dropout: probability with which an entry of an adapter's input is dropped in training.
         name: of this set of adapters; a model can hold several, the one placed last is active.
