@@ -28,7 +28,7 @@ import embedded
 import lorafamily
 import report
 from cell import FULL, NONE, Cell, Training, adapt, run
-from lorafamily.allocation.allocator import Run
+from lorafamily.allocation.run import Run
 from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
 from tasks import Task, TaskError, find

@@ -25,8 +25,10 @@ from torch import Tensor
 
 import lorafamily
 from lorafamily.allocation.ablation import Ablation, AblationEstimate
-from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run
+from lorafamily.allocation.allocator import Allocation, Allocator
+from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scores
+from lorafamily.history import Decision
 from lorafamily.names import modules_per_block
 from lorafamily.placement import placement_of
 from lorafamily.training.batches import first_rows, loss_of

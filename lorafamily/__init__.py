@@ -24,13 +24,13 @@ from lorafamily.errors import (
     TargetError,
     TrainingError,
 )
+from lorafamily.history import History
 from lorafamily.injection import apply, disabled, remove, switch
 from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
 from lorafamily.method import Initialisation, Method, Penalty
 from lorafamily.registry import methods
-from lorafamily.training.history import History
 from lorafamily.training.loop import train
 
 __all__ = [

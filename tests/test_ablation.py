@@ -14,8 +14,8 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import data, perturb_, tiny
 from lorafamily.allocation.ablation import Ablation, AblationEstimate
-from lorafamily.allocation.allocator import Run
 from lorafamily.allocation.replay import PeakActivations, Tape
+from lorafamily.allocation.run import Run
 from lorafamily.layers import Adapted
 from lorafamily.placement import placement_of
 from lorafamily.training.batches import loss_of

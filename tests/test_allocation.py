@@ -15,8 +15,9 @@ import lorafamily
 from conftest import data, every_method, few_rounds, logits, perturb_, tiny
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.ablation import Ablation, AblationEstimate
-from lorafamily.allocation.allocator import Fixed, Run
+from lorafamily.allocation.allocator import Fixed
 from lorafamily.allocation.importance import ImportancePruning
+from lorafamily.allocation.run import Run
 from lorafamily.allocation.scores import SCORERS, Sensitivity
 from lorafamily.allocation.surgery import follow_resize
 from lorafamily.placement import placement_of

@@ -15,8 +15,10 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS
-from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run
+from lorafamily.allocation.allocator import Allocation, Allocator
+from lorafamily.allocation.run import Run
 from lorafamily.allocation.scores import SCORERS
+from lorafamily.history import Decision
 from lorafamily.placement import Placement, placement_of
 from lorafamily.registry import find
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import shared
 from lorafamily.adapter import Adapter, Parametrisation
-from lorafamily.allocation.allocator import Run
 from lorafamily.allocation.importance import ImportancePruning
+from lorafamily.allocation.run import Run
 from lorafamily.layers import attach
 from lorafamily.penalty import Orthogonality
 

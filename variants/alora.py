@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
+from lorafamily.allocation.allocator import Allocation, Allocator, in_steps
+from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.allocation.scores import scorer_named
 from lorafamily.errors import AllocationError
+from lorafamily.history import Decision
 from lorafamily.names import modules_per_block
 from lorafamily.variants.lora import lora
 

@@ -11,20 +11,17 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from lorafamily.adapter import Adapter
 from lorafamily.allocation.replay import PeakActivations, Tape
+from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
-
-if TYPE_CHECKING:
-    from lorafamily.adapter import Adapter
-    from lorafamily.allocation.allocator import Run
 
 ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `Run.scoring_memory` says otherwise
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafamily.allocation.allocator import Allocation, Allocator, Decision, Run, in_steps
+from lorafamily.allocation.allocator import Allocation, Allocator, in_steps
+from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer
 from lorafamily.allocation.scores import Sensitivity, scorer_named
 from lorafamily.errors import AllocationError
+from lorafamily.history import Decision
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lorafamily.allocation.allocator import Run
+from lorafamily.allocation.run import Run
 
 Scores = dict[str, Float[Tensor, " r"]]
 """By module name one score a slice, float64 on the CPU; higher is worth more."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from lorafamily.allocation.ablation import Ablation, AblationEstimate
+from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
-
-if TYPE_CHECKING:
-    from lorafamily.allocation.allocator import Run
 
 
 class Sensitivity(Scorer):

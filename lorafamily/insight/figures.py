@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,11 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from lorafamily.history import Decision, Step
 from lorafamily.names import place_of
-
-if TYPE_CHECKING:
-    from lorafamily.allocation.allocator import Decision
-    from lorafamily.training.history import Step
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 KEPT, DROPPED, MARK = "#0072B2", "#D55E00", "#444444"

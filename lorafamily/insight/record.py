@@ -15,10 +15,9 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from lorafamily.allocation.allocator import Decision
 from lorafamily.errors import FileError
+from lorafamily.history import Decision, Step
 from lorafamily.insight import figures
-from lorafamily.training.history import Step
 
 DECISIONS, STEPS = "allocation.jsonl", "steps.jsonl"
 

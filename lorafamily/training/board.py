@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from lorafamily.history import Decision, Evaluation, History, Step
 from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap, rank_history, score_histograms
-
-if TYPE_CHECKING:
-    from lorafamily.allocation.allocator import Decision
-    from lorafamily.training.history import Evaluation, History, Step
 
 Setting = str | int | float | bool
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lorafamily.allocation.allocator import Decision
+from lorafamily.allocation.allocator import Allocator
+from lorafamily.history import Decision, Evaluation, History, Step
 from lorafamily.insight.record import Record, draw
 from lorafamily.training.board import Board, Setting
-
-if TYPE_CHECKING:
-    from lorafamily.allocation.allocator import Allocator
-    from lorafamily.training.history import Evaluation, History, Step
 
 
 class Log:

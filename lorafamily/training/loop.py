@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorafamily.adapter import Adapter
-from lorafamily.allocation.allocator import Fixed, Run
+from lorafamily.allocation.allocator import Fixed
+from lorafamily.allocation.run import Run
 from lorafamily.errors import DataError, TrainingError
+from lorafamily.history import Evaluation, History, Step
 from lorafamily.penalty import orthogonality_error
 from lorafamily.placement import Placement, placement_of, refuse_merged, state_of
 from lorafamily.training.batches import LossFn, endless, first_rows, loss_of, to_device
 from lorafamily.training.board import Setting
-from lorafamily.training.history import Evaluation, History, Step
 from lorafamily.training.log import Log
 
 SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples

@@ -1,4 +1,4 @@
-"""What a run was: numbers by step, evaluations, allocation decisions."""
+"""What a run was: numbers by step, evaluations, decisions of the allocation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafamily.allocation.allocator import Decision
+
+@dataclass(frozen=True)
+class Decision:
+    """One change of the allocation. Ranks and scores are by module name; `threshold`: the highest score dropped."""
+
+    step: int
+    before: dict[str, int]
+    after: dict[str, int]
+    reason: str
+    threshold: float | None = None
+    scores: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Rank slices left in all modules."""
+        return sum(self.after.values())
 
 
 @dataclass(frozen=True)

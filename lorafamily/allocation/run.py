@@ -1,0 +1,56 @@
+"""What an allocator and its scorer get to work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorafamily.adapter import Adapter
+from lorafamily.allocation.surgery import follow_resize
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an allocator may know and touch.
+
+    `adapters`: by name of their layer in `model`. `steps`: optimiser steps of the whole run. `limit`, `rank_limit`:
+    trainable adapter numbers and rank slices that must never be exceeded, None for no such limit. `validation_loss()`:
+    the task loss on one fixed batch of validation data, in eval mode, with the gates' gradients if gradients are on;
+    None where the run has no validation data. `scoring_memory`: MiB of activations that scoring may hold, None for
+    what suits the device.
+    """
+
+    model: nn.Module
+    adapters: Mapping[str, Adapter]
+    steps: int
+    limit: int | None = None
+    rank_limit: int | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    validation_loss: Callable[[], Tensor] | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    scoring_memory: float | None = None
+    progress: bool = False
+
+    def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
+        """Change one adapter's slices, and the optimiser's state with them."""
+        adapter = self.adapters[name]
+        for change in adapter.resize(keep.to(adapter.device), add, generator=self.generator):
+            if self.optimizer is not None:
+                follow_resize(self.optimizer, change)
+
+    def has_room(self, name: str) -> bool:
+        """Whether a module may get one slice more: within the limits, and ΔW could gain from it."""
+        update = self.adapters[name].update
+        slices = sum(adapter.rank for adapter in self.adapters.values())
+        return (
+            update.rank < update.largest_rank
+            and (self.limit is None or self.trainable() + update.slice_cost <= self.limit)
+            and (self.rank_limit is None or slices < self.rank_limit)
+        )
+
+    def trainable(self) -> int:
+        """Trainable adapter numbers now."""
+        return sum(adapter.trainable() for adapter in self.adapters.values())
