@@ -16,12 +16,12 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tqdm import tqdm
 
-from lorafamily.deploy.checkpoint import entries_of, merge_checkpoint
+from lorafamily.deploy.checkpoint import FOLDER, entries_of, merge_checkpoint
 from lorafamily.deploy.combine import compressed
 from lorafamily.deploy.files import Saved, load, read, write
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN, sizing_of
-from lorafamily.errors import LoraFamilyError, StateError
+from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.insight.figures import rank_grid, rank_heatmap
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -97,8 +97,11 @@ def export(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     except ImportError:
         raise StateError("exporting reads the base with transformers, which is not installed") from None
     architecture = saved.record["base"]["architecture"]
-    if not hasattr(transformers, architecture):
-        raise StateError(f"{architecture} is no class of transformers; load the adapter in Python and call export_peft")
+    kind = getattr(transformers, architecture, None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise StateError(f"{architecture} is no model of transformers; load the adapter in Python and call export_peft")
+    if not (given.base / "config.json").is_file():
+        raise FileError(f"{given.base}: no config.json there; {FOLDER}")
     model = getattr(transformers, architecture).from_pretrained(given.base)
     folder = export_peft(load(model, given.adapter), given.out, layout=given.layout)
     size = sum(file.stat().st_size for file in folder.iterdir())

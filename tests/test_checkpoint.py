@@ -198,6 +198,20 @@ def test_the_command_exports(tmp_path, capsys):
     again = lorafamily.import_peft(model_of("llama"), tmp_path / "peft")
     # float32: W + ΔW is rounded once per weight, and sums run in another order.
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    arguments[1] = f"{tmp_path}/nowhere"
+    assert cli.main(["export", *arguments]) == 2
+    assert "nowhere: no config.json there; a checkpoint is a folder with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["ByteDecoder", "pipeline", "AutoModel"])
+def test_a_base_that_is_no_model_of_transformers_is_not_exported(architecture, tmp_path, capsys):
+    saved_pair(tmp_path, "llama")
+    path = tmp_path / "adapter" / "adapter.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", architecture))
+    arguments = ["--base", f"{tmp_path}/base", "--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/peft"]
+    assert cli.main(["export", *arguments]) == 2
+    assert f"{architecture} is no model of transformers" in capsys.readouterr().err
+    assert not (tmp_path / "peft").exists()
 
 
 def test_the_command_is_installed_and_refuses_in_one_line(tmp_path):
