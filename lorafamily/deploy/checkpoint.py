@@ -58,8 +58,8 @@ def merge_checkpoint(
         raise FileError(f"{out}: is there and not empty; a merged checkpoint goes into a folder of its own")
     entries = entries_of(base)
     changes = _checked(saved, entries, base)
-    beside = out.with_name(out.name + ".beside")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)  # of a merge that was killed; mostly there is none
     beside.mkdir(parents=True)
     try:
         by_file: dict[Path, list[tuple[str, Entry]]] = defaultdict(list)
@@ -74,7 +74,7 @@ def merge_checkpoint(
             out.rmdir()
         beside.rename(out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)  # after a failure; once renamed it is not there
 
 
 def entries_of(base: Path) -> dict[str, Entry]:
