@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cell import FULL, NONE
-from lorafamily.insight.figures import draw_grid, rank_grid
+from lorafamily.insight.figures import draw_grid, rank_grid, save
 
 Row = Mapping[str, Any]
 # Okabe and Ito's colours, told apart by colour-blind readers; markers say the same a second time.
@@ -273,11 +272,6 @@ def allocation(groups: Sequence[Group]) -> Figure:
         figure.colorbar(image, ax=list(panels[row]), label="rank", shrink=0.9)
     figure.suptitle("Final rank by layer and matrix (mean over seeds; LoRA² counts its singular values)", fontsize=11)
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
 
 
 def _budgets(groups: Sequence[Group]) -> list[int | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -180,6 +181,12 @@ def course(steps: Sequence[Step]) -> Figure:
     panels[-1].set_xlabel("optimiser step")
     figure.suptitle("Rank, size and orthogonality during training" if measured else "Rank and size during training")
     return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Draw the figure into a file."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
 
 
 def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:

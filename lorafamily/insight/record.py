@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from lorafamily.errors import FileError
 from lorafamily.history import Decision, Step
@@ -62,29 +62,31 @@ def redraw(folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         FileError: no record there, or it is damaged.
     """
-    return draw(Path(folder), read_decisions(folder), read_steps(folder))
+    return draw(Path(folder), pictures(read_decisions(folder), read_steps(folder)))
 
 
-def draw(folder: Path, decisions: Sequence[Decision], steps: Sequence[Step]) -> list[Path]:
-    """Write a run's pictures: ranks at the start and at the end, their history, scores, and the course of the run."""
+def pictures(decisions: Sequence[Decision], steps: Sequence[Step]) -> dict[str, Figure]:
+    """A run's pictures: ranks at the start and at the end, their history, scores, and the course of the run."""
     start, end = decisions[0].after, decisions[-1].after
     if not start:
-        return []
+        return {}
     last = steps[-1].step if steps else decisions[-1].step
     changed = f"Rank by layer and matrix after {last} steps"
-    pictures = {
+    found = {
         "rank-by-layer": figures.rank_heatmap(start, end, changed),
         "rank-history": figures.rank_history(decisions, last),
         "scores": figures.score_histograms(decisions),
         "course": figures.course(steps) if steps else None,
     }
-    drawn = []
-    for name, figure in pictures.items():
-        if figure is not None:
-            FigureCanvasAgg(figure)
-            figure.savefig(folder / f"{name}.png")
-            drawn.append(folder / f"{name}.png")
-    return drawn
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def draw(folder: Path, drawn: Mapping[str, Figure]) -> list[Path]:
+    """Write pictures into a folder; returns their files."""
+    files = {name: folder / f"{name}.png" for name in drawn}
+    for name, figure in drawn.items():
+        figures.save(figure, files[name])
+    return list(files.values())
 
 
 def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:

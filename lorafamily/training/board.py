@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap, rank_history, score_histograms
+from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap
 
 Setting = str | int | float | bool
 
@@ -25,7 +25,6 @@ class Board:
     def __init__(self, folder: str | os.PathLike[str], start: Decision, highest: int):
         self.writer = SummaryWriter(os.fspath(folder))
         self.start, self.highest = start, highest
-        self.decisions = [start]
         self._ranks(start)
 
     def step(self, record: Step, decision: Decision | None) -> None:
@@ -42,7 +41,6 @@ class Board:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, record.step)
         if decision is not None:
-            self.decisions.append(decision)
             scores = np.array([score for own in decision.scores.values() for score in own])
             if scores.size and np.ptp(scores) > 0:
                 self.writer.add_histogram("rank/scores", scores, decision.step)
@@ -53,13 +51,12 @@ class Board:
         for name, value in evaluation.metrics.items():
             self.writer.add_scalar(f"validation/{name}", value, evaluation.step)
 
-    def close(self, history: History, settings: Mapping[str, Setting]) -> None:
+    def close(self, history: History, settings: Mapping[str, Setting], drawn: Mapping[str, Figure]) -> None:
+        """`drawn`: the run's pictures, of which the history and the scores are shown."""
         last = history.steps[-1] if history.steps else None
-        if self.start.after and last is not None:
-            self._image("rank/history", rank_history(self.decisions, last.step), last.step)
-            histograms = score_histograms(self.decisions)
-            if histograms is not None:
-                self._image("rank/scores at decisions", histograms, last.step)
+        for tag, name in (("rank/history", "rank-history"), ("rank/scores at decisions", "scores")):
+            if name in drawn and last is not None:
+                self._image(tag, drawn[name], last.step)
         final = {f"final/{name}": value for name, value in history.metrics.items()}
         if last is not None:
             final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/rank": last.rank}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorafamily.allocation.allocator import Allocator
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.insight.record import Record, draw
+from lorafamily.insight.record import Record, draw, pictures
 from lorafamily.training.board import Board, Setting
 
 
@@ -18,10 +18,10 @@ class Log:
     def __init__(self, folder: str | os.PathLike[str] | None, allocator: Allocator):
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
-            start = Decision(0, {}, dict(allocator.ranks), "start")
+            self.start = Decision(0, {}, dict(allocator.ranks), "start")
             head_room = 2 if allocator.grows else 1
-            self.record = Record(self.folder, start)
-            self.board = Board(self.folder, start, head_room * max(start.after.values(), default=0))
+            self.record = Record(self.folder, self.start)
+            self.board = Board(self.folder, self.start, head_room * max(self.start.after.values(), default=0))
 
     def step(self, step: Step, decision: Decision | None) -> None:
         if self.folder is not None:
@@ -38,5 +38,6 @@ class Log:
         """Draw the pictures of whatever was run, and close the files."""
         if self.folder is not None:
             self.record.close()
-            self.board.close(history, settings)
-            draw(self.folder, self.board.decisions, history.steps)
+            drawn = pictures([self.start, *history.decisions], history.steps)
+            draw(self.folder, drawn)
+            self.board.close(history, settings, drawn)
