@@ -11,18 +11,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tqdm import tqdm
 
 from lorafamily.deploy.checkpoint import FOLDER, entries_of, merge_checkpoint
 from lorafamily.deploy.combine import compressed
 from lorafamily.deploy.files import Saved, load, read, write
 from lorafamily.deploy.peft import export_peft
-from lorafamily.deploy.plain import PLAIN, sizing_of
+from lorafamily.deploy.plain import PLAIN
 from lorafamily.errors import FileError, LoraFamilyError, StateError
-from lorafamily.insight.figures import rank_grid, rank_heatmap
+from lorafamily.insight.figures import rank_grid, rank_heatmap, save
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -60,8 +59,7 @@ def inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if given.png is not None:
         start = {at: entry["start_rank"] for at, entry in saved.modules.items()}
         figure = rank_heatmap(start, ranks, f"{saved.record['method']} on {result['base']}: rank by layer and matrix")
-        FigureCanvasAgg(figure)
-        figure.savefig(given.png)
+        save(figure, given.png)
     return result, _table(saved, result) + "\n\n" + _heatmap(ranks)
 
 
@@ -78,8 +76,7 @@ def merge(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write an adapter as plain LoRA of lower rank, the best there is for every layer."""
     saved = read(given.adapter)
-    method, adapters, report = compressed(saved.adapters, given.rank, given.energy, saved.record["dropout"])
-    sizing = sizing_of(adapters, max([1, *(row.rank_after for row in report)]))
+    method, sizing, adapters, report = compressed(saved.adapters, given.rank, given.energy, saved.record["dropout"])
     record = saved.record | {"method": PLAIN}
     write(replace(saved, record=record, method=method, sizing=sizing, adapters=adapters), given.out)
     rows = [asdict(row) for row in report]
@@ -102,7 +99,7 @@ def export(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise StateError(f"{architecture} is no model of transformers; load the adapter in Python and call export_peft")
     if not (given.base / "config.json").is_file():
         raise FileError(f"{given.base}: no config.json there; {FOLDER}")
-    model = getattr(transformers, architecture).from_pretrained(given.base)
+    model = cast(Any, kind).from_pretrained(given.base)
     folder = export_peft(load(model, given.adapter), given.out, layout=given.layout)
     size = sum(file.stat().st_size for file in folder.iterdir())
     return {"out": str(folder), "bytes": size}, f"{folder}: {size / 1024:,.0f} KiB, layout {given.layout}"
@@ -118,23 +115,23 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    def converting(name: str, run: Any, out: str) -> argparse.ArgumentParser:
+        added = command(name, run)
+        added.add_argument("--adapter", type=Path, required=True, help="folder that lorafamily.save wrote")
+        added.add_argument("--out", type=Path, required=True, help=out)
+        return added
+
     looking = command("inspect", inspect)
     looking.add_argument("path", type=Path, help="folder that lorafamily.save wrote")
     looking.add_argument("--png", type=Path, help="draw the ranks by layer and matrix into this file")
-    merging = command("merge", merge)
+    merging = converting("merge", merge, out="new folder for the merged checkpoint")
     merging.add_argument("--base", type=Path, required=True, help="folder of a transformers checkpoint (safetensors)")
-    merging.add_argument("--adapter", type=Path, required=True, help="folder that lorafamily.save wrote")
-    merging.add_argument("--out", type=Path, required=True, help="new folder for the merged checkpoint")
-    smaller = command("compress", compress)
-    smaller.add_argument("--adapter", type=Path, required=True, help="folder that lorafamily.save wrote")
-    smaller.add_argument("--out", type=Path, required=True, help="folder for the smaller adapter")
+    smaller = converting("compress", compress, out="folder for the smaller adapter")
     amount = smaller.add_mutually_exclusive_group(required=True)
     amount.add_argument("--rank", type=int, help="of every layer at most")
     amount.add_argument("--energy", type=float, help="share of every layer's ‖ΔW‖² to keep at least")
-    exporting = command("export", export)
+    exporting = converting("export", export, out="folder for peft's files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
-    exporting.add_argument("--adapter", type=Path, required=True, help="folder that lorafamily.save wrote")
-    exporting.add_argument("--out", type=Path, required=True, help="folder for peft's files")
     exporting.add_argument("--layout", choices=("peft", "serving"), default="peft", help="see lorafamily.export_peft")
     return parser
 

@@ -5,6 +5,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def padded(
+    U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"], rank: int
+) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
+    """The same U V at a higher rank, by zeros."""
+    missing = rank - len(V)
+    return F.pad(U, (0, missing)), F.pad(V, (0, 0, 0, missing))
+
+
 def low_rank_linear(
     x: Float[Tensor, "*batch d_in"],
     U: Float[Tensor, "d_out r"],

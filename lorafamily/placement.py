@@ -115,6 +115,14 @@ def base_values(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[s
     return {path: parked.get(path, parameter.data).clone() for path, parameter in parameters.items()}
 
 
+def trained_beside(model: nn.Module, placement: Placement) -> dict[str, Tensor]:
+    """The trained values of what trains beside a placement's adapters: in the model while it is active, else parked."""
+    state = state_of(model)
+    if state is None or state.active != placement.name:
+        return dict(placement.parked)
+    return {path: model.get_parameter(path).data for path in placement.parked}
+
+
 def place(model: nn.Module, placement: Placement) -> None:
     """Attach what was built and checked, make it the active one, freeze the rest."""
     state = state_of(model)

@@ -10,11 +10,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.budget import Sizing
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
 from lorafamily.errors import StateError
-from lorafamily.layers import base_parameters
 from lorafamily.method import Method
-from lorafamily.placement import Model, Placement, check_can_place, exchange, placement_of, refuse_merged, state_of
+from lorafamily.placement import (
+    Model,
+    Placement,
+    check_can_place,
+    exchange,
+    placement_of,
+    refuse_merged,
+    state_of,
+    trained_beside,
+)
 
 
 def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
@@ -68,16 +77,15 @@ def compress(
     """
     placement = placement_of(model, name)
     refuse_merged(state_of(model))
-    method, adapters, report = compressed(placement.adapters, rank, energy, placement.dropout)
-    largest = max(row.rank_after for row in report)
-    placement.spec, placement.method, placement.sizing = PLAIN, method, sizing_of(adapters, max(1, largest))
+    method, sizing, adapters, report = compressed(placement.adapters, rank, energy, placement.dropout)
+    placement.spec, placement.method, placement.sizing = PLAIN, method, sizing
     exchange(model, placement, adapters)
     return report
 
 
 def compressed(
     adapters: Mapping[str, Adapter], rank: int | None, energy: float | None, dropout: float = 0.0
-) -> tuple[Method, dict[str, Adapter], list[Compressed]]:
+) -> tuple[Method, Sizing, dict[str, Adapter], list[Compressed]]:
     """Plain LoRA adapters in the place of others, see `compress`."""
     if (rank is None) == (energy is None):
         raise StateError(f"rank={rank!r}, energy={energy!r}: give one of them")
@@ -97,9 +105,9 @@ def compressed(
         root, dtype = S[:kept].sqrt(), next(adapter.update.parameters()).dtype
         factors[at] = (Q[:, :kept] * root).to(dtype), (root[:, None] * K[:kept]).to(dtype)
         report.append(Compressed(at, adapter.rank, kept, error))
-    alpha = max([1, *(row.rank_after for row in report)])
-    method, made = plain_adapters(factors, dict.fromkeys(factors, 1.0), dropout=dropout, options={"alpha": alpha})
-    return method, made, report
+    largest = max([1, *(row.rank_after for row in report)])
+    method, made = plain_adapters(factors, dict.fromkeys(factors, 1.0), dropout=dropout, options={"alpha": largest})
+    return method, sizing_of(made, largest), made, report
 
 
 @torch.no_grad()
@@ -113,14 +121,12 @@ def singular(adapter: Adapter) -> tuple[Float[Tensor, "d_out m"], Float[Tensor, 
 
 
 def _beside(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:
-    state = state_of(model)
-    assert state is not None
-    parameters, beside = base_parameters(model), {}
-    for own, part in parts.items():
-        for at, parked in part.parked.items():
+    beside: dict[str, Tensor] = {}
+    for part in parts.values():
+        for at, value in trained_beside(model, part).items():
             if at in beside:
                 raise StateError(
                     f"{at} was trained with several of these adapters; which of them counts is not defined"
                 )
-            beside[at] = parameters[at].data.clone() if own == state.active else parked.clone()
+            beside[at] = value.clone()
     return beside

@@ -25,7 +25,7 @@ from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.layers import base_parameters, kind_of, weight_of
 from lorafamily.method import Method
-from lorafamily.placement import Model, Placement, check_can_place, place, placement_of, state_of
+from lorafamily.placement import Model, Placement, check_can_place, place, placement_of, state_of, trained_beside
 from lorafamily.registry import find
 
 FORMAT = 1
@@ -48,9 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     placement = placement_of(model, name)
     state = state_of(model)
     assert state is not None
-    parameters = base_parameters(model)
-    here = placement.name == state.active
-    beside = {n: parameters[n].data if here else parked for n, parked in placement.parked.items()}
+    beside = trained_beside(model, placement)
     modules: dict[str, dict[str, Any]] = {}
     for at in placement.adapters:
         module = model.get_submodule(at)
@@ -184,8 +182,8 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
 
 def _shapes(model: nn.Module) -> str:
     """A hash of the names and shapes of the base's parameters."""
-    listed = [f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(base_parameters(model).items())]
-    return hashlib.sha256("\n".join(listed).encode()).hexdigest()[:32]
+    lines = [f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(base_parameters(model).items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
 def _hash(weight: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,7 @@ def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") ->
     if state.merged:
         return model
     modules = adapted_modules(model, state)
-    _refuse_shared(model, placement)
+    _refuse_shared(model, placement, modules)
     merged = {path: merged_weight(modules[path], adapter) for path, adapter in placement.adapters.items()}
     for other in state.placements.values():
         for path in other.adapters:
@@ -130,13 +131,13 @@ def changed_weight(weight: Tensor, adapter: Adapter, kind: LayerKind) -> Tensor:
     return kind.restore(changed, weight).to(weight.dtype).contiguous()
 
 
-def _refuse_shared(model: nn.Module, placement: Placement) -> None:
+def _refuse_shared(model: nn.Module, placement: Placement, modules: Mapping[str, nn.Module]) -> None:
     owners = defaultdict(list)
     for name, module in model.named_modules():
         for own_name, parameter in module._parameters.items():
             owners[id(parameter)].append(f"{name}.{own_name}")
     for path in placement.adapters:
-        names = owners[id(model.get_submodule(path).get_parameter("weight"))]
+        names = owners[id(modules[path].get_parameter("weight"))]
         if len(names) > 1:
             raise StateError(
                 f"{' and '.join(names)} are one tied tensor: merging the adapter of {path} would change "

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
 from lorafamily.deploy.plain import place_plain
 from lorafamily.errors import FileError, StateError
+from lorafamily.functional import padded
 from lorafamily.layers import base_parameters, kind_of, weight_of
-from lorafamily.placement import Model, Placement, check_can_place, placement_of, state_of
+from lorafamily.placement import Model, Placement, check_can_place, placement_of, trained_beside
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FOLDER = f"what peft saves is a folder with {CONFIG} and {TENSORS}"
@@ -86,7 +85,7 @@ def export_peft(
             )
         rank = _served_rank(max(len(V) for _, V in factors.values()), ranks)
         factors |= {at: _nothing(adapter) for at, adapter in placement.adapters.items() if at not in present}
-        factors = {at: _padded(placement.adapters[at].scale * U, V, rank) for at, (U, V) in factors.items()}
+        factors = {at: padded(placement.adapters[at].scale * U, V, rank) for at, (U, V) in factors.items()}
         heads = {}
         config = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
         config["target_modules"] = _short_names(model, factors)
@@ -201,13 +200,6 @@ def _nothing(adapter: Adapter) -> tuple[Tensor, Tensor]:
     return torch.zeros(adapter.update.d_out, 0), torch.zeros(0, adapter.update.d_in)
 
 
-def _padded(
-    U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"], rank: int
-) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
-    missing = rank - len(V)
-    return F.pad(U, (0, missing)), F.pad(V, (0, 0, 0, missing))
-
-
 def _served_rank(needed: int, ranks: Sequence[int]) -> int:
     enough = [rank for rank in sorted(ranks) if rank >= needed]
     if not enough:
@@ -261,21 +253,17 @@ def _fixed(model: nn.Module, factors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor]]:
     """Whole modules with what trained beside the adapters: peft saves no single parameters."""
-    state = state_of(model)
-    assert state is not None
-    active = placement.name == state.active
-    parameters = base_parameters(model)
-    trained = {n: parameters[n].data if active else value for n, value in placement.parked.items()}
+    trained = trained_beside(model, placement)
     owners = {at.rpartition(".")[0] for at in trained}
     for owner in owners:
         if owner in placement.adapters or not owner or any(model.get_submodule(owner).children()):
             names = ", ".join(at for at in trained if at.rpartition(".")[0] == owner)
             raise StateError(f"{names} trained beside the adapters; peft's modules_to_save cannot hold it")
     # peft takes every module whose name ends like one of those listed.
-    taken = [at for at, module in model.named_modules() if at.endswith(tuple(owners)) and at and module is not None]
     return {
-        at: {key: trained.get(f"{at}.{key}", value) for key, value in model.get_submodule(at).state_dict().items()}
-        for at in (taken if owners else [])
+        at: {key: trained.get(f"{at}.{key}", value) for key, value in module.state_dict().items()}
+        for at, module in model.named_modules()
+        if at.endswith(tuple(owners))
     }
 
 

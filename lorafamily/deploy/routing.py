@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lorafamily.errors import StateError
+from lorafamily.functional import padded
 from lorafamily.layers import Adapted, weight_of
 from lorafamily.placement import Model, Placement, placement_of, refuse_merged, state_of
 
@@ -98,6 +98,5 @@ def _route(model: nn.Module, path: str, parts: list[Placement], entry: Int[Tenso
         else:
             factors.append(factors[0])
     most = max(len(V) for _, V in factors)
-    U_all = torch.stack([F.pad(U, (0, most - U.shape[1])) for U, _ in factors])
-    V_all = torch.stack([F.pad(V, (0, 0, 0, most - len(V))) for _, V in factors])
-    return Route(path, U_all, V_all, entry.to(weight.device))
+    Us, Vs = zip(*(padded(U, V, most) for U, V in factors), strict=True)
+    return Route(path, torch.stack(Us), torch.stack(Vs), entry.to(weight.device))
