@@ -152,10 +152,12 @@ def test_shared_unused_and_in_place_layers_are_scored_by_the_definition():
     expected = brute_force(model, lambda: model(x))
     found = scored(model, lambda: model(x), None)
     assert found.keys() == expected.keys()
+    # float64 both times: scores are differences of losses near 1, whose sums may run in another order.
     for name, value in expected.items():
         assert_close(found[name], value, rtol=1e-9, atol=1e-12)
     with pytest.warns(UserWarning, match="Awkward cannot run several ablations in one batch"):
         found = scored(model, lambda: model(x), 64.0)
+    # As above.
     for name, value in expected.items():
         assert_close(found[name], value, rtol=1e-9, atol=1e-12)
     assert "forward" not in vars(model.shared)
@@ -183,4 +185,5 @@ def test_the_first_order_estimate_takes_a_layer_that_no_loss_reaches():
         for module in model.modules():
             if isinstance(module, Adapted):
                 module.active = None
+        # float64: minus the loss twice over, once more rounded.
         assert_close(scores["unused"], -model(x).repeat(2), rtol=1e-12, atol=0)

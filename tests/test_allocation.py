@@ -212,6 +212,7 @@ def test_magnitude_is_the_norm_of_the_slice_alone():
     U, V, U0, V0 = adapter.update.B, adapter.update.A, adapter.start.B, adapter.start.A
     for i in range(3):
         alone = adapter.scale * (torch.outer(U[:, i], V[i]) - torch.outer(U0[:, i], V0[i]))
+        # float64: the norm by way of Gram matrices, which squares and takes the root again.
         assert float(scores["blocks.0.mlp.up"][i]) == pytest.approx(float(alone.norm().detach()), rel=1e-9)
 
 

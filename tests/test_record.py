@@ -104,6 +104,7 @@ def test_runs_sort_by_their_final_metrics_in_the_hparams_tab(tmp_path):
 
             info = HParamsPluginData.FromString(content.plugin_data.content).session_start_info
             settings = {name: value.number_value or value.string_value for name, value in info.hparams.items()}
+    # TensorBoard stores float32.
     assert finals["final/loss"] == pytest.approx(history.metrics["loss"])
     assert finals["final/rank"] == history.steps[-1].rank
     assert finals["final/trainable numbers"] == history.steps[-1].trainable
