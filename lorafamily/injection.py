@@ -13,7 +13,8 @@ from lorafamily import targets as targeting
 from lorafamily.budget import solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.errors import MethodError, TargetError
-from lorafamily.layers import detach, weight_of
+from lorafamily.layers import detach, keep_padding, kind_for, weight_of
+from lorafamily.parts import Fused, hang, take_down
 from lorafamily.placement import (
     Model,
     ModelState,
@@ -40,6 +41,7 @@ def apply(
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
+    fused: Fused | None = None,
     also_train: str | Sequence[str] | None = None,
     dropout: float = 0.0,
     name: str = "default",
@@ -59,6 +61,10 @@ def apply(
         targets: layers to adapt: None or "all-linear" (without output head and pooler), "attention", regular
             expressions searched for in full names (of linear layers; of embeddings and convolutions where one matches
             no linear layer), or a predicate of (name, module) that is asked for every layer that can carry an adapter.
+        fused: projections to adapt by parts, such as {"c_attn$": ["q", "k", "v"]}: regular expressions for linear
+            layers with the names of their parts, of equal size, or with sizes in rows, which repeat if they add up to
+            less than the layer has. A part is a target like a layer ("c_attn.q"); those of nn.MultiheadAttention
+            ("q", "k", "v", "out") need no mention.
         also_train: regular expressions for parameters that train too, such as a task head; saved along, counted apart.
         dropout: probability with which an entry of an adapter's input is dropped in training.
         name: of this set of adapters; a model can hold several, the one placed last is active.
@@ -72,7 +78,7 @@ def apply(
     chosen = find(method).with_options(**method_options)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise MethodError(f"dropout={dropout!r}: must be a probability in [0, 1)")
-    modules = targeting.match(model, targets)
+    modules = targeting.match(model, targets, fused)
     beside = match_beside(model, also_train, modules)
     shapes = {path: (w.shape[1], w.shape[0]) for path, module in modules.items() for w in [weight_of(module)]}
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
@@ -82,6 +88,7 @@ def apply(
         path: chosen.build(weight_of(module), sizing.rank, dropout=dropout, generator=generator)
         for path, module in modules.items()
     }
+    hang(modules.values())
     place(model, Placement(name, method, chosen, sizing, dropout, adapters, parked=base_values(model, beside)))
     return model
 
@@ -91,7 +98,7 @@ def match_beside(
 ) -> dict[str, nn.Parameter]:
     """The parameters that train beside the adapters; never the weight of an adapted layer, which merging replaces."""
     beside = targeting.match_parameters(model, patterns)
-    weights = {id(module.weight): path for path, module in adapted.items()}
+    weights = {id(kind_for(module).parameter(module)): path for path, module in adapted.items()}
     for name, parameter in beside.items():
         if id(parameter) in weights:
             raise TargetError(
@@ -158,6 +165,8 @@ def remove(model: Model, name: str | None = None) -> Model:
         for path in placement.adapters:
             detach(model.get_submodule(path), placement.name)
         del state.placements[placement.name]
+    take_down(list(model.modules()))
+    keep_padding(model)
     if not state.placements:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(path in state.trained_before)

@@ -1,7 +1,4 @@
-"""How adapters sit on a layer: the module stays the same object and gets a subclass of its own class.
-
-So names, `isinstance`, hooks and `save_pretrained` keep working, and leaving is giving the class back.
-"""
+"""What can carry an adapter, and how the adapter sits on it."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter
+from lorafamily.mixins import Mixin, add_mixin, drop_mixin
 
 
 class LayerKind(ABC):
@@ -40,6 +38,26 @@ class LayerKind(ABC):
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         """What the adapter adds to the layer's output for input x: that of W + ΔW less that of W."""
         return adapter(x)
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether what is added to a sample's output follows from that sample as from any input of a linear layer."""
+        return self.linear and type(self).added is LayerKind.added
+
+    def parameter(self, module: nn.Module) -> nn.Parameter:
+        """What holds the weight and is replaced in merging."""
+        return module.get_parameter("weight")
+
+    def stored_as(self, at: str) -> str:
+        """The name of that parameter in a state dict, for a layer of the full name `at`."""
+        return f"{at}.weight"
+
+    def described(self) -> dict[str, Any]:
+        """What a file says of the kind."""
+        return {"kind": self.name}
+
+    def occupied(self, module: nn.Module, carries: bool) -> None:
+        """Called when a layer gets its first adapter and when it has lost its last."""
 
 
 class _Linear(LayerKind):
@@ -132,7 +150,8 @@ def register_layer_kind(kind: LayerKind) -> None:
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind that speaks for a module, or None where no adapter can sit on it."""
-    return next((kind for kind in _KINDS if kind.matches(module)), None)
+    noted = vars(module).get("own_kind")  # that of one module only
+    return noted if isinstance(noted, LayerKind) else next((kind for kind in _KINDS if kind.matches(module)), None)
 
 
 def kind_named(name: str) -> LayerKind | None:
@@ -140,15 +159,21 @@ def kind_named(name: str) -> LayerKind | None:
     return next((kind for kind in _KINDS if kind.name == name), None)
 
 
-def weight_of(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    """The weight of a layer that can carry an adapter, as (d_out, d_in), a view."""
+def kind_for(module: nn.Module) -> LayerKind:
+    """The kind of a layer that is known to have one."""
     kind = kind_of(module)
     assert kind is not None
-    return kind.matrix(cast(Tensor, module.weight))
+    return kind
 
 
-class Adapted(nn.Module):
-    """What the dynamic subclasses add: the adapters of this layer, by name, and which of them is active."""
+def weight_of(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a layer that can carry an adapter, as (d_out, d_in), a view."""
+    kind = kind_for(module)
+    return kind.matrix(kind.parameter(module))
+
+
+class Adapted(Mixin):
+    """What a layer with adapters has besides its own: the adapters, by name, and which of them is active."""
 
     adapters: nn.ModuleDict
     active: str | None
@@ -156,14 +181,14 @@ class Adapted(nn.Module):
     route: Callable[[Tensor], Tensor] | None = None
     """Adds to the output what each sample's own adapter gives, see `deploy/routing.py`; then none is active."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.updated(self.own(x), x)
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        return self.updated(self.own(x, *more), x)
 
-    def own(self, x: Tensor) -> Tensor:
+    def own(self, x: Tensor, *more: Tensor) -> Tensor:
         """What the layer computes without adapter."""
-        return super().forward(x)
+        return super().forward(x, *more)
 
-    def updated(self, y: Tensor, x: Tensor) -> Tensor:
+    def updated(self, y: Tensor, x: Tensor, *more: Tensor) -> Tensor:
         """The layer's output, from what it computes without adapter and its input."""
         if self.route is not None:
             return y + self.route(x)
@@ -172,42 +197,17 @@ class Adapted(nn.Module):
         adapter = cast(Adapter, self.adapters[self.active])
         return y if adapter.off else y + self.kind.added(self, adapter, x)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The subclass has no importable name; pickle and copy rebuild it from the class it extends.
-        return _bare, (_own_class(self),), self.__dict__
-
-
-def _own_class(module: Adapted) -> type[nn.Module]:
-    return type(module).__mro__[2]  # after the dynamic subclass and Adapted
-
-
-_SUBCLASSES: dict[type, type] = {}
-
-
-def _adapted(cls: type) -> type[nn.Module]:
-    """The one subclass of `cls` that carries adapters."""
-    if cls not in _SUBCLASSES:
-        _SUBCLASSES[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
-    return _SUBCLASSES[cls]
-
-
-def _bare(cls: type[nn.Module]) -> nn.Module:
-    adapted = _adapted(cls)
-    return adapted.__new__(adapted)
-
 
 def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
     """Put an adapter on a layer; it takes effect when `module.active` is its name."""
-    if not isinstance(module, Adapted):
-        module.__class__ = _adapted(type(module))
+    add_mixin(module, Adapted)
     adapted = cast(Adapted, module)
     if "adapters" not in adapted._modules:
-        kind = kind_of(module)
-        assert kind is not None
-        adapted.adapters, adapted.active, adapted.kind = nn.ModuleDict(), None, kind
+        adapted.adapters, adapted.active, adapted.kind = nn.ModuleDict(), None, kind_for(module)
         # In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel and calls no submodule, unless
         # some submodule has a hook. The container is never called, so this one costs nothing.
         adapted.adapters.register_forward_pre_hook(_no_fused_kernel)
+        adapted.kind.occupied(module, True)
     adapted.adapters[name] = adapter.train(module.training)
 
 
@@ -222,8 +222,25 @@ def detach(module: nn.Module, name: str) -> None:
     if module.active == name:
         module.active = None
     if not module.adapters:
+        kind = module.kind
         del module.adapters, module.active, module.kind
-        cast(nn.Module, module).__class__ = _own_class(module)
+        drop_mixin(module, Adapted)
+        kind.occupied(module, False)
+
+
+class Padded(Mixin):
+    """An nn.TransformerEncoder that keeps padded batches padded. In eval mode it would pack them for fused kernels,
+    which know no adapters, and give zeros where the padding was."""
+
+    use_nested_tensor = property(lambda self: False)
+
+
+def keep_padding(model: nn.Module) -> None:
+    """Let every nn.TransformerEncoder keep padded batches padded if, and only if, a layer of it carries an adapter."""
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            carries = any(isinstance(module, Adapted) for module in encoder.modules())
+            (add_mixin if carries else drop_mixin)(encoder, Padded)
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

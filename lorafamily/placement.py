@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
 from lorafamily.errors import StateError
-from lorafamily.layers import Adapted, attach, base_parameters
+from lorafamily.layers import Adapted, attach, base_parameters, keep_padding
 from lorafamily.method import Method
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -132,6 +132,7 @@ def place(model: nn.Module, placement: Placement) -> None:
     activate(model, None)
     for path, adapter in placement.adapters.items():
         attach(model.get_submodule(path), placement.name, adapter)
+    keep_padding(model)
     state.placements[placement.name] = placement
     activate(model, placement.name)
     model.requires_grad_(False)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from lorafamily.errors import TargetError
-from lorafamily.layers import base_parameters, kind_of, weight_of
+from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
+from lorafamily.parts import Fused, Part, possible_parts
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -23,17 +24,18 @@ HEADS = {
 _ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)($|[._])", re.IGNORECASE)
 
 
-def match(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
+def match(model: nn.Module, targets: Targets = None, fused: Fused | None = None) -> dict[str, nn.Module]:
     """The layers that targets name, by full module name, in the model's order.
 
     `targets`: None or "all-linear": every linear layer, without the output head and the pooler; "attention": those of
     them inside attention; one or several regular expressions, searched for in full names, of linear layers or, where
     one matches none of these, of embeddings, convolutions and other kinds; or a predicate of (name, module).
+    `fused`: layers in whose place their parts are matched, see `parts.py`.
 
     Raises:
         TargetError: a target that matches no layer, or a layer whose weight is no plain floating-point matrix.
     """
-    kinds = {name: (module, kind_of(module)) for name, module in model.named_modules()}
+    kinds = {name: (module, kind_of(module)) for name, module in _with_parts(model, fused).items()}
     able = {name: module for name, (module, kind) in kinds.items() if kind is not None}
     linear = {name: module for name, (module, kind) in kinds.items() if kind is not None and kind.linear}
     if targets is None or targets == "all-linear":
@@ -49,7 +51,7 @@ def match(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
     if not chosen:
         raise TargetError(f"targets={targets!r} match no layer of {type(model).__name__}; {_offer(able, model)}")
     for name, module in chosen.items():
-        if "weight" not in module._parameters or not (w := weight_of(module)).is_floating_point() or w.ndim != 2:
+        if not _has_matrix(module):
             raise TargetError(
                 f"{name} ({type(module).__name__}) cannot carry an adapter: its weight is not a plain floating-point "
                 f"matrix (quantised or re-parametrised?); leave it out of targets"
@@ -78,6 +80,30 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
             )
         found |= own
     return found
+
+
+def _with_parts(model: nn.Module, fused: Fused | None) -> dict[str, nn.Module]:
+    """Every module by name, in the model's order, with the parts of layers in the place of these."""
+    parts = possible_parts(model, fused)
+    of_layer: dict[int, dict[str, nn.Module]] = {}
+    for name, part in parts.items():
+        of_layer.setdefault(id(part.layer), {})[name] = part
+    divided = of_layer.keys() | {id(module.layer) for module in model.modules() if isinstance(module, Part)}
+    named: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if id(module) not in divided:
+            named[name] = module
+        named |= of_layer.get(id(module), {})
+    return named
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    try:
+        kind_for(module).parameter(module)
+    except AttributeError:
+        return False
+    weight = weight_of(module)
+    return weight.is_floating_point() and weight.ndim == 2
 
 
 def _without_heads(model: nn.Module, able: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -42,7 +42,40 @@ def convolution3():
     return nn.Conv3d(2, 4, 3, padding="same"), torch.randn(2, 2, 4, 3, 4)
 
 
+def fused_linear():
+    return nn.Linear(7, 6), torch.randn(4, 3, 7)
+
+
+def fused_by_heads():
+    """GPT-NeoX's order in GPT-2's layout: q, k, v of one head after the other, v of another width."""
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is an extra")
+    return pytorch_utils.Conv1D(10, 7), torch.randn(4, 3, 7)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, **others):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True, **others)
+
+    def forward(self, x):
+        others = x[..., :5] if self.attention.in_proj_weight is None else x
+        return self.attention(x, others, others, need_weights=False)[0]
+
+
+def attention():
+    return SelfAttention(), torch.randn(2, 4, 6)
+
+
+def cross_attention():
+    return SelfAttention(kdim=5, vdim=5), torch.randn(2, 4, 6)
+
+
 KINDS = [linear, conv1d_of_transformers, embedding, convolution1, convolution2, convolution3]
+KINDS += [fused_linear, fused_by_heads, attention, cross_attention]
+FUSED = {
+    fused_linear: {"fused": {"layer": ["q", "k", "v"]}, "targets": ["layer.q", "layer.v"]},
+    fused_by_heads: {"fused": {"layer": {"q": 2, "k": 2, "v": 1}}, "targets": ["layer.q", "layer.v"]},
+}
 # Merging rounds each weight once to the dtype; the outputs, sums of up to some tens of such products of size one, may
 # move by some units in its last place.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.08, torch.float16: 0.01}
@@ -52,10 +85,20 @@ def model_of(kind, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     layer, x = kind()
     with torch.no_grad():
-        layer.weight.normal_()
+        for weight in layer.parameters():
+            if weight.ndim > 1:
+                weight.normal_()
     model = nn.ModuleDict({"layer": layer}).to(dtype).eval()
     model.forward = lambda x: model["layer"](x)
     return model, x.to(dtype) if x.is_floating_point() else x
+
+
+def adapted(kind, model: nn.Module, method: str, rank: int) -> nn.Module:
+    return lorafamily.apply(model, method, rank=rank, seed=0, **{"targets": "layer", **FUSED.get(kind, {})})
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
 
 
 @torch.no_grad()
@@ -64,61 +107,67 @@ def model_of(kind, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
 @every_method
 def test_forward_is_merged_and_everything_can_be_undone(method, kind, dtype, tmp_path):
     model, x = model_of(kind, dtype)
-    before, base = copy.deepcopy(model["layer"].state_dict()), model["layer"](x)
-    lorafamily.apply(model, method, rank=3, targets="layer", seed=0)
+    # F.linear may add in another order for a weight that requires no gradient; apply freezes, so compare with frozen.
+    model.requires_grad_(False)
+    before, own = copy.deepcopy(model["layer"].state_dict()), classes(model)
+    base = model["layer"](x)
+    adapted(kind, model, method, rank=3)
     assert torch.equal(model["layer"](x), base)
     perturb_(model, size=0.3)
-    adapted = model["layer"](x)
-    assert adapted.dtype == dtype
-    assert (adapted - base).abs().max() > 0.05
+    output = model["layer"](x)
+    assert output.dtype == dtype
+    assert (output - base).abs().max() > 0.05
     lorafamily.merge(model)
-    assert type(model["layer"]) is type(kind()[0])
+    assert own.items() <= classes(model).items()
     merged = model["layer"](x)
-    size = float(adapted.abs().max())
+    size = float(output.abs().max())
     # See ROUNDING; relative to the largest output, since small ones are differences of large terms.
-    assert_close(merged, adapted, rtol=0, atol=ROUNDING[dtype] * size)
+    assert_close(merged, output, rtol=0, atol=ROUNDING[dtype] * size)
     lorafamily.unmerge(model)
-    assert torch.equal(model["layer"](x), adapted)
+    assert torch.equal(model["layer"](x), output)
 
     first = lorafamily.save(model, tmp_path / "first")
     loaded, _ = model_of(kind, dtype)
     lorafamily.load(loaded, first)
-    assert torch.equal(loaded["layer"](x), adapted)
+    assert torch.equal(loaded["layer"](x), output)
     second = lorafamily.save(loaded, tmp_path / "second")
     for name in ("adapter.safetensors", "adapter.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
     lorafamily.remove(model)
-    assert type(model["layer"]) is type(kind()[0])
+    assert classes(model) == own
     assert all(torch.equal(value, before[name]) for name, value in model["layer"].state_dict().items())
     assert torch.equal(model["layer"](x), base)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_gradient_is_that_of_the_changed_weight(kind):
-    """float64: backward through the layer with its adapter, and through the same layer with weight W + s U V."""
+    """float64: backward through the layer with its adapters, and through the same layer with weight W + s U V."""
     model, x = model_of(kind, torch.float64)
-    perturb_(lorafamily.apply(model, "lora", rank=3, targets="layer", seed=0))
-    adapter = placement_of(model).adapters["layer"]
-    U, V = (factor.detach().requires_grad_() for factor in adapter.factors())
+    perturb_(adapted(kind, model, "lora", rank=3))
     plain, _ = model_of(kind, torch.float64)
-    changed = plain["layer"].weight.detach() + layers.kind_of(plain["layer"]).restore(
-        adapter.scale * U @ V, plain["layer"].weight
-    )
-    expected = torch.func.functional_call(plain["layer"], {"weight": changed}, (x,))
+    changed, leaves = {name: value.detach() for name, value in plain.named_parameters()}, {}
+    for path, adapter in placement_of(model).adapters.items():
+        U, V = leaves[path] = tuple(factor.detach().requires_grad_() for factor in adapter.factors())
+        own = layers.kind_of(model.get_submodule(path))
+        weight = changed[own.stored_as(path)]
+        changed[own.stored_as(path)] = own.restore(own.matrix(weight) + adapter.scale * U @ V, weight)
+    inside = {name.removeprefix("layer."): value for name, value in changed.items()}
+    expected = torch.func.functional_call(plain["layer"], inside, (x,))
     found = model["layer"](x)
     assert_close(found, expected)
     towards = torch.randn_like(found)
     found.backward(towards)
     expected.backward(towards)
-    assert_close(adapter.update.B.grad, U.grad)
-    assert_close(adapter.update.A.grad, V.grad)
+    for path, adapter in placement_of(model).adapters.items():
+        assert_close(adapter.update.B.grad, leaves[path][0].grad)
+        assert_close(adapter.update.A.grad, leaves[path][1].grad)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_adapted_layers_can_be_pickled_and_copied(kind):
     model, x = model_of(kind, torch.float32)
-    perturb_(lorafamily.apply(model, "lora", rank=2, targets="layer", seed=0))
+    perturb_(adapted(kind, model, "lora", rank=2))
     layer = model["layer"]
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))

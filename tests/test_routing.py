@@ -84,6 +84,6 @@ def test_routes_that_cannot_be_are_refused():
     with pytest.raises(lorafamily.StateError, match="is merged into the weights"), lorafamily.routing(model, ["a"]):
         pass
     embedding = lorafamily.apply(nn.Sequential(nn.Embedding(4, 3)), "lora", rank=1, targets="0", name="a")
-    refused = pytest.raises(lorafamily.StateError, match=r"is on 0 \(embedding\); only linear")
+    refused = pytest.raises(lorafamily.StateError, match=r"is on 0 \(embedding\); only layers called")
     with refused, lorafamily.routing(embedding, ["a"]):
         pass

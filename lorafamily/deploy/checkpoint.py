@@ -19,11 +19,13 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from lorafamily.adapter import Adapter
 from lorafamily.deploy.files import Saved
 from lorafamily.deploy.folder import listed, read_json
 from lorafamily.deploy.merge import changed_weight
 from lorafamily.errors import FileError
-from lorafamily.layers import kind_named
+from lorafamily.layers import LayerKind
+from lorafamily.parts import kind_of_record
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FOLDER = f"a checkpoint is a folder with {SINGLE}, or {INDEX} and its shards"
@@ -126,20 +128,25 @@ def _header(file: Path) -> dict[str, Entry]:
 def _checked(saved: Saved, entries: Mapping[str, Entry], base: Path) -> dict[str, Callable[[Tensor], Tensor]]:
     """What happens to which tensor of the checkpoint, by its name there."""
     prefix = _prefix(saved, entries)
-    changes: dict[str, Callable[[Tensor], Tensor]] = {}
+    adapters: dict[str, list[tuple[LayerKind, Adapter]]] = defaultdict(list)
     wrong = []
     for at, entry in saved.modules.items():
-        name, kind = f"{at}.weight".removeprefix(prefix), kind_named(str(entry.get("kind")))
+        kind = kind_of_record(entry)
         if kind is None:
             wrong.append(f"{at} is of a kind that is not registered here ({entry.get('kind')!r})")
-        elif name not in entries:
+            continue
+        name = kind.stored_as(at).removeprefix(prefix)
+        if name not in entries:
             wrong.append(f"{name} is missing")
         elif entries[name].dtype not in DTYPES:
             wrong.append(f"{name} is stored as {entries[name].dtype}; merging needs plain floating-point weights")
-        elif (shape := list(kind.matrix(torch.empty(entries[name].shape, device="meta")).shape)) != entry["shape"]:
+        elif (shape := _as_matrix(kind, entries[name].shape)) != entry["shape"]:
             wrong.append(f"{name} is {shape} as (d_out, d_in), not {entry['shape']}")
         else:
-            changes[name] = partial(changed_weight, adapter=saved.adapters[at], kind=kind)
+            adapters[name].append((kind, saved.adapters[at]))
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        name: partial(changed_weight, adapters=those) for name, those in adapters.items()
+    }
     for at, value in saved.beside.items():
         name = at.removeprefix(prefix)
         if name not in entries:
@@ -153,6 +160,13 @@ def _checked(saved: Saved, entries: Mapping[str, Entry], base: Path) -> dict[str
     return changes
 
 
+def _as_matrix(kind: LayerKind, shape: tuple[int, ...]) -> list[int]:
+    try:
+        return list(kind.matrix(torch.empty(shape, device="meta")).shape)
+    except (RuntimeError, IndexError):  # too few axes, or rows that the kind's parts do not share out
+        return list(shape)
+
+
 def _instead(weight: Tensor, value: Tensor) -> Tensor:
     return value.to(weight.dtype)
 
@@ -160,9 +174,12 @@ def _instead(weight: Tensor, value: Tensor) -> Tensor:
 def _prefix(saved: Saved, entries: Mapping[str, Entry]) -> str:
     """What the adapter's names begin with and the checkpoint's do not: a model with a head calls its trunk by a name,
     the trunk's own checkpoint does not."""
-    first = next(iter(saved.modules), "")
-    trunk = first.partition(".")[0] + "."
-    return trunk if f"{first}.weight" not in entries and f"{first}.weight".removeprefix(trunk) in entries else ""
+    at, entry = next(iter(saved.modules.items()), ("", {}))
+    kind = kind_of_record(entry)
+    if kind is None:
+        return ""
+    first, trunk = kind.stored_as(at), at.partition(".")[0] + "."
+    return trunk if first not in entries and first.removeprefix(trunk) in entries else ""
 
 
 def _rewrite(

@@ -23,8 +23,9 @@ from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
 from lorafamily.errors import FileError, LoraFamilyError
-from lorafamily.layers import base_parameters, kind_of, weight_of
+from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
 from lorafamily.method import Method
+from lorafamily.parts import hang, part_of_record
 from lorafamily.placement import Model, Placement, check_can_place, place, placement_of, state_of, trained_beside
 from lorafamily.registry import find
 
@@ -52,12 +53,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     modules: dict[str, dict[str, Any]] = {}
     for at in placement.adapters:
         module = model.get_submodule(at)
-        kind = kind_of(module)
-        assert kind is not None
-        modules[at] = {"kind": kind.name, "shape": list(weight_of(module).shape)}
+        kind = kind_for(module)
+        modules[at] = {**kind.described(), "shape": list(weight_of(module).shape)}
         if hash_base:
             original = state.originals.get(at) if state.originals else None
-            modules[at]["weight_hash"] = _hash(module.get_parameter("weight") if original is None else original)
+            modules[at]["weight_hash"] = _hash(kind.parameter(module) if original is None else original)
     record = {
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
@@ -92,11 +92,7 @@ def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{at}.{key}": value for at, a in saved.adapters.items() for key, value in a.state_dict().items()}
-    kept = ("kind", "shape", "weight_hash")
-    modules = {
-        at: {**{key: saved.modules[at][key] for key in kept if key in saved.modules[at]}, "rank": a.rank, **a.state()}
-        for at, a in saved.adapters.items()
-    }
+    modules = {at: {**saved.modules[at], "rank": a.rank, **a.state()} for at, a in saved.adapters.items()}
     record = saved.record | {
         "options": saved.method.options(),
         "sizing": dataclasses.asdict(saved.sizing),
@@ -163,7 +159,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     name = "default" if name is None else name
     check_can_place(model, name)
     saved = read(path)
-    _check_layers(model, saved)
+    layers = _layers(model, saved)
     if saved.record["base"].get("shapes") != _shapes(model):
         made_for = saved.record["base"]["architecture"]
         warnings.warn(
@@ -172,10 +168,11 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
             stacklevel=2,
         )
     for at, adapter in saved.adapters.items():
-        adapter.to(weight_of(model.get_submodule(at)).device)
+        adapter.to(weight_of(layers[at]).device)
     parameters = base_parameters(model)
     beside = {at: value.to(parameters[at].device, parameters[at].dtype) for at, value in saved.beside.items()}
     dropout = float(saved.record["dropout"])
+    hang(layers.values())
     place(model, Placement(name, saved.record["method"], saved.method, saved.sizing, dropout, saved.adapters, beside))
     return model
 
@@ -198,15 +195,21 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _check_layers(model: nn.Module, saved: Saved) -> None:
-    """The model must have every layer and parameter the record names, in that shape, and with the weights it notes."""
-    modules, wrong = dict(model.named_modules()), []
+def _layers(model: nn.Module, saved: Saved) -> dict[str, nn.Module]:
+    """The layers that the record names, and parts of layers that do not stand in the model yet.
+
+    The model must have each, in that shape and with the weights the record notes, and all parameters trained beside.
+    """
+    modules, layers, wrong = dict(model.named_modules()), {}, []
     for at, entry in saved.modules.items():
-        if at not in modules or kind_of(modules[at]) is None:
+        module = part_of_record(model, at, entry) if "part" in entry else modules.get(at)
+        if module is None or kind_of(module) is None:
             wrong.append(f"{at} is missing")
-        elif (shape := list(weight_of(modules[at]).shape)) != entry["shape"]:
+            continue
+        layers[at] = module
+        if (shape := list(weight_of(module).shape)) != entry["shape"]:
             wrong.append(f"{at} is {shape}, not {entry['shape']}")
-        elif "weight_hash" in entry and _hash(modules[at].get_parameter("weight")) != entry["weight_hash"]:
+        elif "weight_hash" in entry and _hash(kind_for(module).parameter(module)) != entry["weight_hash"]:
             wrong.append(f"{at} has other weights")
     parameters = base_parameters(model)
     for at, value in saved.beside.items():
@@ -219,6 +222,7 @@ def _check_layers(model: nn.Module, saved: Saved) -> None:
         raise FileError(
             f"{saved.folder}: made for another model ({made_for}); in this {type(model).__name__} {listed(wrong)}"
         )
+    return layers
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
-from lorafamily.layers import LayerKind, attach, detach, kind_of, weight_of
+from lorafamily.layers import LayerKind, attach, detach, keep_padding, kind_for, weight_of
 from lorafamily.placement import Model, Placement, adapted_modules, placement_of, point_modules, state_of
 from lorafamily.training.batches import call
 
@@ -40,15 +40,20 @@ def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") ->
         return model
     modules = adapted_modules(model, state)
     _refuse_shared(model, placement, modules)
-    merged = {path: merged_weight(modules[path], adapter) for path, adapter in placement.adapters.items()}
+    changes: dict[nn.Parameter, dict[str, tuple[LayerKind, Adapter]]] = defaultdict(dict)
+    for path, adapter in placement.adapters.items():
+        kind = kind_for(modules[path])
+        changes[kind.parameter(modules[path])][path] = kind, adapter
+    merged = {parameter: changed_weight(parameter.data, of.values()) for parameter, of in changes.items()}
     for other in state.placements.values():
         for path in other.adapters:
             detach(modules[path], other.name)
+    keep_padding(model)
     state.originals = {}
-    for path, weight in merged.items():
-        parameter = modules[path].get_parameter("weight")
+    for parameter, weight in merged.items():
         original, parameter.data = parameter.data, weight
-        state.originals[path] = None if keep == "none" else original if keep == "device" else original.cpu()
+        kept = None if keep == "none" else original if keep == "device" else original.cpu()
+        state.originals |= dict.fromkeys(changes[parameter], kept)
     return model
 
 
@@ -70,12 +75,13 @@ def unmerge(model: Model) -> Model:
     modules = adapted_modules(model, state)
     for path, original in state.originals.items():
         assert original is not None
-        parameter = modules[path].get_parameter("weight")
+        parameter = kind_for(modules[path]).parameter(modules[path])
         parameter.data = original.to(parameter.device)
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
             device = weight_of(modules[path]).device
             attach(modules[path], placement.name, adapter if adapter.device == device else adapter.to(device))
+    keep_padding(model)
     state.originals = None
     point_modules(modules, state)
     return model
@@ -111,24 +117,20 @@ def outputs_of(model: nn.Module, batch: Any) -> Tensor:
     return output
 
 
-def merged_weight(module: nn.Module, adapter: Adapter) -> Tensor:
-    """W + ΔW in the module's own layout and dtype; a new tensor."""
-    kind = kind_of(module)
-    assert kind is not None
-    return changed_weight(module.get_parameter("weight").data, adapter, kind)
-
-
 @torch.no_grad()
-def changed_weight(weight: Tensor, adapter: Adapter, kind: LayerKind) -> Tensor:
-    """W + ΔW in the layout and dtype of W; a new tensor.
+def changed_weight(weight: Tensor, adapters: Iterable[tuple[LayerKind, Adapter]]) -> Tensor:
+    """W + ΔW in the layout and dtype of W; a new tensor. Several adapters are those of parts of the layer.
 
-    In one pass over W, with sums in float32 or higher, rounded once.
+    Sums are in float32 or higher, and rounded once.
     """
-    U, V = adapter.factors()
-    high = torch.promote_types(torch.promote_types(weight.dtype, U.dtype), torch.float32)
-    U, V = (factor.to(weight.device, high) for factor in (U, V))
-    changed = torch.addmm(kind.matrix(weight).to(high), U, V, alpha=adapter.scale)
-    return kind.restore(changed, weight).to(weight.dtype).contiguous()
+    changed = weight
+    for kind, adapter in adapters:
+        U, V = adapter.factors()
+        high = torch.promote_types(torch.promote_types(changed.dtype, U.dtype), torch.float32)
+        U, V = (factor.to(weight.device, high) for factor in (U, V))
+        changed = changed.to(high)
+        changed = kind.restore(torch.addmm(kind.matrix(changed), U, V, alpha=adapter.scale), changed)
+    return changed.to(weight.dtype).contiguous()
 
 
 def _refuse_shared(model: nn.Module, placement: Placement, modules: Mapping[str, nn.Module]) -> None:
@@ -137,7 +139,7 @@ def _refuse_shared(model: nn.Module, placement: Placement, modules: Mapping[str,
         for own_name, parameter in module._parameters.items():
             owners[id(parameter)].append(f"{name}.{own_name}")
     for path in placement.adapters:
-        names = owners[id(modules[path].get_parameter("weight"))]
+        names = owners[id(kind_for(modules[path]).parameter(modules[path]))]
         if len(names) > 1:
             raise StateError(
                 f"{' and '.join(names)} are one tied tensor: merging the adapter of {path} would change "

@@ -22,7 +22,8 @@ from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json
 from lorafamily.deploy.plain import place_plain
 from lorafamily.errors import FileError, StateError
 from lorafamily.functional import padded
-from lorafamily.layers import base_parameters, kind_of, weight_of
+from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
+from lorafamily.parts import Part
 from lorafamily.placement import Model, Placement, check_can_place, placement_of, trained_beside
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -68,12 +69,13 @@ def export_peft(
         StateError: nothing to export, or something that such a file cannot hold; it is named.
     """
     placement = placement_of(model, name)
-    present = {at: adapter for at, adapter in placement.adapters.items() if adapter.rank}
-    if not present:
+    factors, scales = _by_layer(model, placement.adapters)
+    largest = max(len(V) for _, V in factors.values())
+    if not largest:
         raise StateError(f'adapter "{placement.name}" has no rank left in any module: there is nothing to export')
-    factors = {at: _plain_factors(adapter) for at, adapter in present.items()}
     if layout == "peft":
-        scales = {at: adapter.scale for at, adapter in present.items()}
+        factors = {at: (U, V) for at, (U, V) in factors.items() if len(V)}
+        scales = {at: scales[at] for at in factors}
         heads = _heads(model, placement)
         config = _patterns({at: len(V) for at, (_, V) in factors.items()}, scales)
         config |= {"target_modules": sorted(factors), "modules_to_save": sorted(heads) or None}
@@ -83,9 +85,8 @@ def export_peft(
                 f"servers load no trained {', '.join(placement.parked)}, only low-rank tensors; export with "
                 'layout="peft", or merge and save_pretrained'
             )
-        rank = _served_rank(max(len(V) for _, V in factors.values()), ranks)
-        factors |= {at: _nothing(adapter) for at, adapter in placement.adapters.items() if at not in present}
-        factors = {at: padded(placement.adapters[at].scale * U, V, rank) for at, (U, V) in factors.items()}
+        rank = _served_rank(largest, ranks)
+        factors = {at: padded(scales[at] * U, V, rank) for at, (U, V) in factors.items()}
         heads = {}
         config = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
         config["target_modules"] = _short_names(model, factors)
@@ -190,14 +191,33 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor | None, Tensor 
     return {at: (own.get("B"), own.get("A")) for at, own in found.items()}
 
 
-def _plain_factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        U, V = adapter.factors()
-    return U.detach().cpu(), V.detach().cpu()
-
-
-def _nothing(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    return torch.zeros(adapter.update.d_out, 0), torch.zeros(0, adapter.update.d_in)
+@torch.no_grad()
+def _by_layer(
+    model: nn.Module, adapters: Mapping[str, Adapter]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    """(U, V) and scale by layer. Adapters on parts of a layer become one with their ranks side by side."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    scales: dict[str, float] = {}
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for at, adapter in adapters.items():
+        part, (U, V) = model.get_submodule(at), (factor.cpu() for factor in adapter.factors())
+        if isinstance(part, Part):
+            if not part.own_kind.by_sample:
+                raise StateError(
+                    f"{at} is a part of an nn.MultiheadAttention, which a plain LoRA file cannot hold; merge it instead"
+                )
+            rows = U.new_zeros(len(weight_of(part.layer)), U.shape[1])
+            own = part.own_kind.among(rows)
+            own.copy_((adapter.scale * U).view_as(own))
+            parts.setdefault(at.rpartition(".")[0], []).append((rows, V))
+        else:
+            factors[at], scales[at] = (U, V), adapter.scale
+    for at, pairs in parts.items():
+        if at in factors:
+            pairs.append((scales[at] * factors[at][0], factors[at][1]))
+        Us, Vs = zip(*pairs, strict=True)
+        factors[at], scales[at] = (torch.cat(Us, 1), torch.cat(Vs, 0)), 1.0
+    return factors, scales
 
 
 def _served_rank(needed: int, ranks: Sequence[int]) -> int:
@@ -237,7 +257,7 @@ def _short_names(model: nn.Module, factors: Mapping[str, Any]) -> list[str]:
 
 def _fixed(model: nn.Module, factors: Mapping[str, Any]) -> dict[str, Any]:
     modules = [model.get_submodule(at) for at in factors]
-    transposed = all(module.get_parameter("weight").stride() != weight_of(module).stride() for module in modules)
+    transposed = all(kind_for(module).parameter(module).stride() != weight_of(module).stride() for module in modules)
     return {
         "peft_type": "LORA",
         "task_type": None,

@@ -82,8 +82,10 @@ def _check(model: nn.Module, parts: dict[str, Placement]) -> None:
         for path in part.adapters:
             module = model.get_submodule(path)
             assert isinstance(module, Adapted)
-            if not module.kind.linear:
-                raise StateError(f'adapter "{name}" is on {path} ({module.kind.name}); only linear layers are routed')
+            if not module.kind.by_sample:
+                raise StateError(
+                    f'adapter "{name}" is on {path} ({module.kind.name}); only layers called with samples are routed'
+                )
 
 
 @torch.no_grad()
