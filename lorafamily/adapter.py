@@ -226,6 +226,18 @@ class Adapter(nn.Module):
             self.start.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
         return self.update.resize(keep, new)
 
+    def take_over(self, other: Adapter) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Have the other's tensors from now on, whatever its rank; returns which parameter each one replaced."""
+        replaced = []
+        for own, its in ((self.update, other.update), (self.start, other.start)):
+            for name, old in [] if own is None else list(own.named_parameters()):
+                assert its is not None
+                value = its.get_parameter(name).data.to(old.device, copy=True)
+                new = nn.Parameter(value, requires_grad=old.requires_grad)
+                setattr(own, name, new)
+                replaced.append((old, new))
+        return replaced
+
     def state(self) -> dict[str, Any]:
         """What, besides the tensors, rebuilds the adapter; plain data for a file."""
         return {

@@ -53,7 +53,7 @@ class History:
     """The record that `train` returns.
 
     `seconds`: time in training steps, without evaluation and logging. `ranks_start`, `ranks_end`: slices by module.
-    `stopped`: why the run ended.
+    `stopped`: why the run ended; `skipped`: steps not made because a number was not finite.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -63,6 +63,7 @@ class History:
     ranks_end: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     stopped: str = ""
+    skipped: int = 0
 
     @property
     def metrics(self) -> dict[str, float]:

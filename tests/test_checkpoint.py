@@ -14,7 +14,7 @@ import lorafamily
 from conftest import every_method, perturb_
 from lorafamily import cli
 from lorafamily.deploy.checkpoint import merge_checkpoint
-from lorafamily.deploy.files import read
+from lorafamily.deploy.files import read, write
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 
@@ -206,8 +206,9 @@ def test_the_command_exports(tmp_path, capsys):
 @pytest.mark.parametrize("architecture", ["ByteDecoder", "pipeline", "AutoModel"])
 def test_a_base_that_is_no_model_of_transformers_is_not_exported(architecture, tmp_path, capsys):
     saved_pair(tmp_path, "llama")
-    path = tmp_path / "adapter" / "adapter.json"
-    path.write_text(path.read_text().replace("LlamaForCausalLM", architecture))
+    saved = read(tmp_path / "adapter")
+    saved.record["base"]["architecture"] = architecture
+    write(saved, tmp_path / "adapter")
     arguments = ["--base", f"{tmp_path}/base", "--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/peft"]
     assert cli.main(["export", *arguments]) == 2
     assert f"{architecture} is no model of transformers" in capsys.readouterr().err

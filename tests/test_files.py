@@ -8,11 +8,12 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lorafamily
 from conftest import logits, perturb_, tiny
 from embedded import ByteDecoder
+from lorafamily.deploy.folder import write_sealed
 
 
 @pytest.fixture
@@ -25,14 +26,14 @@ def edit_record(folder, change):
     path = folder / "adapter.json"
     record = json.loads(path.read_text())
     change(record)
-    path.write_text(json.dumps(record))
+    write_sealed(folder, "adapter.json", record, "adapter.safetensors", load_file(folder / "adapter.safetensors"))
 
 
 def edit_tensors(folder, change):
     path = folder / "adapter.safetensors"
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path)
+    write_sealed(folder, "adapter.json", json.loads((folder / "adapter.json").read_text()), path.name, tensors)
 
 
 KEY = "blocks.0.mlp.up.update.A"
@@ -50,7 +51,7 @@ DAMAGE = {
     ),
     "newer format": (
         lambda f: edit_record(f, lambda r: r.update(format=99)),
-        "format 99; this version .* reads format 1",
+        "format 99; this version .* reads format 2",
     ),
     "no object": (lambda f: (f / "adapter.json").write_text("[]"), "format None"),
     "record lacks a part": (lambda f: edit_record(f, lambda r: r.pop("modules")), "not a record of an adapter"),

@@ -71,7 +71,7 @@ class PruneAndGrower(Allocator):
         if step not in self.rounds:
             return None
         self.settled = step == max(self.rounds)
-        scores = self.scorer.scores()
+        scores = self.scores()
         lost, threshold = self._lowest(scores)
         for name, dropped in lost.items():
             if not dropped:

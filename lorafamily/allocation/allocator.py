@@ -7,8 +7,9 @@ after every optimiser step, while the gradients are still there. What it does is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -41,6 +42,22 @@ class Allocator(ABC):
         self.run.resize(name, keep, add)
         if self.scorer is not None:
             self.scorer.follow(name, keep, add)
+
+    def state(self) -> dict[str, Any]:
+        """Where it is in its run, as plain data and tensors; `restore` takes it."""
+        scorer = None if self.scorer is None else self.scorer.state()
+        return {"ranks": dict(self.ranks), "settled": self.settled, "scorer": scorer}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where another allocator with the same settings was; the adapters have its ranks already."""
+        self.ranks, self.settled = dict(state["ranks"]), state["settled"]
+        if self.scorer is not None:
+            self.scorer.restore(state["scorer"])
+
+    def scores(self) -> Scores:
+        """What every slice is worth now, the same in every process."""
+        assert self.scorer is not None
+        return self.run.agreed(self.scorer.scores())
 
     def decided(
         self, step: int, after: dict[str, int], reason: str, threshold: float | None, scores: Scores

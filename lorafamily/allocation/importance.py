@@ -126,7 +126,7 @@ class ImportancePruner(Allocator):
 
         The order is total (equal scores fall in order of the modules), so ties never prune more than asked.
         """
-        scores = self.scorer.scores()
+        scores = self.scores()
         flat = torch.cat(list(scores.values()))
         falling = flat.argsort(stable=True)[: len(flat) - slices]
         keep = torch.ones(len(flat), dtype=torch.bool)

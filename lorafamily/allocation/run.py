@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Run:
     trainable adapter numbers and rank slices that must never be exceeded, None for no such limit. `validation_loss()`:
     the task loss on one fixed batch of validation data, in eval mode, with the gates' gradients if gradients are on;
     None where the run has no validation data. `scoring_memory`: MiB of activations that scoring may hold, None for
-    what suits the device.
+    what suits the device. `agreed(value)`: what the first of several processes has.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Run:
     generator: torch.Generator = field(default_factory=torch.Generator)
     scoring_memory: float | None = None
     progress: bool = False
+    agreed: Callable[[Any], Any] = lambda value: value
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
         """Change one adapter's slices, and the optimiser's state with them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,6 +26,13 @@ class Scorer(ABC):
     @abstractmethod
     def scores(self) -> Scores:
         """What every slice is worth now."""
+
+    def state(self) -> Any:
+        """What was observed, as plain data and tensors; `restore` takes it."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Go on from what another scorer of the same kind had observed."""
 
     def follow(self, name: str, keep: Int[Tensor, " n"], add: int) -> None:
         """A module kept the given slices and got `add` new ones; what was averaged must follow."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -39,6 +40,14 @@ class Sensitivity(Scorer):
         torch._foreach_lerp_(self.average, importance, 1 - self.beta1)
         deviation = torch._foreach_abs(torch._foreach_sub(importance, self.average))
         torch._foreach_lerp_(self.uncertainty, deviation, 1 - self.beta2)
+
+    def state(self) -> Any:
+        return {"average": self.average, "uncertainty": self.uncertainty}
+
+    def restore(self, state: Any) -> None:
+        like = [parameter for _, parameter, _ in self._tensors()]
+        for own, name in ((self.average, "average"), (self.uncertainty, "uncertainty")):
+            own[:] = [value.to(p) for value, p in zip(state[name], like, strict=True)]
 
     @torch.no_grad()
     def scores(self) -> Scores:

@@ -1,9 +1,15 @@
 """Operating on an optimiser whose parameters change size."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafamily.adapter import Resize
+
+
+def exchange(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Let the optimiser train another parameter in the old one's place, without its state."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
 
 
 @torch.no_grad()
@@ -13,8 +19,7 @@ def follow_resize(optimizer: torch.optim.Optimizer, change: Resize) -> None:
     Every state tensor of the old shape follows it: survivors' entries keep their bits, new ones are zero. Scalars such
     as the step count stay.
     """
-    for group in optimizer.param_groups:
-        group["params"] = [change.new if parameter is change.old else parameter for parameter in group["params"]]
+    exchange(optimizer, change.old, change.new)
     state = optimizer.state.pop(change.old, None)
     if state is None:
         return

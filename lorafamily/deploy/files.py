@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
-from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
+from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, write_sealed
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
 from lorafamily.method import Method
@@ -29,7 +29,7 @@ from lorafamily.parts import hang, part_of_record
 from lorafamily.placement import Model, Placement, check_can_place, place, placement_of, state_of, trained_beside
 from lorafamily.registry import find
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hashes
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
 FOLDER = f"a saved adapter is a folder with {RECORD} and {TENSORS}"
 
@@ -99,8 +99,7 @@ def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
         "also_trained": {at: list(value.shape) for at, value in saved.beside.items()},
         "modules": modules,
     }
-    write_tensors(folder / TENSORS, tensors | saved.beside)
-    write_json(folder / RECORD, record)
+    write_sealed(folder, RECORD, record, TENSORS, tensors | saved.beside)
     return folder
 
 
@@ -112,8 +111,8 @@ def read(path: str | os.PathLike[str]) -> Saved:
         MethodError: the method is not installed.
     """
     folder = Path(path)
-    record = _read_record(folder)
-    tensors = read_tensors(folder / TENSORS, FOLDER)
+    record = read_record(folder / RECORD, FOLDER, FORMAT)
+    tensors = read_sealed_tensors(folder / TENSORS, FOLDER, record)
     try:
         method = find(record["method"]).with_options(**record["options"])
         sizing = Sizing(**record["sizing"])
@@ -185,14 +184,6 @@ def _shapes(model: nn.Module) -> str:
 
 def _hash(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    record = read_json(folder / RECORD, FOLDER)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else None
-        raise FileError(f"{folder / RECORD}: format {found!r}; this version of lorafamily reads format {FORMAT}")
-    return record
 
 
 def _layers(model: nn.Module, saved: Saved) -> dict[str, nn.Module]:

@@ -1,9 +1,14 @@
-"""Files of an adapter folder: written beside their place and renamed into it, read without unpickling anything."""
+"""A record and its tensors as two files: written beside their place and renamed into it, read without unpickling.
+
+A sealed folder notes in its record the SHA-256 of both files, so that a bit that flipped does not pass for a number.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +19,65 @@ from torch import Tensor
 
 from lorafamily.errors import FileError
 
+SEAL = "sha256"
+
+
+def write_sealed(
+    folder: Path, record_name: str, record: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
+) -> None:
+    """Tensors and their record, each with its hash in the record."""
+    data = _bytes_of(tensors)
+    record = {key: value for key, value in record.items() if key != SEAL}
+    hashes = {name: hashlib.sha256(data).hexdigest(), record_name: _hash_of(record)}
+    _write(folder / name, data)
+    write_json(folder / record_name, record | {SEAL: hashes})
+
+
+def read_record(path: Path, what: str, format: int) -> dict[str, Any]:
+    """The record of a sealed folder.
+
+    Raises:
+        FileError: not there, damaged, of another format, or not what was written.
+    """
+    record = read_json(path, what)
+    if not isinstance(record, dict) or record.get("format") != format:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise FileError(f"{path}: format {found!r}; this version of lorafamily reads format {format}")
+    seal = record.pop(SEAL, None)
+    if not isinstance(seal, dict) or seal.get(path.name) != _hash_of(record):
+        raise FileError(f"{path}: damaged, it is not what was written (its SHA-256 is another)")
+    return record | {SEAL: seal}
+
+
+def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a sealed folder, on the CPU."""
+    tensors = read_tensors(path, what)
+    with open(path, "rb") as file:
+        if record[SEAL].get(path.name) != hashlib.file_digest(file, "sha256").hexdigest():
+            raise FileError(f"{path}: damaged, these are not the tensors that its record speaks of (SHA-256)")
+    return tensors
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Tensors of any device as a safetensors file."""
-    on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    _write(path, safetensors.torch.save(on_cpu, metadata))
+    _write(path, _bytes_of(tensors, metadata))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    _write(path, (json.dumps(record, indent=1) + "\n").encode())
+    _write(path, _text_of(record))
+
+
+def _bytes_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    return safetensors.torch.save(on_cpu, metadata)
+
+
+def _text_of(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def _hash_of(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text_of(record)).hexdigest()
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
@@ -38,7 +93,7 @@ def read_json(path: Path, what: str) -> Any:
     _check_there(path, what)
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_twins)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: damaged, not JSON ({error})") from None
 
 
@@ -63,8 +118,13 @@ def _check_there(path: Path, what: str) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise FileError(f"{path}: cannot write its {len(data):,} bytes ({error}); {free:,} are free there") from error

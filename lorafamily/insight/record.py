@@ -23,14 +23,17 @@ DECISIONS, STEPS = "allocation.jsonl", "steps.jsonl"
 
 
 class Record:
-    """Appends to a run's two files; each line is on disk when the call returns."""
+    """Appends to a run's two files, from what they are to begin with; each line is written when the call returns."""
 
-    def __init__(self, folder: str | os.PathLike[str], start: Decision):
+    def __init__(self, folder: str | os.PathLike[str], decisions: Sequence[Decision], steps: Sequence[Step] = ()):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._decisions = open(self.folder / DECISIONS, "w")  # noqa: SIM115 - open as long as the run
         self._steps = open(self.folder / STEPS, "w")  # noqa: SIM115
-        self.decision(start)
+        for decision in decisions:
+            self.decision(decision)
+        for step in steps:
+            self.step(step)
 
     def decision(self, decision: Decision) -> None:
         _append(self._decisions, decision)

@@ -19,13 +19,15 @@ class Board:
     """Scalars at every step; rank heat-map, ranks by kind and scores whenever an allocation changed; at the end the
     history of the allocation, and a line in the HParams tab.
 
-    `highest`: top of the colour scale of all heat-maps, so that they compare.
+    `highest`: top of the colour scale of all heat-maps, so that they compare; `done`: steps of an earlier session.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], start: Decision, highest: int):
-        self.writer = SummaryWriter(os.fspath(folder))
+    def __init__(self, folder: str | os.PathLike[str], start: Decision, highest: int, done: int = 0):
+        # What an interrupted run showed of steps after its last checkpoint is taken back.
+        self.writer = SummaryWriter(os.fspath(folder), purge_step=done + 1 if done else None)
         self.start, self.highest = start, highest
-        self._ranks(start)
+        if not done:
+            self._ranks(start)
 
     def step(self, record: Step, decision: Decision | None) -> None:
         scalars = {

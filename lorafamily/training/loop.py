@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from itertools import islice
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,15 +16,26 @@ from tqdm import tqdm
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
 from lorafamily.allocation.run import Run
-from lorafamily.errors import DataError, TrainingError
+from lorafamily.errors import DataError, LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.penalty import orthogonality_error
 from lorafamily.placement import Placement, placement_of, refuse_merged, state_of
-from lorafamily.training.batches import LossFn, endless, first_rows, loss_of, to_device
+from lorafamily.training import guards
+from lorafamily.training.batches import Batches, LossFn, first_rows, loss_of, to_device
 from lorafamily.training.board import Setting
+from lorafamily.training.checkpoints import Checkpoints, Resume
+from lorafamily.training.execution import Precision, autocast, chosen_precision, evaluating, recompiling, recomputing
+from lorafamily.training.folder_lock import FolderLock
+from lorafamily.training.guards import FiniteNumbers, check_keys
+from lorafamily.training.interrupt import Interrupted, StopSignals
 from lorafamily.training.log import Log
+from lorafamily.training.processes import Processes
+from lorafamily.training.run_state import RunState
+from lorafamily.training.schedule import Schedule, lr_factor, total_steps
+from lorafamily.training.state import seed_all
 
 SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples
+SCALING_LIMIT = 25  # steps in a row that float16's loss scale may take to halve itself from 2¹⁶ to nothing
 
 
 def train(
@@ -40,7 +47,7 @@ def train(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     warmup: float = 0.06,
-    schedule: Literal["linear", "cosine", "constant"] = "linear",
+    schedule: Schedule = "linear",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     loss_fn: LossFn | None = None,
     validation: Iterable[Any] | None = None,
@@ -49,17 +56,23 @@ def train(
     patience: int | None = None,
     accumulate: int = 1,
     max_grad_norm: float = 1.0,
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    precision: Precision = "auto",
     compile: bool = False,
+    checkpoint_activations: bool = False,
     seed: int | None = 0,
     scoring_memory: float | None = None,
     log_dir: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    keep: int = 2,
+    resume: Resume = "never",
+    skip_nonfinite: int = 0,
     progress: bool = True,
     check_gradients: bool = True,
 ) -> History:
     """Train whatever has `requires_grad`: the active adapters and what was named beside them, or a plain model.
 
-    Runs where the model is. Penalty and rank allocation are those of the adapters' method.
+    Runs where the model is. Penalty and rank allocation are those of the adapters' method. Started by `torchrun`, each
+    process takes its rows of every batch, and the numbers are those of one process.
 
     Args:
         data: batches, iterable again and again (a DataLoader, a list). A mapping goes to the model as keywords, a
@@ -74,32 +87,47 @@ def train(
         patience: stop after so many evaluations without a lower "loss", counted once the allocation is settled.
         accumulate: batches per optimiser step, averaged.
         max_grad_norm: gradients are scaled down to this norm, over all trained parameters.
-        precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; factors stay float32.
+        precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; "float16" scales the loss;
+            factors stay float32.
         compile: run the model through `torch.compile`.
+        checkpoint_activations: compute activations again in the backward instead of keeping them.
         seed: of Python's, NumPy's and torch's generators at the start (dropout, shuffling); None leaves them alone.
         scoring_memory: MiB of activations that ablations scored in one batch may hold. None: 1024 on a GPU, and on a
             CPU, where batches gain nothing, one ablation at a time.
-        log_dir: folder for TensorBoard, for pictures of the allocation, and for its record: see `ranks_at`, `redraw`.
+        log_dir: folder of the run, for TensorBoard, for pictures of the allocation, for its record (see `ranks_at`,
+            `redraw`) and for checkpoints.
+        save_every: steps between checkpoints; one is written too where the best "loss" was evaluated, at the end, and
+            when SIGTERM or Ctrl-C asks the run to stop: it finishes its step, saves, and ends the process with code 75.
+        keep: of checkpoints, the last so many stay, and the best.
+        resume: "auto": go on from the newest checkpoint in `log_dir`, if there is one; "anyway": with other settings
+            too; "never": begin, and refuse a folder that has checkpoints.
+        skip_nonfinite: steps in a row that are skipped where the loss or a gradient is not finite, before the run ends.
         progress: show a bar with loss, steps per second and total rank, and one while ranks are scored.
         check_gradients: after the first backward, refuse to go on where an adapter got no gradient.
 
     Raises:
-        DataError: no batches, or no loss from them.
+        DataError: no batches, no loss from them, or keys that the model does not take.
         AllocationError: the method's rank schedule does not fit the run.
-        StateError: the adapters are merged, or none is active.
-        TrainingError: nothing to train, an adapter without gradient, or a number that is not finite.
+        StateError: the adapters are merged, or none is active; the folder is another run's.
+        FileError: a checkpoint cannot be written or read.
+        TrainingError: nothing to train, an adapter without gradient, a number that is not finite, or a frozen weight
+            that changed.
+        Interrupted: a signal asked the run to stop, and it has saved.
     """
     placement = placement_of(model) if state_of(model) is not None else None
     refuse_merged(state_of(model))
-    trained = _trained(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")
-    total = _total_steps(data, steps, epochs, accumulate)
+    total = total_steps(data, steps, epochs, accumulate)
     device = trained[0].device
+    precision = cast(Precision, chosen_precision(precision, device))
+    in_precision = autocast(precision, device)
+    checkpoints = Checkpoints(log_dir, save_every, keep)
+    processes = Processes(device)
     if seed is not None:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        seed_all(seed)
+    batches = Batches(data, device)
 
     if optimizer is None:
         optim: torch.optim.Optimizer = torch.optim.AdamW(
@@ -107,21 +135,22 @@ def train(
         )
     else:
         optim = optimizer(trained)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: _lr_factor(step, total, warmup, schedule))
-    autocast = _autocast(precision, device)
+    peaks = [group["lr"] for group in optim.param_groups]
+    lr_factor(1, total, warmup, schedule)  # refuses what is no schedule
     runner = cast(nn.Module, torch.compile(model)) if compile else model
 
     @functools.cache
     def scoring_batch() -> Any:
         assert validation is not None
-        return to_device(first_rows(next(endless(validation)), SCORING_ROWS), device)
+        seed_all(seed or 0)  # the same batch after resuming, whatever the loader draws; `evaluating` undoes it
+        return to_device(first_rows(next(Batches(validation, device)), SCORING_ROWS), device)
 
     def validation_loss() -> Tensor:
-        with _evaluating(model), autocast():
+        with evaluating(model, device), in_precision():
             return loss_of(model, scoring_batch(), loss_fn)
 
     def metrics() -> dict[str, float]:
-        with _evaluating(model), torch.no_grad(), autocast():
+        with evaluating(model, device), torch.no_grad(), in_precision():
             if evaluate is not None:
                 return dict(evaluate(model))
             assert validation is not None
@@ -141,90 +170,129 @@ def train(
         optimizer=optim,
         validation_loss=validation_loss if validation is not None else None,
         scoring_memory=scoring_memory,
-        progress=progress,
+        progress=progress and processes.first,
+        agreed=processes.agreed,
     )
     run.generator.manual_seed(seed or 0)
     allocator = (placement.method.allocation if placement else Fixed()).begin(run)
     penalty = placement.method.penalty if placement else None
+    evaluates = evaluate is not None or validation is not None
 
     settings: dict[str, Setting] = {"lr": lr, "steps": total, "schedule": schedule, "warmup": warmup}
     settings |= {"weight decay": weight_decay, "accumulate": accumulate, "seed": -1 if seed is None else seed}
-    settings |= _about(placement)
-    history = History(ranks_start=dict(allocator.ranks))
-    log = Log(log_dir, allocator)
+    settings |= {"precision": precision, "max gradient norm": max_grad_norm, **_about(placement)}
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+    finite = FiniteNumbers(max(skip_nonfinite, SCALING_LIMIT if scaler.is_enabled() else 0))
+    state = RunState(model, placement, settings, run, allocator, optim, scaler, batches, finite, processes, seed)
+    state.seed_by_process()
     measure_frames = max(1, total // 100)  # steps between looks at the frames, where there are any
-    evaluates = evaluate is not None or validation is not None
-    best, since_best = math.inf, 0
-    batches = endless(data)
     was_training = model.training
-    model.train()
-    try:
-        with (
-            _recompiling(total if compile else None),
-            tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar,
-        ):
-            for step in range(1, total + 1):
-                begun = time.perf_counter()
-                loss_sum, penalty_value = 0.0, 0.0
-                for batch in islice(batches, accumulate):
-                    with autocast():
-                        loss = loss_of(runner, to_device(batch, device), loss_fn)
-                    (loss / accumulate).backward()
-                    loss_sum += loss.item()
-                if step == 1 and check_gradients:
-                    _check_gradients(adapters)
-                if penalty is not None:
-                    term = penalty(adapters.values())
-                    term.backward()
-                    penalty_value = term.item()
-                norm = nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
-                _check_finite(step, loss_sum, norm, accumulate, adapters)
-                optim.step()
-                decision = allocator.step(step)
-                if decision is not None:
-                    history.decisions.append(decision)
-                    trained = _trained(model)  # resized tensors are new parameters
-                optim.zero_grad(set_to_none=True)
-                lr_used = optim.param_groups[0]["lr"]
-                scheduler.step()
-                history.seconds += time.perf_counter() - begun
+    with FolderLock(checkpoints.run_folder if processes.first else None):
+        found = checkpoints.to_go_on_from(resume)
+        if found is not None:
+            state.go_on_from(found, resume)
+        history = state.history
+        if history.stopped:
+            return history  # that run was done
+        begun, trained = len(history.steps), state.trained()
+        log = Log(log_dir if processes.first else None, history, allocator.grows)
+        model.train()
+        try:
+            with (
+                recompiling(total if compile else None),
+                recomputing(model, checkpoint_activations),
+                StopSignals(checkpoints.run_folder is not None) as signals,
+                tqdm(
+                    total=total,
+                    initial=begun,
+                    disable=not (progress and processes.first),
+                    unit="step",
+                    dynamic_ncols=True,
+                ) as bar,
+            ):
+                for step in range(begun + 1, total + 1):
+                    started = time.perf_counter()
+                    for group, peak in zip(optim.param_groups, peaks, strict=True):
+                        group["lr"] = peak * lr_factor(step, total, warmup, schedule)
+                    loss_sum, penalty_value = 0.0, 0.0
+                    for _ in range(accumulate):
+                        batch, share = processes.rows(next(batches))
+                        if step == begun + 1 and loss_fn is None:
+                            check_keys(model, batch)
+                        with in_precision():
+                            loss = share * loss_of(runner, to_device(batch, device), loss_fn)
+                        scaler.scale(loss / accumulate).backward()
+                        loss_sum += loss.item()
+                    if step == begun + 1 and check_gradients:
+                        guards.check_gradients(adapters)
+                    processes.add_up_gradients(trained)
+                    loss_sum, stop = processes.add_up([loss_sum, float(signals.received is not None)])
+                    if penalty is not None:
+                        term = penalty(adapters.values())
+                        scaler.scale(term).backward()
+                        penalty_value = term.item()
+                    scaler.unscale_(optim)
+                    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
+                    if finite.check(step, loss_sum / accumulate, norm, accumulate, adapters):
+                        scaler.step(optim)
+                    else:
+                        optim.zero_grad(set_to_none=True)
+                    scaler.update()
+                    decision = allocator.step(step)
+                    if decision is not None:
+                        history.decisions.append(decision)
+                        trained = state.trained()  # resized tensors are new parameters
+                    optim.zero_grad(set_to_none=True)
+                    history.seconds += time.perf_counter() - started
 
-                record = Step(
-                    step=step,
-                    loss=loss_sum / accumulate,
-                    penalty=penalty_value,
-                    lr=lr_used,
-                    gradient=norm,
-                    rank=sum(allocator.ranks.values()),
-                    trainable=sum(parameter.numel() for parameter in trained),
-                    orthogonality=_frame_error(adapters) if step % measure_frames == 0 else None,
-                )
-                history.steps.append(record)
-                log.step(record, decision)
-                bar.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, refresh=False)
-                bar.update()
+                    record = Step(
+                        step=step,
+                        loss=loss_sum / accumulate,
+                        penalty=penalty_value,
+                        lr=optim.param_groups[0]["lr"],
+                        gradient=norm,
+                        rank=sum(allocator.ranks.values()),
+                        trainable=sum(parameter.numel() for parameter in trained),
+                        orthogonality=_frame_error(adapters) if step % measure_frames == 0 else None,
+                    )
+                    history.steps.append(record)
+                    history.skipped = finite.skipped
+                    log.step(record, decision)
+                    bar.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, refresh=False)
+                    bar.update()
 
-                due = step == total or (evaluate_every is not None and step % evaluate_every == 0)
-                if evaluates and due:
-                    evaluation = Evaluation(step, metrics())
-                    history.evaluations.append(evaluation)
-                    log.evaluation(evaluation)
-                    if patience is not None and allocator.settled:
-                        best, since_best = _improved(evaluation, best, since_best)
-                        if since_best >= patience:
-                            history.stopped = f"no lower validation loss in {patience} evaluations"
-                            break
-    finally:
-        optim.zero_grad(set_to_none=True)
-        log.close(history, settings)
-        model.train(was_training)
-    history.stopped = history.stopped or f"all {total} steps done"
-    history.ranks_end = dict(allocator.ranks)
+                    improved = False
+                    if evaluates and (step == total or (evaluate_every is not None and step % evaluate_every == 0)):
+                        evaluation = Evaluation(step, processes.agreed(metrics()))
+                        history.evaluations.append(evaluation)
+                        log.evaluation(evaluation)
+                        improved = state.improved(evaluation, patience)
+                    if step == total:
+                        history.stopped = f"all {total} steps done"
+                    elif patience is not None and state.since_best >= patience:
+                        history.stopped = f"no lower validation loss in {patience} evaluations"
+                    if history.stopped:
+                        history.ranks_end = dict(allocator.ranks)
+                        state.check_end()
+                    if checkpoints.due(step) or (checkpoints.run_folder and (improved or history.stopped or stop)):
+                        state.save(checkpoints)
+                    if history.stopped:
+                        break
+                    if stop:
+                        raise Interrupted(f"stopped by a signal after step {step} of {total}; saved in {log_dir}")
+        except Interrupted:
+            log.close(history, settings, pictures=False)  # who asks a process to stop does not wait long
+            raise
+        except BaseException:
+            with contextlib.suppress(OSError, LoraFamilyError):  # say what went wrong, not what followed from it
+                log.close(history, settings)
+            raise
+        else:
+            log.close(history, settings)
+        finally:
+            optim.zero_grad(set_to_none=True)
+            model.train(was_training)
     return history
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _about(placement: Placement | None) -> dict[str, Setting]:
@@ -241,112 +309,3 @@ def _about(placement: Placement | None) -> dict[str, Setting]:
 def _frame_error(adapters: Mapping[str, Adapter]) -> float | None:
     error = orthogonality_error(adapters.values())
     return None if error is None else error.item()
-
-
-def _total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, accumulate: int) -> int:
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise DataError(f"accumulate={accumulate!r}: must be a whole number of batches, at least 1")
-    if (steps is None) == (epochs is None):
-        raise DataError(f"steps={steps!r}, epochs={epochs!r}: give one of them")
-    if steps is None:
-        assert epochs is not None
-        if not isinstance(data, Sized):
-            raise DataError(f"epochs={epochs} needs data with a length; a {type(data).__name__} has none: give steps")
-        steps = math.ceil(len(data) * epochs / accumulate)
-        if steps < 1:
-            raise DataError(f"{len(data)} batches and epochs={epochs!r} make no step; is the data empty?")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise DataError(f"steps={steps!r}: must be a whole number of optimiser steps, at least 1")
-    return steps
-
-
-def _lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """The share of the peak learning rate for the step after `step` steps."""
-    rising = warmup * total
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    if schedule == "constant":
-        return 1.0
-    left = (total - step) / max(1.0, total - rising)
-    if schedule == "linear":
-        return left
-    if schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
-    raise TrainingError(f'schedule={schedule!r}: must be "linear", "cosine" or "constant"')
-
-
-def _autocast(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if precision == "float32":
-        return contextlib.nullcontext
-    if precision == "bfloat16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    raise TrainingError(f'precision={precision!r}: must be "auto", "float32" or "bfloat16"')
-
-
-def _recompiling(times: int | None) -> contextlib.AbstractContextManager[Any]:
-    """Let every change of the ranks compile anew; after eight shapes torch.compile would give up without a word."""
-    if times is None:
-        return contextlib.nullcontext()
-    import torch._dynamo.config as dynamo  # slow to import, for those who compile alone
-
-    return dynamo.patch(recompile_limit=max(dynamo.recompile_limit, times))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with the random state put back: how often one looks must not change what is trained."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _check_gradients(adapters: Mapping[str, Any]) -> None:
-    """Every adapter must have got a gradient from the task loss alone, finite and not all zero.
-
-    One tensor of it is enough: where one factor starts at zero, the other's gradient is zero at first.
-    """
-    silent = [path for path, adapter in adapters.items() if adapter.rank and not _learns(adapter)]
-    if silent:
-        more = f" and {len(silent) - 5} more" if len(silent) > 5 else ""
-        raise TrainingError(
-            f"{len(silent)} of {len(adapters)} adapters got no gradient from the first batch: {', '.join(silent[:5])}"
-            f"{more}. Their layers do not take part in the loss, or the graph is cut (gradient checkpointing with "
-            "use_reentrant=True?). Narrow targets, or pass check_gradients=False if that is meant"
-        )
-
-
-def _learns(adapter: nn.Module) -> bool:
-    gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
-    return any(bool(g.isfinite().all()) and bool(g.any()) for g in gradients)
-
-
-def _check_finite(step: int, loss: float, norm: float, accumulate: int, adapters: Mapping[str, nn.Module]) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    broken = next(
-        (
-            path
-            for path, a in adapters.items()
-            for p in a.parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ),
-        None,
-    )
-    where = f"; first adapter with such a gradient: {broken}" if broken else ""
-    raise TrainingError(
-        f"loss {loss / accumulate:g}, gradient norm {norm:g} at step {step} (batches {(step - 1) * accumulate} to "
-        f"{step * accumulate - 1} of the run){where}. Nothing of this step was applied; lower lr or look at the batch"
-    )
-
-
-def _improved(evaluation: Evaluation, best: float, since_best: int) -> tuple[float, int]:
-    if "loss" not in evaluation.metrics:
-        raise TrainingError(f'patience watches "loss", but evaluate gave {", ".join(evaluation.metrics)}')
-    loss = evaluation.metrics["loss"]
-    return (loss, 0) if loss < best else (best, since_best + 1)

@@ -1,0 +1,154 @@
+"""Checkpoints of a run: complete, whole or not there, the last few and the best kept.
+
+`FOLDER/checkpoints/step-00000100/` is a saved adapter, which `lorafamily.load` reads, and beside it `state.json` and
+`state.safetensors` with everything else that the run needs to go on. It is written under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from lorafamily.deploy import files
+from lorafamily.deploy.folder import read_record, read_sealed_tensors, write_sealed
+from lorafamily.errors import FileError, StateError
+from lorafamily.training.state import pack, unpack
+
+STATE, TENSORS = "state.json", "state.safetensors"
+FOLDER = f"a checkpoint is a folder with {STATE} and {TENSORS}"
+FORMAT = 1
+
+Resume = Literal["never", "auto", "anyway"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it was read. `adapters`: None where the run trains a plain model."""
+
+    folder: Path
+    state: dict[str, Any]
+    adapters: files.Saved | None
+
+
+class Checkpoints:
+    """Of one run, in its folder. Does nothing without one, or where `every` is None."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, keep: int):
+        if every is not None and (folder is None or every < 1):
+            raise StateError(
+                f"save_every={every!r} must be a number of steps, and needs log_dir=..., a folder to save in"
+            )
+        if keep < 1:
+            raise StateError(f"keep={keep!r}: must be a number of checkpoints, at least 1")
+        self.run_folder = None if folder is None or every is None else Path(folder)
+        self.folder = self.run_folder and self.run_folder / "checkpoints"
+        self.every, self.keep = every, keep
+
+    def due(self, step: int) -> bool:
+        return self.folder is not None and self.every is not None and step % self.every == 0
+
+    def to_go_on_from(self, resume: Resume) -> Checkpoint | None:
+        """The newest checkpoint, None where the run begins.
+
+        Raises:
+            StateError: there is one, but nobody asked to go on, or asked without naming a folder.
+        """
+        if resume not in ("never", "auto", "anyway"):
+            raise StateError(f'resume={resume!r}: must be "never", "auto" or "anyway"')
+        if resume != "never" and self.folder is None:
+            raise StateError(f"resume={resume!r} needs checkpoints: pass log_dir and save_every as well")
+        if resume == "never" and (there := self._folders()):
+            raise StateError(
+                f'{self.run_folder} has checkpoints of an earlier run; resume="auto" goes on from {there[-1].name}, '
+                "another log_dir begins anew"
+            )
+        return self.newest()
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; damaged ones are said and passed over.
+
+        Raises:
+            FileError: there are checkpoints, and all are damaged.
+        """
+        damaged = []
+        for folder in reversed(self._folders()):
+            try:
+                found = _read(folder)
+            except FileError as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                warnings.warn(f"{'; '.join(damaged)}. Going on from {folder.name} instead", stacklevel=3)
+            return found
+        if damaged:
+            raise FileError(f"no checkpoint can be read: {'; '.join(damaged)}; remove them to begin anew")
+        return None
+
+    def write(
+        self, step: int, model: nn.Module, adapters: str | None, state: Mapping[str, Any], best: int | None
+    ) -> None:
+        """Write a checkpoint and remove those that are neither the last nor the best.
+
+        `adapters`: name of the adapters that train; `best`: the step whose checkpoint is to stay.
+
+        Raises:
+            FileError: it cannot be written; the earlier ones are as they were.
+        """
+        if self.folder is None:
+            return
+        final = self.folder / f"step-{step:08d}"
+        beside = final.with_name(final.name + ".partial")
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            if adapters is not None:
+                files.save(model, beside, adapters)
+            tensors: dict[str, Any] = {}
+            packed = pack(dict(state), "state", tensors)
+            write_sealed(beside, STATE, {"format": FORMAT, "state": packed}, TENSORS, tensors)
+            shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has since gone back
+            beside.rename(final)
+            _flush(self.folder)
+        except OSError as error:
+            raise FileError(f"{final}: cannot write the checkpoint ({error})") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        for old in self._folders()[: -self.keep]:
+            if old.name != (None if best is None else f"step-{best:08d}"):
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _read(folder: Path) -> Checkpoint:
+    record = read_record(folder / STATE, FOLDER, FORMAT)
+    tensors = read_sealed_tensors(folder / TENSORS, FOLDER, record)
+    try:
+        state = unpack(record["state"], tensors)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FileError(f"{folder / STATE}: not a state of a run ({type(error).__name__}: {error})") from None
+    if not isinstance(state, dict):
+        raise FileError(f"{folder / STATE}: not a state of a run")
+    has_adapters = (folder / files.RECORD).exists() or state.get("has adapters")
+    return Checkpoint(folder, state, files.read(folder) if has_adapters else None)
+
+
+def _flush(folder: Path) -> None:
+    """Make a renaming last through a loss of power, where the system can."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

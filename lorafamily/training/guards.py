@@ -1,0 +1,121 @@
+"""Silent failures of training, made loud."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafamily.deploy.folder import listed
+from lorafamily.errors import DataError, TrainingError
+
+
+def check_gradients(adapters: Mapping[str, Any]) -> None:
+    """Every adapter must have got a gradient from the task loss alone that is not all zero.
+
+    One tensor of it is enough: where one factor starts at zero, the other's gradient is zero at first.
+    """
+    silent = [path for path, adapter in adapters.items() if adapter.rank and not _learns(adapter)]
+    if silent:
+        raise TrainingError(
+            f"{len(silent)} of {len(adapters)} adapters got no gradient from the first batch: {listed(silent)}. "
+            "Their layers do not take part in the loss, or the graph is cut (gradient checkpointing with "
+            "use_reentrant=True?). Narrow targets, or pass check_gradients=False if that is meant"
+        )
+
+
+def _learns(adapter: nn.Module) -> bool:
+    return any(bool(p.grad.any()) for p in adapter.parameters() if p.grad is not None)
+
+
+class FiniteNumbers:
+    """What happens where the loss or a gradient is not finite: the run stops, or the step is skipped, `limit` times in
+    a row at most. `skipped` counts all of them."""
+
+    def __init__(self, limit: int):
+        self.limit, self.skipped, self.in_a_row = limit, 0, 0
+
+    def check(self, step: int, loss: float, norm: float, accumulate: int, adapters: Mapping[str, nn.Module]) -> bool:
+        """Whether the step can be made.
+
+        Raises:
+            TrainingError: it cannot, and no more may be skipped.
+        """
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.in_a_row = 0
+            return True
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row <= self.limit:
+            return False
+        broken = next((path for path, adapter in adapters.items() if _has_broken_gradient(adapter)), None)
+        where = f"; first adapter with such a gradient: {broken}" if broken else ""
+        before = f" after {self.limit} steps skipped for the same reason" if self.limit else ""
+        raise TrainingError(
+            f"loss {loss:g}, gradient norm {norm:g} at step {step} (batches {(step - 1) * accumulate} to "
+            f"{step * accumulate - 1} of the run){where}{before}. Nothing of this step was applied; lower lr or look "
+            "at the batch"
+        )
+
+
+def _has_broken_gradient(adapter: nn.Module) -> bool:
+    return any(p.grad is not None and not p.grad.isfinite().all() for p in adapter.parameters())
+
+
+def fingerprints(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """A number for each tensor, the sum of its bits read as integers: every single flipped bit changes it."""
+    sums = {name: _fingerprint(value) for name, value in parameters}
+    return {name: int(value) for name, value in sums.items()}
+
+
+@torch.no_grad()
+def _fingerprint(value: Tensor) -> Tensor:
+    local = value.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local  # a sharded tensor: the part that is here
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(local.element_size(), torch.int64)
+    return local.contiguous().view(words).sum(dtype=torch.int64)
+
+
+def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """The frozen base must be what it was when the run began.
+
+    Raises:
+        TrainingError: a weight is another.
+    """
+    changed = [name for name in before if now.get(name) != before[name]]
+    if changed:
+        raise TrainingError(
+            f"{len(changed)} frozen base weights are not what they were when the run began: {listed(changed)}. "
+            "Something other than this loop wrote into them, or this is another base"
+        )
+
+
+def check_keys(model: nn.Module, batch: Any) -> None:
+    """A mapping goes to the model as keywords: it must take every key.
+
+    Raises:
+        DataError: it does not; the message has both lists.
+    """
+    if not isinstance(batch, Mapping):
+        return
+    takes = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
+        return
+    missing = [
+        name
+        for name, parameter in takes.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and name not in batch
+    ]
+    unknown = [key for key in batch if key not in takes]
+    if unknown or missing:
+        wrong = [f"does not take {', '.join(map(str, unknown))}"] if unknown else []
+        wrong += [f"needs {', '.join(missing)}"] if missing else []
+        raise DataError(
+            f"a batch has the keys {', '.join(map(str, batch))}; {type(model).__name__} {' and '.join(wrong)}. It "
+            f"takes {', '.join(takes)}"
+        )

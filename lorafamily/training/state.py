@@ -1,0 +1,81 @@
+"""What a checkpoint is made of: trees of plain data and tensors, and the state of every random generator."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafamily.errors import FileError
+
+_TENSOR, _TUPLE, _PAIRS = "tensor", "tuple", "pairs"
+
+
+def pack(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree as JSON can hold it. Its tensors go into `tensors`, named after their place.
+
+    Dicts, lists, tuples, tensors, strings, numbers, booleans and None come back from `unpack` as they were.
+
+    Raises:
+        FileError: something else is in it; the message says where.
+    """
+    if isinstance(tree, Tensor):
+        tensors[at] = tree
+        return {_TENSOR: at}
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    if isinstance(tree, list):
+        return [pack(value, f"{at}.{i}", tensors) for i, value in enumerate(tree)]
+    if isinstance(tree, tuple):
+        return {_TUPLE: [pack(value, f"{at}.{i}", tensors) for i, value in enumerate(tree)]}
+    if isinstance(tree, Mapping) and all(isinstance(key, (str, int)) for key in tree):
+        return {_PAIRS: [[key, pack(value, f"{at}.{key}", tensors)] for key, value in tree.items()]}
+    raise FileError(f"{at} is a {type(tree).__name__}, which a checkpoint cannot hold (it pickles nothing)")
+
+
+def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that `pack` took apart."""
+    if isinstance(packed, list):
+        return [unpack(value, tensors) for value in packed]
+    if isinstance(packed, dict):
+        ((kind, inside),) = packed.items()
+        if kind == _TENSOR:
+            return tensors[inside]
+        if kind == _TUPLE:
+            return tuple(unpack(value, tensors) for value in inside)
+        return {key: unpack(value, tensors) for key, value in inside}
+    return packed
+
+
+def seed_all(seed: int) -> None:
+    """Python's, NumPy's and torch's generators, the devices' with them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of Python's, NumPy's and torch's generators, and of the device's."""
+    numpy_state: Any = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type not in ("cpu", "meta"):
+        state["device"] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators where `random_state` found them; the device's where the state has one."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "device" in state and device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).set_rng_state(state["device"])

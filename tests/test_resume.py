@@ -1,0 +1,316 @@
+"""A run that was interrupted and goes on ends with the numbers of one that was not, to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import lorafamily
+from conftest import METHODS, data, few_rounds, tiny, tokens
+from lorafamily.training import log
+from lorafamily.training.board import Board
+from lorafamily.training.interrupt import EXIT_CODE, Interrupted
+
+STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take most of the time, and nothing here looks at them."""
+    monkeypatch.setattr(log, "pictures_of", lambda decisions, steps: {})
+    monkeypatch.setattr(Board, "_ranks", lambda board, decision: None)
+
+
+def loader() -> DataLoader:
+    """Seven batches, so that the run goes round, shuffled anew each time."""
+    return DataLoader([{"bytes": row} for row in tokens(rows=28)], batch_size=4, shuffle=True)
+
+
+def model_of(method: str, **options):
+    model = tiny()
+    if method == "full":
+        return model
+    schedule = {"warmup": 2, "final": 8, "interval": 3} if "lora2" in method or "adalora" in method else {}
+    return lorafamily.apply(
+        model, method, rank=3, dropout=0.1, also_train="norm", seed=0, **schedule, **few_rounds(method), **options
+    )
+
+
+def train(model, folder: Path, stop_at: int | None = None, **options) -> lorafamily.History:
+    """Train; with `stop_at` a signal comes in the middle of that step."""
+    seen = 0
+
+    def loss_fn(model, batch):
+        nonlocal seen
+        seen += model.training
+        if model.training and seen == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return model(batch["bytes"]).loss
+
+    arguments = {"steps": STEPS, "lr": 1e-2, "validation": data(1), "evaluate_every": 5, "save_every": 100}
+    arguments |= {"log_dir": folder, "resume": "auto", "progress": False, "loss_fn": loss_fn, **options}
+    return lorafamily.train(model, loader(), **arguments)
+
+
+def without_time(history: lorafamily.History) -> dict:
+    return dataclasses.asdict(dataclasses.replace(history, seconds=0.0))
+
+
+def same_end(model, history, folder: Path, expected: tuple, tmp_path: Path) -> None:
+    whole_model, whole_history, whole_folder = expected
+    assert without_time(history) == without_time(whole_history)
+    for name in ("allocation.jsonl", "steps.jsonl"):
+        assert (folder / name).read_bytes() == (whole_folder / name).read_bytes()
+    a, b = model.state_dict(), whole_model.state_dict()
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    if "default" in "".join(a):
+        files = [lorafamily.save(m, tmp_path / n) for n, m in (("resumed", model), ("whole", whole_model))]
+        for name in ("adapter.safetensors", "adapter.json"):
+            assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", [*METHODS, "full"])
+def test_interrupted_again_and_again_and_the_same_to_the_last_bit(method, tmp_path):
+    whole = model_of(method)
+    expected = (whole, train(whole, tmp_path / "whole"), tmp_path / "whole")
+    folder = tmp_path / "broken"
+    for stop_at, reached in ((7, 7), (2, 9)):
+        with pytest.raises(Interrupted, match=f"stopped by a signal after step {reached} of 20"):
+            train(model_of(method), folder, stop_at)
+    model = model_of(method)
+    history = train(model, folder)
+    same_end(model, history, folder, expected, tmp_path)
+
+
+def test_a_run_that_is_done_gives_what_it_gave(tmp_path):
+    first = train(model_of("adalora"), tmp_path)
+    assert without_time(train(model_of("adalora"), tmp_path)) == without_time(first)
+
+
+def test_a_checkpoint_is_an_adapter_that_loads(tmp_path):
+    model = model_of("adalora")
+    train(model, tmp_path)
+    loaded = lorafamily.load(tiny(), tmp_path / "checkpoints" / "step-00000020")
+    model.eval()
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    train(model_of("lora"), tmp_path, evaluate=lambda m: {"loss": next(losses)}, evaluate_every=2, save_every=1, keep=3)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in (4, 18, 19, 20)]
+    assert not (tmp_path / "lock").exists()
+
+
+DAMAGE = {
+    "a flipped bit in the state": ("state.safetensors", lambda raw: raw[:-5] + bytes([raw[-5] ^ 16]) + raw[-4:]),
+    "a flipped bit in the adapters": ("adapter.safetensors", lambda raw: raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:]),
+    "a number that is another": (
+        "state.json",
+        lambda raw: raw.replace(b'"lr",\n', b'"lr" ,\n').replace(b"0.01", b"0.02"),
+    ),
+    "half a file": ("state.safetensors", lambda raw: raw[: len(raw) // 2]),
+    "an empty file": ("adapter.json", lambda raw: b""),
+    "no file": ("state.json", None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(damage, tmp_path):
+    whole = model_of("adalora")
+    expected = (whole, train(whole, tmp_path / "whole"), tmp_path / "whole")
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(model_of("adalora"), folder, stop_at=13, save_every=5, keep=3)
+    name, harm = DAMAGE[damage]
+    path = folder / "checkpoints" / "step-00000013" / name
+    if harm is None:
+        path.unlink()
+    else:
+        raw = path.read_bytes()
+        path.write_bytes(harm(raw))
+        assert path.read_bytes() != raw
+    model = model_of("adalora")
+    with pytest.warns(UserWarning, match=r"step-00000013.*Going on from step-00000010 instead"):
+        history = train(model, folder, save_every=5, keep=3)
+    same_end(model, history, folder, expected, tmp_path)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(lorafamily.FileError, match=r"no checkpoint can be read: .*step-00000020.*remove them"):
+        train(model_of("adalora"), folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": 2e-2}, r"other settings: lr was 0.01, is 0.02. Set them as they were"),
+        ({"steps": 30}, "steps was 20, is 30"),
+        ({"method": "adalora"}, "is of a run with other adapters than these"),
+        ({"alpha": 8}, "alpha was 16.0, is 8"),
+        ({"base": 1}, "frozen base weights are not what they were"),
+        ({"resume": "never"}, 'has checkpoints of an earlier run; resume="auto" goes on from step-00000004'),
+        ({"resume": "yes"}, 'must be "never", "auto" or "anyway"'),
+        ({"save_every": None}, "needs checkpoints: pass log_dir and save_every"),
+        ({"save_every": 0}, "save_every=0 must be"),
+        ({"keep": 0}, "keep=0: must be"),
+    ],
+)
+def test_going_on_with_something_else_is_refused(changed, message, tmp_path):
+    with pytest.raises(Interrupted):
+        train(model_of("lora"), tmp_path, stop_at=4)
+    arguments = dict(changed)
+    method, alpha = arguments.pop("method", "lora"), arguments.pop("alpha", None)
+    model = model_of(method, **({} if alpha is None else {"alpha": alpha}))
+    if arguments.pop("base", None):
+        with torch.no_grad():
+            model.blocks[1].mlp.up.weight[0, 0] += 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(lorafamily.LoraFamilyError, match=message):
+        train(model, tmp_path, **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_other_settings_can_be_accepted(tmp_path):
+    with pytest.raises(Interrupted):
+        train(model_of("lora"), tmp_path, stop_at=4)
+    with pytest.warns(UserWarning, match="with other settings: steps was 20, is 6"):
+        history = train(model_of("lora"), tmp_path, steps=6, resume="anyway")
+    assert [step.step for step in history.steps] == [1, 2, 3, 4, 5, 6]
+
+
+CHILD = """
+import sys, os, signal
+import lorafamily
+from test_resume import model_of, train
+from pathlib import Path
+print("ready", flush=True)
+train(model_of("adalora"), Path(sys.argv[1]), save_every=1, steps=int(sys.argv[2]))
+"""
+
+
+def child(folder: Path, steps: int, before: str = "") -> subprocess.Popen:
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent / "experiments", here.parent)))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", before + CHILD, str(folder), str(steps)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoints(folder: Path, process: subprocess.Popen, number: int = 2) -> None:
+    while process.poll() is None:
+        if len(list(folder.glob("checkpoints/step-*[0-9]"))) >= number:
+            return
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_process_with_a_code_of_its_own_and_a_run_has_its_folder_alone(number, tmp_path):
+    process = child(tmp_path, 100_000)
+    wait_for_checkpoints(tmp_path, process)
+    with pytest.raises(lorafamily.StateError, match=rf"another run is writing there \(process {process.pid}\)"):
+        train(model_of("adalora"), tmp_path)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODE == 75
+    assert error.splitlines()[-1].startswith("lorafamily: stopped by a signal after step")
+    assert not (tmp_path / "lock").exists()
+
+
+def test_two_signals_end_it_at_once_and_the_files_are_whole(tmp_path):
+    process = child(tmp_path, 100_000, before="import time\ntime.sleep(0)\n")
+    wait_for_checkpoints(tmp_path, process)
+    for _ in range(1000):
+        process.send_signal(signal.SIGTERM)
+        if process.poll() is not None:
+            break
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGTERM, EXIT_CODE)
+    newest = sorted(tmp_path.glob("checkpoints/step-*[0-9]"))[-1]
+    lorafamily.load(tiny(), newest)
+
+
+def test_files_that_cannot_grow_are_named_and_the_checkpoint_before_loads(tmp_path):
+    """A limit on the size of files, as a full disk would be, at some places of what is written."""
+    with pytest.raises(Interrupted):
+        train(model_of("adalora"), tmp_path / "run", stop_at=4)
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "run" / "checkpoints" / "step-00000004").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, share in (("state.safetensors", 0.9), ("adapter.safetensors", 0.5)):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "run", folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sizes[name] * share), hard))
+        try:
+            with pytest.raises(
+                lorafamily.FileError, match=rf"{name}: cannot write its [\d,]+ bytes \(.*large.*are free"
+            ):
+                train(model_of("adalora"), folder, stop_at=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+        assert len(train(model_of("adalora"), folder).steps) == STEPS
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(lorafamily.FileError, match=r"checkpoints/step-00000005: cannot write the checkpoint"):
+        train(model_of("lora"), tmp_path)
+
+
+def test_signals_are_left_alone_without_checkpoints_and_outside_the_main_thread(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def look(model, batch):
+        if model.training:
+            found.append(signal.getsignal(signal.SIGTERM))
+        return model(batch["bytes"]).loss
+
+    train(model_of("lora"), tmp_path / "a", steps=1, loss_fn=look)
+    assert found.pop() != before
+    train(model_of("lora"), tmp_path / "b", steps=1, loss_fn=look, save_every=None, resume="never")
+    thread = threading.Thread(
+        target=train, args=(model_of("lora"), tmp_path / "c"), kwargs={"steps": 1, "loss_fn": look}
+    )
+    thread.start()
+    thread.join()
+    assert found == [before, before]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_accumulating_batches_resumes_in_the_middle_of_a_round(tmp_path):
+    method = "lora2+olora"
+    whole = model_of(method)
+    expected = (whole, train(whole, tmp_path / "whole", accumulate=3), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(model_of(method), tmp_path / "broken", 10, accumulate=3)
+    model = model_of(method)
+    history = train(model, tmp_path / "broken", accumulate=3)
+    same_end(model, history, tmp_path / "broken", expected, tmp_path)
+
+
+def test_the_record_is_the_uninterrupted_one_s(tmp_path):
+    with pytest.raises(Interrupted):
+        train(model_of("adalora"), tmp_path, stop_at=9)
+    with open(
+        tmp_path / "steps.jsonl", "a"
+    ) as file:  # as a process that was killed after its last checkpoint leaves it
+        file.write('{"step": 10, "lo')
+    train(model_of("adalora"), tmp_path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+    assert lorafamily.ranks_at(tmp_path, 0) != lorafamily.ranks_at(tmp_path, STEPS)
+    assert len(lorafamily.redraw(tmp_path)) == 4
