@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -115,13 +115,13 @@ def read(path: str | os.PathLike[str]) -> Saved:
     tensors = read_sealed_tensors(folder / TENSORS, FOLDER, record)
     try:
         method = find(record["method"]).with_options(**record["options"])
-        sizing = Sizing(**record["sizing"])
+        sizing = _sizing(**record["sizing"])
         adapters: dict[str, Adapter] = {}
         expected: dict[str, tuple[int, ...]] = {}
         for at, entry in record["modules"].items():
             d_out, d_in = entry["shape"]
-            if not math.isfinite(entry["scale"]):
-                raise ValueError(f"scale {entry['scale']} of {at}")
+            if not (math.isfinite(entry["scale"]) and 0 <= entry["dropout"] < 1 and _is_count(entry["start_rank"])):
+                raise ValueError(f"scale {entry['scale']}, dropout or start_rank of {at}")
             with torch.device("meta"):
                 update = method.parametrisation(d_in, d_out, **entry["sizes"])
             adapter = Adapter(update, scale=entry["scale"], dropout=entry["dropout"], start_rank=entry["start_rank"])
@@ -131,14 +131,17 @@ def read(path: str | os.PathLike[str]) -> Saved:
             expected |= {f"{at}.{key}": tuple(value.shape) for key, value in adapter.state_dict().items()}
         beside = list(record["also_trained"])
         expected |= {at: tuple(shape) for at, shape in record["also_trained"].items()}
-        if not isinstance(record["dropout"], (int, float)) or not isinstance(record["base"]["architecture"], str):
+        if not 0 <= record["dropout"] < 1 or not isinstance(record["base"]["architecture"], str):
             raise TypeError("dropout or base")
     except LoraFamilyError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileError(f"{folder / RECORD}: not a record of an adapter ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise FileError(f"{folder / RECORD}: not a record of an adapter ({why})") from None
     _check_tensors(tensors, expected, folder)
     for at, adapter in adapters.items():
+        if len({tensors[f"{at}.{key}"].dtype for key in adapter.state_dict()}) > 1:
+            raise FileError(f"{folder / TENSORS}: the tensors of {at} are not all of one dtype")
         adapter.load_state_dict({key: tensors[f"{at}.{key}"] for key in adapter.state_dict()}, assign=True)
     return Saved(folder, record, method, sizing, adapters, {at: tensors[at] for at in beside})
 
@@ -174,6 +177,19 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     hang(layers.values())
     place(model, Placement(name, saved.record["method"], saved.method, saved.sizing, dropout, saved.adapters, beside))
     return model
+
+
+def _sizing(
+    budget: int | None, budget_at: Literal["peak", "end"], rank: int, start: int, rank_budget: int | None
+) -> Sizing:
+    counts = [rank, start, *(given for given in (budget, rank_budget) if given is not None)]
+    if budget_at not in ("peak", "end") or not all(_is_count(count) for count in counts):
+        raise ValueError("sizing")
+    return Sizing(budget, budget_at, rank, start, rank_budget)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _shapes(model: nn.Module) -> str:

@@ -51,11 +51,11 @@ def read_record(path: Path, what: str, format: int) -> dict[str, Any]:
 
 def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a sealed folder, on the CPU."""
-    tensors = read_tensors(path, what)
+    _check_there(path, what)
     with open(path, "rb") as file:
         if record[SEAL].get(path.name) != hashlib.file_digest(file, "sha256").hexdigest():
             raise FileError(f"{path}: damaged, these are not the tensors that its record speaks of (SHA-256)")
-    return tensors
+    return read_tensors(path, what)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

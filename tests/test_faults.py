@@ -1,0 +1,27 @@
+"""Processes killed and files damaged: a few of what experiments/faults.py and fuzz.py do; see docs/results.md."""
+
+from __future__ import annotations
+
+import pytest
+
+import faults
+import fuzz
+from lorafamily.training import log
+from lorafamily.training.board import Board
+
+
+@pytest.mark.parametrize("method", ["lora", "olora", "alora", "lora2", "adalora"])
+def test_killed_processes_go_on_and_end_as_if_nothing_had_been(method, tmp_path, monkeypatch):
+    # Pictures take most of the time, and nothing here looks at them; the forked processes inherit this.
+    monkeypatch.setattr(log, "pictures_of", lambda decisions, steps: {})
+    monkeypatch.setattr(Board, "_ranks", lambda board, decision: None)
+    outcome = faults.outcome(method, faults.Faults(kills=3, steps=25), tmp_path)
+    assert outcome.kills >= 3
+    assert outcome.identical == outcome.runs > 0
+
+
+def test_a_thousand_damaged_files(capsys):
+    found = fuzz.main(fuzz.Fuzz(files=1000))
+    assert {sort: f.failures for sort, f in found.items()} == dict.fromkeys(found, 0), capsys.readouterr().out
+    assert found["adapters"].refused > 480
+    assert found["checkpoints"].refused > 240
