@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torch import nn
 
 import lorafamily
 from conftest import data, every_method, few_rounds, logits, tiny, tokens
+from lorafamily.allocation.allocator import Allocation, Allocator
 from lorafamily.placement import placement_of
 
 
@@ -172,6 +174,130 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm():
     with pytest.raises(lorafamily.TrainingError, match=r"loss nan.*at step 4 \(batches 3 to 3.*first adapter"):
         lorafamily.train(model, batches, steps=10, loss_fn=poisoned, progress=False)
     assert torch.isfinite(logits(model)).all()
+
+
+def test_steps_that_are_not_finite_can_be_skipped_and_are_counted():
+    batches = [{"bytes": tokens(), "poison": i in (3, 4, 7)} for i in range(10)]
+
+    def poisoned(model, batch):
+        loss = model(batch["bytes"]).loss
+        return loss * float("nan") if batch["poison"] else loss
+
+    model = lorafamily.apply(tiny(), "adalora", rank=2, seed=0)
+    history = lorafamily.train(model, batches, steps=20, loss_fn=poisoned, skip_nonfinite=2, progress=False)
+    assert history.skipped == 6
+    assert [step.step for step in history.steps if not math.isfinite(step.loss)] == [4, 5, 8, 14, 15, 18]
+    assert history.decisions[-1].reason == "final pattern"
+    assert torch.isfinite(logits(model)).all()
+    with pytest.raises(lorafamily.TrainingError, match=r"at step 5 .*after 1 steps skipped for the same reason"):
+        lorafamily.train(model, batches, steps=20, loss_fn=poisoned, skip_nonfinite=1, progress=False)
+
+
+def test_a_base_weight_that_changed_is_named():
+    model = lorafamily.apply(tiny(), "lora", rank=2)
+
+    def meddling(model, batch):
+        model.blocks[1].mlp.up.weight.data[0, 0] += 1e-6
+        return model(batch["bytes"]).loss
+
+    with pytest.raises(
+        lorafamily.TrainingError, match=r"1 frozen base weights are not what .*: blocks\.1\.mlp\.up\.we"
+    ):
+        lorafamily.train(model, data(1), steps=2, loss_fn=meddling, progress=False)
+
+
+@dataclass(frozen=True)
+class Sleeping(Allocation):
+    """A schedule that never fires."""
+
+    def begin(self, run):
+        return Sleeper(run)
+
+
+class Sleeper(Allocator):
+    def step(self, step):
+        return None
+
+
+def test_a_schedule_that_never_fired_is_said(monkeypatch):
+    model = lorafamily.apply(tiny(), "lora", rank=2)
+    placement = placement_of(model)
+    placement.method = placement.method.but(allocation=Sleeping())
+    with pytest.raises(
+        lorafamily.AllocationError, match="Sleeper decided nothing in 3 steps: its schedule never fired"
+    ):
+        lorafamily.train(model, data(1), steps=3, progress=False)
+
+
+class Keyworded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, scale=1.0):
+        return SimpleNamespace(loss=scale * self.layer(x).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": torch.ones(2, 4), "labels": 1}, "keys x, labels; Keyworded does not take labels. It takes x, scale"),
+        ({"scale": 2.0}, "has the keys scale; Keyworded needs x. It takes x, scale"),
+    ],
+)
+def test_a_batch_with_wrong_keys_says_both_lists(batch, message):
+    with pytest.raises(lorafamily.DataError, match=message):
+        lorafamily.train(lorafamily.apply(Keyworded(), "lora", rank=1), [batch], steps=1, progress=False)
+
+
+def test_float16_scales_the_loss_and_learns():
+    model = lorafamily.apply(tiny(), "lora2", rank=3, seed=0)
+
+    def small(model, batch):  # gradients that float16 would lose
+        return model(batch["bytes"]).loss * 1e-6
+
+    ends = {}
+    for precision in ("float32", "float16"):
+        model = lorafamily.apply(tiny(), "lora", rank=3, seed=0)
+        history = lorafamily.train(
+            model,
+            data(1),
+            steps=40,
+            lr=2e-2,
+            loss_fn=small,
+            precision=precision,
+            max_grad_norm=math.inf,
+            progress=False,
+        )
+        ends[precision] = history.steps[-1].loss
+        assert ends[precision] < 0.9 * history.steps[0].loss
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert ends["float16"] == pytest.approx(ends["float32"], rel=0.05)  # another rounding in 40 steps
+
+
+def test_float16_finds_its_scale_by_skipping():
+    model = lorafamily.apply(tiny(), "lora", rank=3, seed=0)
+    large = lambda model, batch: model(batch["bytes"]).loss * 1e4  # noqa: E731 - too large for the first scale of 2¹⁶
+    history = lorafamily.train(model, data(1), steps=30, loss_fn=large, precision="float16", progress=False)
+    assert 0 < history.skipped < 25
+    assert not math.isfinite(history.steps[0].gradient)
+    assert math.isfinite(history.steps[-1].gradient)
+
+
+@pytest.mark.parametrize("method", ["lora", "alora"])
+def test_recomputed_activations_change_nothing(method):
+    losses = []
+    for recompute in (False, True):
+        model = lorafamily.apply(tiny(), method, rank=3, seed=0, dropout=0.2, **few_rounds(method))
+        forward = model.blocks[0].forward
+        history = lorafamily.train(
+            model, data(), steps=20, validation=data(1), checkpoint_activations=recompute, progress=False
+        )
+        losses.append([step.loss for step in history.steps])
+        assert model.blocks[0].forward == forward
+    assert losses[0] == losses[1]
+    with pytest.raises(lorafamily.TrainingError, match="works on blocks"):
+        lorafamily.train(lorafamily.apply(Bypassing(), "lora", rank=1), [1], steps=1, checkpoint_activations=True)
 
 
 @pytest.mark.parametrize(
