@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -16,6 +17,8 @@ import lorafamily
 from lorafamily.training.batches import to_device
 from tasks import Task
 
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Whether this process writes files and talks; under torchrun there are others."""
 NONE, FULL = "none", "full"
 """What is compared beside adapters: nothing adapted (a new task head still trains), everything trained."""
 
@@ -56,9 +59,11 @@ class Training:
 
 
 def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool = True) -> dict[str, Any]:
-    """Train and measure the cell; a row of results in plain data. Log and adapter go into `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)  # a cell that was interrupted starts anew
-    folder.mkdir(parents=True)
+    """Train and measure the cell; a row of results in plain data.
+
+    Log and adapter go into `folder`, and checkpoints, from which a cell that was interrupted goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     model, head = task.model(cell.seed)
     model.to(training.device)
     adapts = cell.method not in (NONE, FULL)
@@ -84,6 +89,8 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
             evaluate_every=training.evaluate_every,
             seed=cell.seed,
             log_dir=folder,
+            save_every=training.evaluate_every,
+            resume="auto",
             progress=progress,
         )
     peak = memory.read()
@@ -106,16 +113,21 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
     }
     if adapts:
         summary = lorafamily.summary(model)
-        saved = lorafamily.save(model, folder / "adapter")
+        if FIRST:
+            row["file_bytes"] = sum(p.stat().st_size for p in lorafamily.save(model, folder / "adapter").iterdir())
         row |= {
             "beside": summary.beside,
             "trainable": summary.start_parameters,
-            "file_bytes": sum(path.stat().st_size for path in saved.iterdir()),
             "merge_difference": lorafamily.merge_difference(model, _first_batch(model, task)),
         }
     elif cell.method == NONE:
         row |= {"beside": trainable, "trainable": 0}
     return row
+
+
+def forget_checkpoints(folder: Path) -> None:
+    """A cell that is done needs them no more."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training) -> None:

@@ -5,13 +5,16 @@
     python experiments/compare.py --help
 
 A grid of cells, method @ budget × learning rate × seed. Each finished cell is a line of `runs/NAME/results.jsonl` and
-is not run again; at the end `runs/NAME/` has `report.md`, plots and, for `tensorboard --logdir runs`, the logs.
+is not run again, and one that was interrupted goes on from its last checkpoint; at the end `runs/NAME/` has
+`report.md`, plots and, for `tensorboard --logdir runs`, the logs. `torchrun --nproc-per-node 2 experiments/compare.py`
+takes two processes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -27,7 +30,7 @@ import tyro
 import embedded
 import lorafamily
 import report
-from cell import FULL, NONE, Cell, Training, adapt, run
+from cell import FIRST, FULL, NONE, Cell, Training, adapt, forget_checkpoints, run
 from lorafamily.allocation.run import Run
 from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
@@ -98,19 +101,21 @@ def main(settings: Compare) -> None:
     rows = _finished(folder / "results.jsonl", same)
 
     missing = [cell for cell in cells if cell.key not in rows]
-    print(f"{task.about}\n{len(cells)} cells on {training.device}, {len(cells) - len(missing)} of them done\n")
+    _say(f"{task.about}\n{len(cells)} cells on {training.device}, {len(cells) - len(missing)} of them done\n")
     begun = time.perf_counter()
     for number, cell in enumerate(missing, 1):
         left = (time.perf_counter() - begun) / max(1, number - 1) * (len(missing) - number + 1) / 60
-        print(
-            f"[{number}/{len(missing)}] {cell.key}" + (f", about {left:.0f} min left" if number > 3 else ""), flush=True
-        )
+        _say(f"[{number}/{len(missing)}] {cell.key}" + (f", about {left:.0f} min left" if number > 3 else ""))
         row = run(cell, task, training, folder / "cells" / cell.key, settings.progress)
         row["settings"] = same
-        with open(folder / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
         rows[cell.key] = row
-        print(f"    {task.metric}: {row['metric']:.4f}", flush=True)
+        if FIRST:
+            with open(folder / "results.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            forget_checkpoints(folder / "cells" / cell.key)
+        _say(f"    {task.metric}: {row['metric']:.4f}")
+    if not FIRST:
+        return
 
     text = report.write(
         folder,
@@ -122,6 +127,11 @@ def main(settings: Compare) -> None:
     )
     print(f"\n{text}\n\n{time.perf_counter() - begun:.0f} s; {folder}/report.md, plots beside it, and")
     print(f"tensorboard --logdir {settings.out}")
+
+
+def _say(text: str) -> None:
+    if FIRST:
+        print(text, flush=True)
 
 
 def _cells(settings: Compare) -> list[Cell]:
@@ -183,6 +193,8 @@ def _training(settings: Compare) -> Training:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     options: dict[str, dict[str, Any]] = {}
     for setting in settings.options:
         method, dot, rest = setting.partition(".")
@@ -245,7 +257,8 @@ def _finished(path: Path, same: dict[str, Any]) -> dict[str, dict[str, Any]]:
     text = path.read_text()
     if text and not text.endswith("\n"):  # a run was killed while writing; that cell runs again
         text = text[: text.rfind("\n") + 1]
-        path.write_text(text)
+        if FIRST:
+            path.write_text(text)
     for line in text.splitlines():
         row = json.loads(line)
         differing = [f"{k} {row['settings'].get(k)} → {same[k]}" for k in same if row["settings"].get(k) != same[k]]

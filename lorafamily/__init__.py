@@ -31,7 +31,9 @@ from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
 from lorafamily.method import Initialisation, Method, Penalty
 from lorafamily.registry import methods
+from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.loop import train
+from lorafamily.training.processes import shard
 
 __all__ = [
     "Adapter",
@@ -41,6 +43,7 @@ __all__ = [
     "FileError",
     "History",
     "Initialisation",
+    "Interrupted",
     "LayerKind",
     "LoraFamilyError",
     "Method",
@@ -69,6 +72,7 @@ __all__ = [
     "remove",
     "routing",
     "save",
+    "shard",
     "summary",
     "switch",
     "train",

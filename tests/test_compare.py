@@ -7,6 +7,7 @@ import importlib.util
 import json
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,58 @@ def test_finished_cells_are_read_back_and_only_missing_ones_run(tmp_path, monkey
     compare.main(small(tmp_path, seeds=2, budgets=(10e3,), methods=("none", "lora")))
     assert ran == ["none-lr0.002-seed1", "lora@10000-lr0.002-seed1"]
     assert rows(tmp_path / "embedded")[:2] == first
+
+
+def test_a_cell_that_was_interrupted_goes_on_to_the_same_row(tmp_path, monkeypatch):
+    settings = {"seeds": 1, "budgets": (10e3,), "methods": ("adalora",), "evaluations": 3}
+    compare.main(small(tmp_path / "whole", **settings))
+    real, calls = tasks.Bytes.evaluate, []
+
+    def interrupted(task, model):
+        calls.append(model.training)
+        if len(calls) == 3:  # before training, after a third of it, after two thirds
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(task, model)
+
+    monkeypatch.setattr(tasks.Bytes, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(small(tmp_path / "broken", **settings))
+    assert stopped.value.code == 75
+    assert not (tmp_path / "broken" / "embedded" / "results.jsonl").exists()
+    compare.main(small(tmp_path / "broken", **settings))
+    assert len(calls) == 3 + 2  # before training again, and at the end
+    (whole,), (broken,) = (rows(tmp_path / name / "embedded") for name in ("whole", "broken"))
+    measured = ("seconds_per_step", "peak_mib")
+    assert {k: v for k, v in whole.items() if k not in measured} == {
+        k: v for k, v in broken.items() if k not in measured
+    }
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_two_processes_give_the_table_of_one(tmp_path):
+    script = Path(compare.__file__)
+    arguments = ["--steps", "8", "--seeds", "1", "--budgets", "10e3", "--methods", "none", "lora", "lora2"]
+    arguments += ["--lr", "2e-3", "--evaluations", "1", "--options", "lora2.warmup=2", "--no-progress", "--batch", "4"]
+    found = []
+    for start in (
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    ):
+        out = tmp_path / str(len(found))
+        done = subprocess.run(
+            [*start, str(script), *arguments, "--out", str(out)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("cells on cpu") == 1
+        found.append(rows(out / "embedded"))
+    for one, two in zip(*found, strict=True):
+        assert one["ranks_end"] == two["ranks_end"]
+        # float32: the mean over a batch is taken in two halves.
+        assert one["metric"] == pytest.approx(two["metric"], abs=1e-4)
+        assert one["file_bytes"] == two["file_bytes"]
 
 
 def test_cells_of_other_settings_are_not_mixed_in(tmp_path):

@@ -79,6 +79,11 @@ def _fingerprint(value: Tensor) -> Tensor:
     return local.contiguous().view(words).sum(dtype=torch.int64)
 
 
+def added_up(pieces: list[int]) -> int:
+    """The fingerprint of a tensor from those of its pieces; sums of 64-bit integers wrap."""
+    return (sum(pieces) + 2**63) % 2**64 - 2**63
+
+
 def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:
     """The frozen base must be what it was when the run began.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -26,6 +27,7 @@ class Processes:
     def __init__(self, device: torch.device):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            atexit.register(dist.destroy_process_group)  # else its threads may abort a process that is done
         self.together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.together else 0
         self.world = dist.get_world_size() if self.together else 1

@@ -21,7 +21,7 @@ from lorafamily.layers import base_parameters
 from lorafamily.placement import Placement
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume
-from lorafamily.training.guards import FiniteNumbers, check_base, fingerprints
+from lorafamily.training.guards import FiniteNumbers, added_up, check_base, fingerprints
 from lorafamily.training.processes import Processes
 from lorafamily.training.state import random_state, set_random_state
 
@@ -65,7 +65,7 @@ class RunState:
         found = fingerprints(own)
         if sharded := [name for name, p in own if hasattr(p, "to_local")]:
             pieces = self.processes.gathered({name: found[name] for name in sharded})
-            found |= {name: sum(piece[name] for piece in pieces) for name in sharded}
+            found |= {name: added_up([piece[name] for piece in pieces]) for name in sharded}
         return found
 
     def trained_now(self) -> dict[str, int]:
