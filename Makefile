@@ -8,7 +8,7 @@ compare: .venv/compare-ready
 	$(BIN)/python experiments/compare.py
 
 test: .venv/test-ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .

@@ -115,8 +115,8 @@ def test_a_cell_that_was_interrupted_goes_on_to_the_same_row(tmp_path, monkeypat
 
 def test_two_processes_give_the_table_of_one(tmp_path):
     script = Path(compare.__file__)
-    arguments = ["--steps", "8", "--seeds", "1", "--budgets", "10e3", "--methods", "none", "lora", "lora2"]
-    arguments += ["--lr", "2e-3", "--evaluations", "1", "--options", "lora2.warmup=2", "--no-progress", "--batch", "4"]
+    arguments = ["--steps", "6", "--seeds", "1", "--budgets", "10e3", "--methods", "none", "lora2"]
+    arguments += ["--lr", "2e-3", "--evaluations", "1", "--options", "lora2.warmup=1", "--no-progress", "--batch", "4"]
     found = []
     for start in (
         [sys.executable],

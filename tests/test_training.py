@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorafamily
 from conftest import data, every_method, few_rounds, logits, tiny, tokens
@@ -155,6 +157,22 @@ def test_an_adapter_without_gradient_is_named():
     with pytest.raises(lorafamily.TrainingError, match=r"1 of 2 adapters got no gradient.*: bypassed\. "):
         lorafamily.train(model, [(torch.ones(2, 4),)], steps=3, progress=False)
     lorafamily.train(model, [(torch.ones(2, 4),)], steps=3, progress=False, check_gradients=False)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's hint, without saying where
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (None, r"the loss depends on nothing that trains.*use_reentrant=True"),
+        ("the last norm", r"12 of 12 adapters got no gradient.*use_reentrant=True"),
+    ],
+)
+def test_reentrant_checkpointing_of_a_frozen_input_is_said(beside, message):
+    model = lorafamily.apply(tiny(), "lora", rank=2, also_train=beside and r"^norm\.")
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=True)
+    with pytest.raises(lorafamily.TrainingError, match=message):
+        lorafamily.train(model, data(1), steps=1, progress=False)
 
 
 def test_the_penalty_alone_does_not_pass_for_a_gradient():

@@ -115,3 +115,16 @@ def test_the_output_head_is_left_alone_by_default_and_a_tied_one_is_not_merged()
         lorafamily.StateError, match=r"transformer\.wte\.weight and lm_head\.weight are one tied tensor"
     ):
         lorafamily.merge(model)
+
+
+@families
+def test_activations_are_recomputed(family):
+    batches = [{"input_ids": ids(), "labels": torch.tensor([0, 1, 2]) if family == "bert" else ids()}]
+    losses = []
+    for recompute in (False, True):
+        model = lorafamily.apply(model_of(family), "lora", rank=2, seed=0)
+        history = lorafamily.train(model, batches, steps=4, checkpoint_activations=recompute, progress=False)
+        losses.append([step.loss for step in history.steps])
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    # float32: GPT-2 adds gradients up in another order.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -27,7 +27,7 @@ class Allocator(ABC):
 
     def __init__(self, run: Run):
         self.run = run
-        self.ranks = {name: adapter.rank for name, adapter in run.adapters.items()}
+        self.ranks = dict(run.start or {name: adapter.rank for name, adapter in run.adapters.items()})
         """Slices in use by module: present and not masked at the last decision."""
         self.settled = False
         """Whether no further decision will come."""

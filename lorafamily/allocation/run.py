@@ -22,6 +22,7 @@ class Run:
     the task loss on one fixed batch of validation data, in eval mode, with the gates' gradients if gradients are on;
     None where the run has no validation data. `scoring_memory`: MiB of activations that scoring may hold, None for
     what suits the device. `agreed(value)`: what the first of several processes has.
+    `start`: ranks by module when the run began, where the adapters are beyond that; None for those they have.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Run:
     scoring_memory: float | None = None
     progress: bool = False
     agreed: Callable[[Any], Any] = lambda value: value
+    start: Mapping[str, int] | None = None
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
         """Change one adapter's slices, and the optimiser's state with them."""

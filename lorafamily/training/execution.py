@@ -67,14 +67,14 @@ def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    if hasattr(model, "gradient_checkpointing_enable"):
-        theirs: Any = model
-        theirs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        try:
-            yield
-        finally:
-            theirs.gradient_checkpointing_disable()
-        return
+    for theirs in ("activation_checkpointing", "gradient_checkpointing"):  # its name from transformers 5 on, and before
+        if hasattr(model, f"{theirs}_enable"):
+            getattr(model, f"{theirs}_enable")(**{f"{theirs}_kwargs": {"use_reentrant": False}})
+            try:
+                yield
+            finally:
+                getattr(model, f"{theirs}_disable")()
+            return
     blocks = list(_blocks(model))
     if not blocks:
         raise TrainingError(

@@ -13,6 +13,18 @@ from torch import Tensor, nn
 from lorafamily.deploy.folder import listed
 from lorafamily.errors import DataError, TrainingError
 
+CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
+
+
+def check_connected(loss: Tensor) -> None:
+    """The loss must depend on something that trains.
+
+    Raises:
+        TrainingError: it does not, and no gradient would reach anything.
+    """
+    if not loss.requires_grad:
+        raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
+
 
 def check_gradients(adapters: Mapping[str, Any]) -> None:
     """Every adapter must have got a gradient from the task loss alone that is not all zero.
@@ -23,8 +35,8 @@ def check_gradients(adapters: Mapping[str, Any]) -> None:
     if silent:
         raise TrainingError(
             f"{len(silent)} of {len(adapters)} adapters got no gradient from the first batch: {listed(silent)}. "
-            "Their layers do not take part in the loss, or the graph is cut (gradient checkpointing with "
-            "use_reentrant=True?). Narrow targets, or pass check_gradients=False if that is meant"
+            f"Their layers do not take part in the loss, or {CUT}. Narrow targets, or pass check_gradients=False if "
+            "that is meant"
         )
 
 

@@ -221,6 +221,7 @@ def train(
                             check_keys(model, batch)
                         with in_precision():
                             loss = share * loss_of(runner, to_device(batch, device), loss_fn)
+                        guards.check_connected(loss)
                         scaler.scale(loss / accumulate).backward()
                         loss_sum += loss.item()
                     if step == begun + 1 and check_gradients:

@@ -1,0 +1,96 @@
+"""The callback inside a real transformers.Trainer: it prunes, grows, and a resumed run equals the uninterrupted one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lorafamily
+from conftest import few_rounds
+from lorafamily.placement import placement_of
+
+transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
+pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+
+from lorafamily.integrations import LoraFamilyCallback  # noqa: E402 - needs transformers
+from test_transformers import model_of  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Trainer's own, of many kinds
+
+STEPS = 24
+
+
+def samples(n: int = 40) -> list[dict]:
+    rows = torch.randint(1, 99, (n, 10), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row, "labels": int(row[0]) % 3} for row in rows]
+
+
+def adapted(method: str, **options) -> nn.Module:
+    schedule = {"warmup": 4, "final": 8, "interval": 3} if method in ("lora2", "adalora") else {}
+    return lorafamily.apply(
+        model_of("bert"), method, rank=3, also_train="classifier", seed=0, **schedule, **few_rounds(method), **options
+    )
+
+
+def trainer_of(model: nn.Module, folder, **changes) -> tuple:
+    callback = LoraFamilyCallback(model, validation=changes.pop("validation", None))
+    settings = {"max_steps": STEPS, "save_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 5e-3}
+    settings |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "seed": 0}
+    args = transformers.TrainingArguments(output_dir=str(folder), **settings | changes)
+    trainer = transformers.Trainer(model, args, train_dataset=samples(), eval_dataset=samples(8), callbacks=[callback])
+    return trainer, callback
+
+
+@pytest.mark.parametrize("method", ["lora2", "alora", "adalora", "olora"])
+def test_a_trainer_prunes_and_grows_and_resumes_to_the_same_bytes(method, tmp_path):
+    whole = adapted(method)
+    validation = [{key: torch.stack([torch.as_tensor(s[key]) for s in samples(8)]) for key in ("input_ids", "labels")}]
+    trainer, callback = trainer_of(whole, tmp_path / "whole", validation=validation)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == STEPS
+    if method != "olora":
+        before, after = callback.decisions[0].before, callback.decisions[-1].after
+        assert after != before
+        assert after == {at: adapter.rank for at, adapter in placement_of(whole).adapters.items()}
+        if method == "alora":
+            assert any(after[at] > before[at] for at in after)
+            assert any(after[at] < before[at] for at in after)
+
+    # The first half again, from the checkpoint in the middle: a fresh model, a fresh Trainer.
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "whole" / "checkpoint-12").rename(tmp_path / "resumed" / "checkpoint-12")
+    resumed = adapted(method)
+    trainer, again = trainer_of(resumed, tmp_path / "resumed", validation=validation)
+    trainer.train(resume_from_checkpoint=True)
+    assert [vars(d) for d in again.decisions] == [vars(d) for d in callback.decisions]
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == losses
+    for name in ("adapter.safetensors", "adapter.json"):
+        one, other = (lorafamily.save(m, tmp_path / n) / name for n, m in (("a", whole), ("b", resumed)))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_penalty_acts():
+    errors = []
+    for gamma in (0.0, 1.0):
+        model = adapted("adalora", gamma=gamma)
+        trainer, _ = trainer_of(model, "/nonexistent", save_strategy="no")
+        trainer.train()
+        frames = [f for a in placement_of(model).adapters.values() for f in a.update.frames() if len(f)]
+        errors.append(sum(float((f @ f.T - torch.eye(len(f))).norm()) for f in frames) / len(frames))
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(lorafamily.StateError, match="has no adapters"):
+        LoraFamilyCallback(model_of("bert"))
+    trainer, _ = trainer_of(adapted("lora2"), tmp_path, max_steps=2)
+    with pytest.raises(lorafamily.AllocationError, match="nothing would ever be pruned"):
+        trainer.train()
+    trainer, _ = trainer_of(adapted("lora"), tmp_path / "plain", max_steps=4, save_steps=2)
+    trainer.train()
+    other = lorafamily.apply(model_of("bert"), "lora", rank=2, also_train="classifier")
+    other, _ = trainer_of(other, tmp_path / "plain", max_steps=4)
+    with pytest.raises(lorafamily.FileError, match="of a run with other adapters"):
+        other.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
