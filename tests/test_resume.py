@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 
 import lorafamily
 from conftest import METHODS, data, few_rounds, tiny, tokens
+from lorafamily.history import Decision, Step
+from lorafamily.insight.record import Record
 from lorafamily.training import log
 from lorafamily.training.board import Board
 from lorafamily.training.interrupt import EXIT_CODE, Interrupted
@@ -61,7 +63,7 @@ def train(model, folder: Path, stop_at: int | None = None, **options) -> lorafam
 
     arguments = {"steps": STEPS, "lr": 1e-2, "validation": data(1), "evaluate_every": 5, "save_every": 100}
     arguments |= {"log_dir": folder, "resume": "auto", "progress": False, "loss_fn": loss_fn, **options}
-    return lorafamily.train(model, loader(), **arguments)
+    return lorafamily.train(model, arguments.pop("loader", None) or loader(), **arguments)
 
 
 def without_time(history: lorafamily.History) -> dict:
@@ -262,6 +264,57 @@ def test_files_that_cannot_grow_are_named_and_the_checkpoint_before_loads(tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
         assert len(train(model_of("adalora"), folder).steps) == STEPS
+
+
+def test_a_record_that_cannot_grow_is_named(tmp_path):
+    record = Record(tmp_path, [Decision(0, {}, {"layer": 3}, "start")])
+    step = Step(step=1, loss=1.0, penalty=0.0, lr=0.1, gradient=1.0, rank=3, trainable=9)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        record.step(step)
+        with pytest.raises(lorafamily.FileError, match=r"steps\.jsonl: cannot write \d+ bytes more \(.*too large"):
+            record.step(step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    record.close()
+
+
+def test_events_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    def full(board, step, decision):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Board, "step", full)
+    with pytest.raises(lorafamily.FileError, match=r"cannot write TensorBoard's events \(.*No space left"):
+        train(model_of("lora"), tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_with_a_generator_and_workers_of_its_own_goes_on_where_it_was(workers, tmp_path):
+    def noisy() -> DataLoader:
+        """Each sample depends on what its worker has drawn before."""
+        generator = torch.Generator().manual_seed(5)
+        return DataLoader(Noisy(), batch_size=4, shuffle=True, generator=generator, num_workers=workers)
+
+    def run(folder, stop_at=None):
+        model = model_of("lora")
+        return model, train(model, folder, stop_at, loader=noisy(), steps=10)
+
+    whole, history = run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "broken", 9)
+    resumed, again = run(tmp_path / "broken")
+    assert without_time(history) == without_time(again)
+    assert len({step.loss for step in history.steps}) == 10
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 28
+
+    def __getitem__(self, index):
+        return {"bytes": torch.randint(256, (24,))}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

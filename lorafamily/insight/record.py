@@ -106,8 +106,12 @@ def read_steps(folder: str | os.PathLike[str]) -> list[Step]:
 
 
 def _append(file: Any, entry: Any) -> None:
-    file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
-    file.flush()
+    line = json.dumps(dataclasses.asdict(entry)) + "\n"
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        raise FileError(f"{file.name}: cannot write {len(line):,} bytes more ({error})") from error
 
 
 def _read(path: Path, kind: type[Any]) -> list[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lorafamily.errors import FileError
 from lorafamily.history import Decision, Evaluation, History, Step
 from lorafamily.insight.record import Record, draw
 from lorafamily.insight.record import pictures as pictures_of
@@ -28,11 +30,13 @@ class Log:
             self.record.step(step)
             if decision is not None:
                 self.record.decision(decision)
-            self.board.step(step, decision)
+            with _named(self.folder):
+                self.board.step(step, decision)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         if self.folder is not None:
-            self.board.evaluation(evaluation)
+            with _named(self.folder):
+                self.board.evaluation(evaluation)
 
     def close(self, history: History, settings: Mapping[str, Setting], *, pictures: bool = True) -> None:
         """Draw the pictures of whatever was run, and close the files."""
@@ -40,4 +44,14 @@ class Log:
             self.record.close()
             drawn = pictures_of([self.start, *history.decisions], history.steps) if pictures else {}
             draw(self.folder, drawn)
-            self.board.close(history, settings, drawn)
+            with _named(self.folder):
+                self.board.close(history, settings, drawn)
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """TensorBoard writes in a thread, whose errors come out later and name no file."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{folder}: cannot write TensorBoard's events ({error})") from error
