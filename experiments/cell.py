@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lorafamily
-from lorafamily.training.batches import to_device
+from lorafamily.batch import to_device
 from tasks import Task
 
 FIRST = os.environ.get("RANK", "0") == "0"

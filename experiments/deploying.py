@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor, nn
 
 import lorafamily
-from embedded import ByteDecoder
+from embedded import ByteDecoder, tiny
 from lorafamily.placement import placement_of
 from report import as_text
 
@@ -167,13 +167,7 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _decoder(dtype: torch.dtype) -> ByteDecoder:
-    torch.manual_seed(0)
-    model = ByteDecoder(width=16, layers=2, heads=2, context=24)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.normal_(std=weight.shape[1] ** -0.5)
-    return model.to(dtype).eval()
+    return tiny().to(dtype).eval()
 
 
 def _model(path: str) -> nn.Module:

@@ -125,6 +125,17 @@ def pretrained() -> ByteDecoder:
     return model
 
 
+def tiny(seed: int = 0) -> ByteDecoder:
+    """Two blocks of width 16 with random weights, large enough that updates matter: for tests and measurements."""
+    torch.manual_seed(seed)
+    model = ByteDecoder(width=16, layers=2, heads=2, context=24)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=weight.shape[1] ** -0.5)
+    return model
+
+
 def provenance() -> dict[str, str]:
     """How the shipped weights were made: command, data hash, versions, losses; from the file's own header."""
     with safe_open(WEIGHTS, "pt") as file:

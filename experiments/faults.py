@@ -28,7 +28,7 @@ import tyro
 from torch.utils.data import DataLoader
 
 import lorafamily
-from embedded import ByteDecoder
+from embedded import tiny
 from report import as_text
 
 COMPARED = ("adapter/adapter.safetensors", "adapter/adapter.json", "history.json", "allocation.jsonl", "steps.jsonl")
@@ -105,12 +105,7 @@ def outcome(method: str, settings: Faults, folder: Path) -> Outcome:
 def train(method: str, steps: int, folder: Path) -> None:
     """What the killed processes run: a shuffled loader, dropout, a checkpoint at every step."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = ByteDecoder(width=16, layers=2, heads=2, context=24)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.normal_(std=weight.shape[1] ** -0.5)
+    model = tiny()
     lorafamily.apply(model, method, rank=4, dropout=0.1, also_train="norm", seed=0)
     rows = torch.randint(256, (60, 24), generator=torch.Generator().manual_seed(0))
     samples: Any = [{"bytes": row} for row in rows]

@@ -28,10 +28,10 @@ from lorafamily.allocation.ablation import Ablation, AblationEstimate
 from lorafamily.allocation.allocator import Allocation, Allocator
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scores
+from lorafamily.batch import first_rows, loss_of
 from lorafamily.history import Decision
 from lorafamily.names import modules_per_block
 from lorafamily.placement import placement_of
-from lorafamily.training.batches import first_rows, loss_of
 from lorafamily.training.loop import SCORING_ROWS
 from report import as_text
 from tasks import Task, TaskError, find

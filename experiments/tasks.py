@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import embedded
-from lorafamily.training.batches import to_device
+from lorafamily.batch import to_device
 
 Batches = Iterable[Mapping[str, Tensor]]
 

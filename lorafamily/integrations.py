@@ -22,12 +22,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorafamily.allocation.allocator import Allocator
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
+from lorafamily.batch import first_rows, loss_of, to_device
 from lorafamily.deploy import files
 from lorafamily.deploy.folder import read_record, read_sealed_tensors, write_sealed
 from lorafamily.errors import DataError, FileError, StateError
 from lorafamily.history import Decision
 from lorafamily.placement import placement_of, refuse_merged, state_of
-from lorafamily.training.batches import first_rows, loss_of, to_device
 from lorafamily.training.execution import evaluating
 from lorafamily.training.loop import SCORING_ROWS
 from lorafamily.training.state import pack, unpack

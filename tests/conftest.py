@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import embedded
 import lorafamily
 from embedded import ByteDecoder
 from lorafamily.placement import placement_of
@@ -33,14 +34,8 @@ def shared(path: str) -> Path:
 
 
 def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> ByteDecoder:
-    """Two blocks of width 16, weights large enough that updates matter."""
-    torch.manual_seed(seed)
-    model = ByteDecoder(width=16, layers=2, heads=2, context=24).to(dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.normal_(std=weight.shape[1] ** -0.5)
-    return model.eval()
+    """The smallest real transformer."""
+    return embedded.tiny(seed).to(dtype).eval()
 
 
 def tokens(rows: int = 4, seed: int = 0) -> Tensor:

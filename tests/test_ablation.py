@@ -16,9 +16,9 @@ from conftest import data, perturb_, tiny
 from lorafamily.allocation.ablation import Ablation, AblationEstimate
 from lorafamily.allocation.replay import PeakActivations, Tape
 from lorafamily.allocation.run import Run
+from lorafamily.batch import loss_of
 from lorafamily.layers import Adapted
 from lorafamily.placement import placement_of
-from lorafamily.training.batches import loss_of
 
 LAYERS, RANK = 6, 5
 

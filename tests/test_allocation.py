@@ -20,8 +20,8 @@ from lorafamily.allocation.importance import ImportancePruning
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scores import SCORERS, Sensitivity
 from lorafamily.allocation.surgery import follow_resize
+from lorafamily.batch import loss_of
 from lorafamily.placement import placement_of
-from lorafamily.training.batches import loss_of
 from lorafamily.variants.alora import PruneAndGrow
 from lorafamily.variants.lora import Plain
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.batch import call
 from lorafamily.errors import StateError
 from lorafamily.layers import LayerKind, attach, detach, keep_padding, kind_for, weight_of
 from lorafamily.placement import Model, Placement, adapted_modules, placement_of, point_modules, state_of
-from lorafamily.training.batches import call
 
 
 @torch.no_grad()

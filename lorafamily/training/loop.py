@@ -16,12 +16,13 @@ from tqdm import tqdm
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
 from lorafamily.allocation.run import Run
+from lorafamily.batch import LossFn, first_rows, loss_of, to_device
 from lorafamily.errors import DataError, LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.penalty import orthogonality_error
 from lorafamily.placement import Placement, placement_of, refuse_merged, state_of
 from lorafamily.training import guards
-from lorafamily.training.batches import Batches, LossFn, first_rows, loss_of, to_device
+from lorafamily.training.batches import Batches
 from lorafamily.training.board import Setting
 from lorafamily.training.checkpoints import Checkpoints, Resume
 from lorafamily.training.execution import Precision, autocast, chosen_precision, evaluating, recompiling, recomputing
