@@ -165,6 +165,19 @@ class Adapter(nn.Module):
         U0, V0 = self.start.factors(self._gate)
         return torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the update is just s · (U V − U0 V0) x now: no dropout, no gate."""
+        return self._gate is None and not (self.training and self.dropout.p > 0)
+
+    def scaled(self) -> tuple[Tensor, Tensor, Factors | None]:
+        """(s U, V) of what trains, and (s U0, V0) of the frozen start where there is one."""
+        U, V = self.update.factors()
+        if self.start is None:
+            return U * self.scale, V, None
+        U0, V0 = self.start.factors()
+        return U * self.scale, V, (U0 * self.scale, V0)
+
     @torch.no_grad()
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """ΔW, in float32 or higher."""

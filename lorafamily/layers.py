@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter
+from lorafamily.functional import adapted_linear
 from lorafamily.mixins import Mixin, add_mixin, drop_mixin
 
 
@@ -38,6 +40,10 @@ class LayerKind(ABC):
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         """What the adapter adds to the layer's output for input x: that of W + ΔW less that of W."""
         return adapter(x)
+
+    def output(self, module: Adapted, adapter: Adapter, x: Tensor, *more: Tensor) -> Tensor:
+        """The layer's output with its adapter; a kind that knows a faster way to the same gives it here."""
+        return module.own(x, *more) + self.added(module, adapter, x)
 
     @property
     def by_sample(self) -> bool:
@@ -76,6 +82,13 @@ class _Linear(LayerKind):
 
     def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
         return matrix
+
+    def output(self, module: Adapted, adapter: Adapter, x: Tensor, *more: Tensor) -> Tensor:
+        W, b = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+        plain = module.own_class is nn.Linear and module.mixins == (Adapted,) and not W.requires_grad
+        if plain and adapter.is_plain and (x.dtype == W.dtype or torch.is_autocast_enabled(x.device.type)):
+            return adapted_linear(x, W, b, *adapter.scaled())
+        return super().output(module, adapter, x, *more)
 
 
 class _Transposed(LayerKind):
@@ -182,7 +195,18 @@ class Adapted(Mixin):
     """Adds to the output what each sample's own adapter gives, see `deploy/routing.py`; then none is active."""
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
-        return self.updated(self.own(x, *more), x)
+        adapter = self.acting
+        if adapter is None:
+            return self.updated(self.own(x, *more), x)
+        return self.kind.output(self, adapter, x, *more)
+
+    @property
+    def acting(self) -> Adapter | None:
+        """The adapter that takes effect for all samples alike."""
+        if self.active is None:
+            return None
+        adapter = cast(Adapter, self.adapters[self.active])
+        return None if adapter.off else adapter
 
     def own(self, x: Tensor, *more: Tensor) -> Tensor:
         """What the layer computes without adapter."""
@@ -192,10 +216,8 @@ class Adapted(Mixin):
         """The layer's output, from what it computes without adapter and its input."""
         if self.route is not None:
             return y + self.route(x)
-        if self.active is None:
-            return y
-        adapter = cast(Adapter, self.adapters[self.active])
-        return y if adapter.off else y + self.kind.added(self, adapter, x)
+        adapter = self.acting
+        return y if adapter is None else y + self.kind.added(self, adapter, x)
 
 
 def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
