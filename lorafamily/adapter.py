@@ -166,9 +166,14 @@ class Adapter(nn.Module):
         return torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the update is just s · (U V − U0 V0) x now: no dropout, no gate."""
-        return self._gate is None and not (self.training and self.dropout.p > 0)
+    def ungated(self) -> bool:
+        """Whether all slices count as they are."""
+        return self._gate is None
+
+    @property
+    def dropout_now(self) -> float:
+        """The probability with which an entry of the input is dropped, zero outside training."""
+        return self.dropout.p if self.training else 0.0
 
     def scaled(self) -> tuple[Tensor, Tensor, Factors | None]:
         """(s U, V) of what trains, and (s U0, V0) of the frozen start where there is one."""

@@ -86,8 +86,8 @@ class _Linear(LayerKind):
     def output(self, module: Adapted, adapter: Adapter, x: Tensor, *more: Tensor) -> Tensor:
         W, b = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
         plain = module.own_class is nn.Linear and module.mixins == (Adapted,) and not W.requires_grad
-        if plain and adapter.is_plain and (x.dtype == W.dtype or torch.is_autocast_enabled(x.device.type)):
-            return adapted_linear(x, W, b, *adapter.scaled())
+        if plain and adapter.ungated and (x.dtype == W.dtype or torch.is_autocast_enabled(x.device.type)):
+            return adapted_linear(x, W, b, *adapter.scaled(), dropout=adapter.dropout_now)
         return super().output(module, adapter, x, *more)
 
 

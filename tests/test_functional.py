@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import lorafamily
 from conftest import every_method, perturb_
-from lorafamily.functional import adapted_linear, folding_pays, low_rank_linear
+from lorafamily import functional
+from lorafamily.functional import adapted_linear, folding_pays, kept, low_rank_linear
 from lorafamily.placement import placement_of
 
 
@@ -171,21 +171,21 @@ def test_a_layer_takes_the_fast_path_to_the_same_numbers(method, tokens, monkeyp
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [p for p in model.parameters() if p.requires_grad])]
 
     fast = run()
-    monkeypatch.setattr(type(placement_of(model).adapters["0"]), "is_plain", False)
+    monkeypatch.setattr(type(placement_of(model).adapters["0"]), "ungated", False)
     for one, other in zip(fast, run(), strict=True):
         assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 def test_what_cannot_take_it_does_not(monkeypatch):
-    """Dropout in training, a gate, and a weight that trains go the plain way, and right."""
+    """A gate and a weight that trains go the plain way, and right."""
     taken = []
-    monkeypatch.setattr("lorafamily.layers.adapted_linear", lambda *given: taken.append(1) or adapted_linear(*given))
+    monkeypatch.setattr(
+        "lorafamily.layers.adapted_linear", lambda *given, **named: taken.append(1) or adapted_linear(*given, **named)
+    )
     model = nn.Sequential(nn.Linear(4, 4))
-    perturb_(lorafamily.apply(model, "lora", rank=2, dropout=0.5, seed=0))
+    perturb_(lorafamily.apply(model, "lora", rank=2, seed=0))
     x = torch.randn(3, 4)
-    model.train()(x)
-    assert not taken
-    model.eval()(x)
+    model(x)
     assert len(taken) == 1
     adapter = placement_of(model).adapters["0"]
     with adapter.gated(torch.zeros(2)):
@@ -196,13 +196,58 @@ def test_what_cannot_take_it_does_not(monkeypatch):
     assert len(taken) == 1
 
 
-def test_the_plain_formulation_is_the_product_with_delta_in_the_dtype_of_the_activations():
-    x, U, V = (numbers(*shape) for shape in ((2, 3, 5), (4, 2), (2, 5)))
-    assert_close(low_rank_linear(x, U, V, 0.5), x @ (0.5 * U @ V).T)
-    out = low_rank_linear(torch.ones(3, 5, dtype=torch.bfloat16), torch.ones(4, 2), torch.ones(2, 5), 1.0)
-    assert out.dtype == torch.bfloat16
+@starts
+@pytest.mark.parametrize("tokens", [(4,), (500,)], ids=["few", "many"])
+def test_dropout_is_that_of_the_mask_it_drew(with_start, tokens, monkeypatch):
+    found, expected = (inputs(with_start=with_start, tokens=tokens) for _ in range(2))
+    drawn = kept(found["x"], 0.25)
+    monkeypatch.setattr(functional, "kept", lambda x, p: drawn)
+    y = adapted_linear(**found, dropout=0.25)
+    masked = expected["x"] * drawn[0] * drawn[1]
+    reference = F.linear(expected["x"], expected["W"], expected["b"])
+    reference = reference + low_rank_linear(masked, expected["U"], expected["V"], 1.0)
+    if with_start:
+        reference = reference - low_rank_linear(masked, *expected["start"], 1.0)
+    towards = numbers(*y.shape, seed=9, grad=False)
+    for output in (y, reference):
+        output.backward(towards)
+    # float64: the same sums in another order.
+    assert_close(y, reference, rtol=1e-12, atol=1e-13)
+    for name in ("x", "U", "V"):
+        assert_close(found[name].grad, expected[name].grad, rtol=1e-12, atol=1e-11)
 
 
-def test_shapes_in_signatures_are_checked():
-    with pytest.raises(TypeCheckError):
-        low_rank_linear(torch.ones(2, 5), torch.ones(4, 3), torch.ones(2, 5), 1.0)
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_what_dropout_keeps(p):
+    """Independent entries, dropped as often as said, up to steps of 1/256, and the mean stays."""
+    torch.manual_seed(0)
+    x = torch.ones(1000, 333)
+    keep, scale = kept(x, p)
+    dropped = max(1, round(256 * p)) / 256
+    assert abs(dropped - p) <= 1 / 256
+    assert scale == 1 / (1 - dropped)
+    n = keep.numel()
+    error = (dropped * (1 - dropped)) ** 0.5  # standard deviation of an entry; bounds are five standard errors
+    assert abs((~keep).double().mean() - dropped) < 5 * error / n**0.5
+    assert abs((keep * scale).double().mean() - 1) < 5 * error * scale / n**0.5
+    centred = keep.double() - keep.double().mean()
+    flat = centred.flatten()
+    for shift in (1, 7, 8, 333, 2664):
+        assert abs((flat[shift:] * flat[:-shift]).mean()) < 5 * error**2 / (n - shift) ** 0.5
+    again, _ = kept(x, p)
+    assert not torch.equal(keep, again)
+    torch.manual_seed(0)
+    assert torch.equal(kept(x, p)[0], keep)
+
+
+def test_dropout_acts_in_training_only_and_keeps_a_byte_an_entry():
+    layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+    perturb_(lorafamily.apply(layer, "lora", rank=2, dropout=0.1, seed=0))
+    x = torch.randn(256, 64, requires_grad=True)
+    assert torch.equal(layer.eval()(x), layer(x))
+    saved = Saved(x, *layer.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        first = layer.train()(x)
+    assert not torch.equal(first, layer(x))
+    assert saved.bytes[torch.uint8 if torch.uint8 in saved.bytes else torch.bool] == 256 * 64
+    assert saved.bytes.get(torch.float32, 0) < 4 * 64 * 16  # V xᵀ and s·U, no copy of x
