@@ -91,7 +91,9 @@ def test_the_difference_that_merging_makes(dtype, merged):
     if not merged:
         lorafamily.unmerge(model)
     model.train()
-    assert lorafamily.merge_difference(model, batch) == expected > 0
+    assert lorafamily.merge_difference(model, batch) == expected
+    # With so many tokens the forward itself forms W + ΔW in float32, as merging does; in half precision it does not.
+    assert expected == 0 if dtype == torch.float32 else expected > 0
     assert model.training
     assert state_of(model).merged is merged
     lorafamily.unmerge(model)
