@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -263,6 +266,34 @@ def test_files_that_cannot_grow_are_named_and_the_checkpoint_before_loads(tmp_pa
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+        assert len(train(model_of("adalora"), folder).steps) == STEPS
+
+
+def test_a_folder_that_is_read_only_is_named_and_its_checkpoint_loads():
+    """In a process without root's rights, who may write anywhere."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "run"
+        with pytest.raises(Interrupted):
+            train(model_of("adalora"), folder, stop_at=4)
+        for path in (Path(place), folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        receive, send = multiprocessing.Pipe(duplex=False)
+
+        def attempt() -> None:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            try:
+                train(model_of("adalora"), folder)
+            except lorafamily.FileError as error:
+                send.send(str(error))
+
+        process = multiprocessing.get_context("fork").Process(target=attempt)
+        process.start()
+        process.join(60)
+        assert receive.poll()
+        assert re.search(r"run: a run cannot write there \(.*Permission denied: .*run/lock", receive.recv())
+        for path in (Path(place), folder, *folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         assert len(train(model_of("adalora"), folder).steps) == STEPS
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorafamily.errors import StateError
+from lorafamily.errors import FileError, StateError
 
 try:
     import fcntl
@@ -19,16 +19,20 @@ class FolderLock:
 
     Raises:
         StateError: another process holds it.
+        FileError: nothing can be written there.
     """
 
     def __init__(self, folder: Path | None):
         self._file: Any = None
         if folder is None or fcntl is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "lock"
         while self._file is None:
-            file = open(path, "a+")  # noqa: SIM115 - open as long as the lock is held
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = open(path, "a+")  # noqa: SIM115 - open as long as the lock is held
+            except OSError as error:
+                raise FileError(f"{folder}: a run cannot write there ({error})") from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
