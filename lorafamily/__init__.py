@@ -31,6 +31,7 @@ from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
 from lorafamily.method import Initialisation, Method, Penalty
 from lorafamily.registry import methods
+from lorafamily.sharing import share_inputs
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.loop import train
 from lorafamily.training.processes import shard
@@ -73,6 +74,7 @@ __all__ = [
     "routing",
     "save",
     "shard",
+    "share_inputs",
     "summary",
     "switch",
     "train",

@@ -18,7 +18,9 @@ import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lorafamily.dropout import Dropout, feature_mask
 from lorafamily.functional import low_rank_linear
 
 Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
@@ -138,13 +140,20 @@ class Adapter(nn.Module):
     input of the update in training.
     """
 
-    def __init__(self, update: Parametrisation, *, scale: float, dropout: float = 0.0, start_rank: int | None = None):
+    def __init__(
+        self,
+        update: Parametrisation,
+        *,
+        scale: float,
+        dropout: Dropout = Dropout(),
+        start_rank: int | None = None,
+    ):
         super().__init__()
         self.update = update
         self.start_rank = update.rank if start_rank is None else start_rank
         self.start: Parametrisation | None = None
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.off = False
         """Whether the adapted layer computes as if it had no adapter, for now."""
         self._gate: Tensor | None = None
@@ -171,17 +180,29 @@ class Adapter(nn.Module):
         return self._gate is None
 
     @property
-    def dropout_now(self) -> float:
+    def drops_entries(self) -> float:
         """The probability with which an entry of the input is dropped, zero outside training."""
-        return self.dropout.p if self.training else 0.0
+        return self.dropout.p if self.training and self.dropout.kind == "entries" else 0.0
 
-    def scaled(self) -> tuple[Tensor, Tensor, Factors | None]:
-        """(s U, V) of what trains, and (s U0, V0) of the frozen start where there is one."""
+    @property
+    def drops_features(self) -> float:
+        """The probability with which a feature of the input is dropped, zero outside training."""
+        return self.dropout.p if self.training and self.dropout.kind == "features" else 0.0
+
+    def parts(self) -> tuple[Tensor, Tensor, float, Factors | None]:
+        """U, V and s of what trains, and (U0, V0) of the frozen start where there is one; without dropped features."""
         U, V = self.update.factors()
-        if self.start is None:
-            return U * self.scale, V, None
-        U0, V0 = self.start.factors()
-        return U * self.scale, V, (U0 * self.scale, V0)
+        start = None if self.start is None else self.start.factors()
+        if self.drops_features:
+            keep = feature_mask(V, self.drops_features)
+            V, start = V * keep, start and (start[0], start[1] * keep)
+        return U, V, self.scale, start
+
+    def without_dropped(self, x: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """The input with what dropout leaves of it, the columns of V likewise: one of them is as it was."""
+        if self.drops_features:
+            V = V * feature_mask(V, self.drops_features)
+        return F.dropout(x, self.drops_entries) if self.drops_entries else x, V
 
     @torch.no_grad()
     def delta(self) -> Float[Tensor, "d_out d_in"]:
@@ -198,9 +219,20 @@ class Adapter(nn.Module):
         U, V = (factor.cpu().double() for factor in self.factors())
         return self.scale * math.sqrt(max(float(((U.T @ U) * (V @ V.T)).sum()), 0.0))
 
+    @torch.no_grad()
+    def svd(self) -> tuple[Float[Tensor, "d_out m"], Float[Tensor, " m"], Float[Tensor, "m d_in"]]:
+        """Left singular vectors, values and right vectors of ΔW in float64, from the m × m core of the factors' QR."""
+        U, V = (factor.double() for factor in self.factors())
+        Q, R = torch.linalg.qr(self.scale * U)
+        K, L = torch.linalg.qr(V.T)
+        left, S, right = torch.linalg.svd(R @ L.T, full_matrices=False)
+        return Q @ left, S, right @ K.T
+
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What the update adds to the output of its layer."""
-        return low_rank_linear(self.dropout(x), *self.factors(), self.scale)
+        U, V = self.factors()
+        x, V = self.without_dropped(x, V)
+        return low_rank_linear(x, U, V, self.scale)
 
     @property
     def rank(self) -> int:
@@ -263,6 +295,7 @@ class Adapter(nn.Module):
             "start_rank": self.start_rank,
             "scale": self.scale,
             "dropout": self.dropout.p,
+            "dropout_kind": self.dropout.kind,
             "frozen_start": self.start is not None,
         }
 

@@ -76,7 +76,7 @@ def merge(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write an adapter as plain LoRA of lower rank, the best there is for every layer."""
     saved = read(given.adapter)
-    method, sizing, adapters, report = compressed(saved.adapters, given.rank, given.energy, saved.record["dropout"])
+    method, sizing, adapters, report = compressed(saved.adapters, given.rank, given.energy)
     record = saved.record | {"method": PLAIN}
     write(replace(saved, record=record, method=method, sizing=sizing, adapters=adapters), given.out)
     rows = [asdict(row) for row in report]

@@ -12,7 +12,8 @@ from torch import nn
 from lorafamily import targets as targeting
 from lorafamily.budget import solve
 from lorafamily.deploy.merge import unmerge
-from lorafamily.errors import MethodError, TargetError
+from lorafamily.dropout import Dropout, DropoutKind
+from lorafamily.errors import TargetError
 from lorafamily.layers import detach, keep_padding, kind_for, weight_of
 from lorafamily.parts import Fused, hang, take_down
 from lorafamily.placement import (
@@ -44,6 +45,7 @@ def apply(
     fused: Fused | None = None,
     also_train: str | Sequence[str] | None = None,
     dropout: float = 0.0,
+    dropout_kind: DropoutKind = "entries",
     name: str = "default",
     seed: int | None = None,
     **method_options: Any,
@@ -67,6 +69,7 @@ def apply(
             ("q", "k", "v", "out") need no mention.
         also_train: regular expressions for parameters that train too, such as a task head; saved along, counted apart.
         dropout: probability with which an entry of an adapter's input is dropped in training.
+        dropout_kind: "entries", each on its own; or "features", for the whole batch: it costs nothing.
         name: of this set of adapters; a model can hold several, the one placed last is active.
         seed: of the random start; None draws one from torch's global generator.
         **method_options: options of the method, such as `alpha`; an unknown one is refused with a list of those known.
@@ -76,8 +79,7 @@ def apply(
     """
     check_can_place(model, name)
     chosen = find(method).with_options(**method_options)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise MethodError(f"dropout={dropout!r}: must be a probability in [0, 1)")
+    drops = Dropout(dropout, dropout_kind)
     modules = targeting.match(model, targets, fused)
     beside = match_beside(model, also_train, modules)
     shapes = {path: (w.shape[1], w.shape[0]) for path, module in modules.items() for w in [weight_of(module)]}
@@ -85,11 +87,11 @@ def apply(
 
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
     adapters = {
-        path: chosen.build(weight_of(module), sizing.rank, dropout=dropout, generator=generator)
+        path: chosen.build(weight_of(module), sizing.rank, dropout=drops, generator=generator)
         for path, module in modules.items()
     }
     hang(modules.values())
-    place(model, Placement(name, method, chosen, sizing, dropout, adapters, parked=base_values(model, beside)))
+    place(model, Placement(name, method, chosen, sizing, adapters, parked=base_values(model, beside)))
     return model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter
-from lorafamily.functional import adapted_linear
+from lorafamily.functional import Layer, Reading
 from lorafamily.mixins import Mixin, add_mixin, drop_mixin
 
 
@@ -66,9 +66,46 @@ class LayerKind(ABC):
         """Called when a layer gets its first adapter and when it has lost its last."""
 
 
-class _Linear(LayerKind):
-    name = "linear"
+class MultiplyingKind(LayerKind):
+    """Layers that are a product with their weight, and nothing else: those with a fast path."""
+
     linear = True
+
+    @abstractmethod
+    def plain(self, own_class: type[nn.Module]) -> bool:
+        """Whether layers of that class compute x Wᵀ + b and no more; a subclass may do anything."""
+
+    def fast(self, module: Adapted, x: Tensor) -> Layer | None:
+        """What the fast path needs of a layer, None where the layer must go the plain way.
+
+        While `torch.compile` traces, that is so everywhere: it fuses what the fast path saves.
+        """
+        adapter, weight = module.acting, cast(Tensor, module.weight)
+        if torch.compiler.is_compiling() or adapter is None or not adapter.ungated or weight.requires_grad:
+            return None
+        if not self.plain(module.own_class) or module.mixins[-1] is not Adapted:
+            return None
+        if type(weight) not in (Tensor, nn.Parameter):  # sharded, quantised: its products are its own matter
+            return None
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None
+        return Layer(self.matrix(weight), cast("Tensor | None", module.bias), *adapter.parts())
+
+    def output(self, module: Adapted, adapter: Adapter, x: Tensor, *more: Tensor) -> Tensor:
+        if module.together is not None and torch.is_grad_enabled():
+            return module.together(module, x)
+        return self.alone(module, adapter, x)
+
+    def alone(self, module: Adapted, adapter: Adapter, x: Tensor) -> Tensor:
+        """The output of a layer that shares nothing with others."""
+        layer = self.fast(module, x)
+        if layer is None:
+            return super().output(module, adapter, x)
+        return Reading(x, [layer], dropout=adapter.drops_entries).output(0)
+
+
+class _Linear(MultiplyingKind):
+    name = "linear"
 
     def matches(self, module: nn.Module) -> bool:
         # nn.MultiheadAttention reads its output projection's weight and never calls the module: an adapter on it
@@ -83,12 +120,8 @@ class _Linear(LayerKind):
     def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
         return matrix
 
-    def output(self, module: Adapted, adapter: Adapter, x: Tensor, *more: Tensor) -> Tensor:
-        W, b = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-        plain = module.own_class is nn.Linear and module.mixins == (Adapted,) and not W.requires_grad
-        if plain and adapter.ungated and (x.dtype == W.dtype or torch.is_autocast_enabled(x.device.type)):
-            return adapted_linear(x, W, b, *adapter.scaled(), dropout=adapter.dropout_now)
-        return super().output(module, adapter, x, *more)
+    def plain(self, own_class: type[nn.Module]) -> bool:
+        return own_class is nn.Linear
 
 
 class _Transposed(LayerKind):
@@ -101,16 +134,18 @@ class _Transposed(LayerKind):
         return matrix.T
 
 
-class _Conv1D(_Transposed):
+class _Conv1D(_Transposed, MultiplyingKind):
     """Hugging Face's Conv1D (GPT-2), a linear layer."""
 
     name = "conv1d"
-    linear = True
 
     def matches(self, module: nn.Module) -> bool:
         # A model that has one has imported it; nobody else pays for importing transformers.
         home = sys.modules.get("transformers.pytorch_utils")
         return home is not None and isinstance(module, home.Conv1D)
+
+    def plain(self, own_class: type[nn.Module]) -> bool:
+        return own_class is sys.modules["transformers.pytorch_utils"].Conv1D
 
 
 class _Embedding(_Transposed):
@@ -147,8 +182,9 @@ class _Convolution(LayerKind):
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         U, V = adapter.factors()
+        x, V = adapter.without_dropped(x, V)
         kernel = V.view(len(V), *module.weight.shape[1:]).to(x.dtype)
-        h = module._conv_forward(adapter.dropout(x), kernel, None)  # with the layer's own stride, padding and dilation
+        h = module._conv_forward(x, kernel, None)  # with the layer's own stride, padding and dilation
         channels = 1 - module.weight.ndim  # counted from the end: the batch axis may be missing
         return F.linear(h.movedim(channels, -1), (U * adapter.scale).to(h.dtype)).movedim(-1, channels)
 
@@ -193,6 +229,12 @@ class Adapted(Mixin):
     kind: LayerKind
     route: Callable[[Tensor], Tensor] | None = None
     """Adds to the output what each sample's own adapter gives, see `deploy/routing.py`; then none is active."""
+    together: Callable[[Adapted, Tensor], Tensor] | None = None
+    """Gives the output where the layer reads the same input as others, see `sharing.py`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        made, of, state = super().__reduce_ex__(protocol)
+        return made, of, {key: value for key, value in state.items() if key != "together"}  # the copy of one is alone
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         adapter = self.acting
@@ -246,6 +288,7 @@ def detach(module: nn.Module, name: str) -> None:
     if not module.adapters:
         kind = module.kind
         del module.adapters, module.active, module.kind
+        vars(module).pop("together", None)
         drop_mixin(module, Adapted)
         kind.occupied(module, False)
 

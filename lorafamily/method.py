@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.allocator import Allocation, Fixed
+from lorafamily.dropout import Dropout
 from lorafamily.errors import MethodError
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
@@ -176,7 +177,7 @@ class Method:
         weight: Float[Tensor, "d_out d_in"],
         rank: int,
         *,
-        dropout: float,
+        dropout: Dropout,
         generator: torch.Generator,
     ) -> Adapter:
         """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is."""

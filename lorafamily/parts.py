@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.dropout import feature_mask
 from lorafamily.errors import TargetError
 from lorafamily.layers import Adapted, LayerKind, kind_named, kind_of, weight_of
 from lorafamily.mixins import Mixin, add_mixin, drop_mixin
@@ -100,7 +101,8 @@ class ReadRows(Rows):
 
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors()
-        return (adapter.scale * U) @ (V * adapter.dropout(V.new_ones(V.shape[1])))
+        p = adapter.drops_entries or adapter.drops_features
+        return (adapter.scale * U) @ (V * feature_mask(V, p) if p else V)
 
     def siblings(self, layer: nn.Module) -> list[Rows]:
         return [*_of_attention(cast(nn.MultiheadAttention, layer))]

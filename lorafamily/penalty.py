@@ -1,5 +1,6 @@
 """Penalties: what a method adds to the task loss."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,7 +33,17 @@ class Orthogonality(Penalty):
 
 def orthogonality_error(adapters: Iterable[Adapter]) -> Float[Tensor, ""] | None:
     """Mean of ‖F Fᵀ − I‖_F over all frames F, zero where their rows are orthonormal; None where there are no frames."""
-    grams = [frame @ frame.T for adapter in adapters for frame in adapter.update.frames()]
-    if not grams:
+    alike: dict[torch.Size, list[Tensor]] = defaultdict(
+        list
+    )  # one product for all of a shape: there are many, and small
+    for adapter in adapters:
+        for frame in adapter.update.frames():
+            alike[frame.shape].append(frame)
+    if not alike:
         return None
-    return torch.stack([torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]).mean()
+    errors = []
+    for frames in alike.values():
+        stacked = torch.stack(frames)
+        gram = stacked @ stacked.mT
+        errors.append(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1]).to(gram)))
+    return torch.cat(errors).mean()

@@ -30,7 +30,6 @@ class Placement:
     spec: str
     method: Method
     sizing: Sizing
-    dropout: float
     adapters: dict[str, Adapter]
     parked: dict[str, Tensor]
 

@@ -10,8 +10,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import every_method, perturb_
-from lorafamily import functional
-from lorafamily.functional import adapted_linear, folding_pays, kept, low_rank_linear
+from lorafamily.functional import Reading, adapted_linear, folding_pays, low_rank_linear
 from lorafamily.placement import placement_of
 
 
@@ -28,13 +27,14 @@ def inputs(dtype: torch.dtype = torch.float64, rank: int = 3, with_start: bool =
         "b": numbers(6, seed=2, dtype=dtype, grad=False),
         "U": numbers(6, rank, seed=5, dtype=dtype),
         "V": numbers(rank, 7, seed=6, dtype=dtype),
+        "scale": 0.7,
         "start": start if with_start else None,
     }
 
 
-def plain(x, W, b, U, V, start=None, folded=None):
-    y = F.linear(x, W, b) + low_rank_linear(x, U, V, 1.0)
-    return y if start is None else y - low_rank_linear(x, *start, 1.0)
+def plain(x, W, b, U, V, scale, start=None, folded=None):
+    y = F.linear(x, W, b) + low_rank_linear(x, U, V, scale)
+    return y if start is None else y - low_rank_linear(x, *start, scale)
 
 
 paths = pytest.mark.parametrize("folded", [False, True], ids=["factored", "folded"])
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_finite_differences(folded, with_start):
     given = inputs(with_start=with_start)
 
     def of(x, U, V):
-        return adapted_linear(x, given["W"], given["b"], U, V, given["start"], folded=folded)
+        return adapted_linear(x, given["W"], given["b"], U, V, given["scale"], given["start"], folded=folded)
 
     assert torch.autograd.gradcheck(of, (given["x"], given["U"], given["V"]))
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_only_what_is_needed_gets_a_gradient(folded):
     given["x"] = given["x"].detach()
     adapted_linear(**given, folded=folded).sum().backward()
     assert given["U"].grad is not None
-    frozen = {name: value.detach() for name, value in inputs(with_start=False).items() if value is not None}
+    frozen = {name: value.detach() for name, value in inputs(with_start=False).items() if torch.is_tensor(value)}
     x = frozen["x"].requires_grad_()
     adapted_linear(**frozen, folded=folded).sum().backward()
     assert_close(x.grad, (frozen["W"] + frozen["U"] @ frozen["V"]).sum(0).expand_as(x))
@@ -89,21 +89,19 @@ def test_only_what_is_needed_gets_a_gradient(folded):
 @paths
 def test_a_second_derivative_is_refused(folded):
     given = inputs(with_start=False)
-    (gradient,) = torch.autograd.grad(
-        adapted_linear(**given, folded=folded).square().sum(), given["x"], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    y = adapted_linear(**given, folded=folded).square().sum()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(y, given["x"], create_graph=True)
 
 
-def test_folding_pays_where_fewer_numbers_move():
-    """Square: from as many rows as the layer is wide; else from the harmonic mean of its widths."""
-    assert not folding_pays(384, 384, 384)
-    assert folding_pays(385, 384, 384)
+def test_folding_pays_where_half_as_many_numbers_move():
+    """Square: from twice as many rows as the layer is wide; else from twice the harmonic mean of its widths."""
+    assert not folding_pays(2 * 384, 384, 384)
+    assert folding_pays(2 * 384 + 1, 384, 384)
     harmonic = 2 / (1 / 4096 + 1 / 11008)
     for d_in, d_out in ((4096, 11008), (11008, 4096)):
-        assert not folding_pays(int(harmonic), d_in, d_out)
-        assert folding_pays(int(harmonic) + 1, d_in, d_out)
+        assert not folding_pays(int(2 * harmonic), d_in, d_out)
+        assert folding_pays(int(2 * harmonic) + 1, d_in, d_out)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -180,7 +178,7 @@ def test_what_cannot_take_it_does_not(monkeypatch):
     """A gate and a weight that trains go the plain way, and right."""
     taken = []
     monkeypatch.setattr(
-        "lorafamily.layers.adapted_linear", lambda *given, **named: taken.append(1) or adapted_linear(*given, **named)
+        "lorafamily.layers.Reading", lambda *given, **named: taken.append(1) or Reading(*given, **named)
     )
     model = nn.Sequential(nn.Linear(4, 4))
     perturb_(lorafamily.apply(model, "lora", rank=2, seed=0))
@@ -194,60 +192,3 @@ def test_what_cannot_take_it_does_not(monkeypatch):
     model(x).sum().backward()
     assert model[0].weight.grad is not None
     assert len(taken) == 1
-
-
-@starts
-@pytest.mark.parametrize("tokens", [(4,), (500,)], ids=["few", "many"])
-def test_dropout_is_that_of_the_mask_it_drew(with_start, tokens, monkeypatch):
-    found, expected = (inputs(with_start=with_start, tokens=tokens) for _ in range(2))
-    drawn = kept(found["x"], 0.25)
-    monkeypatch.setattr(functional, "kept", lambda x, p: drawn)
-    y = adapted_linear(**found, dropout=0.25)
-    masked = expected["x"] * drawn[0] * drawn[1]
-    reference = F.linear(expected["x"], expected["W"], expected["b"])
-    reference = reference + low_rank_linear(masked, expected["U"], expected["V"], 1.0)
-    if with_start:
-        reference = reference - low_rank_linear(masked, *expected["start"], 1.0)
-    towards = numbers(*y.shape, seed=9, grad=False)
-    for output in (y, reference):
-        output.backward(towards)
-    # float64: the same sums in another order.
-    assert_close(y, reference, rtol=1e-12, atol=1e-13)
-    for name in ("x", "U", "V"):
-        assert_close(found[name].grad, expected[name].grad, rtol=1e-12, atol=1e-11)
-
-
-@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
-def test_what_dropout_keeps(p):
-    """Independent entries, dropped as often as said, up to steps of 1/256, and the mean stays."""
-    torch.manual_seed(0)
-    x = torch.ones(1000, 333)
-    keep, scale = kept(x, p)
-    dropped = max(1, round(256 * p)) / 256
-    assert abs(dropped - p) <= 1 / 256
-    assert scale == 1 / (1 - dropped)
-    n = keep.numel()
-    error = (dropped * (1 - dropped)) ** 0.5  # standard deviation of an entry; bounds are five standard errors
-    assert abs((~keep).double().mean() - dropped) < 5 * error / n**0.5
-    assert abs((keep * scale).double().mean() - 1) < 5 * error * scale / n**0.5
-    centred = keep.double() - keep.double().mean()
-    flat = centred.flatten()
-    for shift in (1, 7, 8, 333, 2664):
-        assert abs((flat[shift:] * flat[:-shift]).mean()) < 5 * error**2 / (n - shift) ** 0.5
-    again, _ = kept(x, p)
-    assert not torch.equal(keep, again)
-    torch.manual_seed(0)
-    assert torch.equal(kept(x, p)[0], keep)
-
-
-def test_dropout_acts_in_training_only_and_keeps_a_byte_an_entry():
-    layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
-    perturb_(lorafamily.apply(layer, "lora", rank=2, dropout=0.1, seed=0))
-    x = torch.randn(256, 64, requires_grad=True)
-    assert torch.equal(layer.eval()(x), layer(x))
-    saved = Saved(x, *layer.parameters())
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        first = layer.train()(x)
-    assert not torch.equal(first, layer(x))
-    assert saved.bytes[torch.uint8 if torch.uint8 in saved.bytes else torch.bool] == 256 * 64
-    assert saved.bytes.get(torch.float32, 0) < 4 * 64 * 16  # V xᵀ and s·U, no copy of x

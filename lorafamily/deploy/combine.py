@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
@@ -77,14 +76,14 @@ def compress(
     """
     placement = placement_of(model, name)
     refuse_merged(state_of(model))
-    method, sizing, adapters, report = compressed(placement.adapters, rank, energy, placement.dropout)
+    method, sizing, adapters, report = compressed(placement.adapters, rank, energy)
     placement.spec, placement.method, placement.sizing = PLAIN, method, sizing
     exchange(model, placement, adapters)
     return report
 
 
 def compressed(
-    adapters: Mapping[str, Adapter], rank: int | None, energy: float | None, dropout: float = 0.0
+    adapters: Mapping[str, Adapter], rank: int | None, energy: float | None
 ) -> tuple[Method, Sizing, dict[str, Adapter], list[Compressed]]:
     """Plain LoRA adapters in the place of others, see `compress`."""
     if (rank is None) == (energy is None):
@@ -95,7 +94,7 @@ def compressed(
         raise StateError(f"energy={energy!r}: must be a share in (0, 1]")
     factors, report = {}, []
     for at, adapter in adapters.items():
-        Q, S, K = singular(adapter)
+        Q, S, K = adapter.svd()
         kept = len(S) if rank is None else rank
         if energy is not None:
             left = S.square().flip(0).cumsum(0).flip(0)  # left[i]: energy of what falls if i values are kept
@@ -106,18 +105,9 @@ def compressed(
         factors[at] = (Q[:, :kept] * root).to(dtype), (root[:, None] * K[:kept]).to(dtype)
         report.append(Compressed(at, adapter.rank, kept, error))
     largest = max([1, *(row.rank_after for row in report)])
+    dropout = next(iter(adapters.values())).dropout  # of all of them
     method, made = plain_adapters(factors, dict.fromkeys(factors, 1.0), dropout=dropout, options={"alpha": largest})
     return method, sizing_of(made, largest), made, report
-
-
-@torch.no_grad()
-def singular(adapter: Adapter) -> tuple[Float[Tensor, "d_out m"], Float[Tensor, " m"], Float[Tensor, "m d_in"]]:
-    """Left singular vectors, values and right vectors of ΔW = s U V in float64, from the m × m core."""
-    U, V = (factor.double() for factor in adapter.factors())
-    Q, R = torch.linalg.qr(adapter.scale * U)
-    K, L = torch.linalg.qr(V.T)
-    left, S, right = torch.linalg.svd(R @ L.T, full_matrices=False)
-    return Q @ left, S, right @ K.T
 
 
 def _beside(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, write_sealed
+from lorafamily.deploy.plain import noted_dropout
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
 from lorafamily.method import Method
@@ -62,7 +63,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
         "method": placement.spec,
-        "dropout": placement.dropout,
         "base": {"architecture": type(model).__name__, "shapes": _shapes(model)},
         "modules": modules,
     }
@@ -120,19 +120,20 @@ def read(path: str | os.PathLike[str]) -> Saved:
         expected: dict[str, tuple[int, ...]] = {}
         for at, entry in record["modules"].items():
             d_out, d_in = entry["shape"]
-            if not (math.isfinite(entry["scale"]) and 0 <= entry["dropout"] < 1 and _is_count(entry["start_rank"])):
-                raise ValueError(f"scale {entry['scale']}, dropout or start_rank of {at}")
+            if not (math.isfinite(entry["scale"]) and _is_count(entry["start_rank"])):
+                raise ValueError(f"scale {entry['scale']} or start_rank of {at}")
             with torch.device("meta"):
                 update = method.parametrisation(d_in, d_out, **entry["sizes"])
-            adapter = Adapter(update, scale=entry["scale"], dropout=entry["dropout"], start_rank=entry["start_rank"])
+            dropout = noted_dropout(entry["dropout"], entry["dropout_kind"], folder / RECORD)
+            adapter = Adapter(update, scale=entry["scale"], dropout=dropout, start_rank=entry["start_rank"])
             if entry["frozen_start"]:
                 adapter.freeze_start()
             adapters[at] = adapter
             expected |= {f"{at}.{key}": tuple(value.shape) for key, value in adapter.state_dict().items()}
         beside = list(record["also_trained"])
         expected |= {at: tuple(shape) for at, shape in record["also_trained"].items()}
-        if not 0 <= record["dropout"] < 1 or not isinstance(record["base"]["architecture"], str):
-            raise TypeError("dropout or base")
+        if not isinstance(record["base"]["architecture"], str):
+            raise TypeError("base")
     except LoraFamilyError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -173,9 +174,8 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
         adapter.to(weight_of(layers[at]).device)
     parameters = base_parameters(model)
     beside = {at: value.to(parameters[at].device, parameters[at].dtype) for at, value in saved.beside.items()}
-    dropout = float(saved.record["dropout"])
     hang(layers.values())
-    place(model, Placement(name, saved.record["method"], saved.method, saved.sizing, dropout, saved.adapters, beside))
+    place(model, Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, beside))
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
-from lorafamily.deploy.plain import place_plain
+from lorafamily.deploy.plain import noted_dropout, place_plain
 from lorafamily.errors import FileError, StateError
 from lorafamily.functional import padded
 from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
@@ -133,7 +133,7 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
         _checked_factors(model, factors, ranks, folder / TENSORS),
         scales,
         _checked_heads(model, tensors, folder / TENSORS),
-        dropout=float(config.get("lora_dropout") or 0.0),
+        dropout=noted_dropout(config.get("lora_dropout") or 0.0, "entries", folder / CONFIG),
         rank=int(config["r"]),
         options={"alpha": config["lora_alpha"], "scaling": scaling},
     )

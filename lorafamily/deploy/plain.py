@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
+from lorafamily.dropout import Dropout
+from lorafamily.errors import FileError, MethodError
 from lorafamily.layers import base_parameters, weight_of
 from lorafamily.method import Method
 from lorafamily.placement import Model, Placement, place
@@ -27,7 +30,7 @@ def place_plain(
     *,
     rank: int,
     options: Mapping[str, Any],
-    dropout: float = 0.0,
+    dropout: Dropout = Dropout(),
 ) -> Model:
     """Place plain LoRA adapters ΔW = s · U V under a new name. Everything was checked before.
 
@@ -42,7 +45,7 @@ def place_plain(
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
     parameters = base_parameters(model)
     parked = {at: value.to(parameters[at].device, parameters[at].dtype) for at, value in beside.items()}
-    place(model, Placement(name, PLAIN, method, sizing_of(adapters, rank), dropout, adapters, parked))
+    place(model, Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, parked))
     return model
 
 
@@ -51,7 +54,7 @@ def plain_adapters(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     scales: Mapping[str, float],
     *,
-    dropout: float,
+    dropout: Dropout,
     options: Mapping[str, Any],
 ) -> tuple[Method, dict[str, Adapter]]:
     """The method and its adapters, on the factors' device; float32 or higher."""
@@ -64,6 +67,18 @@ def plain_adapters(
         update.represent(U.to(dtype), V.to(dtype))
         adapters[at] = Adapter(update, scale=scales[at], dropout=dropout)
     return method, adapters
+
+
+def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
+    """What a file says of dropout.
+
+    Raises:
+        FileError: it cannot be; `where` is named.
+    """
+    try:
+        return Dropout(p, kind)
+    except MethodError as error:
+        raise FileError(f"{where}: {error}") from None
 
 
 def sizing_of(adapters: Mapping[str, Adapter], rank: int) -> Sizing:

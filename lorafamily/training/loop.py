@@ -21,6 +21,7 @@ from lorafamily.errors import DataError, LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.penalty import orthogonality_error
 from lorafamily.placement import Placement, placement_of, refuse_merged, state_of
+from lorafamily.sharing import Readers
 from lorafamily.training import guards
 from lorafamily.training.batches import Batches
 from lorafamily.training.board import Setting
@@ -132,7 +133,7 @@ def train(
 
     if optimizer is None:
         optim: torch.optim.Optimizer = torch.optim.AdamW(
-            trained, lr=lr, weight_decay=weight_decay, fused=device.type == "cuda"
+            trained, lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
         )
     else:
         optim = optimizer(trained)
@@ -190,12 +191,14 @@ def train(
     was_training = model.training
     with FolderLock(checkpoints.run_folder if processes.first else None):
         found = checkpoints.to_go_on_from(resume)
+        state.share([])
         if found is not None:
             state.go_on_from(found, resume)
         history = state.history
         if history.stopped:
             return history  # that run was done
         begun, trained = len(history.steps), state.trained()
+        readers = None if begun or compile else Readers(model)
         log = Log(log_dir if processes.first else None, history, allocator.grows)
         model.train()
         try:
@@ -218,12 +221,16 @@ def train(
                     loss_sum, penalty_value = 0.0, 0.0
                     for _ in range(accumulate):
                         batch, share = processes.rows(next(batches))
+                        batch = to_device(batch, device)
                         if step == begun + 1 and loss_fn is None:
                             check_keys(model, batch)
-                        with in_precision():
-                            loss = share * loss_of(runner, to_device(batch, device), loss_fn)
+                        with in_precision(), readers or contextlib.nullcontext():
+                            loss = share * loss_of(runner, batch, loss_fn)
                         guards.check_connected(loss)
                         scaler.scale(loss / accumulate).backward()
+                        if readers is not None:  # not sooner: activations computed again must be the same
+                            state.share(readers.groups())
+                            readers = None
                         loss_sum += loss.item()
                     if step == begun + 1 and check_gradients:
                         guards.check_gradients(adapters)

@@ -19,6 +19,7 @@ from lorafamily.errors import AllocationError, StateError, TrainingError
 from lorafamily.history import Decision, Evaluation, History, Step
 from lorafamily.layers import base_parameters
 from lorafamily.placement import Placement
+from lorafamily.sharing import share
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume
 from lorafamily.training.guards import FiniteNumbers, added_up, check_base, fingerprints
@@ -29,7 +30,7 @@ from lorafamily.training.state import random_state, set_random_state
 @dataclass
 class RunState:
     """What a run has reached. `settings`: what must be the same when it goes on; `best`: (loss, step) of the best
-    evaluation so far; `since_best`: evaluations since then."""
+    evaluation so far; `since_best`: evaluations since then; `shared`: layers that read the same input, in groups."""
 
     model: nn.Module
     placement: Placement | None
@@ -46,6 +47,7 @@ class RunState:
     best: tuple[float, int] = (math.inf, 0)
     since_best: int = 0
     base: dict[str, int] = field(default_factory=dict)
+    shared: list[tuple[str, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.history.ranks_start = dict(self.allocator.ranks)
@@ -84,6 +86,11 @@ class RunState:
             return True
         self.since_best += 1
         return False
+
+    def share(self, groups: list[tuple[str, ...]]) -> None:
+        """Let these layers read their input together. Saved, since it decides in which order numbers are added up."""
+        self.shared = groups
+        share(self.model, groups)
 
     def check_end(self) -> None:
         """What must hold when the run is over.
@@ -130,6 +137,7 @@ class RunState:
             "base": self.base,
             "trained": beside,
             "buffers": _persistent_buffers(self.model),
+            "shared": self.shared,
         }
 
     def go_on_from(self, found: Checkpoint, resume: Resume) -> None:
@@ -158,6 +166,7 @@ class RunState:
         self.finite.skipped, self.finite.in_a_row = state["not finite"]
         self.history = _history(state["history"])
         self.best, self.since_best = state["best"], state["since best"]
+        self.share([tuple(group) for group in state["shared"]])
         self._set_random(state["random"])
 
     def _check(self, found: Checkpoint, resume: Resume) -> None:
