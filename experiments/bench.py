@@ -1,45 +1,53 @@
-"""What a step costs beyond the frozen model: ours, peft's, full fine-tuning, as ratios in one run.
+"""What low-rank training costs beyond the frozen model: ours, peft's, full fine-tuning, as ratios in one run.
 
-    python experiments/bench.py                         # two shapes, some minutes on two cores
-    python experiments/bench.py --shapes bert --methods lora lora2 --steps 30
+    python experiments/bench.py                                 # everything, about ten minutes on two cores
+    python experiments/bench.py --parts steps --shapes bert --methods lora lora2 --rounds 30
 
-Steps of all variants are interleaved, so that a slow minute of the machine falls on all of them; a ratio is the median
-of the ratios to the floor's step of the same round. The floor is forward and backward of the frozen model, gradients of
-activations only, nothing trained. All variants train the same model on the same batch, forward, backward and AdamW.
+Writes `bench.json`, and pictures beside it.
 """
 
 from __future__ import annotations
 
-import copy
-import gc
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lorafamily
-from cell import PeakMemory
-from lorafamily.layers import Adapted
+from lorafamily.functional import adapted_linear, folding_pays
+from lorafamily.insight.figures import COLOURS, save
+from lorafamily.layers import weight_of
 from lorafamily.placement import placement_of
 from lorafamily.targets import match
+from measuring import BESIDE, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed
 from report import as_text
 
-FLOOR = "frozen floor"
+Part = Literal["steps", "forwards", "starts", "products", "scaling"]
+PARTS: tuple[Part, ...] = get_args(Part)
+SHAPES: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
+    "bert": bert,
+    "llama": llama,
+    "small": partial(bert, layers=1, width=64, rows=2, tokens=16),
+}
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure the step time of every method against the frozen floor, peft and full fine-tuning."""
+    """Measure training steps, forwards, starts and single layers of every method."""
 
+    parts: tuple[Part, ...] = PARTS
+    """steps: training; forwards: inference; starts: applying; products: what a layer's products take alone;
+    scaling: one layer, factored and folded"""
     shapes: tuple[str, ...] = ("bert", "llama")
     """bert: 6 layers, width 384, 16 × 128 tokens; llama: 6 layers, width 512, 4 × 256 tokens; small: for a look"""
     methods: tuple[str, ...] = ("lora", "olora", "alora", "lora2", "adalora")
@@ -48,220 +56,267 @@ class Bench:
     """of every adapter, on all linear layers of the blocks"""
     dropout: float = 0.1
     """of the variants that have one"""
-    steps: int = 15
-    """rounds that count"""
-    device: str = "cpu"
-    """cpu or cuda"""
-    dtype: str = "float32"
-    """of the base"""
+    rounds: int = 15
+    """that count"""
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    """of the single layers"""
+    ranks: tuple[int, ...] = (1, 8, 32, 128)
+    """of the single layers"""
+    tokens: tuple[int, ...] = (64, 256, 1024, 4096)
+    """that pass a single layer"""
+    start_width: int = 4096
+    """of the layer whose orthonormal start is timed"""
     out: Path = Path("runs/bench")
-    """folder for bench.json"""
+    """folder for bench.json and the pictures"""
+
+
+def main(given: Bench) -> dict[str, Any]:
+    setting = Setting("cpu", torch.float32, given.rank, given.dropout, given.rounds, given.methods)
+    given.out.mkdir(parents=True, exist_ok=True)
+    told: dict[str, Any] = {"facts": facts("cpu")}
+    print("; ".join(f"{name} {value}" for name, value in told["facts"].items()))
+    for part, measure in (("steps", steps), ("forwards", forwards)):
+        if part in given.parts:
+            found = {shape: measure(*ready(*SHAPES[shape](), setting), setting) for shape in given.shapes}
+            for shape, rows in found.items():
+                print(f"\n{part}, {shape}, rank {given.rank}, float32, {given.rounds} interleaved rounds")
+                print(as_text(table(rows)))
+            save(_bars(found, part), given.out / f"{part}.png")
+            told[part] = {shape: [asdict(row) for row in rows] for shape, rows in found.items()}
+    if "starts" in given.parts:
+        told["starts"] = starts(given.start_width)
+        print("\nstarts")
+        print(as_text([("what", "value"), *((name, f"{value:.3g}") for name, value in told["starts"].items())]))
+    if "products" in given.parts:
+        alone = {}
+        for shape in given.shapes:
+            model, batch = SHAPES[shape]()
+            alone[shape] = products(model, batch["input_ids"].numel(), given.rank)
+            print(f"\nproducts of {shape}'s layers, each alone and on cold tensors (ms)")
+            print(as_text(_products_table(alone[shape])))
+        told["products"] = {shape: [asdict(row) for row in rows] for shape, rows in alone.items()}
+    if "scaling" in given.parts:
+        cells = scaling(given)
+        print("\none layer, forward and backward, of the frozen layer's: factored / folded, * the one that is taken")
+        print(as_text(_scaling_table(cells, given)))
+        save(_scaling_figure(cells, given), given.out / "scaling.png")
+        told["scaling"] = [asdict(cell) for cell in cells]
+    (given.out / "bench.json").write_text(json.dumps(told, indent=1))
+    return told
+
+
+def table(rows: Sequence[Measured]) -> list[tuple[str, ...]]:
+    """Rows as text, memory against the first variant's."""
+    with_memory = rows[0].memory is not None
+    lines: list[tuple[str, ...]] = [("variant", "seconds", "ratio", "quartiles")]
+    if with_memory:
+        lines[0] += ("memory beyond (MiB)",)
+    for row in rows:
+        line: tuple[str, ...] = (
+            row.variant,
+            f"{row.seconds:.3f}",
+            f"{row.ratio:.2f}",
+            f"{row.low:.2f} to {row.high:.2f}",
+        )
+        if with_memory:
+            line += (f"{(row.memory or 0) - (rows[0].memory or 0):.0f}",)
+        lines.append(line)
+    return lines
+
+
+def starts(width: int) -> dict[str, float]:
+    """How long applying takes: the orthonormal start of one layer, and 7B parameters on the meta device."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    linear = nn.Linear(width, width, bias=False)
+    layer, weight = nn.Sequential(linear), linear.weight.detach().clone()
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights="olora")
+    own = timed(lambda: lorafamily.apply(layer, "olora", rank=8, alpha=8, targets="0"), "cpu")
+    start = placement_of(layer).adapters["0"].start
+    assert start is not None
+    U, V = start.factors()
+    lorafamily.remove(layer)
+    assert torch.equal(linear.weight, weight)
+    theirs: list[Any] = []
+    other = timed(lambda: theirs.append(peft.get_peft_model(layer, config)), "cpu")
+    lora = theirs[0].base_model.model[0]
+    product = (lora.lora_B["default"].weight @ lora.lora_A["default"].weight).detach()
+    with torch.device("meta"):
+        large = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+    on_meta = timed(lambda: lorafamily.apply(large, "lora2", rank=8), "cpu")
+    assert all(parameter.is_meta for parameter in large.parameters())
+    return {
+        f"QR start, {width} × {width}, rank 8 (s)": own,
+        "peft's (s)": other,
+        "peft's / ours": other / own,
+        "largest difference of B A": (U.detach() @ V.detach() - product).abs().max().item(),
+        "largest entry of B A": product.abs().max().item(),
+        "LLaMA-2-7B on the meta device (s)": on_meta,
+    }
 
 
 @dataclass(frozen=True)
-class Measured:
-    """`ratio`: median of step time over the floor's in the same round; `low`, `high`: its quartiles. `forward`: the
-    same of the forward alone, in inference. `memory`: MiB that a step takes at its peak beyond the floor's."""
+class Products:
+    """Milliseconds of a linear layer's products: frozen, and with factors of some rank; `layers`: of that size."""
 
-    variant: str
-    seconds: float
-    ratio: float
-    low: float
-    high: float
+    d_in: int
+    d_out: int
+    layers: int
     forward: float
-    memory: float | None
+    backward: float
+    down: float
+    up_gradient: float
+    hidden_gradient: float
+    down_gradient: float
+
+    @property
+    def frozen(self) -> float:
+        """Of the frozen layer."""
+        return self.forward + self.backward
+
+    @property
+    def thin(self) -> float:
+        """That every low-rank update adds."""
+        return self.down + self.up_gradient + self.hidden_gradient + self.down_gradient
 
 
-def main(settings: Bench) -> dict[str, list[Measured]]:
-    found = {shape: measure(shape, settings) for shape in settings.shapes}
-    for shape, rows in found.items():
-        print(f"\n{shape}, rank {settings.rank}, {settings.dtype}, {settings.steps} interleaved rounds")
-        lines = [("variant", "step (s)", "of the floor", "quartiles", "forward", "memory beyond floor (MiB)")]
-        for row in rows:
-            memory = "–" if row.memory is None else f"{row.memory:.0f}"
-            spread = f"{row.low:.2f} to {row.high:.2f}"
-            lines.append((row.variant, f"{row.seconds:.3f}", f"{row.ratio:.2f}", spread, f"{row.forward:.2f}", memory))
-        print(as_text(lines))
-    settings.out.mkdir(parents=True, exist_ok=True)
-    told = {"facts": _facts(settings), "rows": {shape: [vars(row) for row in rows] for shape, rows in found.items()}}
-    (settings.out / "bench.json").write_text(json.dumps(told, indent=1))
-    print("\n" + "; ".join(f"{name} {value}" for name, value in _facts(settings).items()))
-    return found
+def products(model: nn.Module, n: int, rank: int) -> list[Products]:
+    """The products of every size of layer in a model, on tensors that no cache holds."""
+    sizes = Counter(tuple(weight_of(layer).shape) for layer in match(model).values())
+    return [_products(d_in, d_out, layers, n, rank) for (d_out, d_in), layers in sizes.items()]
 
 
-def measure(shape: str, settings: Bench) -> list[Measured]:
-    """All variants at one shape, interleaved."""
-    base, batch = SHAPES[shape](settings)
-    variants = {name: _Variant(make(copy.deepcopy(base)), batch) for name, make in _variants(settings).items()}
-    for variant in variants.values():
-        variant.step()
-        variant.step()
-    memory = {name: variant.memory(settings.device) for name, variant in variants.items()}
-    steps: dict[str, list[float]] = {name: [] for name in variants}
-    forwards: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(settings.steps):
-        for name, variant in variants.items():
-            steps[name].append(_timed(variant.step, settings.device))
-            forwards[name].append(_timed(variant.infer, settings.device))
-    rows = []
-    for name in variants:
-        ratios = [own / floor for own, floor in zip(steps[name], steps[FLOOR], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        forward = statistics.median(own / floor for own, floor in zip(forwards[name], forwards[FLOOR], strict=True))
-        own, floor = memory[name], memory[FLOOR]
-        beyond = None if own is None or floor is None else own - floor
-        rows.append(Measured(name, statistics.median(steps[name]), ratio, low, high, forward, beyond))
-    return rows
+def _products(d_in: int, d_out: int, layers: int, n: int, rank: int) -> Products:
+    copies = range(1 + 2**24 // (n * min(d_in, d_out)))  # 64 MiB and more
+    xs, gs = [torch.randn(n, d_in) for _ in copies], [torch.randn(n, d_out) for _ in copies]
+    W, U, V, h = (torch.randn(shape) for shape in ((d_out, d_in), (rank, d_out), (rank, d_in), (rank, n)))
+
+    def milliseconds(tensors: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> float:
+        return 1e3 * statistics.median(timed(partial(product, tensor), "cpu") for _ in range(3) for tensor in tensors)
+
+    return Products(
+        d_in,
+        d_out,
+        layers,
+        forward=milliseconds(xs, lambda x: F.linear(x, W)),
+        backward=milliseconds(gs, lambda g: g @ W),
+        down=milliseconds(xs, lambda x: V @ x.T),
+        hidden_gradient=milliseconds(gs, lambda g: U @ g.T),
+        up_gradient=milliseconds(gs, lambda g: h @ g),
+        down_gradient=milliseconds(xs, lambda x: h @ x),
+    )
 
 
-class _Variant:
-    """A model that trains on one batch."""
-
-    def __init__(self, model: nn.Module, batch: dict[str, Tensor]):
-        self.model, self.batch = model, batch
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-        self.penalty = None
-        if any(isinstance(module, Adapted) for module in model.modules()):
-            placement = placement_of(model)
-            if placement.method.penalty is not None:
-                penalty = placement.method.penalty
-                self.penalty = lambda: penalty(placement.adapters.values())
-
-    def step(self) -> None:
-        self.model.train()
-        loss = self.model(**self.batch).loss
-        loss.backward()
-        if self.penalty is not None:
-            self.penalty().backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    @torch.no_grad()
-    def infer(self) -> None:
-        self.model.eval()
-        self.model(**self.batch)
-
-    def memory(self, device: str) -> float | None:
-        """MiB at the peak of a step beyond what is held before it."""
-        gc.collect()
-        peak = PeakMemory(device)
-        before = peak.read()
-        self.step()
-        after = peak.read()
-        return None if after is None or before is None else after - before
+def _products_table(rows: Sequence[Products]) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = [
+        ("in → out", "layers", "x Wᵀ", "g W", "V xᵀ", "Uᵀ gᵀ", "h g", "gₕ x", "thin / frozen")
+    ]
+    for row in rows:
+        each = (row.forward, row.backward, row.down, row.hidden_gradient, row.up_gradient, row.down_gradient)
+        texts = (f"{time:.2f}" for time in each)
+        lines.append((f"{row.d_in} → {row.d_out}", str(row.layers), *texts, f"{row.thin / row.frozen:.3f}"))
+    thin, frozen = (sum(row.layers * getattr(row, name) for row in rows) for name in ("thin", "frozen"))
+    lines.append(("all", str(sum(row.layers for row in rows)), *[""] * 6, f"{thin / frozen:.3f}"))
+    return lines
 
 
-def _variants(settings: Bench) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    rank, dropout = settings.rank, settings.dropout
+@dataclass(frozen=True)
+class Cell:
+    """One square layer: time of forward and backward against the frozen layer's."""
 
-    def floor(model: nn.Module) -> nn.Module:
-        return model.requires_grad_(False)
+    width: int
+    tokens: int
+    rank: int
+    factored: float
+    folded: float
 
-    def ours(method: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
-        return lambda model: lorafamily.apply(model, method, rank=rank, seed=0, **options)
-
-    def theirs(**options: Any) -> Callable[[nn.Module], nn.Module]:
-        def make(model: nn.Module) -> nn.Module:
-            import peft
-
-            names = list(match(model))
-            config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=names, **options)
-            return peft.get_peft_model(model, config)
-
-        return make
-
-    found: dict[str, Callable[[nn.Module], nn.Module]] = {FLOOR: floor}
-    found |= {method: ours(method) for method in settings.methods}
-    found |= {f"lora, dropout {dropout:g}": ours("lora", dropout=dropout)}
-    if "lora2" in settings.methods:
-        found["lora2, dense product"] = lambda model: _dense(ours("lora2")(model))
-    try:
-        version("peft")
-    except PackageNotFoundError:
-        print("peft is not installed; its lines are missing")
-    else:
-        found |= {"peft": theirs(), f"peft, dropout {dropout:g}": theirs(lora_dropout=dropout)}
-    found["full fine-tuning"] = lambda model: model
-    return found
+    @property
+    def folds(self) -> bool:
+        """Whether the fast path folds here."""
+        return folding_pays(self.tokens, self.width, self.width)
 
 
-def _dense(model: nn.Module) -> nn.Module:
-    """LoRA² as its authors' code computes it: the product of all factors, as large as the weight, in every forward."""
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            adapter = module.acting
-            assert adapter is not None
-
-            def forward(x: Tensor, module: Any = module, adapter: Any = adapter) -> Tensor:
-                U, V = adapter.factors()
-                return module.own(x) + adapter.scale * (x @ (U @ V).T)
-
-            vars(module)["forward"] = forward
-    return model
-
-
-def _bert(settings: Bench, layers: int = 6, width: int = 384, rows: int = 16, tokens: int = 128) -> Any:
-    import transformers
-
-    config = transformers.BertConfig(
-        vocab_size=1000, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
-        intermediate_size=4 * width, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+def scaling(given: Bench) -> list[Cell]:
+    """Every width × tokens × rank."""
     torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config)
-    ids = torch.randint(1000, (rows, tokens))
-    return _ready(model, {"input_ids": ids, "labels": torch.randint(2, (rows,))}, settings)
+    return [_cell(width, n, rank) for width in given.widths for n in given.tokens for rank in given.ranks]
 
 
-def _llama(settings: Bench, layers: int = 6, width: int = 512, rows: int = 4, tokens: int = 256) -> Any:
-    import transformers
+def _cell(width: int, n: int, rank: int) -> Cell:
+    W, b = torch.randn(width, width) / width**0.5, torch.zeros(width)
+    x, towards = torch.randn(n, width, requires_grad=True), torch.randn(n, width)
+    U, V = (torch.randn(shape, requires_grad=True) for shape in ((width, rank), (rank, width)))
 
-    config = transformers.LlamaConfig(
-        vocab_size=1000, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        intermediate_size=round(width * 8 / 3 / 32) * 32, use_cache=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    ids = torch.randint(1000, (rows, tokens))
-    return _ready(model, {"input_ids": ids, "labels": ids}, settings)
+    def run(layer: Callable[[], Tensor]) -> Callable[[], None]:
+        return lambda: layer().backward(towards)
 
-
-def _ready(model: Any, batch: dict[str, Tensor], settings: Bench) -> tuple[nn.Module, dict[str, Tensor]]:
-    """On its device; the embeddings' output needs a gradient, so that every backward reaches the first layer."""
-    model.enable_input_require_grads()
-    model.to(settings.device, getattr(torch, settings.dtype))
-    return model, {key: value.to(settings.device) for key, value in batch.items()}
-
-
-SHAPES: dict[str, Callable[[Bench], Any]] = {
-    "bert": _bert,
-    "llama": _llama,
-    "small": lambda settings: _bert(settings, layers=1, width=64, rows=2, tokens=16),
-}
+    ways = [
+        run(lambda: F.linear(x, W, b)),
+        run(lambda: adapted_linear(x, W, b, U, V, folded=False)),
+        run(lambda: adapted_linear(x, W, b, U, V, folded=True)),
+    ]
+    once = min(timed(ways[0], "cpu") for _ in range(3))
+    rounds = min(41, max(5, int(0.3 / once)))
+    times = [[timed(way, "cpu") for way in ways] for _ in range(rounds)]
+    factored, folded = (statistics.median(time[i] / time[0] for time in times) for i in (1, 2))
+    return Cell(width, n, rank, factored, folded)
 
 
-def _timed(step: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+def _scaling_table(cells: Sequence[Cell], given: Bench) -> list[tuple[str, ...]]:
+    by = {(cell.width, cell.tokens, cell.rank): cell for cell in cells}
+    lines: list[tuple[str, ...]] = [("width, tokens", *(f"rank {rank}" for rank in given.ranks))]
+    for width in given.widths:
+        for n in given.tokens:
+            row = [by[width, n, rank] for rank in given.ranks]
+            texts = [f"{c.factored:.2f}{'' if c.folds else '*'} / {c.folded:.2f}{'*' if c.folds else ''}" for c in row]
+            lines.append((f"{width}, {n}", *texts))
+    return lines
 
 
-def _facts(settings: Bench) -> dict[str, str]:
-    facts = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
-    if settings.device == "cuda":
-        facts["machine"] += f", {torch.cuda.get_device_name()}"
-    for name in ("transformers", "peft", "lorafamily"):
-        try:
-            facts[name] = version(name)
-        except PackageNotFoundError:
-            facts[name] = "not installed"
-    return facts
+def _bars(found: Mapping[str, Sequence[Measured]], part: str) -> Figure:
+    """A bar for every variant, shape by shape, with the quartiles."""
+    most = max(len(rows) for rows in found.values())
+    figure = Figure(figsize=(5 * len(found) + 1, 0.32 * most + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for axes, (shape, rows) in zip(panels, found.items(), strict=True):
+        names, ratios = [row.variant for row in rows], [row.ratio for row in rows]
+        spread = [[r.ratio - r.low for r in rows], [r.high - r.ratio for r in rows]]
+        colours = [COLOURS[5] if "peft" in name else "#999999" if name in BESIDE else COLOURS[0] for name in names]
+        axes.barh(names, ratios, xerr=spread, color=colours, ecolor="#888888", height=0.7)
+        for i, row in enumerate(rows):
+            axes.text(row.high + 0.02, i, f"{row.ratio:.2f}", va="center", fontsize=8)
+        axes.axvline(1, color="#444444", linewidth=0.8)
+        axes.set(title=shape, xlabel=f"time, of the {names[0]}", xlim=(0, 1.12 * max(row.high for row in rows)))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.suptitle({"steps": "A training step", "forwards": "A forward in inference"}[part])
+    return figure
+
+
+def _scaling_figure(cells: Sequence[Cell], given: Bench) -> Figure:
+    """Ratio over tokens, a panel for every width; solid is factored, dashed folded."""
+    figure = Figure(figsize=(3 * len(given.widths), 3.4), layout="constrained")
+    for axes, width in zip(
+        figure.subplots(1, len(given.widths), squeeze=False, sharey=True)[0], given.widths, strict=True
+    ):
+        for colour, rank in zip(COLOURS, given.ranks, strict=False):
+            own = [cell for cell in cells if cell.width == width and cell.rank == rank]
+            tokens = [cell.tokens for cell in own]
+            axes.plot(tokens, [cell.factored for cell in own], color=colour, label=f"rank {rank}")
+            axes.plot(tokens, [cell.folded for cell in own], color=colour, linestyle="--")
+        axes.axvline(2 * width, color="#888888", linewidth=0.8, linestyle=":")
+        axes.set(title=f"width {width}", xlabel="tokens", xscale="log", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("time, of the frozen layer")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        "One layer, forward and backward: factored (solid), folded (dashed), folding chosen right of the dots"
+    )
+    return figure
 
 
 if __name__ == "__main__":

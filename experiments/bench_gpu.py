@@ -1,0 +1,212 @@
+"""The fast path on a GPU, in one call: first whether it is right, then every ratio.
+
+    python experiments/bench_gpu.py                         # LLaMA shape, 1.1B parameters, bfloat16, sequence 2048
+    python experiments/bench_gpu.py --device cpu --layers 1 --width 64 --inner 128 --tokens 16 --rounds 2
+
+Prints what is checked with the bound it is held against, then the table of steps and that of forwards, and writes
+`bench_gpu.json`. Ends with code 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import lorafamily
+from bench import table
+from embedded import tiny
+from lorafamily.placement import placement_of
+from measuring import Setting, facts, forwards, llama, ready, steps
+from report import as_text
+
+CHECKED = ("lora", "olora", "alora", "lora2", "adalora")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Check and measure the fast path on a GPU."""
+
+    device: str = "cuda"
+    """cuda or cpu"""
+    layers: int = 22
+    """of the LLaMA shape that is measured"""
+    width: int = 2048
+    """of its hidden states, a multiple of 64"""
+    inner: int = 5632
+    """width of its feed-forward layers"""
+    tokens: int = 2048
+    """of a sequence"""
+    rows: int = 2
+    """sequences in a batch"""
+    vocabulary: int = 32000
+    """of the model"""
+    methods: tuple[str, ...] = ("lora", "olora", "lora2")
+    """that are measured; all are checked"""
+    rank: int = 8
+    """of every adapter"""
+    rounds: int = 15
+    """that count"""
+    out: Path = Path("runs/bench_gpu")
+    """folder for bench_gpu.json"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was checked, the number that came, and the bound it must not pass."""
+
+    what: str
+    found: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it came out right; nan does not."""
+        return self.found <= self.bound
+
+
+def main(given: Given) -> bool:
+    about = facts(given.device)
+    print("; ".join(f"{name} {value}" for name, value in about.items()))
+    checks = []
+    for check in checked(given.device):
+        print(
+            f"{'ok  ' if check.holds else 'FAIL'}  {check.what}: {check.found:.3g} (at most {check.bound:.3g})",
+            flush=True,
+        )
+        checks.append(check)
+    setting = Setting(given.device, torch.bfloat16, given.rank, 0.1, given.rounds, given.methods)
+    model, batch = llama(
+        layers=given.layers, width=given.width, inner=given.inner, rows=given.rows, tokens=given.tokens,
+        vocabulary=given.vocabulary,
+    )  # fmt: skip
+    size = sum(parameter.numel() for parameter in model.parameters())
+    model, batch = ready(model, batch, setting)
+    told = {"facts": about, "parameters": size, "checks": [asdict(check) for check in checks]}
+    for part, measure in (("steps", steps), ("forwards", forwards)):
+        rows = measure(model, batch, setting)
+        print(
+            f"\n{part}: {size / 1e9:.2g}B parameters, bfloat16, {given.rows} × {given.tokens} tokens, rank {given.rank}"
+        )
+        print(as_text(table(rows)), flush=True)
+        told[part] = [asdict(row) for row in rows]
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "bench_gpu.json").write_text(json.dumps(told, indent=1))
+    return all(check.holds for check in checks)
+
+
+def checked(device: str) -> Iterator[Check]:
+    """The fast path against the plain formula in float64, and what a user does with a model on that device."""
+    for method in CHECKED:
+        for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):  # products of 64 terms; 8 bits
+            yield from _against_float64(method, device, dtype, bound)
+    for kind in ("entries", "features"):
+        yield Check(f"dropout of {kind}: share that is dropped, off 0.25 by", _dropped(kind, device), 0.01)
+    yield Check("merging and taking it back: weights that changed", _merged_and_back(device), 0)
+    yield Check("saving and loading: largest difference", _saved_and_loaded(device), 0)
+    yield Check("torch.compile(fullgraph=True): largest relative difference", _compiled(device), 0.05)
+    yield Check("100 steps on one batch: loss at the end, of that at the start", _trained(device), 0.9)
+
+
+def _layers(method: str, dtype: torch.dtype, device: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64)).to(device, dtype)
+    lorafamily.apply(model, method, rank=4, seed=0)
+    with torch.no_grad():
+        for adapter in placement_of(model).adapters.values():
+            for parameter in adapter.update.parameters():
+                parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.1)
+    return model
+
+
+def _against_float64(method: str, device: str, dtype: torch.dtype, bound: float) -> Iterator[Check]:
+    """Relative to the largest number of each."""
+    model = _layers(method, dtype, device)
+    exact = copy.deepcopy(model).cpu().double()
+    torch.manual_seed(1)
+    x = torch.randn(300, 64).to(dtype)
+    with ExitStack() as gates:
+        for adapter in placement_of(exact).adapters.values():  # a gate takes the plain way
+            gates.enter_context(adapter.gated(torch.ones(adapter.rank, dtype=torch.float64)))
+        results = [_outcome(model, x.to(device)), _outcome(exact, x.double())]
+    output, *gradients = (
+        ((found - right).abs().max() / right.abs().max()).item() for found, right in zip(*results, strict=True)
+    )
+    name = str(dtype).removeprefix("torch.")
+    yield Check(f"{method}, {name}: output against float64", output, bound)
+    yield Check(f"{method}, {name}: gradients against float64", max(gradients), bound)
+
+
+def _outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input and of everything trained, on the CPU in float64."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [value.detach().cpu().double() for value in (y, *torch.autograd.grad(y.square().sum(), [x, *trained]))]
+
+
+def _dropped(kind: str, device: str) -> float:
+    linear = nn.Linear(4096, 8, bias=False, device=device)
+    nn.init.zeros_(linear.weight)
+    layer = nn.Sequential(linear)
+    lorafamily.apply(layer, "lora", rank=8, dropout=0.25, dropout_kind=kind, seed=0)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in placement_of(layer).adapters["0"].update.named_parameters():
+            parameter.copy_(torch.ones_like(parameter) if name == "A" else torch.eye(8).to(parameter))
+    torch.manual_seed(0)
+    x = torch.ones(64, 4096, device=device)
+    kept = [layer(x)[:, 0].mean() / placement_of(layer).adapters["0"].scale / 4096 * 0.75 for _ in range(20)]
+    return abs(1 - torch.stack(kept).mean().item() - 0.25)
+
+
+def _merged_and_back(device: str) -> float:
+    model = _layers("lora2", torch.bfloat16, device)
+    linears = [module for module in model if isinstance(module, nn.Linear)]
+    before = [module.weight.clone() for module in linears]
+    lorafamily.merge(model)
+    lorafamily.unmerge(model)
+    return sum((module.weight != old).sum().item() for module, old in zip(linears, before, strict=True))
+
+
+def _saved_and_loaded(device: str) -> float:
+    model = _layers("olora", torch.bfloat16, device)
+    base = lorafamily.remove(copy.deepcopy(model))
+    x = torch.randn(5, 64, device=device, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        lorafamily.save(model, folder)
+        return (lorafamily.load(base, folder)(x) - model(x)).abs().max().item()
+
+
+def _compiled(device: str) -> float:
+    model = _layers("lora", torch.float32, device)
+    x = torch.randn(32, 64, device=device)
+    found = []
+    backend = "inductor" if device == "cuda" else "aot_eager"  # inductor on a CPU wants a compiler
+    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    return max(((one - two).abs().max() / one.abs().max()).item() for one, two in zip(*found, strict=True))
+
+
+def _trained(device: str) -> float:
+    model = tiny().to(device)
+    lorafamily.apply(model, "lora2", rank=8, seed=0)
+    torch.manual_seed(0)
+    batch = {"bytes": torch.randint(256, (4, 24))}
+    history = lorafamily.train(model, [batch], steps=100, lr=1e-2, progress=False)
+    return history.steps[-1].loss / history.steps[0].loss
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(tyro.cli(Given)) else 1)

@@ -1,0 +1,303 @@
+"""Timing a training step and a forward of one model under every method, interleaved: what the benchmarks share.
+
+Steps of all variants are interleaved, so that a slow minute of the machine falls on all of them; a ratio is the median
+of the ratios to the floor's step of the same round. The floor is forward and backward of the frozen model, gradients of
+activations only, nothing trained. All variants train the same model on the same batch: forward, backward, AdamW, and
+what an allocator does between its decisions.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lorafamily
+from lorafamily.allocation.replay import PeakActivations
+from lorafamily.allocation.run import Run
+from lorafamily.layers import Adapted
+from lorafamily.placement import placement_of
+from lorafamily.targets import match
+
+FLOOR, FROZEN, KEPT = "frozen floor", "frozen model", "inputs kept, no update"
+DENSE, FULL = "lora2, dense product", "full fine-tuning"
+BESIDE = (FLOOR, FROZEN, KEPT, DENSE, FULL)  # what is neither ours nor peft's
+Batch = dict[str, Tensor]
+Make = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: the base's dtype, the rank of every adapter, the probability of those with dropout, rounds."""
+
+    device: str
+    dtype: torch.dtype
+    rank: int
+    dropout: float
+    rounds: int
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`ratio`: median over the rounds of the time against the first variant's in the same round; `low`, `high`: its
+    quartiles. `memory`: MiB of tensors that a step holds at its peak beyond what it found; None for a forward."""
+
+    variant: str
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+    memory: float | None = None
+
+
+def steps(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
+    """A training step of every variant against the frozen floor."""
+    made = {name: _Trained(make(copy.deepcopy(base)), batch) for name, make in trained_variants(setting).items()}
+    for variant in made.values():
+        variant.step()
+        variant.step()
+    memory = {name: _peak(variant.step, setting.device) for name, variant in made.items()}
+    return _interleaved({name: variant.step for name, variant in made.items()}, setting, memory)
+
+
+def forwards(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
+    """A forward in inference of every variant, merged and not, against the frozen model."""
+    made = {name: make(copy.deepcopy(base)).eval() for name, make in served_variants(setting).items()}
+
+    def forward(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                model(**batch)
+
+        return run
+
+    runs = {name: forward(model) for name, model in made.items()}
+    for run in runs.values():
+        run()
+    return _interleaved(runs, setting, {})
+
+
+def _interleaved(
+    runs: Mapping[str, Callable[[], None]], setting: Setting, memory: Mapping[str, float]
+) -> list[Measured]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(setting.rounds):
+        for name, run in runs.items():
+            times[name].append(timed(run, setting.device))
+    first = next(iter(times.values()))
+    rows = []
+    for name, own in times.items():
+        ratios = [one / other for one, other in zip(own, first, strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        rows.append(Measured(name, statistics.median(own), ratio, low, high, memory.get(name)))
+    return rows
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _peak(run: Callable[[], None], device: str) -> float:
+    """MiB of new tensors alive at once."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with PeakActivations() as measured:
+        run()
+    return measured.peak / 2**20
+
+
+class _Trained:
+    """A model that trains on one batch, with penalty and the allocator's bookkeeping."""
+
+    def __init__(self, model: nn.Module, batch: Batch):
+        self.model, self.batch, self.steps = model.train(), batch, 0
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+        self.penalty: Callable[[], Tensor] | None = None
+        self.allocator = None
+        if any(isinstance(module, Adapted) for module in model.modules()):
+            lorafamily.share_inputs(model, **batch)
+            method, adapters = placement_of(model).method, placement_of(model).adapters
+            if (penalty := method.penalty) is not None:
+                self.penalty = lambda: penalty(adapters.values())
+            # So long a run that no decision falls into what is measured.
+            self.allocator = method.allocation.begin(Run(model, adapters, 10**6, validation_loss=self._loss))
+
+    def _loss(self) -> Tensor:
+        loss: Tensor = self.model(**self.batch).loss
+        return loss
+
+    def step(self) -> None:
+        self._loss().backward()
+        if self.penalty is not None:
+            self.penalty().backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        if self.allocator is not None:
+            self.steps += 1
+            self.allocator.step(self.steps)
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+
+def trained_variants(setting: Setting) -> dict[str, Make]:
+    """Name -> what makes a model of a copy of the base; the first is the floor."""
+    found: dict[str, Make] = {FLOOR: lambda model: model.requires_grad_(False)}
+    found |= {method: _ours(method, setting) for method in setting.methods}
+    if setting.dropout:
+        drops = f"dropout {setting.dropout:g}"
+        found[f"lora, {drops}"] = _ours("lora", setting, dropout=setting.dropout)
+        found[f"lora, {drops} of features"] = _ours("lora", setting, dropout=setting.dropout, dropout_kind="features")
+    found[KEPT] = _keeping
+    if "lora2" in setting.methods:
+        found[DENSE] = lambda model: _dense(_ours("lora2", setting)(model))
+    if _has_peft():
+        found["peft"] = _theirs(setting)
+        if setting.dropout:
+            found[f"peft, {drops}"] = _theirs(setting, lora_dropout=setting.dropout)
+    found[FULL] = lambda model: model
+    return found
+
+
+def served_variants(setting: Setting) -> dict[str, Make]:
+    """The same for inference; the first is the frozen model."""
+    found: dict[str, Make] = {FROZEN: lambda model: model.requires_grad_(False)}
+    for method in setting.methods:
+        found[method] = _ours(method, setting)
+        found[f"{method}, merged"] = _merged(_ours(method, setting))
+    if _has_peft():
+        found["peft"] = _theirs(setting)
+        found["peft, merged"] = lambda model: cast(Any, _theirs(setting)(model)).merge_and_unload()
+    return found
+
+
+def _ours(method: str, setting: Setting, **options: Any) -> Make:
+    return lambda model: lorafamily.apply(model, method, rank=setting.rank, seed=0, **options)
+
+
+class _Keeping(torch.autograd.Function):
+    """A frozen linear layer that keeps its input until the backward, as every update must, and does nothing with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return F.linear(x, W, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        _, W = ctx.saved_tensors
+        return gradient @ W, None, None
+
+
+def _keeping(model: nn.Module) -> nn.Module:
+    for layer in match(model).values():
+        vars(layer)["forward"] = lambda x, layer=layer: _Keeping.apply(x, layer.weight, layer.bias)
+    return model.requires_grad_(False)
+
+
+def _merged(make: Make) -> Make:
+    return lambda model: lorafamily.merge(make(model))
+
+
+def _theirs(setting: Setting, **options: Any) -> Make:
+    def make(model: nn.Module) -> Any:
+        import peft
+
+        config = peft.LoraConfig(r=setting.rank, lora_alpha=16, target_modules=list(match(model)), **options)
+        return peft.get_peft_model(model, config)
+
+    return make
+
+
+def _has_peft() -> bool:
+    try:
+        version("peft")
+    except PackageNotFoundError:
+        print("peft is not installed; its lines are missing")
+        return False
+    return True
+
+
+def _dense(model: nn.Module) -> nn.Module:
+    """LoRA² as its authors' code computes it: the product of all factors, as large as the weight, in every forward."""
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            adapter = module.acting
+            assert adapter is not None
+
+            def forward(x: Tensor, module: Any = module, adapter: Any = adapter) -> Tensor:
+                U, V = adapter.factors()
+                return module.own(x) + adapter.scale * (x @ (U @ V).T.to(x.dtype))
+
+            vars(module)["forward"] = forward
+    return model
+
+
+def bert(*, layers: int = 6, width: int = 384, rows: int = 16, tokens: int = 128) -> tuple[nn.Module, Batch]:
+    """A classifier of BERT's shape, and a batch."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=1000, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
+        intermediate_size=4 * width, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ids = torch.randint(1000, (rows, tokens))
+    return transformers.BertForSequenceClassification(config), {"input_ids": ids, "labels": torch.randint(2, (rows,))}
+
+
+def llama(
+    *, layers: int = 6, width: int = 512, inner: int = 1376, rows: int = 4, tokens: int = 256, vocabulary: int = 1000
+) -> tuple[nn.Module, Batch]:
+    """A language model of LLaMA's shape, and a batch."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        intermediate_size=inner, use_cache=False, max_position_embeddings=max(2048, tokens),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ids = torch.randint(vocabulary, (rows, tokens))
+    return transformers.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def ready(model: Any, batch: Batch, setting: Setting) -> tuple[nn.Module, Batch]:
+    """On its device; the embeddings' output needs a gradient, so that every backward reaches the first layer."""
+    model.enable_input_require_grads()
+    model.to(setting.device, setting.dtype)
+    return model, {key: value.to(setting.device) for key, value in batch.items()}
+
+
+def facts(device: str) -> dict[str, str]:
+    """Machine and versions."""
+    found = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+    if device == "cuda":
+        found["machine"] += f", {torch.cuda.get_device_name()}"
+    for name in ("transformers", "peft", "lorafamily"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
