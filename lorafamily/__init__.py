@@ -26,6 +26,7 @@ from lorafamily.errors import (
 )
 from lorafamily.history import History
 from lorafamily.injection import apply, disabled, remove, switch
+from lorafamily.insight import analysis
 from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
@@ -56,6 +57,7 @@ __all__ = [
     "Summary",
     "TargetError",
     "TrainingError",
+    "analysis",
     "apply",
     "combine",
     "compress",

@@ -1,0 +1,201 @@
+"""What an update is, against the weight it updates and against other updates: section 7 of the LoRA paper.
+
+Everything is computed from the factors, ΔW = s · U V, in float64: decompositions are of m × d factors and m × m cores,
+never of a d_out × d_in update. Axes: d_in, d_out of the weight; m = inner size of the factors; i, j count directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorafamily.adapter import Adapter
+from lorafamily.errors import StateError
+from lorafamily.layers import weight_of
+from lorafamily.names import place_of
+from lorafamily.placement import placement_of, refuse_merged, state_of
+
+Side = Literal["down", "up"]
+"""Of the factors: down is V, its directions are in R^{d_in}; up is U, its directions are in R^{d_out}."""
+
+
+@torch.no_grad()
+def directions(adapter: Adapter, side: Side = "down") -> Float[Tensor, "k d"]:
+    """Orthonormal directions of a factor, the strongest first: right singular vectors of V, left ones of U.
+
+    As many as the factor's rank, to rounding (LoRA, sec. 7.2). With a frozen start the factors are those of ΔW.
+    """
+    if side not in ("down", "up"):
+        raise StateError(f'side={side!r}: must be "down" or "up"')
+    U, V = (factor.cpu().double() for factor in adapter.factors())
+    _, values, rows = torch.linalg.svd(V if side == "down" else U.T, full_matrices=False)
+    return rows[values > values[:1] * 1e-12]
+
+
+def similarity(one: Float[Tensor, "k d"], other: Float[Tensor, "l e"]) -> Float[Tensor, "k l"]:
+    """φ(i, j) = ‖one[:i] other[:j]ᵀ‖²_F / min(i, j), for every i and j from 1 (LoRA, eq. 4).
+
+    The share of one subspace that lies in the other: 1 where the smaller is contained, near max(i, j) / d for random
+    ones.
+
+    Args:
+        one, other: orthonormal directions as rows, see `directions`.
+
+    Raises:
+        StateError: they are not orthonormal, or of spaces of different size.
+    """
+    if one.shape[1] != other.shape[1]:
+        raise StateError(f"directions in R^{one.shape[1]} and in R^{other.shape[1]} cannot be compared")
+    for rows in (one, other):
+        if ((rows @ rows.T - torch.eye(len(rows)).to(rows)).abs() > 1e-6).any():
+            raise StateError("these directions are not orthonormal rows")
+    shared = (one @ other.T).square().cumsum(0).cumsum(1)
+    i, j = torch.arange(1, len(one) + 1).to(shared), torch.arange(1, len(other) + 1).to(shared)
+    return shared / torch.minimum(i[:, None], j)
+
+
+def random_directions(k: int, d: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
+    """k orthonormal directions of a uniformly random subspace of R^d, what φ is held against."""
+    gaussian = torch.randn(d, k, dtype=torch.float64, generator=generator)
+    return torch.linalg.qr(gaussian).Q.T
+
+
+def spectrum(adapter: Adapter) -> Float[Tensor, " m"]:
+    """Singular values of ΔW, the largest first."""
+    return adapter.svd()[1]
+
+
+def effective_rank(values: Float[Tensor, " m"]) -> float:
+    """exp of the entropy of values / Σ values: how many directions really carry an update; 0 for none.
+
+    Source: Roy and Vetterli 2007, "The effective rank".
+    """
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    share = values / total
+    return math.exp(torch.special.entr(share).sum().item())
+
+
+def leading(W: Float[Tensor, "d_out d_in"], k: int) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "k d_in"]]:
+    """The k strongest left and right singular vectors of a weight, by Lanczos, so that W is not decomposed whole."""
+    matrix = W.detach().cpu().double().numpy()
+    if k >= min(matrix.shape) // 2:  # where Lanczos would take more than all of it
+        U, _, V = torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
+        return U[:, :k], V[:k]
+    import scipy.sparse.linalg  # here, since it takes as long to import as the rest of the package
+
+    start = torch.ones(min(matrix.shape), dtype=torch.float64).numpy()  # the same vectors every time
+    U, S, V = scipy.sparse.linalg.svds(matrix, k=k, v0=start)
+    order = S.argsort()[::-1].copy()
+    return torch.from_numpy(U[:, order].copy()), torch.from_numpy(V[order].copy())
+
+
+@dataclass(frozen=True)
+class Amplification:
+    """How much more an update weighs in its own directions than the weight does (LoRA, sec. 7.3, Table 7).
+
+    `delta`: ‖ΔW‖_F. `weight`: ‖W‖_F. `in_delta`, `in_weight`, `in_random`: ‖Uᵀ W Vᵀ‖_F for the r strongest directions
+    of ΔW, of W itself, and of a random matrix. `factor`: ‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F in ΔW's directions; nan for no update.
+    """
+
+    rank: int
+    delta: float
+    weight: float
+    in_delta: float
+    in_weight: float
+    in_random: float
+
+    @property
+    def factor(self) -> float:
+        return self.delta / self.in_delta if self.delta else math.nan
+
+
+@torch.no_grad()
+def amplification(
+    adapter: Adapter, W: Float[Tensor, "d_out d_in"], rank: int | None = None, *, seed: int = 0
+) -> Amplification:
+    """Table 7's numbers for one layer.
+
+    Args:
+        W: its base weight, as (d_out, d_in).
+        rank: directions to look at; the update's own number of them, if None or beyond it.
+        seed: of the random directions.
+    """
+    left, values, right = adapter.svd()
+    r = int((values > values[:1] * 1e-12).sum())
+    r = r if rank is None else min(rank, r)
+    base = W.detach().cpu().double()
+
+    def seen(U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"]) -> float:
+        return (U.T @ base @ V.T).norm().item()
+
+    generator = torch.Generator().manual_seed(seed)
+    chance = (random_directions(r, d, generator) for d in base.shape)
+    up, down = chance
+    return Amplification(
+        rank=r,
+        delta=values.norm().item(),
+        weight=base.norm().item(),
+        in_delta=seen(left[:, :r], right[:r]),
+        in_weight=seen(*leading(base, r)) if r else 0.0,
+        in_random=seen(up.T, down),
+    )
+
+
+@torch.no_grad()
+def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
+    """Share of ‖ΔW‖²_F that lies in W's k strongest directions on both sides, ‖Pᵀ ΔW Qᵀ‖²_F / ‖ΔW‖²_F.
+
+    nan for no update. A random update has about k² / (d_in d_out) there.
+    """
+    left, values, right = adapter.svd()
+    if not values.any():
+        return math.nan
+    P, Q = leading(W, k)
+    return ((P.T @ left * values) @ (right @ Q.T)).square().sum().item() / values.square().sum().item()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """‖ΔW‖_F of one layer, against its weight's. `layer`, `kind`: block and kind of matrix, from the layer's name."""
+
+    module: str
+    layer: int | None
+    kind: str
+    rank: int
+    delta: float
+    relative: float
+    effective_rank: float
+
+
+def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
+    """Size and effective rank of the update of every adapted layer, in the model's order.
+
+    Raises:
+        StateError: no adapter of that name, or a merged model, whose weights are no longer the base's.
+    """
+    rows = []
+    for at, (adapter, W) in layers_of(model, name).items():
+        values = spectrum(adapter)
+        place, delta = place_of(at), values.norm().item()
+        relative = delta / W.detach().cpu().double().norm().item()
+        rows.append(Norm(at, place.layer, place.kind, adapter.rank, delta, relative, effective_rank(values)))
+    return rows
+
+
+def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[Adapter, Float[Tensor, "d_out d_in"]]]:
+    """Adapter and base weight of every adapted layer, by full name.
+
+    Raises:
+        StateError: as `norms`.
+    """
+    placement = placement_of(model, name)
+    refuse_merged(state_of(model))
+    return {at: (adapter, weight_of(model.get_submodule(at))) for at, adapter in placement.adapters.items()}
