@@ -232,20 +232,10 @@ class _Write(torch.autograd.Function):
     """The output of one layer from x and what was read of it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        h: Tensor,
-        W: Tensor,
-        b: Tensor | None,
-        U: Tensor,
-        scale: float,
-        Uf: Tensor | None,
-        Vf: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, h: Tensor, *layer: Any) -> Tensor:
+        W, _, U, ctx.scale, Uf, Vf = layer
         ctx.save_for_backward(h, W, U, Uf, Vf)
-        ctx.scale = scale
-        return _write(x, h, W, b, U, scale, Uf, Vf)
+        return _write(x, h, *layer)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
