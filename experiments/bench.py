@@ -159,7 +159,10 @@ def starts(width: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Products:
-    """Milliseconds of a linear layer's products: frozen, and with factors of some rank; `layers`: of that size."""
+    """Milliseconds of a linear layer's products: frozen, and with factors of some rank; `layers`: of that size.
+
+    `read`: of reading x twice and the gradient of the output twice, which the thin products cannot do without.
+    """
 
     d_in: int
     d_out: int
@@ -170,6 +173,7 @@ class Products:
     up_gradient: float
     hidden_gradient: float
     down_gradient: float
+    read: float
 
     @property
     def frozen(self) -> float:
@@ -206,19 +210,23 @@ def _products(d_in: int, d_out: int, layers: int, n: int, rank: int) -> Products
         hidden_gradient=milliseconds(gs, lambda g: U @ g.T),
         up_gradient=milliseconds(gs, lambda g: h @ g),
         down_gradient=milliseconds(xs, lambda x: h @ x),
+        read=2 * (milliseconds(xs, torch.sum) + milliseconds(gs, torch.sum)),
     )
 
 
 def _products_table(rows: Sequence[Products]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [
-        ("in → out", "layers", "x Wᵀ", "g W", "V xᵀ", "Uᵀ gᵀ", "h g", "gₕ x", "thin / frozen")
+        ("in → out", "layers", "x Wᵀ", "g W", "V xᵀ", "Uᵀ gᵀ", "h g", "gₕ x", "thin / frozen", "reading / frozen")
     ]
     for row in rows:
         each = (row.forward, row.backward, row.down, row.hidden_gradient, row.up_gradient, row.down_gradient)
         texts = (f"{time:.2f}" for time in each)
-        lines.append((f"{row.d_in} → {row.d_out}", str(row.layers), *texts, f"{row.thin / row.frozen:.3f}"))
-    thin, frozen = (sum(row.layers * getattr(row, name) for row in rows) for name in ("thin", "frozen"))
-    lines.append(("all", str(sum(row.layers for row in rows)), *[""] * 6, f"{thin / frozen:.3f}"))
+        shares = f"{row.thin / row.frozen:.3f}", f"{row.read / row.frozen:.3f}"
+        lines.append((f"{row.d_in} → {row.d_out}", str(row.layers), *texts, *shares))
+    thin, read, frozen = (sum(row.layers * getattr(row, name) for row in rows) for name in ("thin", "read", "frozen"))
+    lines.append(
+        ("all", str(sum(row.layers for row in rows)), *[""] * 6, f"{thin / frozen:.3f}", f"{read / frozen:.3f}")
+    )
     return lines
 
 

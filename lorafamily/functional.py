@@ -195,7 +195,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Mask | None, adds: bool, *Vs: Tensor) -> tuple[Tensor, ...]:
         V = torch.cat(Vs) if len(Vs) > 1 else Vs[0]
-        ctx.save_for_backward(x, V)
+        ctx.save_for_backward(x, *Vs)  # parameters as a rule, where the stack of them is one tensor more to keep
         ctx.mask, ctx.adds, ctx.sizes = mask, adds, [len(each) for each in Vs]
         ctx.set_materialize_grads(False)
         same = x.view_as(x)
@@ -207,7 +207,8 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gx: Tensor | None, *of_h: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        x, V = ctx.saved_tensors
+        x, *Vs = ctx.saved_tensors
+        V = torch.cat(Vs) if len(Vs) > 1 else Vs[0]
         rows, mask = _rows(x), ctx.mask
         given = [V.new_zeros(size, len(rows)) if g is None else g for g, size in zip(of_h, ctx.sizes, strict=True)]
         gh = torch.cat(given) if len(given) > 1 else given[0]
