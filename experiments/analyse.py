@@ -1,6 +1,6 @@
 """What adapters learnt: section 7 of the LoRA paper, on any saved adapters of one base model.
 
-    python experiments/analyse.py runs/embedded/*/adapter
+    python experiments/analyse.py runs/embedded/cells/*/adapter
     python experiments/analyse.py RUN_A/adapter RUN_B/adapter --model PATH_OR_HUB_ID
 
 Writes `analysis.json`, pictures, and the same pictures for `tensorboard --logdir`: how alike the directions of any two
@@ -56,11 +56,12 @@ class Analyse:
 def main(given: Analyse) -> dict[str, Any]:
     names = _names(given.adapters)
     model = _base(given)
+    placed = {name: f"number{i}" for i, name in enumerate(names)}  # a path is no name for an adapter
     for name, folder in names.items():
-        lorafamily.load(model, folder, name=name)
-    layers = {name: analysis.layers_of(model, name) for name in names}
+        lorafamily.load(model, folder, name=placed[name])
+    layers = {name: analysis.layers_of(model, placed[name]) for name in names}
     told: dict[str, Any] = {"side": given.side, "adapters": {name: str(folder) for name, folder in names.items()}}
-    told["norms"] = {name: [asdict(row) for row in analysis.norms(model, name)] for name in names}
+    told["norms"] = {name: [asdict(row) for row in analysis.norms(model, placed[name])] for name in names}
     told["spectra"] = {
         name: {at: analysis.spectrum(adapter).tolist() for at, (adapter, _) in own.items()}
         for name, own in layers.items()
@@ -91,10 +92,10 @@ def main(given: Analyse) -> dict[str, Any]:
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
     """The shortest ends of the paths that tell them apart; `adapter`, which all have, tells nothing."""
     if not folders:
-        raise SystemExit("name the folders of saved adapters, such as runs/embedded/*/adapter")
+        raise SystemExit("name the folders of saved adapters, such as runs/embedded/cells/*/adapter")
     parts = [[part for part in folder.parts if part != "adapter"] for folder in folders]
     for length in range(1, 1 + max(len(own) for own in parts)):
-        names = ["/".join(own[-length:]).replace(".", "_") for own in parts]
+        names = ["/".join(own[-length:]) for own in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, folders, strict=True))
     raise SystemExit("the same adapter is named twice")
@@ -201,9 +202,9 @@ def _heatmaps(alike: Mapping[tuple[str, str], Mapping[str, Tensor]], layers: Map
         for axes, kind in zip(own, kinds, strict=True):
             image = axes.imshow(by_kind[kind], cmap="cividis", vmin=0, vmax=1, origin="lower")
             axes.set_xticks([]), axes.set_yticks([])
-            if own is panels[0]:
-                axes.set_title(kind, fontsize=8)
         own[0].set_ylabel(label, fontsize=7)
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        axes.set_title(kind, fontsize=8)
     figure.colorbar(image, ax=figure.axes, label="φ(i, j)", shrink=0.8)
     figure.suptitle(
         "How alike subspaces are: i directions of the one (up), j of the other (right), from 1", fontsize=10

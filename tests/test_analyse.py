@@ -18,19 +18,19 @@ from lorafamily.placement import placement_of
 def saved(tmp_path_factory):
     """Two adapters of the embedded model with other methods and ranks, one of which has a layer without ranks."""
     folder = tmp_path_factory.mktemp("adapters")
-    for name, method, rank in (("one", "lora", 2), ("two", "alora", 3)):
+    for name, method, rank in (("one", "lora", 2), ("two@0.1", "alora", 3)):
         model = perturb_(lorafamily.apply(embedded.pretrained(), method, rank=rank, seed=0), size=0.1)
-        if name == "two":
+        if name == "two@0.1":
             next(iter(placement_of(model).adapters.values())).resize(torch.tensor([], dtype=torch.long))
         lorafamily.save(model, folder / name / "adapter")
     return folder
 
 
 def test_numbers_pictures_and_board(saved, tmp_path, capsys):
-    adapters = tuple(saved / name / "adapter" for name in ("one", "two"))
+    adapters = tuple(saved / name / "adapter" for name in ("one", "two@0.1"))
     told = analyse.main(analyse.Analyse(adapters, out=tmp_path))
     assert json.loads((tmp_path / "analysis.json").read_text()).keys() == told.keys()
-    assert list(told["adapters"]) == ["one", "two"]
+    assert list(told["adapters"]) == ["one", "two@0.1"]
     model = lorafamily.load(embedded.pretrained(), adapters[0])
     for row in told["norms"]["one"]:
         expected = placement_of(model).adapters[row["module"]].norm()
@@ -53,7 +53,7 @@ def test_one_adapter_has_nothing_to_be_like(saved, tmp_path):
 
 
 def test_no_adapter_or_one_twice_is_said(saved, tmp_path):
-    with pytest.raises(SystemExit, match="runs/embedded"):
+    with pytest.raises(SystemExit, match="runs/embedded/cells"):
         analyse.main(analyse.Analyse((), out=tmp_path))
     folder = saved / "one" / "adapter"
     with pytest.raises(SystemExit, match="twice"):
