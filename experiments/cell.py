@@ -6,9 +6,9 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,47 +21,87 @@ FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this process writes files and talks; under torchrun there are others."""
 NONE, FULL = "none", "full"
 """What is compared beside adapters: nothing adapted (a new task head still trains), everything trained."""
+ALL = "all"
+"""Targets: every linear layer but the head."""
+MATRICES = {
+    "q": r"(^|[._])(q|query|q_proj|query_proj|q_lin)$",
+    "k": r"(^|[._])(k|key|k_proj|key_proj|k_lin)$",
+    "v": r"(^|[._])(v|value|v_proj|value_proj|v_lin)$",
+    "o": r"(attention\.output|attention\.output\.dense|o_proj|out_proj|out_lin|attn\.c_proj)$",
+}
+"""Projections of the attention, as BERT and its kin, LLaMA, GPT-2 (by parts) and the embedded decoder name them."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large an adapter may be: a budget of trainable numbers, or the rank of every layer."""
+
+    by: Literal["budget", "rank"]
+    value: int
+
+    def __str__(self) -> str:
+        return f"{self.value:,}" if self.by == "budget" else f"rank {self.value}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`budget`: trainable adapter numbers; None for `none` and `full`, which have no adapters."""
+    """`size`, `targets`: None for `none` and `full`, which have no adapters. `targets`: see `layers_named`."""
 
     method: str
-    budget: int | None
+    size: Size | None
+    targets: str | None
     lr: float
     seed: int
+
+    def at(self, lr: float, seed: int) -> Cell:
+        """The same configuration at another learning rate and seed."""
+        return replace(self, lr=lr, seed=seed)
 
     @property
     def key(self) -> str:
         """Names the cell in files and folders."""
-        at = "" if self.budget is None else f"@{self.budget}"
-        return f"{self.method}{at}-lr{self.lr:g}-seed{self.seed}"
+        size = "" if self.size is None else f"@{'r' if self.size.by == 'rank' else ''}{self.size.value}"
+        where = "" if self.targets in (None, ALL) else f"-on-{self.targets}"
+        what = re.sub(r"[^\w.+=@-]", "_", f"{self.method}{size}{where}")
+        return f"{what}-lr{self.lr:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What all cells share. `options`: of methods, by method; `targets`: None for all linear layers."""
+    """What all cells share. `options`: of methods, by method; `fused`: layers that are adapted by parts."""
 
     steps: int
     evaluate_every: int
-    targets: str | None
+    fused: dict[str, list[str]]
+    weight_decay: float
+    warmup: float
     dropout: float
     device: str
     options: dict[str, dict[str, Any]]
 
     def options_of(self, method: str) -> dict[str, Any]:
-        """Options set for a method, or for the parts that a combination is made of."""
+        """Options set for a method: for the parts that it is made of, then its own."""
         merged: dict[str, Any] = {}
-        for part in method.split("+"):
+        for part in method.partition(":")[0].split("+"):
             merged |= self.options.get(part, {})
-        return merged
+        return merged | self.options.get(method, {})
+
+
+def layers_named(targets: str) -> str | list[str] | None:
+    """What `apply` takes for a name of --targets: "all", "attention", letters of the attention's matrices in whichever
+    names transformers use for them, or a regular expression."""
+    if targets == ALL:
+        return None
+    if set(targets) <= MATRICES.keys():
+        return [MATRICES[letter] for letter in targets]
+    return targets
 
 
 def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool = True) -> dict[str, Any]:
     """Train and measure the cell; a row of results in plain data.
 
-    Log and adapter go into `folder`, and checkpoints, from which a cell that was interrupted goes on.
+    Log and adapter go into `folder`, and checkpoints, from which a cell that was interrupted goes on. A run that
+    diverged, as at too high a learning rate, is a row too: `failed` says at which step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, head = task.model(cell.seed)
@@ -74,31 +114,38 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(head is not None and re.search(head, name) is not None)
 
-    before = _evaluate(model, task)
+    before = task.untrained(cell.seed, training.device)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = PeakMemory(training.device)
-    history = lorafamily.History()
+    history, failed = lorafamily.History(), None
     if trainable:
-        history = lorafamily.train(
-            model,
-            task.training(cell.seed),
-            steps=training.steps,
-            lr=cell.lr,
-            validation=task.validation(),
-            evaluate=task.evaluate,
-            evaluate_every=training.evaluate_every,
-            seed=cell.seed,
-            log_dir=folder,
-            save_every=training.evaluate_every,
-            resume="auto",
-            progress=progress,
-        )
+        try:
+            history = lorafamily.train(
+                model,
+                task.training(cell.seed),
+                steps=training.steps,
+                lr=cell.lr,
+                weight_decay=training.weight_decay,
+                warmup=training.warmup,
+                validation=task.validation(),
+                evaluate=task.evaluate,
+                evaluate_every=training.evaluate_every,
+                seed=cell.seed,
+                log_dir=folder,
+                save_every=training.evaluate_every,
+                resume="auto",
+                progress=progress,
+            )
+        except lorafamily.NonFiniteError as error:
+            failed = str(error)
     peak = memory.read()
     after = history.metrics or before
     row: dict[str, Any] = {
-        **{"key": cell.key, "method": cell.method, "budget": cell.budget, "lr": cell.lr, "seed": cell.seed},
-        "metric": after[task.metric],
-        "validation_loss": after["loss"],
+        **{"key": cell.key, "method": cell.method, "targets": cell.targets, "lr": cell.lr, "seed": cell.seed},
+        **{by: cell.size.value if cell.size and cell.size.by == by else None for by in ("budget", "rank")},
+        "failed": failed,
+        "metric": None if failed else after[task.metric],
+        "validation_loss": None if failed else after["loss"],
         "train_loss": history.smoothed_loss()[-1] if history.steps else None,
         "curve": [[0, before[task.metric]], *([e.step, e.metrics[task.metric]] for e in history.evaluations)],
         "loss_curve": [[0, before["loss"]], *([e.step, e.metrics["loss"]] for e in history.evaluations)],
@@ -111,7 +158,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
         "file_bytes": None,
         "merge_difference": None,
     }
-    if adapts:
+    if adapts and not failed:
         summary = lorafamily.summary(model)
         if FIRST:
             row["file_bytes"] = sum(p.stat().st_size for p in lorafamily.save(model, folder / "adapter").iterdir())
@@ -132,14 +179,18 @@ def forget_checkpoints(folder: Path) -> None:
 
 def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training) -> None:
     """Put the cell's adapters into a model."""
+    assert cell.size is not None
+    assert cell.targets is not None
+    sizing: dict[str, Any] = {cell.size.by: cell.size.value}
     lorafamily.apply(
         model,
-        cell.method,
-        budget=cell.budget,
-        targets=training.targets,
+        cell.method.partition(":")[0],
+        targets=layers_named(cell.targets),
+        fused=training.fused or None,
         also_train=head,
         dropout=training.dropout,
         seed=cell.seed,
+        **sizing,
         **training.options_of(cell.method),
     )
 
@@ -166,12 +217,6 @@ class PeakMemory:
 
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return None
-
-
-def _evaluate(model: nn.Module, task: Task) -> dict[str, float]:
-    model.eval()
-    with torch.no_grad():
-        return task.evaluate(model)
 
 
 def _first_batch(model: nn.Module, task: Task) -> Any:

@@ -1,58 +1,20 @@
-"""From rows of results to what people look at: a table, `report.md` and three plots."""
+"""From rows of results to what people look at: a table, `report.md`, `report.html` and three plots."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from cell import FULL, NONE
-from lorafamily.insight.figures import draw_grid, rank_grid, save
-
-Row = Mapping[str, Any]
-# Okabe and Ito's colours, told apart by colour-blind readers; markers say the same a second time.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
-MARKERS = "osD^vPX*"
-
-
-@dataclass(frozen=True)
-class Group:
-    """The seeds of one method at one budget, at the learning rate that did best."""
-
-    method: str
-    budget: int | None
-    lr: float
-    rows: tuple[Row, ...]
-
-    def mean(self, key: str) -> float | None:
-        values = [row[key] for row in self.rows if row[key] is not None]
-        return statistics.fmean(values) if values else None
-
-    def deviation(self, key: str) -> float | None:
-        """Standard deviation over the seeds, None for a single one."""
-        values = [row[key] for row in self.rows if row[key] is not None]
-        return statistics.stdev(values) if len(values) > 1 else None
-
-
-def grouped(rows: Iterable[Row], higher_is_better: bool) -> list[Group]:
-    """Rows by method and budget, in their order; of several learning rates the one with the best mean metric."""
-    cells: dict[tuple[str, int | None], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        cells[row["method"], row["budget"]][row["lr"]].append(row)
-    sign = 1 if higher_is_better else -1
-    best = []
-    for (method, budget), by_lr in cells.items():
-        lr = max(by_lr, key=lambda lr: sign * statistics.fmean(row["metric"] for row in by_lr[lr]))
-        best.append(Group(method, budget, lr, tuple(by_lr[lr])))
-    return best
+import page
+from groups import Group, Row, grouped, size_of
+from lorafamily.insight.figures import save
+from page import Heading, Part, Picture, Table, Text
+from plots import allocation, quality_by_size, quality_by_step
 
 
 def steps_to_reach(groups: Sequence[Group], group: Group) -> str:
@@ -61,14 +23,17 @@ def steps_to_reach(groups: Sequence[Group], group: Group) -> str:
     The same seed is held against the same seed, the loss is interpolated between evaluations, and methods without a
     budget are held against the largest one.
     """
-    lora = {(g.budget, row["seed"]): row["validation_loss"] for g in groups if g.method == "lora" for row in g.rows}
-    budget = group.budget
-    if budget is None:
-        budget = max((b for b, _ in lora if b is not None), default=None)
-    goals = [lora.get((budget, row["seed"])) for row in group.rows]
-    if any(goal is None or len(row["loss_curve"]) < 2 for goal, row in zip(goals, group.rows, strict=True)):
+    lora = {
+        (g.size, g.targets, row["seed"]): row["validation_loss"] for g in groups if g.method == "lora" for row in g.runs
+    }
+    size, targets = group.size, group.targets
+    if size is None:  # full fine-tuning: held against the largest
+        largest = max((g for g in groups if g.method == "lora"), key=lambda g: g.mean("trainable") or 0, default=None)
+        size, targets = (largest.size, largest.targets) if largest else (None, None)
+    goals = [lora.get((size, targets, row["seed"])) for row in group.runs]
+    if not goals or any(g is None or len(r["loss_curve"]) < 2 for g, r in zip(goals, group.runs, strict=True)):
         return "–"
-    reached = [_first_crossing(row["loss_curve"], goal) for goal, row in zip(goals, group.rows, strict=True)]
+    reached = [first_crossing(row["loss_curve"], goal) for goal, row in zip(goals, group.runs, strict=True)]
     there = [step for step in reached if step is not None]
     if not there:
         return "not reached"
@@ -76,7 +41,8 @@ def steps_to_reach(groups: Sequence[Group], group: Group) -> str:
     return f"{statistics.fmean(there):.0f}{note}"
 
 
-def _first_crossing(curve: Sequence[tuple[int, float]], goal: Any) -> float | None:
+def first_crossing(curve: Sequence[tuple[int, float]], goal: Any) -> float | None:
+    """The step at which a curve of (step, loss) is first at the goal, interpolated; None where it never is."""
     for (step, loss), (next_step, next_loss) in pairwise(curve):
         if next_loss <= goal:
             share = 1.0 if loss == next_loss else min(1.0, max(0.0, (loss - goal) / (loss - next_loss)))
@@ -84,12 +50,15 @@ def _first_crossing(curve: Sequence[tuple[int, float]], goal: Any) -> float | No
     return None
 
 
-def table(groups: Sequence[Group], metric: str) -> list[list[str]]:
-    """The comparison as text, the header first."""
+def table(groups: Sequence[Group], metric: str, marks: Mapping[str, str] | None = None) -> list[list[str]]:
+    """The comparison as text, the header first. `marks`: methods that a paper proposed, with its name."""
+    several = len({g.targets for g in groups if g.targets is not None}) > 1
     lines = [
         [
             "method",
-            "budget",
+            *(["published as"] if marks else []),
+            *(["targets"] if several else []),
+            "size",
             "trainable",
             "rank start → end",
             "train loss (nats)",
@@ -103,24 +72,55 @@ def table(groups: Sequence[Group], metric: str) -> list[list[str]]:
     ]
     for group in groups:
         metric_mean, metric_deviation = group.mean("metric"), group.deviation("metric")
-        assert metric_mean is not None
         start, end = _ranks(group, "ranks_start"), _ranks(group, "ranks_end")
+        failed = len(group.rows) - len(group.runs)
+        quality = "–" if metric_mean is None else f"{metric_mean:.4f}"
+        quality += "" if metric_deviation is None else f" ± {metric_deviation:.4f}"
         lines.append(
             [
                 group.method,
-                "–" if group.budget is None else f"{group.budget:,}",
-                f"{group.mean('trainable'):,.0f}",
+                *([marks.get(group.method, "–")] if marks else []),
+                *([group.targets or "–"] if several else []),
+                group.size or "–",
+                _or_dash(group.mean("trainable"), "{:,.0f}".format),
                 "–" if start is None or end is None else f"{start:g} → {end:g}",
                 _or_dash(group.mean("train_loss"), "{:.3f}".format),
-                f"{metric_mean:.4f}" + ("" if metric_deviation is None else f" ± {metric_deviation:.4f}"),
+                quality + (f" ({failed} of {len(group.rows)} seeds failed)" if failed else ""),
                 steps_to_reach(groups, group),
                 _or_dash(group.mean("seconds_per_step"), "{:.3f}".format),
                 _or_dash(group.mean("peak_mib"), "{:.0f}".format),
                 _or_dash(group.mean("file_bytes"), lambda size: f"{size / 1024:.0f}"),
-                _or_dash(max(r["merge_difference"] or 0 for r in group.rows) or None, "{:.0e}".format),
+                _or_dash(_largest(group, "merge_difference"), lambda value: f"{value:.0e}" if value else "0"),
             ]
         )
     return lines
+
+
+def crossed(groups: Sequence[Group]) -> list[list[str]]:
+    """Quality by targets and size, for one method, as in LoRA's Tables 5 and 6; empty where one of them is fixed."""
+    own = [g for g in groups if g.targets is not None]
+    sizes, targets = dict.fromkeys(g.size for g in own), dict.fromkeys(g.targets for g in own)
+    if len({g.method for g in own}) != 1 or len(targets) < 2:
+        return []
+    found = {(g.targets, g.size): g.mean("metric") for g in own}
+    head = ["targets", *(str(size) for size in sizes)]
+    return [head, *([str(t), *(_or_dash(found.get((t, size)), "{:.4f}".format) for size in sizes)] for t in targets)]
+
+
+def tuning(tried: Sequence[Row]) -> list[list[str]]:
+    """The metric at every learning rate that was tried, a line for every row of the table; empty where none was."""
+    rates = sorted({row["lr"] for row in tried})
+    lines: dict[tuple[str, ...], dict[float, Row]] = defaultdict(dict)
+    for row in tried:
+        lines[row["method"], size_of(row) or "–", row.get("targets") or "–"][row["lr"]] = row
+    if not lines:
+        return []
+
+    def cell(row: Row | None) -> str:
+        return "" if row is None else "failed" if row["failed"] else f"{row['metric']:.4f}"
+
+    head = ["method", "size", "targets", *map("{:g}".format, rates)]
+    return [head, *([*line, *(cell(own.get(lr)) for lr in rates)] for line, own in lines.items())]
 
 
 def as_text(lines: Sequence[Sequence[str]]) -> str:
@@ -135,45 +135,65 @@ def as_text(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([padded[0], "─" * len(padded[0]), *padded[1:]])
 
 
-def as_markdown(lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(lines[0]) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
-
-
 def write(
-    folder: Path, rows: Sequence[Row], *, metric: str, higher_is_better: bool, about: str, facts: Mapping[str, str]
+    folder: Path,
+    rows: Sequence[Row],
+    *,
+    metric: str,
+    higher_is_better: bool,
+    about: str,
+    facts: Mapping[str, str],
+    tried: Sequence[Row] = (),
+    marks: Mapping[str, str] | None = None,
 ) -> str:
-    """Write `report.md` and the plots into `folder`; returns the table as text for the terminal."""
+    """Write `report.md`, `report.html` and the plots into `folder`; returns the table as text for the terminal.
+
+    `tried`: rows that only chose learning rates.
+    """
     groups = grouped(rows, higher_is_better)
-    lines = table(groups, metric)
-    save(quality_by_step(groups, metric), folder / "quality-by-step.png")
-    save(quality_by_size(groups, metric), folder / "quality-by-size.png")
-    pictures = ["quality-by-step", "quality-by-size"]
-    if any(row["ranks_end"] for row in rows):
-        save(allocation(groups), folder / "allocation.png")
-        pictures.append("allocation")
+    lines, cross, rates = table(groups, metric, marks), crossed(groups), tuning(tried)
+    about_tuning: list[Part] = [Heading("Learning rates"), Text(TRIED), Table(rates)] if rates else []
+    figures = {"quality by step": quality_by_step(groups, metric), "quality by size": quality_by_size(groups, metric)}
+    if any(group.runs and group.runs[0]["ranks_end"] for group in groups):
+        figures["allocation"] = allocation(groups)
+    pictures = {name: folder / f"{name.replace(' ', '-')}.png" for name in figures}
+    for name, figure in figures.items():
+        save(figure, pictures[name])
     better = "higher" if higher_is_better else "lower"
-    text = [
-        f"# {folder.name}",
-        about,
-        f"Metric: {metric}, {better} is better; mean ± standard deviation over {len({r['seed'] for r in rows})} seeds. "
-        f"{_about_rates(rows, groups)}",
-        as_markdown(lines),
-        "Trainable: adapter numbers at the start, task heads not counted. Rank: slices in all modules; LoRA² counts "
-        "its singular values, the rank of its ΔW is at most k a module. Train loss: mean of the last 10 steps. Steps "
-        "to LoRA's loss: until the validation loss is where plain LoRA of that budget ends (full: of the largest one). "
-        "Peak memory: of tensors on a GPU, of the whole process otherwise. Merged − unmerged: largest difference in "
-        "the logits.",
-        *(f"![{name.replace('-', ' ')}]({name}.png)" for name in pictures),
-        "## Settings",
-        as_markdown([["setting", "value"], *([key, value.replace("|", "\\|")] for key, value in facts.items())]),
+    parts: list[Part] = [
+        Text(about),
+        Text(
+            f"Metric: {metric}, {better} is better; mean ± standard deviation over {len({r['seed'] for r in rows})} "
+            f"seeds. {_about_rates(rows, groups, tried)}"
+        ),
+        Table(lines),
+        *([Table(cross)] if cross else []),
+        Text(EXPLAINED),
+        *(Picture(name, path) for name, path in pictures.items()),
+        *about_tuning,
+        Heading("Settings"),
+        Table([["setting", "value"], *([key, value] for key, value in facts.items())]),
     ]
-    (folder / "report.md").write_text("\n\n".join(text) + "\n")
+    (folder / "report.md").write_text(page.markdown(folder.name, parts))
+    (folder / "report.html").write_text(page.html(folder.name, parts), encoding="utf-8")
     return as_text(lines)
 
 
-def _about_rates(rows: Sequence[Row], groups: Sequence[Group]) -> str:
+EXPLAINED = (
+    "Trainable: adapter numbers at the start, task heads not counted. Rank: slices in all modules; LoRA² counts its "
+    "singular values, the rank of its ΔW is at most k a module. Train loss: mean of the last 10 steps. Steps to LoRA's "
+    "loss: until the validation loss is where plain LoRA of that size ends (full: of the largest one). Peak memory: of "
+    "tensors on a GPU, of the whole process otherwise. Merged − unmerged: largest difference in the logits."
+)
+TRIED = "The metric of the one run that tried each rate, with a seed that is used for nothing else."
+
+
+def _about_rates(rows: Sequence[Row], groups: Sequence[Group], given: Sequence[Row]) -> str:
     """How many learning rates were tried and which are shown."""
+    if given:
+        rates = ", ".join(f"{lr:g}" for lr in sorted({row["lr"] for row in given}))
+        seeds = ", ".join(map(str, sorted({row["seed"] for row in given})))
+        return f"Every row was tried at {rates} with seed {seeds} and is shown at the best of them, with other seeds."
     tried: dict[str, set[float]] = defaultdict(set)
     for row in rows:
         if row["train_loss"] is not None:
@@ -185,125 +205,20 @@ def _about_rates(rows: Sequence[Row], groups: Sequence[Group]) -> str:
     if number == 1:
         own = ", ".join(f"{method} {min(rates):g}" for method, rates in tried.items())
         return f"Each method was run at one learning rate: {own}."
-    best = ", ".join(
-        f"{g.method}{'' if g.budget is None else f' @ {g.budget:,}'} {g.lr:g}"
-        for g in groups
-        if g.rows[0]["train_loss"] is not None
-    )
+    best = ", ".join(f"{g.name} {g.lr:g}" for g in groups if g.rows[0]["train_loss"] is not None)
     return (
         f"{number} learning rates were tried for every method ({', '.join(f'{lr:g}' for lr in sorted(every))}); "
         f"each is shown at the one with the best validation mean: {best}."
     )
 
 
-def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
-    """Validation metric against step, a panel a budget; lines are means over seeds, bands one standard deviation."""
-    budgets = _budgets(groups)
-    figure = Figure(figsize=(1.5 + 4.8 * len(budgets), 4.4), dpi=110, layout="constrained")
-    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
-    for axes, budget in zip(panels, budgets, strict=True):
-        shown = [g for g in groups if g.budget == budget or g.method == FULL]
-        for group in shown:
-            steps = [step for step, _ in group.rows[0]["curve"]]
-            values = np.array([[value for _, value in row["curve"]] for row in group.rows])
-            mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
-            colour, marker = _look(groups, group.method)
-            line = "--" if group.method == FULL else "-"
-            axes.plot(steps, mean, line, color=colour, marker=marker, markersize=4, linewidth=1.5, label=group.method)
-            axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
-        _no_adaptation_line(axes, groups)
-        axes.set_xlabel("optimiser steps")
-        axes.set_title(f"budget {budget:,} trainable numbers" if budget else "no budget", fontsize=10)
-        axes.grid(alpha=0.3)
-        unadapted = [row["metric"] for g in groups if g.method == NONE for row in g.rows]
-        _zoom(axes, [*unadapted, *(value for g in shown for row in g.rows for _, value in row["curve"][1:])])
-    panels[0].set_ylabel(f"validation {metric}")
-    panels[-1].legend(fontsize=8)
-    figure.suptitle("Validation quality during training (mean and standard deviation over seeds)", fontsize=11)
-    return figure
-
-
-def quality_by_size(groups: Sequence[Group], metric: str) -> Figure:
-    """Final metric against trainable numbers."""
-    figure = Figure(figsize=(6.4, 4.4), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for method in dict.fromkeys(g.method for g in groups if g.method != NONE):
-        own = sorted((g for g in groups if g.method == method), key=lambda g: g.mean("trainable") or 0)
-        colour, marker = _look(groups, method)
-        axes.errorbar(
-            [g.mean("trainable") or math.nan for g in own],
-            [g.mean("metric") or math.nan for g in own],
-            yerr=[g.deviation("metric") or 0 for g in own],
-            color=colour,
-            marker=marker,
-            capsize=3,
-            linewidth=1.2,
-            label=method,
-        )
-    _no_adaptation_line(axes, groups)
-    axes.set_xscale("log")
-    axes.set_xlabel("trainable numbers (task head not counted)")
-    axes.set_ylabel(f"validation {metric}")
-    axes.set_title("Quality against size (bars: standard deviation over seeds)", fontsize=11)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    return figure
-
-
-def allocation(groups: Sequence[Group]) -> Figure:
-    """Where the rank ended up: layers × kinds of matrix, a panel a method and budget, mean over seeds; one colour
-    scale a budget."""
-    budgets = [budget for budget in _budgets(groups) if budget is not None]
-    shown = {b: [g for g in groups if g.budget == b and g.rows[0]["ranks_end"]] for b in budgets}
-    columns = max(len(own) for own in shown.values())
-    kinds, layers, _ = rank_grid(next(iter(shown.values()))[0].rows[0]["ranks_end"])
-    size = (1.8 + columns * (0.9 + 0.34 * len(layers)), len(budgets) * (0.9 + 0.3 * len(kinds)))
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    panels = figure.subplots(len(budgets), columns, squeeze=False)
-    for row, budget in enumerate(budgets):
-        grids = [np.mean([rank_grid(r["ranks_end"])[2] for r in g.rows], axis=0) for g in shown[budget]]
-        top = max(1.0, *(float(np.nanmax(grid)) for grid in grids))
-        for axes in panels[row][len(grids) :]:
-            axes.axis("off")
-        for column, (group, grid) in enumerate(zip(shown[budget], grids, strict=True)):
-            axes = panels[row][column]
-            image = draw_grid(axes, kinds if column == 0 else [""] * len(kinds), layers, grid, top)
-            axes.set_title(f"{group.method} @ {budget:,}", fontsize=9)
-        figure.colorbar(image, ax=list(panels[row]), label="rank", shrink=0.9)
-    figure.suptitle("Final rank by layer and matrix (mean over seeds; LoRA² counts its singular values)", fontsize=11)
-    return figure
-
-
-def _budgets(groups: Sequence[Group]) -> list[int | None]:
-    found = sorted({g.budget for g in groups if g.budget is not None}, reverse=True)
-    return [*found] or [None]
-
-
-def _look(groups: Sequence[Group], method: str) -> tuple[str, str]:
-    methods = list(dict.fromkeys(g.method for g in groups if g.method not in (NONE, FULL)))
-    if method not in methods:
-        return "#555555", "x"
-    index = methods.index(method)
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-
-
-def _no_adaptation_line(axes: Any, groups: Sequence[Group]) -> None:
-    for group in groups:
-        if group.method == NONE:
-            axes.axhline(group.mean("metric"), color="#555555", linestyle=":", linewidth=1.2, label="no adaptation")
-
-
-def _zoom(axes: Any, values: Sequence[float]) -> None:
-    """Show what happens after the first evaluation; with a new task head the start is noise and far away."""
-    if values:
-        low, high = min(values), max(values)
-        margin = 0.08 * (high - low) or 0.01
-        axes.set_ylim(low - margin, high + margin)
-
-
 def _ranks(group: Group, key: str) -> float | None:
-    totals = [sum(row[key].values()) for row in group.rows if row[key]]
+    totals = [sum(row[key].values()) for row in group.runs if row[key]]
     return statistics.fmean(totals) if totals else None
+
+
+def _largest(group: Group, key: str) -> float | None:
+    return max((row[key] for row in group.runs if row[key] is not None), default=None)
 
 
 def _or_dash(value: float | None, form: Callable[[float], str]) -> str:

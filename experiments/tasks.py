@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import math
@@ -37,6 +38,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
     about: str
     """One sentence for the report."""
+    rows: int
+    """Sequences to train on."""
 
     @abstractmethod
     def model(self, seed: int) -> tuple[nn.Module, str | None]:
@@ -53,9 +56,17 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Metrics of a model in eval mode: `metric`, and "loss" in nats."""
 
+    @functools.cache  # noqa: B019  (a task lives as long as its comparison)
+    def untrained(self, seed: int, device: str) -> dict[str, float]:
+        """Metrics of the seed's fresh model: of every method before its first step, since updates start at zero."""
+        with torch.no_grad():
+            return self.evaluate(self.model(seed)[0].to(device).eval())
 
-def find(task: str, *, model: str | None, data: Path | None, batch: int, length: int) -> Task:
-    """The task of that name.
+
+def find(
+    task: str, *, model: str | None, data: Path | None, batch: int, length: int, held_out: int | None = None
+) -> Task:
+    """The task of that name. `held_out`: validation examples at most.
 
     Raises:
         TaskError: unknown, or its model or data is missing or not what it takes.
@@ -63,18 +74,24 @@ def find(task: str, *, model: str | None, data: Path | None, batch: int, length:
     if task == "code":
         if model is not None:
             raise TaskError("--task code adapts the embedded model; for your own model give --task text or a GLUE task")
-        return Bytes("code", embedded.code(validation=False), embedded.code(validation=True), batch)
+        return Bytes("code", embedded.code(validation=False), embedded.code(validation=True), batch, held_out)
     if task == "text":
         text = _read_text(data)
         cut = len(text) * 9 // 10
         if model is None:
-            return Bytes("text", text[:cut], text[cut:], batch)
-        return CausalText(model, text[:cut], text[cut:], batch, length)
+            return Bytes("text", text[:cut], text[cut:], batch, held_out)
+        return CausalText(model, text[:cut], text[cut:], batch, length, held_out)
     if task in GLUE:
         if model is None:
             raise TaskError(f"--task {task} needs --model: a folder or hub id that transformers loads")
-        return Glue(task, model, data, batch, length)
-    raise TaskError(f"unknown task {task!r}; there are code, text, {', '.join(GLUE)}")
+        return Glue(task, model, data, batch, length, held_out)
+    if task == "e2e":
+        if model is None:
+            raise TaskError("--task e2e needs --model: a folder or hub id of a causal language model")
+        from e2e import E2E  # which is made of what is here
+
+        return E2E(model, data, batch, length, held_out)
+    raise TaskError(f"unknown task {task!r}; there are code, text, e2e, {', '.join(GLUE)}")
 
 
 class Bytes(Task):
@@ -84,16 +101,17 @@ class Bytes(Task):
     higher_is_better = False
     evaluated = 32 * 1024  # bytes; half a second on two cores
 
-    def __init__(self, name: str, train: bytes, validation: bytes, batch: int):
+    def __init__(self, name: str, train: bytes, validation: bytes, batch: int, held_out: int | None = None):
         if min(len(train), len(validation)) < 2 * batch * embedded.CONTEXT:
             raise TaskError(
                 f"the text is too short: {len(train):,} bytes to train on and {len(validation):,} to validate on; "
                 f"both need {2 * batch * embedded.CONTEXT:,}"
             )
         self.name, self.train, self.batch = name, train, batch
+        self.rows = len(train) // embedded.CONTEXT
         step = max(1, len(validation) // self.evaluated)  # pieces from all over the held-out text
         pieces = [validation[i : i + embedded.CONTEXT] for i in range(0, len(validation), embedded.CONTEXT * step)]
-        self.held_out = b"".join(piece for piece in pieces if len(piece) == embedded.CONTEXT)
+        self.held_out = b"".join([piece for piece in pieces if len(piece) == embedded.CONTEXT][:held_out])
         what = "standard-library source code" if name == "code" else "the given text"
         self.about = (
             f"A byte-level decoder (0.8M parameters, pretrained on English prose: {embedded.provenance()['data']}, "
@@ -121,29 +139,33 @@ class CausalText(Task):
     metric = "bits per byte"
     higher_is_better = False
 
-    def __init__(self, model: str, train: bytes, validation: bytes, batch: int, length: int):
+    def __init__(
+        self, model: str, train: bytes, validation: bytes, batch: int, length: int, held_out: int | None = None
+    ):
         self.name, self.path, self.batch = "text", model, batch
-        tokenizer = _tokenizer(model)
+        tokenizer = tokenizer_of(model)
         self.pieces = [_pieces(tokenizer, text, length) for text in (train, validation)]
         if min(len(pieces) for pieces in self.pieces) < 1 or len(self.pieces[0]) < batch:
             raise TaskError(
                 f"the text is too short: {len(self.pieces[0])} pieces of {length} tokens to train on and "
                 f"{len(self.pieces[1])} to validate on; it needs {batch} and 1"
             )
-        held_out = torch.cat(self.pieces[1])
-        self.bytes_per_token = len(tokenizer.decode(held_out).encode()) / len(held_out)
+        self.pieces[1] = self.pieces[1][:held_out]
+        self.rows = len(self.pieces[0])
+        whole = torch.cat(self.pieces[1])
+        self.bytes_per_token = len(tokenizer.decode(whole).encode()) / len(whole)
         self.about = f"{model} adapted to a text of {len(train) + len(validation):,} bytes; the last tenth validates."
 
     def model(self, seed: int) -> tuple[nn.Module, str | None]:
         from transformers import AutoModelForCausalLM
 
-        return _pretrained(AutoModelForCausalLM, self.path)[0], None
+        return pretrained(AutoModelForCausalLM, self.path)[0], None
 
     def training(self, seed: int) -> Batches:
-        return _loader(self.pieces[0], self.batch, _with_labels, seed)
+        return loader(self.pieces[0], self.batch, _with_labels, seed)
 
     def validation(self) -> Batches:
-        return _loader(self.pieces[1], self.batch, _with_labels)
+        return loader(self.pieces[1], self.batch, _with_labels)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         loss = _mean_loss(model, self.validation())
@@ -196,13 +218,15 @@ class Glue(Task):
 
     higher_is_better = True
 
-    def __init__(self, name: str, model: str, data: Path | None, batch: int, length: int):
+    def __init__(self, name: str, model: str, data: Path | None, batch: int, length: int, held_out: int | None = None):
         self.name, self.path, self.batch, self.length = name, model, batch, length
         self.task = GLUE[name]
         self.metric = self.task.metric
         self.train = self._rows(data, "train", "train")
-        self.held_out = self._rows(data, "validation", self.task.hub_validation)
-        self.tokenizer = _tokenizer(model)
+        self.rows = len(self.train)
+        self.held_out = self._rows(data, "validation", self.task.hub_validation)[:held_out]
+        self.by_length = sorted(self.held_out, key=lambda row: sum(len(row[column]) for column in self.task.columns))
+        self.tokenizer = tokenizer_of(model)
         self.about = (
             f"{model} on {name.upper()} ({len(self.train):,} rows to train on, {len(self.held_out):,} to validate on, "
             f"{length} tokens at most). The new task head trains with every method and is counted apart; "
@@ -213,23 +237,23 @@ class Glue(Task):
         from transformers import AutoModelForSequenceClassification
 
         torch.manual_seed(seed)  # of the new head
-        model, info = _pretrained(AutoModelForSequenceClassification, self.path, num_labels=self.task.labels)
+        model, info = pretrained(AutoModelForSequenceClassification, self.path, num_labels=self.task.labels)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         new = sorted(info["missing_keys"])
         return model, "|".join(f"^{re.escape(name)}$" for name in new) if new else None
 
     def training(self, seed: int) -> Batches:
-        return _loader(self.train, self.batch, self._collate, seed)
+        return loader(self.train, self.batch, self._collate, seed)
 
     def validation(self) -> Batches:
-        return _loader(self.held_out, 64, self._collate)
+        return loader(self.held_out, 64, self._collate)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
         losses, predicted, true = [], [], []
-        for batch in self.validation():
+        for batch in loader(self.by_length, 64, self._collate):
             output = model(**to_device(batch, device))
             losses += [output.loss.item()] * len(batch["labels"])
             logits = output.logits.float().cpu()
@@ -249,7 +273,7 @@ class Glue(Task):
             rows, where = _from_hub(self.name, hub_split), f"glue/{self.name} on the hub, {hub_split}"
         else:
             path = data / self.name / f"{split}.jsonl.gz"
-            rows, where = _read_rows(path), str(path)
+            rows, where = read_rows(path), str(path)
         if not rows:
             raise TaskError(f"{where}: the {split} split is empty")
         wanted = (*self.task.columns, "label")
@@ -264,7 +288,7 @@ class Glue(Task):
         return rows
 
 
-def _loader(rows: list[Any], batch: int, collate: Callable[[Any], Any], seed: int | None = None) -> Batches:
+def loader(rows: list[Any], batch: int, collate: Callable[[Any], Any], seed: int | None = None) -> Batches:
     """Whole batches in a shuffled order of the seed's own, or, without one, all rows as they stand."""
     dataset = cast("Dataset[Any]", rows)  # a list is one, to all but the type checker
     if seed is None:
@@ -298,7 +322,8 @@ def _read_text(path: Path | None) -> bytes:
     return path.read_bytes()
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Gzipped JSON lines."""
     if not path.is_file():
         raise TaskError(f"{path}: no such file; --data DIR holds <task>/train.jsonl.gz and <task>/validation.jsonl.gz")
     rows = []
@@ -330,7 +355,8 @@ def _from_hub(task: str, split: str) -> list[dict[str, Any]]:
         ) from None
 
 
-def _tokenizer(path: str) -> Any:
+def tokenizer_of(path: str) -> Any:
+    """The model's tokenizer, with something to pad with."""
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, path)
@@ -339,7 +365,8 @@ def _tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def _pretrained(auto: Any, path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+def pretrained(auto: Any, path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model in float32, and what `transformers` tells of its loading."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # that the head is new is known, and said in the report

@@ -35,3 +35,7 @@ class DataError(LoraFamilyError):
 
 class TrainingError(LoraFamilyError):
     """A run that must not go on: no gradient reaches an adapter, or a number is not finite."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or a gradient that is not finite: the run diverged, where nothing is wrong with the model."""

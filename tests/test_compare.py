@@ -21,7 +21,8 @@ import compare
 import lorafamily
 import report
 import tasks
-from compare import Compare
+from groups import Group
+from settings import Compare
 
 ROOT = Path(__file__).parents[1]
 TINY = {"steps": 12, "evaluations": 2, "batch": 4, "progress": False, "lr": ("2e-3",)}
@@ -42,7 +43,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
-    compare.main(small(tmp_path, seeds=1, budgets=(10e3,)))
+    compare.main(small(tmp_path, seeds=1, budgets=("10e3",)))
     folder = tmp_path / "embedded"
     done = rows(folder)
     assert [row["method"] for row in done] == list(Compare().methods)
@@ -74,7 +75,7 @@ def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
 
 
 def test_finished_cells_are_read_back_and_only_missing_ones_run(tmp_path, monkeypatch):
-    settings = small(tmp_path, seeds=1, budgets=(10e3,), methods=("none", "lora"))
+    settings = small(tmp_path, seeds=1, budgets=("10e3",), methods=("none", "lora"))
     compare.main(settings)
     first = rows(tmp_path / "embedded")
     path = tmp_path / "embedded" / "results.jsonl"
@@ -82,13 +83,13 @@ def test_finished_cells_are_read_back_and_only_missing_ones_run(tmp_path, monkey
     ran = []
     real = compare.run
     monkeypatch.setattr(compare, "run", lambda cell, *rest: ran.append(cell.key) or real(cell, *rest))
-    compare.main(small(tmp_path, seeds=2, budgets=(10e3,), methods=("none", "lora")))
+    compare.main(small(tmp_path, seeds=2, budgets=("10e3",), methods=("none", "lora")))
     assert ran == ["none-lr0.002-seed1", "lora@10000-lr0.002-seed1"]
     assert rows(tmp_path / "embedded")[:2] == first
 
 
 def test_a_cell_that_was_interrupted_goes_on_to_the_same_row(tmp_path, monkeypatch):
-    settings = {"seeds": 1, "budgets": (10e3,), "methods": ("adalora",), "evaluations": 3}
+    settings = {"seeds": 1, "budgets": ("10e3",), "methods": ("adalora",), "evaluations": 3}
     compare.main(small(tmp_path / "whole", **settings))
     real, calls = tasks.Bytes.evaluate, []
 
@@ -146,7 +147,7 @@ def test_cells_of_other_settings_are_not_mixed_in(tmp_path):
 
 
 def test_several_learning_rates_are_said_in_the_report(tmp_path):
-    compare.main(small(tmp_path, seeds=1, budgets=(10e3,), methods=("none", "lora"), lr=("1e-3", "1e-2")))
+    compare.main(small(tmp_path, seeds=1, budgets=("10e3",), methods=("none", "lora"), lr=("1e-3", "1e-2")))
     text = (tmp_path / "embedded" / "report.md").read_text()
     assert "2 learning rates were tried for every method (0.001, 0.01)" in text
     assert "lora @ 10,000 0.001" in text
@@ -155,14 +156,14 @@ def test_several_learning_rates_are_said_in_the_report(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "sst3"}, "unknown task 'sst3'; there are code, text, cola"),
+        ({"task": "sst3"}, "unknown task 'sst3'; there are code, text, e2e, cola"),
         ({"task": "sst2"}, "needs --model"),
         ({"task": "text"}, "--task text needs --data"),
         ({"task": "text", "data": Path("/nowhere")}, "/nowhere: no such file"),
         ({"model": "bert"}, "--task code adapts the embedded model"),
         ({"methods": ("lora3",)}, 'no method named "lora3"'),
         ({"methods": ()}, "nothing to compare"),
-        ({"budgets": (100.0,)}, "budget 100 is too small"),
+        ({"budgets": ("100",)}, "budget 100 is too small"),
         ({"options": ("alora",)}, "must be METHOD.OPTION=VALUE"),
         ({"options": ("lora.gamma=1",)}, "unknown option gama|unknown option gamma"),
         ({"methods": ("alora",), "options": (), "steps": 5}, "do not fit into 5 steps"),
@@ -245,7 +246,7 @@ def test_a_glue_task_runs_end_to_end(tmp_path):
             model=str(model),
             data=data,
             methods=("none", "full", "lora", "lora2", "alora"),
-            budgets=(2000,),
+            budgets=("2000",),
             seeds=1,
             lr=("2e-2",),
             steps=60,
@@ -285,7 +286,7 @@ def test_regression_and_causal_text_tasks(tmp_path):
             data=text,
             length=16,
             methods=("none", "lora"),
-            budgets=(500,),
+            budgets=("500",),
             seeds=1,
         )
     )
@@ -313,18 +314,23 @@ def test_glue_scores():
 
 
 def test_steps_to_reach_the_loss_of_lora():
-    def group(method, curves, budget=10):
+    def group(method, curves, size="10"):
         made = [
-            {"seed": seed, "loss_curve": list(zip((0, 10, 20), own, strict=True)), "validation_loss": own[-1]}
+            {
+                "seed": seed,
+                "trainable": 1,
+                "loss_curve": list(zip((0, 10, 20), own, strict=True)),
+                "validation_loss": own[-1],
+            }
             for seed, own in enumerate(curves)
         ]
-        return report.Group(method, budget, 1.0, tuple(made))
+        return Group(method, size, None if size is None else "all", 1.0, tuple(made))
 
     lora = group("lora", [[3, 2, 1], [3, 2, 1.5]])
     fast = group("a", [[3, 1, 1], [3, 0, 1]])
     half = group("b", [[3, 1, 1], [3, 2, 2]])
     slow = group("c", [[3, 3, 3]] * 2)
-    full = group("full", [[3, 1, 1], [3, 1.5, 1]], budget=None)
+    full = group("full", [[3, 1, 1], [3, 1.5, 1]], size=None)
     groups = [lora, fast, half, slow, full]
     assert [report.steps_to_reach(groups, g) for g in groups] == ["20", "8", "10 (1 of 2 seeds)", "not reached", "10"]
 

@@ -14,6 +14,7 @@ from lorafamily.adapter import Factors, Parametrisation
 from lorafamily.allocation.importance import ImportancePruning
 from lorafamily.method import Method
 from lorafamily.penalty import Orthogonality
+from lorafamily.variants.lora import lora
 
 
 def gaussian(*shape: int, generator: torch.Generator) -> Tensor:
@@ -71,3 +72,7 @@ adalora = Method(
     allocation=ImportancePruning(target=2 / 3),  # sec. 4.1: start at 1.5 times the final rank
     penalty=Orthogonality(gamma=0.1),
 )
+
+# Its parts alone, to combine otherwise; svd+pruning is adalora.
+svd = Method(parametrisation=SVD, penalty=adalora.penalty)
+pruning = lora.but(allocation=adalora.allocation)

@@ -90,3 +90,4 @@ lora2 = Method(
     allocation=ImportancePruning(target=3 / 8),  # MNLI's setting: 3 of 8 on average
     penalty=Orthogonality(gamma=0.1),
 )
+dual_plane = Method(parametrisation=DualPlane, penalty=lora2.penalty)  # without pruning

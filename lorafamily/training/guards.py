@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.deploy.folder import listed
-from lorafamily.errors import DataError, TrainingError
+from lorafamily.errors import DataError, NonFiniteError, TrainingError
 
 CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 
@@ -55,7 +55,7 @@ class FiniteNumbers:
         """Whether the step can be made.
 
         Raises:
-            TrainingError: it cannot, and no more may be skipped.
+            NonFiniteError: it cannot, and no more may be skipped.
         """
         if math.isfinite(loss) and math.isfinite(norm):
             self.in_a_row = 0
@@ -66,7 +66,7 @@ class FiniteNumbers:
         broken = next((path for path, adapter in adapters.items() if _has_broken_gradient(adapter)), None)
         where = f"; first adapter with such a gradient: {broken}" if broken else ""
         before = f" after {self.limit} steps skipped for the same reason" if self.limit else ""
-        raise TrainingError(
+        raise NonFiniteError(
             f"loss {loss:g}, gradient norm {norm:g} at step {step} (batches {(step - 1) * accumulate} to "
             f"{step * accumulate - 1} of the run){where}{before}. Nothing of this step was applied; lower lr or look "
             "at the batch"

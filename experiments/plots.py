@@ -1,0 +1,174 @@
+"""Plots of a comparison: quality against steps and against size, and where the rank ended up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cell import FULL, NONE
+from groups import Group
+from lorafamily.insight.figures import draw_grid, rank_grid
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers say the same a second time.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+MARKERS = "osD^vPX*"
+LINES = ("-", "--", ":", "-.")
+PANELS, ACROSS, MANY = 3, 6, 18
+"""Panels over sizes at most, panels of an allocation side by side, and how many of them are still readable."""
+
+
+def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
+    """Validation metric against step, a panel a size; lines are means over seeds, bands one standard deviation.
+
+    Of many sizes the largest, the middle and the smallest are drawn, and of many lines in a panel the best.
+    """
+    sizes = _sizes(groups)
+    drawn = sizes if len(sizes) <= PANELS else [sizes[0], sizes[len(sizes) // 2], sizes[-1]]
+    looks = Looks(groups)
+    figure = Figure(figsize=(1.5 + 4.8 * len(drawn), 4.4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+    for axes, size in zip(panels, drawn, strict=True):
+        shown = [g for g in groups if g.runs and (g.size == size or g.method == FULL)]
+        for group in shown:
+            steps = [step for step, _ in group.runs[0]["curve"]]
+            values = np.array([[value for _, value in row["curve"]] for row in group.runs])
+            mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+            colour, marker, line = looks.of(group)
+            name = looks.label(group)
+            axes.plot(steps, mean, line, color=colour, marker=marker, markersize=4, linewidth=1.5, label=name)
+            axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
+        _no_adaptation_line(axes, groups)
+        axes.set_xlabel("optimiser steps")
+        if size is not None:
+            axes.set_title(size if size.startswith("rank") else f"{size} trainable numbers", fontsize=10)
+        axes.grid(alpha=0.3)
+        unadapted = [row["metric"] for g in groups if g.method == NONE for row in g.runs]
+        _zoom(axes, [*unadapted, *(value for g in shown for row in g.runs for _, value in row["curve"][1:])])
+    panels[0].set_ylabel(f"validation {metric}")
+    _legend(panels[-1])
+    figure.suptitle("Validation quality during training (mean and standard deviation over seeds)", fontsize=11)
+    return figure
+
+
+def quality_by_size(groups: Sequence[Group], metric: str) -> Figure:
+    """Final metric against trainable numbers."""
+    looks = Looks(groups)
+    figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for label in dict.fromkeys(looks.label(g) for g in groups if g.method != NONE and g.runs):
+        own = [g for g in groups if g.runs and looks.label(g) == label]
+        own.sort(key=lambda g: g.mean("trainable") or 0)
+        colour, marker, line = looks.of(own[0])
+        axes.errorbar(
+            [g.mean("trainable") or math.nan for g in own],
+            [g.mean("metric") or math.nan for g in own],
+            yerr=[g.deviation("metric") or 0 for g in own],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            capsize=3,
+            linewidth=1.2,
+            label=label,
+        )
+    _no_adaptation_line(axes, groups)
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable numbers (task head not counted)")
+    axes.set_ylabel(f"validation {metric}")
+    axes.set_title("Quality against size (bars: standard deviation over seeds)", fontsize=11)
+    axes.grid(alpha=0.3, which="both")
+    _legend(axes)
+    return figure
+
+
+def allocation(groups: Sequence[Group]) -> Figure:
+    """Where the rank ended up: layers × kinds of matrix, a panel a method, size and targets, mean over seeds; one
+    colour scale a size. Where there are many, those whose rank moved."""
+    own = [g for g in groups if g.runs and g.runs[0]["ranks_end"]]
+    moved = [g for g in own if any(row["ranks_end"] != row["ranks_start"] for row in g.runs)]
+    shown = own if len(own) <= MANY or not moved else moved
+    rows: list[tuple[list[Group], float]] = []
+    for size in dict.fromkeys(g.size for g in shown):
+        same = [g for g in shown if g.size == size]
+        top = max(1.0, *(float(np.nanmax(_mean_grid(g)[2])) for g in same))
+        rows += [(same[i : i + ACROSS], top) for i in range(0, len(same), ACROSS)]
+    columns = max(len(groups) for groups, _ in rows)
+    labels = [rank_grid(g.runs[0]["ranks_end"]) for g in shown]
+    tall, wide = max(len(kinds) for kinds, _, _ in labels), max(len(layers) for _, layers, _ in labels)
+    width, height = 1.8 + columns * (0.9 + 0.34 * wide), 0.6 + len(rows) * (0.9 + 0.3 * tall)
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (same, top) in zip(panels, rows, strict=True):
+        for axes in line[len(same) :]:
+            axes.axis("off")
+        for axes, group in zip(line, same, strict=False):
+            kinds, layers, grid = _mean_grid(group)
+            alike = group.targets == same[0].targets
+            image = draw_grid(axes, [""] * len(kinds) if alike and group is not same[0] else kinds, layers, grid, top)
+            axes.set_title(group.name.replace(":", "\n:"), fontsize=9 if len(shown) <= MANY else 7)
+        figure.colorbar(image, ax=list(line), label="rank", shrink=0.9)
+    figure.suptitle("Final rank by layer and matrix (mean over seeds; LoRA² counts its singular values)", fontsize=11)
+    return figure
+
+
+def _mean_grid(group: Group) -> tuple[list[str], list[str], np.ndarray]:
+    kinds, layers, _ = rank_grid(group.runs[0]["ranks_end"])
+    return kinds, layers, np.mean([rank_grid(row["ranks_end"])[2] for row in group.runs], axis=0)
+
+
+def _sizes(groups: Sequence[Group]) -> list[str | None]:
+    """The largest first."""
+    trainable: dict[str, float] = {}
+    for group in groups:
+        if group.size is not None:
+            trainable[group.size] = max(trainable.get(group.size, 0), group.mean("trainable") or 0)
+    return [*sorted(trainable, key=lambda size: -trainable[size])] or [None]
+
+
+class Looks:
+    """Colour, marker, line and label of every line in a plot, the same in all of them."""
+
+    def __init__(self, groups: Sequence[Group]):
+        self.methods = list(dict.fromkeys(g.method for g in groups if g.method not in (NONE, FULL)))
+        self.targets = list(dict.fromkeys(g.targets for g in groups if g.targets is not None))
+        self.labels = list(dict.fromkeys(self.label(g) for g in groups if g.method not in (NONE, FULL)))
+
+    def label(self, group: Group) -> str:
+        """What a line is called: what differs in this comparison."""
+        if len(self.targets) < 2 or group.targets is None:
+            return group.method
+        return group.targets if len(self.methods) == 1 else f"{group.method} on {group.targets}"
+
+    def of(self, group: Group) -> tuple[str, str, str]:
+        """(colour, marker, line)."""
+        if group.method in (NONE, FULL):
+            return "#555555", "x", "--"
+        index = self.labels.index(self.label(group))
+        turn = index // len(COLOURS)  # where the colours are used up, the lines change
+        return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], LINES[turn % len(LINES)]
+
+
+def _legend(axes: Any) -> None:
+    """Inside where it is short, beside the panel where it is long."""
+    number = len(axes.get_legend_handles_labels()[1])
+    if number <= 8:
+        axes.legend(fontsize=8)
+    else:
+        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=1 + number // 24, frameon=False)
+
+
+def _no_adaptation_line(axes: Any, groups: Sequence[Group]) -> None:
+    for group in groups:
+        if group.method == NONE and group.runs:
+            axes.axhline(group.mean("metric"), color="#555555", linestyle=":", linewidth=1.2, label="no adaptation")
+
+
+def _zoom(axes: Any, values: Sequence[float]) -> None:
+    """Show what happens after the first evaluation; with a new task head the start is noise and far away."""
+    if values:
+        low, high = min(values), max(values)
+        margin = 0.08 * (high - low) or 0.01
+        axes.set_ylim(low - margin, high + margin)

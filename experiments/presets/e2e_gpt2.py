@@ -1,0 +1,38 @@
+"""E2E with GPT-2 medium at LoRA's settings (arXiv:2106.09685, Table 11): rank 4 on q and v of the fused c_attn.
+
+For people with a GPU, the weights and the data (--data DIR). Labels are not smoothed, as the authors' are by 0.1. Full
+fine-tuning gets 5e-5, a customary rate.
+"""
+
+from presets import Preset
+from settings import Compare
+
+preset = Preset(
+    Compare(
+        task="e2e",
+        model="openai-community/gpt2-medium",
+        methods=("full", "lora", "olora", "alora", "adalora", "lora2"),
+        budgets=("393216",),  # rank 4 on q and v
+        targets=("qv",),
+        fused=("c_attn$=q,k,v",),
+        seeds=3,
+        epochs=5.0,
+        batch=8,
+        length=512,
+        lr=("2e-4", "full=5e-5"),
+        weight_decay=0.01,
+        warmup=0.019,  # 500 of its 26,289 steps
+        dropout=0.1,
+        evaluations=5,
+        options=tuple(f"{method}.alpha=32" for method in ("lora", "olora", "alora", "adalora", "lora2")),
+    ),
+    quick={
+        "epochs": None,
+        "steps": 20,
+        "seeds": 1,
+        "batch": 4,
+        "evaluations": 1,
+        "held_out": 16,
+        "options": ("alora.scores=first-order", "alora.rounds=2"),
+    },
+)

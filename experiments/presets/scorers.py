@@ -1,0 +1,15 @@
+"""One allocator, five ideas of what a rank is worth: ALoRA's ablation (its Table 4), with chance as the control."""
+
+from lorafamily.allocation.scores import SCORERS
+from presets import Preset
+from settings import Compare
+
+preset = Preset(
+    Compare(
+        methods=("lora", *(f"alora:scores={name}" for name in SCORERS)),
+        budgets=("20e3",),  # rank 2: no module is lost at once, none is safe
+        seeds=5,
+        options=(),
+    ),
+    quick={"steps": 60, "seeds": 1, "evaluations": 2, "options": ("alora.rounds=2",)},
+)

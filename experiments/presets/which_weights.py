@@ -1,0 +1,14 @@
+"""Which weights to adapt, at one budget: LoRA's Table 5. Few kinds of matrix at a high rank, or many at a low one."""
+
+from presets import Preset
+from settings import Compare
+
+preset = Preset(
+    Compare(
+        methods=("lora",),
+        budgets=("18432",),  # rank 18 on q alone, 9 on two kinds, 4 on all four, 2 on all six
+        targets=("q", "k", "v", "o", "qk", "qv", "qkvo", "all"),
+        seeds=5,
+    ),
+    quick={"steps": 60, "seeds": 2, "evaluations": 2},
+)
