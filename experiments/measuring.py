@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
@@ -51,14 +51,17 @@ class Setting:
 @dataclass(frozen=True)
 class Measured:
     """`ratio`: median over the rounds of the time against the first variant's in the same round; `low`, `high`: its
-    quartiles. `memory`: MiB of tensors that a step holds at its peak beyond what it found; None for a forward."""
+    quartiles; `ratios`: of every round. `memory`: MiB of tensors that a step holds at its peak beyond what it found;
+    `resident`: MiB of weights and optimiser state, which it finds; both None for a forward."""
 
     variant: str
     seconds: float
     ratio: float
     low: float
     high: float
+    ratios: tuple[float, ...]
     memory: float | None = None
+    resident: float | None = None
 
 
 def steps(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
@@ -68,7 +71,8 @@ def steps(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
         variant.step()
         variant.step()
     memory = {name: _peak(variant.step, setting.device) for name, variant in made.items()}
-    return _interleaved({name: variant.step for name, variant in made.items()}, setting, memory)
+    rows = _interleaved({name: variant.step for name, variant in made.items()}, setting)
+    return [replace(row, memory=memory[row.variant], resident=made[row.variant].resident()) for row in rows]
 
 
 def forwards(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
@@ -85,12 +89,10 @@ def forwards(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
     runs = {name: forward(model) for name, model in made.items()}
     for run in runs.values():
         run()
-    return _interleaved(runs, setting, {})
+    return _interleaved(runs, setting)
 
 
-def _interleaved(
-    runs: Mapping[str, Callable[[], None]], setting: Setting, memory: Mapping[str, float]
-) -> list[Measured]:
+def _interleaved(runs: Mapping[str, Callable[[], None]], setting: Setting) -> list[Measured]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(setting.rounds):
         for name, run in runs.items():
@@ -100,7 +102,7 @@ def _interleaved(
     for name, own in times.items():
         ratios = [one / other for one, other in zip(own, first, strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        rows.append(Measured(name, statistics.median(own), ratio, low, high, memory.get(name)))
+        rows.append(Measured(name, statistics.median(own), ratio, low, high, tuple(ratios)))
     return rows
 
 
@@ -148,6 +150,12 @@ class _Trained:
     def _loss(self) -> Tensor:
         loss: Tensor = self.model(**self.batch).loss
         return loss
+
+    def resident(self) -> float:
+        """MiB of weights and optimiser state."""
+        of_parameters = [] if self.optimizer is None else self.optimizer.state.values()
+        state = [tensor for own in of_parameters for tensor in own.values()]
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *state)) / 2**20
 
     def step(self) -> None:
         self._loss().backward()

@@ -39,19 +39,19 @@ class Picture:
 Part = Heading | Text | Table | Picture
 
 
-def markdown(title: str, parts: Sequence[Part]) -> str:
-    """`report.md`."""
-    return "\n\n".join([f"# {title}", *map(_markdown, parts)]) + "\n"
+def markdown(title: str, parts: Sequence[Part], folder: Path) -> str:
+    """The report as a file in `folder`, from which it names its pictures."""
+    return "\n\n".join([f"# {title}", *(_markdown(part, folder) for part in parts)]) + "\n"
 
 
-def _markdown(part: Part) -> str:
+def _markdown(part: Part, folder: Path) -> str:
     match part:
         case Heading(words):
             return f"## {words}"
         case Text(words):
             return words
         case Picture(what, path):
-            return f"![{what}]({path.name})"
+            return f"![{what}]({path.resolve().relative_to(folder.resolve()).as_posix()})"
         case Table(lines):
             head, *rows = [[cell.replace("|", "\\|") for cell in line] for line in lines]
             rule = ["---"] + ["---:"] * (len(head) - 1)

@@ -174,7 +174,7 @@ def write(
         Heading("Settings"),
         Table([["setting", "value"], *([key, value] for key, value in facts.items())]),
     ]
-    (folder / "report.md").write_text(page.markdown(folder.name, parts))
+    (folder / "report.md").write_text(page.markdown(folder.name, parts, folder))
     (folder / "report.html").write_text(page.html(folder.name, parts), encoding="utf-8")
     return as_text(lines)
 

