@@ -107,7 +107,8 @@ STYLE = """
   :root { --line: #3a4149; --soft: #23282e; --ink: #e4e7ea; --paper: #171a1e; --mark: #56b4e9; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 78rem; padding: 1rem clamp(.8rem, 3vw, 2.5rem) 3rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
+p, .settings td { overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } p { max-width: 62rem; }
 .wide { overflow-x: auto; margin: 1.2rem 0; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; width: 100%; }
@@ -117,11 +118,12 @@ tbody tr:last-child > * { border-bottom: 0; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 tbody th { font-weight: 600; }
 thead th { background: var(--soft); vertical-align: bottom; } thead th:first-child { background: var(--soft); }
-thead button { all: unset; cursor: pointer; font-weight: 600; white-space: normal; }
+thead button { all: unset; cursor: pointer; font-weight: 600; white-space: normal; overflow-wrap: normal; }
 thead button:focus-visible { outline: 2px solid var(--mark); }
 [aria-sort=ascending] button::after { content: " ↑"; color: var(--mark); }
 [aria-sort=descending] button::after { content: " ↓"; color: var(--mark); }
-.settings td { text-align: left; white-space: normal; min-width: 14rem; }
+.settings td, .settings th { text-align: left; }
+.settings td { white-space: normal; min-width: 14rem; }
 figure { margin: 1.5rem 0; overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 @media (max-width: 40rem) { body { font-size: 15px; } td, th { padding: .45rem .5rem; } img { min-width: 36rem; } }

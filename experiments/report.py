@@ -159,12 +159,13 @@ def write(
     pictures = {name: folder / f"{name.replace(' ', '-')}.png" for name in figures}
     for name, figure in figures.items():
         save(figure, pictures[name])
-    better = "higher" if higher_is_better else "lower"
+    better, seeds = "higher" if higher_is_better else "lower", len({row["seed"] for row in rows})
+    over = f"mean ± standard deviation over {seeds} seeds"
     parts: list[Part] = [
         Text(about),
         Text(
-            f"Metric: {metric}, {better} is better; mean ± standard deviation over {len({r['seed'] for r in rows})} "
-            f"seeds. {_about_rates(rows, groups, tried)}"
+            f"Metric: {metric}, {better} is better; {'one seed' if seeds == 1 else over}. "
+            f"{_about_rates(rows, groups, tried)}"
         ),
         Table(lines),
         *([Table(cross)] if cross else []),

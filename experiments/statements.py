@@ -120,7 +120,7 @@ STATEMENTS = (
     Statement(
         "LoRA² reaches LoRA with 8 times more",
         "0.17M trainable numbers come to about what baselines with eight times more reach",
-        "LoRA², arXiv:2408.06854, Table 1",
+        "LoRA², arXiv:2408.06854",
         Arm("lora2", "small"),
         Arm("lora"),
         kind="no worse",
@@ -128,7 +128,7 @@ STATEMENTS = (
     Statement(
         "LoRA² reaches AdaLoRA with 8 times more",
         "0.17M trainable numbers come to about what baselines with eight times more reach",
-        "LoRA², arXiv:2408.06854, Table 1",
+        "LoRA², arXiv:2408.06854",
         Arm("lora2", "small"),
         Arm("adalora"),
         kind="no worse",
@@ -143,7 +143,7 @@ STATEMENTS = (
     Statement(
         "OLoRA converges faster than LoRA",
         "an orthonormal start converges faster at equal parameters",
-        "OLoRA, arXiv:2406.01775, sec. 4",
+        "OLoRA, arXiv:2406.01775",
         Arm("olora"),
         Arm("lora"),
         measure="steps",
@@ -151,14 +151,14 @@ STATEMENTS = (
     Statement(
         "OLoRA beats LoRA",
         "and ends better",
-        "OLoRA, arXiv:2406.01775, Table 2",
+        "OLoRA, arXiv:2406.01775",
         Arm("olora"),
         Arm("lora"),
     ),
     Statement(
         "ALoRA beats LoRA",
         "moving ranks to where they are worth most beats equal ranks at one budget",
-        "ALoRA, arXiv:2403.16187, Table 2",
+        "ALoRA, arXiv:2403.16187",
         Arm("alora"),
         Arm("lora"),
     ),

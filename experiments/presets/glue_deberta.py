@@ -1,4 +1,4 @@
-"""GLUE with DeBERTaV3-base at LoRA²'s settings (arXiv:2408.06854, appendix): `--task` names one of them.
+"""GLUE with DeBERTaV3-base at LoRA²'s settings (arXiv:2408.06854): `--task` names one of them.
 
 For people with a GPU and the weights. One learning rate a task for all adapters, as in the papers of AdaLoRA and LoRA².
 Target rank, inner rank, γ, t_i, t_f, Δ_T and alpha are the paper's; AdaLoRA shares what it has. Full fine-tuning gets

@@ -1,4 +1,4 @@
-"""One allocator, five ideas of what a rank is worth: ALoRA's ablation (its Table 4), with chance as the control."""
+"""One allocator, five ideas of what a rank is worth: ALoRA's ablation, with chance as the control."""
 
 from lorafamily.allocation.scores import SCORERS
 from presets import Preset
