@@ -241,6 +241,7 @@ class Adapter(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are; those of one adapter are on one device."""
         return next(self.update.parameters()).device
 
     def trainable(self) -> int:

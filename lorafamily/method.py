@@ -150,7 +150,11 @@ class Method:
         return (self, n) if by == "rank" else (self.with_options(**{by: n}), self.rank)
 
     def scale(self, rank: int) -> float:
-        """s for a module that starts with `rank` slices."""
+        """s for a module that starts with `rank` slices.
+
+        Raises:
+            MethodError: an alpha that is no positive number, or an unknown scaling.
+        """
         if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha <= 0:
             raise MethodError(f"alpha={self.alpha!r}: must be a positive, finite number")
         if self.scaling == "alpha/r":
