@@ -10,6 +10,7 @@ import pkgutil
 import re
 import textwrap
 import tomllib
+import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_what_extending_defines_is_a_method_like_the_others(method, extended, tm
     base = logits(model)
     lorafamily.apply(model, method, rank=4, seed=0, **options)
     assert torch.equal(logits(model), base)
-    history = lorafamily.train(model, data(), steps=40, lr=1e-2, validation=data(1), progress=False)
+    history = lorafamily.train(model, data(), steps=24, lr=1e-2, validation=data(1), progress=False)
     assert history.steps[-1].loss < history.steps[0].loss
     adapters = placement_of(model).adapters
     for adapter in adapters.values():
@@ -216,24 +217,76 @@ def test_deployment_as_shown(monkeypatch, tmp_path, capsys):
     assert Path("merged-on-disk/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
 
 
+def test_the_numbers_of_the_methods_page():
+    """Counts by our own rule, from the shapes; AdaLoRA's schedule as printed."""
+    page = (ROOT / "docs/methods.md").read_text()
+    six = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+    methods = lorafamily.methods()
+
+    def count(method: str, shapes: list[tuple[int, int]], rank: int) -> int:
+        return sum(methods[method].count(d_in, d_out, rank) for d_in, d_out in shapes)
+
+    counts = [count("lora2", six * 12, k) for k in (8, 2, 1)]
+    counts += [count("adalora", six * 12, 12), count("adalora", six * 12, 8), count("lora", six * 12, 1)]
+    models = [
+        (12, 768, 8, 2),
+        (24, 1024, 8, 2),
+        (48, 1536, 16, 2),
+        (48, 1536, 8, 2),
+        (24, 1024, 4, 2),
+        (36, 1280, 4, 2),
+    ]
+    models += [(96, 12288, 1, 2), (96, 12288, 8, 2), (96, 12288, 4, 2), (96, 12288, 2, 4), (96, 12288, 64, 2)]
+    counts += [count("lora", [(d, d)] * layers * kinds, rank) for layers, d, rank, kinds in models]
+    for number in counts:
+        assert f"{number:,}" in page
+
+    def scored(method: str, shapes: list[tuple[int, int]]) -> int:
+        made = methods[method]
+        with torch.device("meta"):
+            updates = [made.parametrisation(i, o, rank=8, **made.parametrisation_options) for i, o in shapes]
+        return sum(p.numel() for update in updates for p, _ in update.sliced())
+
+    for shapes, share in ((six, "99.3"), ([(768, 768)], "98.9")):
+        ours, theirs = scored("lora2", shapes), scored("adalora", shapes)
+        assert f"{ours:,} against {theirs:,}, {share} %" in re.sub(r"\s+", " ", page)
+        assert f"{100 * (1 - ours / theirs):.1f}" == share
+
+    def printed(t: int) -> float:
+        return 576 + (864 - 576) * (1 - (t - 8_000 - 50_000) / (85_900 - 8_000 - 50_000)) ** 3
+
+    assert f"{printed(8_000):,.0f}" in page
+    assert f"{printed(85_900 - 50_000):,.0f}" in page
+
+
 def without_numbers(line: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"( → )?[\d.,]+(e-\d+)?|[▁▂▃▄▅▆▇█]", "", re.sub(r"model\.\S+", "", line))).strip()
 
 
 def slug(heading: str) -> str:
-    """GitHub's anchor of a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+    """GitHub's anchor of a heading: letters, marks, digits and _ stay, blanks become hyphens."""
+    kept = (
+        c
+        for c in heading.strip().lower()
+        if c in " -" or unicodedata.category(c)[:1] in "LM" or c.isdecimal() or c == "_"
+    )
+    return "".join(kept).replace(" ", "-")
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    text = without_code(page)
+    named = re.findall(r'<a id="([^"]+)"></a>', text)
+    assert len(set(named)) == len(named), "an anchor occurs twice"
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)} | set(named)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
         if re.match(r"\w+:", target):  # an address elsewhere
             continue
         file, _, anchor = target.partition("#")
