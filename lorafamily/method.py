@@ -60,9 +60,9 @@ AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling")
 class Method:
     """A named point in the space of low-rank methods.
 
-    `parametrisation_options` override the parametrisation's own sizes. `claimed` are the axes on which this method
-    has an opinion; a combination `a+b` takes every claimed axis from the method that claims it. A method built anew
-    claims what it sets; one made by `but` claims what it changes.
+    `alpha` and `scaling` give s, see `scale`. `parametrisation_options` override the parametrisation's own sizes.
+    `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
+    method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
     """
 
     parametrisation: type[Parametrisation]
