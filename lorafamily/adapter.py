@@ -137,7 +137,7 @@ class Adapter(nn.Module):
     start that is subtracted so that the adapted layer begins as the base layer.
 
     `update` is U V in some parametrisation; `start` is its frozen copy or None; `scale` is s; `dropout` acts on the
-    input of the update in training.
+    input of the update in training; `start_rank` is the number of slices it began with, for whoever compares.
     """
 
     def __init__(
@@ -241,6 +241,7 @@ class Adapter(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are; those of one adapter are on one device."""
         return next(self.update.parameters()).device
 
     def trainable(self) -> int:

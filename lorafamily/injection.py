@@ -98,7 +98,11 @@ def apply(
 def match_beside(
     model: nn.Module, patterns: str | Sequence[str] | None, adapted: dict[str, nn.Module]
 ) -> dict[str, nn.Parameter]:
-    """The parameters that train beside the adapters; never the weight of an adapted layer, which merging replaces."""
+    """The parameters that train beside the adapters; never the weight of an adapted layer, which merging replaces.
+
+    Raises:
+        TargetError: a pattern that matches no parameter, or one that matches such a weight.
+    """
     beside = targeting.match_parameters(model, patterns)
     weights = {id(kind_for(module).parameter(module)): path for path, module in adapted.items()}
     for name, parameter in beside.items():
@@ -133,7 +137,11 @@ def switch(model: Model, name: str | None) -> Model:
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Inside the block the model is the base model, with the head it had before training."""
+    """Inside the block the model is the base model, with the head it had before training.
+
+    Raises:
+        StateError: an adapter is merged.
+    """
     state = state_of(model)
     if state is None:
         yield model

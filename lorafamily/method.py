@@ -60,9 +60,9 @@ AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling")
 class Method:
     """A named point in the space of low-rank methods.
 
-    `parametrisation_options` override the parametrisation's own sizes. `claimed` are the axes on which this method
-    has an opinion; a combination `a+b` takes every claimed axis from the method that claims it. A method built anew
-    claims what it sets; one made by `but` claims what it changes.
+    `alpha` and `scaling` give s, see `scale`. `parametrisation_options` override the parametrisation's own sizes.
+    `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
+    method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
     """
 
     parametrisation: type[Parametrisation]
@@ -150,7 +150,11 @@ class Method:
         return (self, n) if by == "rank" else (self.with_options(**{by: n}), self.rank)
 
     def scale(self, rank: int) -> float:
-        """s for a module that starts with `rank` slices."""
+        """s for a module that starts with `rank` slices.
+
+        Raises:
+            MethodError: an alpha that is no positive number, or an unknown scaling.
+        """
         if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha <= 0:
             raise MethodError(f"alpha={self.alpha!r}: must be a positive, finite number")
         if self.scaling == "alpha/r":

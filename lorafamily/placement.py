@@ -84,7 +84,11 @@ def placement_of(model: nn.Module, name: str | None = None) -> Placement:
 
 
 def check_can_place(model: nn.Module, name: str) -> None:
-    """Refuse a name that is taken or cannot be one, and a model whose adapters are merged."""
+    """Refuse a name that is taken or cannot be one, and a model whose adapters are merged.
+
+    Raises:
+        StateError: one of these.
+    """
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
@@ -102,7 +106,11 @@ def check_can_place(model: nn.Module, name: str) -> None:
 
 
 def refuse_merged(state: ModelState | None) -> None:
-    """Refuse what would have to happen on top of merged weights."""
+    """Refuse what would have to happen on top of merged weights.
+
+    Raises:
+        StateError: an adapter is merged.
+    """
     if state is not None and state.merged:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 

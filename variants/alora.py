@@ -1,8 +1,8 @@
 """ALoRA (Liu et al. 2024, arXiv:2403.16187): allocating LoRA.   z = x Wᴬ G Wᴮ,   G = diag(g), g ∈ {0, 1}.
 
 Every module starts with the same rank, so the budget is met from the first step and nothing larger is ever allocated.
-After K1 steps, N_A times, K2 steps apart (sec. 3.3): score every rank by what the network loses without it and is worth
-with it alone (AB-LoRA, sec. 3.2), drop the n_A lowest of the whole network, and give n_A new ones to the modules that
+After K1 steps, N_A times, K2 steps apart (sec. 3.4): score every rank by what the network loses without it and is worth
+with it alone (AB-LoRA, sec. 3.3), drop the n_A lowest of the whole network, and give n_A new ones to the modules that
 lost none. A gate that is 0 stays 0, so a dropped rank is removed; a gate that is 1 is a factor of 1. Hence the update
 itself is plain LoRA, and gates exist only while ranks are scored.
 

@@ -1,4 +1,4 @@
-"""AB-LoRA (ALoRA, sec. 3.2): a rank slice is worth what the network loses without it plus what it does alone.
+"""AB-LoRA (ALoRA, sec. 3.3, eq. 6): a rank slice is worth what the network loses without it plus what it does alone.
 
     IS(i) = S(M) − S(M∖i) + S(M_i),   S = −loss on one batch of validation data
 

@@ -103,7 +103,11 @@ class _Still(Allocator):
 
 
 def in_steps(value: float, steps: int, name: str) -> int:
-    """A schedule setting in optimiser steps: a whole number is steps already, a fraction is of the run."""
+    """A schedule setting in optimiser steps: a whole number is steps already, a fraction is of the run.
+
+    Raises:
+        AllocationError: neither; `name` is named.
+    """
     if isinstance(value, int) and value >= 0:
         return value
     if isinstance(value, float) and 0 <= value < 1:

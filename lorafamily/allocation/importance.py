@@ -43,7 +43,11 @@ class ImportancePruning(Allocation):
         return self.target if isinstance(self.target, float) else 1.0
 
     def slices_left(self, start: int, modules: int) -> int:
-        """b_T for b0 = `start` slices in `modules` modules."""
+        """b_T for b0 = `start` slices in `modules` modules.
+
+        Raises:
+            AllocationError: `target` is neither a share nor a whole number, or more than there is.
+        """
         if isinstance(self.target, int) and self.target >= 0:
             left = self.target * modules
         elif isinstance(self.target, float) and 0 <= self.target <= 1:

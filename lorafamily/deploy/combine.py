@@ -33,6 +33,7 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
 
     Raises:
         StateError: an unknown name, a name that is taken, a merged model, or a head that several of them trained.
+        MethodError: none of them has a rank left in any layer.
     """
     if not weights:
         raise StateError('nothing to combine: give names with their weights, such as {"a": 0.7, "b": 0.3}')
@@ -85,7 +86,11 @@ def compress(
 def compressed(
     adapters: Mapping[str, Adapter], rank: int | None, energy: float | None
 ) -> tuple[Method, Sizing, dict[str, Adapter], list[Compressed]]:
-    """Plain LoRA adapters in the place of others, see `compress`."""
+    """Plain LoRA adapters in the place of others, see `compress`.
+
+    Raises:
+        StateError: not just one of `rank` and `energy`, or out of its range.
+    """
     if (rank is None) == (energy is None):
         raise StateError(f"rank={rank!r}, energy={energy!r}: give one of them")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):

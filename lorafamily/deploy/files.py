@@ -46,6 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 
     Raises:
         StateError: nothing to save.
+        FileError: a file cannot be written.
     """
     placement = placement_of(model, name)
     state = state_of(model)
@@ -88,7 +89,11 @@ class Saved:
 
 
 def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
-    """Write an adapter without a model: one that was read, or made from such a one."""
+    """Write an adapter without a model: one that was read, or made from such a one.
+
+    Raises:
+        FileError: a file cannot be written.
+    """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{at}.{key}": value for at, a in saved.adapters.items() for key, value in a.state_dict().items()}

@@ -25,7 +25,11 @@ SEAL = "sha256"
 def write_sealed(
     folder: Path, record_name: str, record: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Tensors and their record, each with its hash in the record."""
+    """Tensors and their record, each with its hash in the record.
+
+    Raises:
+        FileError: a file cannot be written.
+    """
     data = _bytes_of(tensors)
     record = {key: value for key, value in record.items() if key != SEAL}
     hashes = {name: hashlib.sha256(data).hexdigest(), record_name: _hash_of(record)}
@@ -50,7 +54,11 @@ def read_record(path: Path, what: str, format: int) -> dict[str, Any]:
 
 
 def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a sealed folder, on the CPU."""
+    """The tensors of a sealed folder, on the CPU.
+
+    Raises:
+        FileError: not there, damaged, or not what the record speaks of.
+    """
     _check_there(path, what)
     with open(path, "rb") as file:
         if record[SEAL].get(path.name) != hashlib.file_digest(file, "sha256").hexdigest():
@@ -59,11 +67,20 @@ def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dic
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Tensors of any device as a safetensors file."""
+    """Tensors of any device as a safetensors file.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     _write(path, _bytes_of(tensors, metadata))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """A record as a JSON file.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     _write(path, _text_of(record))
 
 
@@ -81,7 +98,11 @@ def _hash_of(record: Mapping[str, Any]) -> str:
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; `what` says in the error what the folder should have been."""
+    """The tensors of a safetensors file, on the CPU; `what` says in the error what the folder should have been.
+
+    Raises:
+        FileError: not there, or damaged.
+    """
     _check_there(path, what)
     try:
         return safetensors.torch.load_file(path)
@@ -90,6 +111,11 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def read_json(path: Path, what: str) -> Any:
+    """What a JSON file holds; `what` as in `read_tensors`.
+
+    Raises:
+        FileError: not there, damaged, or with two entries of one name.
+    """
     _check_there(path, what)
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_twins)

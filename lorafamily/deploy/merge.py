@@ -109,7 +109,11 @@ def merge_difference(model: nn.Module, batch: Any) -> float:
 
 
 def outputs_of(model: nn.Module, batch: Any) -> Tensor:
-    """The logits, or the tensor, that a model returns for a batch."""
+    """The logits, or the tensor, that a model returns for a batch.
+
+    Raises:
+        StateError: it returned neither.
+    """
     output = call(model, batch)
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):

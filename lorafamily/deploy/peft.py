@@ -67,6 +67,7 @@ def export_peft(
 
     Raises:
         StateError: nothing to export, or something that such a file cannot hold; it is named.
+        FileError: a file cannot be written.
     """
     placement = placement_of(model, name)
     factors, scales = _by_layer(model, placement.adapters)
@@ -148,6 +149,7 @@ def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, n
 
     Raises:
         FileError: no factors in it, or factors that do not fit the model's layers (`MergedLinear` has others).
+        MethodError: alpha is no positive, finite number.
         StateError: the name is taken, or the model is merged.
     """
     check_can_place(model, name)

@@ -30,6 +30,9 @@ def directions(adapter: Adapter, side: Side = "down") -> Float[Tensor, "k d"]:
     """Orthonormal directions of a factor, the strongest first: right singular vectors of V, left ones of U.
 
     As many as the factor's rank, to rounding (LoRA, sec. 7.2). With a frozen start the factors are those of ΔW.
+
+    Raises:
+        StateError: no such side.
     """
     if side not in ("down", "up"):
         raise StateError(f'side={side!r}: must be "down" or "up"')
@@ -114,6 +117,7 @@ class Amplification:
 
     @property
     def factor(self) -> float:
+        """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F, U and V the directions of ΔW; nan for no update."""
         return self.delta / self.in_delta if self.delta else math.nan
 
 

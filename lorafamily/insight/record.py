@@ -93,7 +93,11 @@ def draw(folder: Path, drawn: Mapping[str, Figure]) -> list[Path]:
 
 
 def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
-    """The decisions of a recorded run, the first being the start."""
+    """The decisions of a recorded run, the first being the start.
+
+    Raises:
+        FileError: no record there, or it is damaged.
+    """
     decisions: list[Decision] = _read(Path(folder) / DECISIONS, Decision)
     if not decisions:
         raise FileError(f"{Path(folder) / DECISIONS}: empty; a record begins with the ranks at the start")
@@ -101,7 +105,11 @@ def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
 
 
 def read_steps(folder: str | os.PathLike[str]) -> list[Step]:
-    """The training steps of a recorded run."""
+    """The training steps of a recorded run.
+
+    Raises:
+        FileError: no record there, or it is damaged.
+    """
     return _read(Path(folder) / STEPS, Step)
 
 

@@ -48,6 +48,7 @@ class Summary:
 
     @property
     def rank(self) -> int:
+        """Rank slices left in all modules."""
         return sum(row.rank for row in self.rows)
 
     @property

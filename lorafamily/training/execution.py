@@ -18,7 +18,11 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def chosen_precision(precision: Precision, device: torch.device) -> str:
-    """ "auto" is bfloat16 on a GPU that has it and float32 elsewhere."""
+    """ "auto" is bfloat16 on a GPU that has it and float32 elsewhere.
+
+    Raises:
+        TrainingError: no such precision.
+    """
     if precision == "auto":
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if precision not in ("float32", "bfloat16", "float16"):

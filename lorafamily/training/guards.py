@@ -30,6 +30,9 @@ def check_gradients(adapters: Mapping[str, Any]) -> None:
     """Every adapter must have got a gradient from the task loss alone that is not all zero.
 
     One tensor of it is enough: where one factor starts at zero, the other's gradient is zero at first.
+
+    Raises:
+        TrainingError: some got none; they are named.
     """
     silent = [path for path, adapter in adapters.items() if adapter.rank and not _learns(adapter)]
     if silent:

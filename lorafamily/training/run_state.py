@@ -75,7 +75,11 @@ class RunState:
         return fingerprints((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def improved(self, evaluation: Evaluation, patience: int | None) -> bool:
-        """Take in an evaluation; whether its "loss" is the best since the allocation settled."""
+        """Take in an evaluation; whether its "loss" is the best since the allocation settled.
+
+        Raises:
+            TrainingError: `patience` waits for a "loss" that is not among the metrics.
+        """
         loss = evaluation.metrics.get("loss")
         if loss is None and patience is not None:
             raise TrainingError(f'patience watches "loss", but evaluate gave {", ".join(evaluation.metrics)}')

@@ -34,7 +34,11 @@ def total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, ac
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """The share of the peak learning rate that step `step` (from 1) of `total` uses."""
+    """The share of the peak learning rate that step `step` (from 1) of `total` uses.
+
+    Raises:
+        TrainingError: no such schedule.
+    """
     done, rising = step - 1, warmup * total
     if done < rising:
         return (done + 1) / (rising + 1)
