@@ -67,7 +67,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "claims-rte": {
         "name": "RTE",
-        "what": "all-MiniLM-L6-v2 on RTE, 60 steps of 16 pairs, 277 to validate on; small: a budget of 43,000, large: "
+        "what": "all-MiniLM-L6-v2 on RTE, 40 steps of 16 pairs, 277 to validate on; small: a budget of 43,000, large: "
         "340,000",
         "metric": "accuracy",
         "higher_is_better": True,

@@ -28,7 +28,7 @@ EVERY = [(name, task) for name in presets.names() for task in (None, *presets.fi
 
 
 def small(tmp_path, **changes) -> Compare:
-    return replace(Compare(out=tmp_path, **TINY), **changes)
+    return replace(Compare(out=tmp_path, held_out=32, **TINY), **changes)
 
 
 def test_all_presets_are_known_and_mentioned_where_one_looks():
@@ -154,7 +154,6 @@ def test_learning_rates_are_chosen_with_a_seed_of_their_own(tmp_path):
         lr=("1e-4", "1e-2"),
         tuning_seed=9,
         seeds=2,
-        steps=30,
         name="tuned",
     )
     compare.main(settings)
@@ -204,7 +203,7 @@ def test_the_html_report_is_one_file_that_tells_what_the_markdown_tells(tmp_path
     assert "<script>alert" not in page.html("t", [page.Table([["a", "b"], ["<script>alert", "&"]])])
 
 
-def test_the_e2e_challenge(tmp_path):
+def test_the_e2e_challenge(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="transformers is an extra")
     pytest.importorskip("sacrebleu", reason="sacrebleu is an extra")
     bert = tiny_bert(tmp_path / "bert", 2)
@@ -223,14 +222,17 @@ def test_the_e2e_challenge(tmp_path):
     data = write_task(tmp_path / "d", "e2e", pairs, pairs)
     settings = presets.defaults("e2e-gpt2", quick=True)
     settings = replace(settings, model=str(tmp_path / "gpt"), data=data, methods=("lora",), budgets=("600",))
-    settings = replace(settings, lr=("5e-2",), steps=150, batch=8, dropout=0.0, progress=False, out=tmp_path)
+    settings = replace(settings, lr=("5e-2",), steps=30, batch=8, dropout=0.0, progress=False, out=tmp_path)
     compare.main(settings)
     (row,) = rows(tmp_path / "e2e-gpt2-quick")
     assert set(row["ranks_end"]) == {"transformer.h.0.attn.c_attn.q", "transformer.h.0.attn.c_attn.v"}
-    assert row["curve"][-1][1] > row["curve"][0][1]
     assert row["validation_loss"] < row["loss_curve"][0][1]
     task = tasks.find("e2e", model=str(tmp_path / "gpt"), data=data, batch=2, length=20, held_out=2)
     assert list(task.references) == ["word0", "word1"]
+    model = task.model(0)[0]
+    assert 0 <= task.evaluate(model.eval())["BLEU"] < 100
+    monkeypatch.setattr(task, "_write", lambda model, meaning, device: f"good bad good {meaning} bad")
+    assert task.evaluate(model)["BLEU"] == pytest.approx(100)  # the references themselves
     batch = next(iter(task.validation()))
     kept = batch["labels"][0][batch["labels"][0] != -100]
     assert tokenizer.decode(kept) == "[CLS] good bad good word0 bad [SEP] [SEP]"  # BERT's tokenizer adds its own marks

@@ -326,7 +326,7 @@ def test_recomputed_activations_change_nothing(method):
         ({"steps": 0}, lorafamily.DataError, "steps=0"),
         ({"steps": 5, "accumulate": 0}, lorafamily.DataError, "accumulate=0"),
         ({"steps": 5, "precision": "int8"}, lorafamily.TrainingError, "precision='int8'"),
-        ({"steps": 5, "schedule": "steps"}, lorafamily.TrainingError, "schedule='steps'"),
+        ({"steps": 50, "schedule": "steps"}, lorafamily.TrainingError, "schedule='steps'"),
         ({"steps": 5, "data": []}, lorafamily.DataError, "the data gave no batch"),
         ({"epochs": 1, "data": []}, lorafamily.DataError, "is the data empty"),
         ({"epochs": 1, "data": iter(data())}, lorafamily.DataError, "needs data with a length"),

@@ -29,5 +29,5 @@ preset = Preset(
         evaluations=6,
     ),
     quick={"steps": 30, "seeds": 2, "evaluations": 2, "lr": ("2e-3", "1e-2"), "name": "claims-quick"},
-    by_task={"sst2": MINILM, "rte": MINILM | {"name": "claims-rte", "steps": 60, "evaluations": 2}},
+    by_task={"sst2": MINILM, "rte": MINILM | {"name": "claims-rte", "steps": 40, "evaluations": 2}},
 )

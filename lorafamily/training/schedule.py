@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sized
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lorafamily.errors import DataError, TrainingError
 
@@ -39,6 +39,8 @@ def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     Raises:
         TrainingError: no such schedule.
     """
+    if schedule not in get_args(Schedule):  # before the warm-up is over, too
+        raise TrainingError(f'schedule={schedule!r}: must be "linear", "cosine" or "constant"')
     done, rising = step - 1, warmup * total
     if done < rising:
         return (done + 1) / (rising + 1)
@@ -47,6 +49,4 @@ def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     left = (total - done) / max(1.0, total - rising)
     if schedule == "linear":
         return left
-    if schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
-    raise TrainingError(f'schedule={schedule!r}: must be "linear", "cosine" or "constant"')
+    return 0.5 * (1 - math.cos(math.pi * left))
