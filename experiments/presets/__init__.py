@@ -26,6 +26,17 @@ class Preset:
     published: Mapping[str, str] = field(default_factory=dict)
 
 
+SHORT: dict[str, Any] = {
+    "epochs": None,
+    "steps": 20,
+    "seeds": 1,
+    "batch": 4,
+    "evaluations": 1,
+    "options": ("alora.scores=first-order", "alora.rounds=2"),
+}
+"""The short form of presets with a large model, where its weights are at hand."""
+
+
 def names() -> list[str]:
     """Every preset, by the names that --preset takes."""
     files = Path(__file__).parent.glob("*.py")

@@ -4,7 +4,7 @@ For people with a GPU, the weights and the data (--data DIR). Labels are not smo
 fine-tuning gets 5e-5, a customary rate.
 """
 
-from presets import Preset
+from presets import SHORT, Preset
 from settings import Compare
 
 preset = Preset(
@@ -26,13 +26,5 @@ preset = Preset(
         evaluations=5,
         options=tuple(f"{method}.alpha=32" for method in ("lora", "olora", "alora", "adalora", "lora2")),
     ),
-    quick={
-        "epochs": None,
-        "steps": 20,
-        "seeds": 1,
-        "batch": 4,
-        "evaluations": 1,
-        "held_out": 16,
-        "options": ("alora.scores=first-order", "alora.rounds=2"),
-    },
+    quick=SHORT | {"held_out": 16},
 )

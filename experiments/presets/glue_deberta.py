@@ -5,7 +5,7 @@ Target rank, inner rank, γ, t_i, t_f, Δ_T and alpha are the paper's; AdaLoRA s
 2e-5, a customary rate that is none of the papers'.
 """
 
-from presets import Preset
+from presets import SHORT, Preset
 from settings import Compare
 
 METHODS = ("lora", "olora", "alora", "adalora", "lora2")
@@ -57,16 +57,6 @@ preset = Preset(
         batch=32,
         evaluations=10,
     ),
-    quick={
-        "epochs": None,
-        "steps": 20,
-        "seeds": 1,
-        "batch": 4,
-        "length": 64,
-        "budgets": ("0.17e6",),
-        "evaluations": 1,
-        "held_out": 64,
-        "options": ("alora.scores=first-order", "alora.rounds=2"),
-    },
+    quick=SHORT | {"length": 64, "held_out": 64, "budgets": ("0.17e6",)},
     by_task=TASKS,
 )

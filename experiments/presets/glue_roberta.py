@@ -5,7 +5,7 @@ scripts', whose batches are eight times these; the table has alpha 8. Where the 
 the adapter trained on MNLI, each starts afresh here. Full fine-tuning gets 2e-5, a customary rate.
 """
 
-from presets import Preset
+from presets import SHORT, Preset
 from settings import Compare
 
 # task: batch, epochs, rate
@@ -33,16 +33,7 @@ preset = Preset(
         evaluations=10,
         options=(),
     ),
-    quick={
-        "epochs": None,
-        "steps": 20,
-        "seeds": 1,
-        "batch": 4,
-        "length": 64,
-        "evaluations": 1,
-        "held_out": 64,
-        "options": ("alora.scores=first-order", "alora.rounds=2"),
-    },
+    quick=SHORT | {"length": 64, "held_out": 64},
     by_task={
         task: {"batch": batch, "epochs": float(epochs), "lr": (rate, "full=2e-5")}
         for task, (batch, epochs, rate) in PAPER.items()
