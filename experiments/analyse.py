@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -76,9 +78,11 @@ def main(given: Analyse) -> dict[str, Any]:
         for (one, other), by_layer in alike.items()
     }
     print(as_text(_table(told)))
+    if alike:
+        print("\n" + as_text(_pairs(alike, layers, given.side)))
     figures = {"spectra": _spectra(told["spectra"]), "norms": _norms(told["norms"])}
     if alike:
-        figures["similarity"] = _heatmaps(alike, layers)
+        figures["similarity"] = _heatmaps(alike, layers, given.side)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "analysis.json").write_text(json.dumps(told))
     with SummaryWriter(str(given.out)) as board:
@@ -145,6 +149,19 @@ def _table(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def _pairs(
+    alike: Mapping[tuple[str, str], Mapping[str, Tensor]], layers: Mapping[str, Layers], side: analysis.Side
+) -> list[list[str]]:
+    """A line for every pair: φ of the strongest directions and of all, means over layers; beside each a random pair."""
+    lines = [["pair", "φ(1, 1)", "random", "φ(all, all)", "random"]]
+    for (one, other), by_layer in alike.items():
+        chance = _by_chance(by_layer, layers[one], side)
+        grids = [(phi, chance[at]) for at, phi in by_layer.items() if phi.numel()]
+        means = [statistics.fmean(float(g[at, at]) for g in own) for at in (0, -1) for own in zip(*grids, strict=True)]
+        lines.append([f"{one} | {other}", *(f"{mean:.2f}" for mean in means or [math.nan] * 4)])
+    return lines
+
+
 def _spectra(spectra: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Singular values of every layer, thin, and their mean over layers, of the largest of each."""
     figure = Figure(figsize=(1 + 3 * len(spectra), 3.2), layout="constrained")
@@ -179,6 +196,7 @@ def _norms(norms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 *zip(*sorted(own), strict=True), color=colour, marker="o", markersize=3, label=kind
             ) if own else None
         axes.set(xlabel="layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     for axes, name in zip(figure.axes, norms, strict=True):
         axes.set_title(name, fontsize=8)
@@ -187,22 +205,24 @@ def _norms(norms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def _heatmaps(alike: Mapping[tuple[str, str], Mapping[str, Tensor]], layers: Mapping[str, Layers]) -> Figure:
+def _heatmaps(
+    alike: Mapping[tuple[str, str], Mapping[str, Tensor]], layers: Mapping[str, Layers], side: analysis.Side
+) -> Figure:
     """φ(i, j), mean over the layers of a kind; a row for every pair, and what random directions would give."""
     pairs = list(alike.items())[:AT_MOST]
     kinds = list(dict.fromkeys(place_of(at).kind for _, by_layer in pairs for at in by_layer))
     rows: list[tuple[str, dict[str, np.ndarray]]] = []
     for (one, other), by_layer in pairs:
         rows.append((f"{one}\n{other}", {kind: _mean(by_layer, kind) for kind in kinds}))
-    chance = _by_chance(pairs[0][1], layers[pairs[0][0][0]])
+    chance = _by_chance(pairs[0][1], layers[pairs[0][0][0]], side)
     rows.append(("two random ones\n(sizes of the first row)", {kind: _mean(chance, kind) for kind in kinds}))
-    figure = Figure(figsize=(2.2 + 1.7 * len(kinds), 0.9 + 1.7 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(3.2 + 1.5 * len(kinds), 0.9 + 1.2 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(kinds), squeeze=False)
     for own, (label, by_kind) in zip(panels, rows, strict=True):
         for axes, kind in zip(own, kinds, strict=True):
-            image = axes.imshow(by_kind[kind], cmap="cividis", vmin=0, vmax=1, origin="lower")
+            image = axes.imshow(by_kind[kind], cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto")
             axes.set_xticks([]), axes.set_yticks([])
-        own[0].set_ylabel(label, fontsize=7)
+        own[0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
     for axes, kind in zip(panels[0], kinds, strict=True):
         axes.set_title(kind, fontsize=8)
     figure.colorbar(image, ax=figure.axes, label="φ(i, j)", shrink=0.8)
@@ -225,10 +245,13 @@ def _mean(by_layer: Mapping[str, Tensor], kind: str) -> np.ndarray:
     return mean
 
 
-def _by_chance(alike: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _by_chance(alike: Mapping[str, Tensor], layers: Layers, side: analysis.Side) -> dict[str, Tensor]:
+    """φ of random directions, as many and in the same spaces."""
+    generator, axis = torch.Generator().manual_seed(0), 1 if side == "down" else 0
     return {
-        at: analysis.similarity(*(analysis.random_directions(k, layers[at][1].shape[1], generator) for k in phi.shape))
+        at: analysis.similarity(
+            *(analysis.random_directions(k, layers[at][1].shape[axis], generator) for k in phi.shape)
+        )
         for at, phi in alike.items()
     }
 

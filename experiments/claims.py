@@ -120,7 +120,7 @@ def read(path: Path) -> list[Row]:
 def shown(outcome: Outcome) -> str:
     """The difference with its interval, in the unit it has."""
     if outcome.statement.measure == "steps":
-        values, unit = [100 * v for v in (outcome.difference, outcome.low, outcome.high)], " % of the steps"
+        values, unit = [100 * v for v in (outcome.difference, outcome.low, outcome.high)], " % of the run"
     elif outcome.setting.metric == "accuracy":
         values, unit = [100 * v for v in (outcome.difference, outcome.low, outcome.high)], " points"
     else:
@@ -148,7 +148,7 @@ def page_of(settings: Sequence[Setting], found: Sequence[Outcome], costs: list[l
             + ", fixed before the runs. g: Hedges' g of the paired differences. p: two-sided paired t-test, adjusted "
             f"by Holm's method for the {len(STATEMENTS)} lines of a setting. *Holds* and *does not hold* are said "
             f"below p = {LEVEL:g}, *undecided* everywhere else. Steps: to the validation loss that both reach, as a "
-            "share of the other's."
+            "share of the run."
         ),
         Table(
             [["claim", "source", "setting", "verdict", "difference", "g", "p"]]
@@ -275,7 +275,7 @@ def forest(found: Sequence[Outcome]) -> Figure:
             (o,) = [o for o in found if o.setting is setting and o.statement is statement]
             unit = abs(o.bound) or setting.margin
             if statement.measure == "steps":
-                unit = 0.1  # a tenth of the steps
+                unit = 0.1  # a tenth of the run
             middle, low, high, bound = (value / unit for value in (o.difference, o.low, o.high, o.bound))
             colour = MARKS[o.verdict]
             axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
@@ -296,7 +296,7 @@ def forest(found: Sequence[Outcome]) -> Figure:
     figure.supxlabel(
         "difference in margins ("
         + ", ".join(f"{s.name}: {s.margin:g} {s.metric}" for s in settings)
-        + "; steps: 10 %), better to the right, 95 % intervals",
+        + "; steps: 10 % of the run), better to the right, 95 % intervals",
         fontsize=8,
     )
     handles = [axes.plot([], [], "o-", color=colour)[0] for colour in MARKS.values()]

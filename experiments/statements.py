@@ -93,8 +93,8 @@ class Setting:
 class Outcome:
     """What a setting says of a statement.
 
-    `difference`: mean over seeds, positive where the arm is better, in the metric's unit or as a share of the other's
-    steps. `low`, `high`: its 95 % bootstrap interval. `effect`: Hedges' g of the paired differences, nan where they
+    `difference`: mean over seeds, positive where the arm is better, in the metric's unit or as a share of the
+    run's steps. `low`, `high`: its 95 % bootstrap interval. `effect`: Hedges' g of the paired differences, nan where they
     do not vary. `p`: two-sided, paired t-test against zero or −margin; `adjusted`: by Holm.
     """
 
@@ -239,7 +239,7 @@ def _difference(statement: Statement, setting: Setting, arm: Row, other: Row) ->
         own, others = (first_crossing(row["loss_curve"], goal) for row in (arm, other))
         assert own is not None
         assert others is not None
-        return (others - own) / others
+        return (others - own) / arm["loss_curve"][-1][0]
     value = float(arm["metric"] - other["metric"])
     return value if setting.higher_is_better else -value
 

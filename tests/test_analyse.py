@@ -58,3 +58,19 @@ def test_no_adapter_or_one_twice_is_said(saved, tmp_path):
     folder = saved / "one" / "adapter"
     with pytest.raises(SystemExit, match="twice"):
         analyse.main(analyse.Analyse((folder, folder), out=tmp_path))
+
+
+def test_pairs_are_held_against_random_directions_of_their_side(saved, tmp_path, capsys):
+    """Rank 2 and 3 in R^128 and R^512: two random subspaces share max(i, j)/d on average."""
+    adapters = tuple(saved / name / "adapter" for name in ("one", "two@0.1"))
+    for side in ("down", "up"):
+        told = analyse.main(analyse.Analyse(adapters, out=tmp_path, side=side))
+        (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("one | two@0.1")]
+        (by_layer,) = told["similarity"].values()
+        whole = [grid[-1][-1] for grid in by_layer.values() if grid[0]]
+        assert float(line[5]) == pytest.approx(sum(whole) / len(whole), abs=0.006)  # printed with two digits
+        width = {name: 128 if side == "up" or "down" not in name else 512 for name in by_layer}
+        if side == "up":
+            width |= {name: 512 for name in by_layer if name.endswith("mlp.up")}
+        expected = [3 / width[name] for name, grid in by_layer.items() if grid[0]]
+        assert float(line[6]) == pytest.approx(sum(expected) / len(expected), abs=0.02)  # 23 draws, spread 0.01 each

@@ -76,11 +76,13 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_steps_are_to_the_loss_that_both_reach():
     fast, slow = ((0, 3.0), (10, 1.0), (20, 0.5)), ((0, 3.0), (10, 2.0), (20, 1.0))
+    flat = ((0, 1.0), (10, 1.5), (20, 2.0))  # which is at its last loss before it begins
     own = setting(rows("a", 80, [1] * 5, fast), rows("b", 80, [1] * 5, slow))
     outcome = judge(QUICKER, own)
-    assert outcome.differences == (0.5,) * 5  # 10 steps instead of 20
+    assert outcome.differences == (0.5,) * 5  # 10 steps of 20 fewer
     assert outcome.p == 0.0
-    assert judge(QUICKER, setting(rows("a", 80, [1] * 5, slow), rows("b", 80, [1] * 5, fast))).difference == -1.0
+    assert judge(QUICKER, setting(rows("a", 80, [1] * 5, slow), rows("b", 80, [1] * 5, fast))).difference == -0.5
+    assert judge(QUICKER, setting(rows("a", 80, [1] * 5, flat), rows("b", 80, [1] * 5, flat))).difference == 0.0
 
 
 def test_holm():
