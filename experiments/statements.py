@@ -93,9 +93,9 @@ class Setting:
 class Outcome:
     """What a setting says of a statement.
 
-    `difference`: mean over seeds, positive where the arm is better, in the metric's unit or as a share of the
-    run's steps. `low`, `high`: its 95 % bootstrap interval. `effect`: Hedges' g of the paired differences, nan where they
-    do not vary. `p`: two-sided, paired t-test against zero or −margin; `adjusted`: by Holm.
+    `difference`: mean over seeds, positive where the arm is better, in the metric's unit or as a share of the run's
+    steps. `low`, `high`: its 95 % bootstrap interval. `effect`: Hedges' g of the paired differences, nan where they do
+    not vary. `p`: two-sided, paired t-test against zero or −margin; `adjusted`: by Holm.
     """
 
     statement: Statement
