@@ -144,9 +144,14 @@ def _table(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for kind, own in by_kind.items():
             sized = [statistics.fmean(row[key] for row, _ in own) for key in ("rank", "effective_rank", "relative")]
             columns = ("factor", "in_delta", "in_weight", "in_random", "overlap")
-            seen = [float(np.nanmean([found[key] for _, found in own])) for key in columns]
-            lines.append((f"{name}, {kind}", *(f"{value:.3g}" for value in (*sized, *seen))))
+            seen = [_mean_of([found[key] for _, found in own]) for key in columns]
+            lines.append((f"{name}, {kind}", *("–" if v is None else f"{v:.3g}" for v in (*sized, *seen))))
     return lines
+
+
+def _mean_of(values: Sequence[float]) -> float | None:
+    """Of those that are numbers; a layer without update has no factor."""
+    return statistics.fmean(own) if (own := [value for value in values if not math.isnan(value)]) else None
 
 
 def _pairs(
