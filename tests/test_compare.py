@@ -18,6 +18,7 @@ import torch
 
 import cell as cells
 import compare
+import embedded
 import lorafamily
 import report
 import tasks
@@ -67,7 +68,7 @@ def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
             assert row["trainable"] <= row["budget"]
             assert row["merge_difference"] < 1e-3
             assert list((folder / "cells" / row["key"]).glob("events.*"))
-            loaded = lorafamily.load(tasks.embedded.pretrained(), folder / "cells" / row["key"] / "adapter")
+            loaded = lorafamily.load(embedded.pretrained(), folder / "cells" / row["key"] / "adapter")
             assert sum(r.rank for r in lorafamily.summary(loaded).rows) == sum(row["ranks_end"].values())
     by_method = {row["method"]: row for row in done}
     assert by_method["none"]["trainable"] == 0

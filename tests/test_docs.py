@@ -65,6 +65,13 @@ def test_the_method_in_one_file(monkeypatch):
     assert_close(logits(lorafamily.merge(model)), adapted, rtol=1e-4, atol=1e-4)  # float32, another order of sums
 
 
+def test_the_analysis_page(capsys):
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, seed=0))
+    run_page("docs/analysis.md", {"model": model})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(placement_of(model).adapters)
+
+
 @pytest.fixture
 def extended(monkeypatch, tmp_path) -> dict:
     """What docs/extending.md defines, its methods registered as its pyproject lines say; undone afterwards."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.batch import to_device
-from tasks import Batches, Task, TaskError, loader, pretrained, read_rows, tokenizer_of
+from tasks.task import Batches, Task, TaskError, loader, pretrained, read_rows, tokenizer_of
 
 BEAMS, LENGTH_PENALTY, NO_REPEAT, WRITTEN = 10, 0.8, 4, 64
 """LoRA's decoding: beams, their length penalty, n-grams that do not come twice, tokens at most."""
