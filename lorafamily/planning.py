@@ -97,11 +97,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Importing a library and building a model only makes objects; to look for garbage among them takes a second."""
+    """Importing a library and building a model only makes objects, which then stay: to look for garbage among them
+    again and again, and at the end once more, takes a third of the command's time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
+        gc.freeze()
     finally:
         if enabled:
             gc.enable()
