@@ -24,6 +24,7 @@ def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What methods will take on a model: trainable numbers, file, memory; nothing is allocated."""
     with _uncollected():
         model = model_of(given.model, given.architecture)
+    _quiet()
     batch = None if given.batch is None else example_batch(model, given.batch, given.length)
     targets, fused = targets_of(model, given.targets)
     if given.fused:
@@ -107,6 +108,13 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _quiet() -> None:
+    """What transformers warns of in a config that somebody wrote is not asked here."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -195,7 +195,7 @@ def memory_bars(ways: Mapping[str, Memory], title: str) -> Figure:
     for part, colour in zip(("weights", "gradients", "optimiser", "activations"), COLOURS, strict=False):
         widths = np.array([getattr(memory, part) or 0 for memory in ways.values()]) / of
         if widths.any():
-            axes.barh(names, widths, left=ends, color=colour, label=part, height=0.7, edgecolor="white", linewidth=0.4)
+            axes.barh(names, widths, left=ends, color=colour, label=part, height=0.7)
         ends += widths
     peaks = np.array([memory.peak for memory in ways.values()]) / of
     earlier = peaks < 0.995 * ends  # where one sees the difference
@@ -204,14 +204,16 @@ def memory_bars(ways: Mapping[str, Memory], title: str) -> Figure:
         axes.plot(peaks[earlier], at, linestyle="", marker="|", markersize=17, markeredgewidth=2, color="black",
                   label="peak: gradients come\nas activations go")  # fmt: skip
     for name, end, memory in zip(names, np.maximum(ends, peaks), ways.values(), strict=True):
-        axes.annotate(in_units(memory.peak), (end, name), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_xlim(0, 1.13 * max(ends.max(), peaks.max()))
+        said = in_units(memory.peak) if memory.peak / of > 0.995 * end else f"peak {in_units(memory.peak)}"
+        axes.annotate(said, (end, name), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xlim(0, 1.2 * max(ends.max(), peaks.max()))
     axes.invert_yaxis()
     axes.set_xlabel(f"memory of a training step ({unit})")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    handles = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1].startswith("peak"))
+    axes.legend(*zip(*handles, strict=True), fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure
 

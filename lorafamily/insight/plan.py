@@ -195,10 +195,10 @@ class Planner:
 
     def _assumptions(self, trained: Sequence[Tensor]) -> tuple[str, ...]:
         of_base = _dtypes([self._as_planned(parameter) for parameter in base_parameters(self.model).values()])
-        states = str(self.states).removeprefix("torch.") if self.states else "the same"
+        states = "as what trains" if self.states is None else str(self.states).removeprefix("torch.")
         said = [
-            f"weights {of_base}; what trains beside a frozen base {_dtypes(trained)}, its gradients the same; "
-            f"AdamW's two states a number: {states}; nothing is kept in a second precision",
+            f"dtypes: weights {of_base}; what trains beside them {_dtypes(trained)}; gradients as what trains; AdamW's "
+            f"two states {states}; no second copy of weights in another precision"
         ]
         if self.batch is None:
             said.append("activations: not counted, no batch was given; peak is weights + gradients + optimiser")
@@ -214,7 +214,9 @@ class Planner:
                 "CPU's kernels make, without autocast"
             )
             said.append("peak: may be less than the sum, as gradients come when activations go")
-        said.append("file: all that lorafamily.save writes after apply; of full fine-tuning the weights")
+        said.append(
+            "file: all that lorafamily.save writes after apply; of full fine-tuning the weights; MB 10⁶, GB 10⁹ bytes"
+        )
         return tuple(said)
 
 
