@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import lorafamily
+from lorafamily.insight.plan import Planner
 from lorafamily.placement import placement_of
 from measuring import bert
 
@@ -32,8 +33,8 @@ def main(ways: list[str]) -> None:
         taken = status("VmHWM") - before
         gc.collect()
         model, batch = bert(layers=6, rows=16)
-        plan = lorafamily.plan(model, "lora" if way == FULL else way, rank=RANK, batch=batch)
-        predicted = (plan.full if way == FULL else plan.use).memory.peak
+        planner = Planner(model, batch)
+        predicted = (planner.full if way == FULL else planner.plan(way, rank=RANK).use).memory.peak
         del model
         print(f"{way} {predicted / 1e6:.1f} {taken / 1e6:.1f} {predicted / taken:.3f}")
 

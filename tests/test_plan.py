@@ -266,7 +266,7 @@ def test_a_plan_runs_the_fast_path(monkeypatch):
     assert len(read) >= 2 * 3  # of two blocks at least the output, up and down, which share their input with nobody
 
 
-@every_method
+@pytest.mark.parametrize("method", ["lora", "alora", "lora2+olora"])
 def test_nothing_is_allocated_or_changed(method):
     model = tiny()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
