@@ -31,12 +31,14 @@ def main(ways: list[str]) -> None:
     for way in ways:
         step_of(way, layers=6, rows=16)
         taken = status("VmHWM") - before
-        gc.collect()
-        model, batch = bert(layers=6, rows=16)
-        planner = Planner(model, batch)
-        predicted = (planner.full if way == FULL else planner.plan(way, rank=RANK).use).memory.peak
-        del model
+        predicted = planned(way)
+        gc.collect()  # what this way leaves must not count for the next
         print(f"{way} {predicted / 1e6:.1f} {taken / 1e6:.1f} {predicted / taken:.3f}")
+
+
+def planned(way: str) -> int:
+    planner = Planner(*bert(layers=6, rows=16))
+    return (planner.full if way == FULL else planner.plan(way, rank=RANK).use).memory.peak
 
 
 def step_of(way: str, *, layers: int, rows: int) -> None:
