@@ -28,6 +28,8 @@ from lorafamily.errors import (
 from lorafamily.history import History
 from lorafamily.injection import apply, disabled, remove, switch
 from lorafamily.insight import analysis
+from lorafamily.insight.costs import Plan
+from lorafamily.insight.plan import plan
 from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
@@ -54,6 +56,7 @@ __all__ = [
     "NonFiniteError",
     "Parametrisation",
     "Penalty",
+    "Plan",
     "Sizing",
     "StateError",
     "Summary",
@@ -71,6 +74,7 @@ __all__ = [
     "merge",
     "merge_difference",
     "methods",
+    "plan",
     "ranks_at",
     "redraw",
     "register_layer_kind",

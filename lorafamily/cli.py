@@ -1,4 +1,4 @@
-"""Look into adapter folders, merge them into checkpoints, compress and export them: the command `lorafamily`.
+"""Look into adapter folders, merge, compress and export them, and plan them: the command `lorafamily`.
 
 Errors are one line on standard error and exit code 2.
 """
@@ -22,6 +22,7 @@ from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN
 from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.insight.figures import rank_grid, rank_heatmap, save
+from lorafamily.planning import add_options, plan
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     exporting = converting("export", export, out="folder for peft's files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
     exporting.add_argument("--layout", choices=("peft", "serving"), default="peft", help="see lorafamily.export_peft")
+    add_options(command("plan", plan))
     return parser
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from lorafamily import targets as targeting
-from lorafamily.budget import solve
+from lorafamily.adapter import Adapter
+from lorafamily.budget import Sizing, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
 from lorafamily.errors import TargetError
 from lorafamily.layers import detach, keep_padding, kind_for, weight_of
+from lorafamily.method import Method
 from lorafamily.parts import Fused, hang, take_down
 from lorafamily.placement import (
     Model,
@@ -77,6 +80,73 @@ def apply(
     Raises:
         MethodError, TargetError, BudgetError, StateError: see the message; the model is untouched.
     """
+    choice = choose(
+        model,
+        method,
+        budget=budget,
+        rank=rank,
+        rank_budget=rank_budget,
+        budget_at=budget_at,
+        targets=targets,
+        fused=fused,
+        also_train=also_train,
+        dropout=dropout,
+        dropout_kind=dropout_kind,
+        name=name,
+        **method_options,
+    )
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
+    return put(model, choice, choice.build(generator))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `apply` is going to do, decided and checked: which method of which size on which layers of a model.
+
+    `modules`: layers that get an adapter, `beside`: parameters that train too, both by full name.
+    """
+
+    name: str
+    spec: str
+    method: Method
+    sizing: Sizing
+    modules: dict[str, nn.Module]
+    beside: dict[str, nn.Parameter]
+    dropout: Dropout
+
+    def build(
+        self, generator: torch.Generator, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Adapter]:
+        """An adapter for every layer, as if that had its weight on another device (on "meta" nothing is drawn) or in
+        another dtype."""
+        return {
+            path: self.method.build(
+                weight_of(module).to(device=device, dtype=dtype),
+                self.sizing.rank,
+                dropout=self.dropout,
+                generator=generator,
+            )
+            for path, module in self.modules.items()
+        }
+
+
+def choose(
+    model: nn.Module,
+    method: str = "lora",
+    *,
+    budget: float | None = None,
+    rank: int | None = None,
+    rank_budget: int | None = None,
+    budget_at: Literal["peak", "end"] = "peak",
+    targets: targeting.Targets = None,
+    fused: Fused | None = None,
+    also_train: str | Sequence[str] | None = None,
+    dropout: float = 0.0,
+    dropout_kind: DropoutKind = "entries",
+    name: str = "default",
+    **method_options: Any,
+) -> Choice:
+    """What `apply` would do with the same arguments; it refuses what `apply` refuses, and changes nothing."""
     check_can_place(model, name)
     chosen = find(method).with_options(**method_options)
     drops = Dropout(dropout, dropout_kind)
@@ -84,14 +154,14 @@ def apply(
     beside = match_beside(model, also_train, modules)
     shapes = {path: (w.shape[1], w.shape[0]) for path, module in modules.items() for w in [weight_of(module)]}
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
+    return Choice(name, method, chosen, sizing, modules, beside, drops)
 
-    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
-    adapters = {
-        path: chosen.build(weight_of(module), sizing.rank, dropout=drops, generator=generator)
-        for path, module in modules.items()
-    }
-    hang(modules.values())
-    place(model, Placement(name, method, chosen, sizing, adapters, parked=base_values(model, beside)))
+
+def put(model: Model, choice: Choice, adapters: Mapping[str, Adapter]) -> Model:
+    """Place what was chosen for this model and built."""
+    hang(choice.modules.values())
+    parked = base_values(model, choice.beside)
+    place(model, Placement(choice.name, choice.spec, choice.method, choice.sizing, dict(adapters), parked))
     return model
 
 

@@ -10,11 +10,15 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter
 from lorafamily.functional import Layer, Reading
 from lorafamily.mixins import Mixin, add_mixin, drop_mixin
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+"""Classes of weights that are nothing but numbers, or, in the fake ones that plans are made with, not even these."""
 
 
 class LayerKind(ABC):
@@ -85,7 +89,7 @@ class MultiplyingKind(LayerKind):
             return None
         if not self.plain(module.own_class) or module.mixins[-1] is not Adapted:
             return None
-        if type(weight) not in (Tensor, nn.Parameter):  # sharded, quantised: its products are its own matter
+        if type(weight) not in PLAIN_TENSORS:  # sharded, quantised: its products are its own matter
             return None
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None

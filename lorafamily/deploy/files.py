@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
-from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, write_sealed
+from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
@@ -52,13 +52,26 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     state = state_of(model)
     assert state is not None
     beside = trained_beside(model, placement)
+    layers = {at: model.get_submodule(at) for at in placement.adapters}
+    originals = (state.originals or {}) if hash_base else None
+    return write(described(model, placement, layers, beside, originals), path)
+
+
+def described(
+    model: nn.Module,
+    placement: Placement,
+    layers: Mapping[str, nn.Module],
+    beside: Mapping[str, Tensor],
+    originals: Mapping[str, Tensor | None] | None = None,
+) -> Saved:
+    """Adapters of a model with what a file says of them. `originals`: None notes no hashes of weights; else those
+    weights, by layer, that are not in the model now because something is merged into it."""
     modules: dict[str, dict[str, Any]] = {}
-    for at in placement.adapters:
-        module = model.get_submodule(at)
+    for at, module in layers.items():
         kind = kind_for(module)
         modules[at] = {**kind.described(), "shape": list(weight_of(module).shape)}
-        if hash_base:
-            original = state.originals.get(at) if state.originals else None
+        if originals is not None:
+            original = originals.get(at)
             modules[at]["weight_hash"] = _hash(kind.parameter(module) if original is None else original)
     record = {
         "format": FORMAT,
@@ -67,7 +80,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         "base": {"architecture": type(model).__name__, "shapes": _shapes(model)},
         "modules": modules,
     }
-    return write(Saved(Path(path), record, placement.method, placement.sizing, placement.adapters, beside), path)
+    return Saved(Path(), record, placement.method, placement.sizing, placement.adapters, dict(beside))
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,18 @@ def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    record, tensors = _contents(saved)
+    write_sealed(folder, RECORD, record, TENSORS, tensors)
+    return folder
+
+
+def sizes(saved: Saved) -> dict[str, int]:
+    """Bytes of each file that `write` would write, to the byte; the tensors may be on the meta device."""
+    record, tensors = _contents(saved)
+    return sealed_sizes(RECORD, record, TENSORS, tensors)
+
+
+def _contents(saved: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {f"{at}.{key}": value for at, a in saved.adapters.items() for key, value in a.state_dict().items()}
     modules = {at: {**saved.modules[at], "rank": a.rank, **a.state()} for at, a in saved.adapters.items()}
     record = saved.record | {
@@ -104,8 +129,7 @@ def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
         "also_trained": {at: list(value.shape) for at, value in saved.beside.items()},
         "modules": modules,
     }
-    write_sealed(folder, RECORD, record, TENSORS, tensors | saved.beside)
-    return folder
+    return record, tensors | saved.beside
 
 
 def read(path: str | os.PathLike[str]) -> Saved:

@@ -15,6 +15,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from lorafamily.errors import FileError
@@ -31,10 +32,41 @@ def write_sealed(
         FileError: a file cannot be written.
     """
     data = _bytes_of(tensors)
-    record = {key: value for key, value in record.items() if key != SEAL}
-    hashes = {name: hashlib.sha256(data).hexdigest(), record_name: _hash_of(record)}
     _write(folder / name, data)
-    write_json(folder / record_name, record | {SEAL: hashes})
+    write_json(folder / record_name, _sealed(record_name, record, name, hashlib.sha256(data).hexdigest()))
+
+
+def sealed_sizes(
+    record_name: str, record: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """Bytes of the two files that `write_sealed` would write; of the tensors nothing but shapes and dtypes is read."""
+    any_hash = hashlib.sha256().hexdigest()  # all are of one length
+    return {
+        record_name: len(_text_of(_sealed(record_name, record, name, any_hash))),
+        name: _header_size(tensors) + sum(tensor.nbytes for tensor in tensors.values()),
+    }
+
+
+def _sealed(record_name: str, record: Mapping[str, Any], name: str, data_hash: str) -> dict[str, Any]:
+    record = {key: value for key, value in record.items() if key != SEAL}
+    return record | {SEAL: {name: data_hash, record_name: _hash_of(record)}}
+
+
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""What safetensors calls the dtypes of parameters; in its files the last of them come first, and each by name."""
+
+
+def _header_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes before the numbers in a safetensors file: a length of 8 bytes, and JSON filled up to a multiple of 8."""
+    places = list(_DTYPES)
+    header: dict[str, Any] = {}
+    begin = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-places.index(item[1].dtype), item[0])):
+        end = begin + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return 8 + -(-len(text) // 8) * 8
 
 
 def read_record(path: Path, what: str, format: int) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""How much memory a training step of BERT really takes, against what was planned: a line for each way to train.
+
+    MALLOC_MMAP_THRESHOLD_=131072 python experiments/planned.py lora lora2 full
+
+Way, MB planned, MB by which the resident set of the process grew at its highest, their ratio. The ways must come with
+the least first, for the highest is that since the process began. Of Linux alone, which says it in /proc. The
+variable lets glibc give freed tensors back; without it the process keeps more than is alive.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import lorafamily
+from lorafamily.insight.plan import Planner
+from lorafamily.placement import placement_of
+from measuring import bert
+
+FULL, RANK = "full", 8
+
+
+def main(ways: list[str]) -> None:
+    step_of(ways[0], layers=1, rows=1)  # what kernels and libraries take once and for all
+    gc.collect()
+    before = status("VmRSS")
+    for way in ways:
+        step_of(way, layers=6, rows=16)
+        taken = status("VmHWM") - before
+        predicted = planned(way)
+        gc.collect()  # what this way leaves must not count for the next
+        print(f"{way} {predicted / 1e6:.1f} {taken / 1e6:.1f} {predicted / taken:.3f}")
+
+
+def planned(way: str) -> int:
+    planner = Planner(*bert(layers=6, rows=16))
+    return (planner.full if way == FULL else planner.plan(way, rank=RANK).use).memory.peak
+
+
+def step_of(way: str, *, layers: int, rows: int) -> None:
+    """Two steps, for the optimiser's states come with the first."""
+    model, batch = bert(layers=layers, rows=rows)
+    penalty = None
+    if way != FULL:
+        lorafamily.share_inputs(lorafamily.apply(model, way, rank=RANK, seed=0), **batch)
+        penalty = placement_of(model).method.penalty
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    model.train()
+    for _ in range(2):
+        model(**batch).loss.backward()
+        if penalty is not None:
+            penalty(placement_of(model).adapters.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def status(key: str) -> int:
+    """Bytes, from what Linux says of this process."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

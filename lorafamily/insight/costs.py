@@ -1,0 +1,149 @@
+"""What a plan says, as data and as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorafamily.budget import Sizing
+from lorafamily.names import place_of
+
+FULL, FLOOR = "full fine-tuning", "frozen floor"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device. `activations`: the most that is alive at once of all other tensors, None where not counted;
+    `peak`: the most of everything together, at most the sum, as gradients come when activations go."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int | None
+    peak: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """One way to train a model: numbers that train (in adapters; beside them, such as a head; of the base where all of
+    it trains), bytes of each file of what is saved, memory."""
+
+    way: str
+    adapters: int
+    beside: int
+    base: int
+    files: dict[str, int]
+    memory: Memory
+
+    @property
+    def trainable(self) -> int:
+        return self.adapters + self.beside + self.base
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method on one model; prints as a table.
+
+    `full`: everything trains, and what is saved is all the weights; `floor`: gradients pass through the frozen model
+    and nothing trains. `ranks`: slices of every adapted layer at the start. `assumptions`: what the bytes are of.
+    """
+
+    model: str
+    base_parameters: int
+    sizing: Sizing
+    options: dict[str, Any]
+    ranks: dict[str, int]
+    use: Use
+    full: Use
+    floor: Use
+    assumptions: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        return self.use.way
+
+    @property
+    def rank(self) -> int:
+        """Slices of all layers together."""
+        return sum(self.ranks.values())
+
+    def __str__(self) -> str:
+        return table([self])
+
+    def record(self) -> dict[str, Any]:
+        """The plan as plain data, for a file."""
+        return asdict(self)
+
+
+UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+COLUMNS = (
+    "",
+    "rank",
+    "slices",
+    "adapters",
+    "beside",
+    "file",
+    "weights",
+    "gradients",
+    "optimiser",
+    "activations",
+    "peak",
+    "of full",
+)
+
+
+def in_units(size: int) -> str:
+    """Bytes with three digits."""
+    for unit, of in UNITS:
+        if size >= 0.9995 * of:  # what is rounded to 1.00 of it
+            return f"{size / of:#.3g}".rstrip(".") + f" {unit}"
+    return f"{size} B"
+
+
+def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
+    """Plans for one model with their references below; `refused`: methods that have no plan, and why."""
+    first = plans[0]
+    rows = [[*COLUMNS]]
+    for plan in plans:
+        rows.append(_row(plan.use, first.full, f"{plan.sizing.rank}", f"{plan.rank:,}"))
+    rows.append(_row(first.full, first.full))
+    rows.append(_row(first.floor, first.full))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        f"{row[0]:<{widths[0]}}"
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    rule = "─" * len(lines[0])
+    head = [f"{first.model}: {first.base_parameters:,} parameters; adapted: {_layers(first)}"]
+    notes = [f"  {note}" for note in first.assumptions]
+    return "\n".join([*head, lines[0], rule, *lines[1:-2], rule, *lines[-2:], rule, *refused, *notes])
+
+
+def _layers(plan: Plan) -> str:
+    """What is adapted, by kind and how often."""
+    often: dict[int, list[str]] = {}
+    for kind, count in Counter(place_of(name).kind for name in plan.ranks).items():
+        often.setdefault(count, []).append(kind)
+    return "; ".join(f"{count} × {', '.join(kinds)}" for count, kinds in often.items())
+
+
+def _row(use: Use, full: Use, rank: str = "–", slices: str = "–") -> list[str]:
+    memory = use.memory
+    parts = (memory.weights, memory.gradients, memory.optimiser, memory.activations, memory.peak)
+    return [
+        use.way,
+        rank,
+        slices,
+        f"{use.adapters or use.base:,}",
+        f"{use.beside:,}" if use.beside else "–",
+        in_units(use.file_bytes) if use.files else "–",
+        *("–" if part is None else in_units(part) for part in parts),
+        f"{memory.peak / full.memory.peak:.1%}",
+    ]

@@ -1,0 +1,232 @@
+"""What a training step holds in memory, found by running the real step on tensors without numbers.
+
+Forward, backward and penalty run as they are, on fake tensors: these know shape, dtype and device and hold nothing, so
+every kernel is chosen and every tensor kept or freed as on the CPU, and nothing is computed or allocated. Of blocks
+that are alike only two and three are run; what the third one adds, every further one adds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lorafamily.allocation.replay import PeakActivations
+from lorafamily.batch import LossFn, loss_of
+from lorafamily.errors import LoraFamilyError
+from lorafamily.insight.blocks import Blocks, copy_on_meta, replace_tensors
+from lorafamily.sharing import Readers, share
+from lorafamily.training.execution import recomputing
+
+Penalty = Callable[[], Tensor]
+Ready = Callable[[nn.Module], Penalty | None]
+"""Makes a model train what it should; returns what computes the penalty, None where there is none."""
+FEW, MORE = 2, 3  # blocks that are run: the first may differ from the others, so one would not do
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes at their highest. `activations`: all that a step makes but gradients of parameters and the optimiser's
+    states, that is what the backward needs and what is computed on the way; `both`: activations and gradients."""
+
+    activations: int
+    both: int
+
+
+class NotTracedError(Exception):
+    """The step cannot be run without numbers; the message says why."""
+
+
+class _UnlikeError(Exception):
+    """A model that does not call its blocks one after the other, each once."""
+
+
+def held_in_step(
+    model: nn.Module,
+    batch: Any,
+    ready: Ready,
+    *,
+    dtype: torch.dtype | None = None,
+    loss_fn: LossFn | None = None,
+    checkpoint_activations: bool = False,
+    blocks: Blocks | None = None,
+) -> Held:
+    """What a training step of the model holds beyond weights and the optimiser's states; the model is left alone.
+
+    Args:
+        ready: called with copies of the model on the meta device.
+        dtype: of the floating-point weights, where it is another than the model's.
+        blocks: those of which a few stand for all; None runs every one.
+
+    Raises:
+        NotTracedError: forward or backward ask for numbers.
+    """
+
+    def run(shown: Blocks | None, count: int) -> list[tuple[str, Held]]:
+        shorter = copy_on_meta(model, dtype, shown, count)
+        penalty = ready(shorter)
+        return _run(shorter.train(), batch, penalty, loss_fn, checkpoint_activations, shown)
+
+    if blocks is not None and blocks.count > FEW + MORE:  # else it would be no less work
+        try:
+            few, more = (_by_place(run(blocks, count), count) for count in (FEW, MORE))
+        except (NotTracedError, _UnlikeError):
+            pass  # it needs all its blocks
+        else:
+            return _extended(few, more, blocks.count)
+    whole = [held for _, held in run(None, 0)]
+    return Held(max(held.activations for held in whole), max(held.both for held in whole))
+
+
+def _run(
+    model: nn.Module,
+    batch: Any,
+    penalty: Penalty | None,
+    loss_fn: LossFn | None,
+    checkpoint_activations: bool,
+    blocks: Blocks | None,
+) -> list[tuple[str, Held]]:
+    """One step on fake tensors: what was held, by part of the step, in order."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _not_packed():
+            replace_tensors(model, _fake)
+            batch = tree_map(lambda leaf: _fake(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                _let_inputs_learn(model, batch)
+            readers = Readers(model)
+            with torch.no_grad(), readers:
+                loss_of(model, batch, loss_fn)
+            share(model, readers.groups())
+            timeline = Timeline(model, blocks)
+            with recomputing(model, checkpoint_activations), timeline:
+                loss = loss_of(model, batch, loss_fn)
+                timeline.in_backward = True
+                loss.backward()
+                timeline.mark("after")
+                if penalty is not None:
+                    penalty().backward()
+                timeline.mark("end")
+    except LoraFamilyError:
+        raise
+    except Exception as error:
+        raise NotTracedError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    return timeline.parts
+
+
+class Timeline(PeakActivations):
+    """Inside a `with` block notes what is held in each part of a step: before the blocks, in the forward of each, in
+    between ("head"), in the backward of each, afterwards."""
+
+    def __init__(self, model: nn.Module, blocks: Blocks | None):
+        super().__init__()
+        self.parts: list[tuple[str, Held]] = []
+        self.in_backward = False
+        self._part, self._activations, self._both, self._gradients = "before", 0, 0, 0
+        self._of_gradients: set[int] = set()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._is_gradient)
+        if blocks is not None:
+            for i, block in enumerate(blocks.of(model)):
+                block.register_forward_pre_hook(partial(self._enter, i))
+                block.register_forward_hook(partial(self._leave, i))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # every other call; it makes nothing
+            return func(*args)
+        output = super().__torch_dispatch__(func, types, args, kwargs)
+        self._note()
+        return output
+
+    def mark(self, part: str) -> None:
+        """Another part of the step begins."""
+        self.parts.append((self._part, Held(self._activations, self._both)))
+        self._part, self._activations, self._both = part, 0, 0
+        self._note()
+
+    def _note(self) -> None:
+        self._both = max(self._both, self._alive)
+        self._activations = max(self._activations, self._alive - self._gradients)
+
+    def _is_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        if storage._cdata not in self._of_gradients:  # several gradients may lie in one
+            self._of_gradients.add(storage._cdata)
+            self._gradients += storage.nbytes()
+
+    def _enter(self, i: int, block: nn.Module, inputs: Any) -> None:
+        if not self.in_backward:  # where a checkpointed block is run again
+            self.mark(f"forward {i}")
+
+    def _leave(self, i: int, block: nn.Module, inputs: Any, output: Any) -> None:
+        if self.in_backward:
+            return
+        learns = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if learns:
+            learns[0].register_hook(lambda gradient: self.mark(f"backward {i}"))
+        self.mark("head")
+
+
+def _by_place(parts: list[tuple[str, Held]], count: int) -> list[Held]:
+    """What is held in the parts that a step with any number of blocks has, from a step with `count`."""
+    order = [name for name, _ in parts]
+    # Between two blocks hardly anything happens; it is part of no place, as the same happens after the last one.
+    forward = [name for i in range(count) for name in (f"forward {i}", "head")]
+    if order != ["before", *forward, *(f"backward {i}" for i in reversed(range(count))), "after"]:
+        raise _UnlikeError
+    held = [held for _, held in parts]
+    first, last, head = held[1], held[2 * count - 1], held[2 * count]
+    return [held[0], first, last, head, held[2 * count + 1], held[-2], held[-1]]
+
+
+def _extended(few: list[Held], more: list[Held], count: int) -> Held:
+    """What is held with `count` blocks: in every place it grows by the same with each, so at the highest it is one of
+    the places at an end."""
+
+    def at(a: int, b: int) -> int:
+        return b + (b - a) * (count - MORE)
+
+    return Held(
+        max(at(a.activations, b.activations) for a, b in zip(few, more, strict=True)),
+        max(at(a.both, b.both) for a, b in zip(few, more, strict=True)),
+    )
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    """A tensor of the CPU without numbers, in whose mode it is called."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+@contextmanager
+def _not_packed() -> Iterator[None]:
+    """Decoders of transformers look at positions for several texts in one row, and take a fake tensor for one that may
+    hold them: every layer would get a mask that it does not get in training."""
+    masks, name = sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices"
+    before = getattr(masks, name, None)
+    if before is None:
+        yield
+        return
+    setattr(masks, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(masks, name, before)
+
+
+def _let_inputs_learn(model: nn.Module, batch: Any) -> None:
+    """Let gradients flow down to the input of a model that trains nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaf.requires_grad_()

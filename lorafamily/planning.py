@@ -1,0 +1,139 @@
+"""The command `lorafamily plan`: what each method will take on a model that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafamily.errors import BudgetError, TargetError
+from lorafamily.insight.costs import Plan, table
+from lorafamily.insight.plan import Planner
+from lorafamily.insight.shapes import SHAPES, example_batch, model_of, targets_of
+from lorafamily.registry import methods
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What methods will take on a model: trainable numbers, file, memory; nothing is allocated."""
+    with _uncollected():
+        model = model_of(given.model, given.architecture)
+    _quiet()
+    batch = None if given.batch is None else example_batch(model, given.batch, given.length)
+    targets, fused = targets_of(model, given.targets)
+    if given.fused:
+        fused = _fused(given.fused)
+    planner = Planner(
+        model,
+        batch,
+        dtype=_dtype(given.dtype),
+        factors=_dtype(given.factors),
+        states=_dtype(given.states),
+        checkpoint_activations=given.recompute,
+    )
+    plans: list[Plan] = []
+    refused: list[str] = []
+    asked = given.method or sorted(methods())
+    for method in asked:
+        try:
+            plans.append(
+                planner.plan(
+                    method,
+                    budget=given.budget,
+                    rank=given.rank,
+                    rank_budget=given.rank_budget,
+                    budget_at=given.budget_at,
+                    targets=targets,
+                    fused=fused,
+                    also_train=given.also_train,
+                )
+            )
+        except BudgetError as error:
+            refused.append(f"{method}: {error}")
+            if given.method or len(refused) == len(asked):
+                raise
+    if given.png is not None:
+        from lorafamily.insight.figures import memory_bars, save
+
+        uses = [*(one.use for one in plans), plans[0].full, plans[0].floor]
+        save(memory_bars({use.way: use.memory for use in uses}, _title(given, plans[0])), given.png)
+    result = {"plans": [one.record() for one in plans], "refused": refused}
+    return result, table(plans, refused)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add = parser.add_argument
+    add("model", help=f"folder of a transformers checkpoint, its config.json, or one of {', '.join(SHAPES)}")
+    add("--method", nargs="+", metavar="NAME", help='such as lora2, or "lora2+olora"; default: every method')
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--budget", type=float, help="trainable adapter numbers, such as 0.17e6")
+    size.add_argument("--rank", type=int, help="of every layer; default: the method's own")
+    size.add_argument("--rank-budget", type=int, help="rank slices of all layers together")
+    add("--budget-at", choices=("peak", "end"), default="peak", help="see lorafamily.apply")
+    add(
+        "--targets",
+        nargs="+",
+        metavar="WHICH",
+        help="matrices of a layer by short name (q k v o up down gate), regular expressions for full names, or "
+        "attention; default: all linear layers without head and pooler",
+    )
+    add("--fused", nargs="+", metavar="LAYER=PARTS", help="projections to adapt by parts, such as c_attn$=q,k,v")
+    add("--also-train", nargs="+", metavar="WHICH", help="regular expressions for parameters that train too")
+    add("--batch", type=int, help="rows of a batch; without it activations are not counted")
+    add("--length", type=int, default=128, help="tokens of a row")
+    add("--dtype", choices=DTYPES, help="of the base's weights and of activations; default: float32")
+    add("--factors", choices=DTYPES, help="of adapters; default: float32, as lorafamily.apply makes them")
+    add("--states", choices=DTYPES, help="of AdamW's two states a number; default: as the number")
+    add("--recompute", action="store_true", help="compute activations again in the backward, block by block")
+    add("--architecture", help="class of transformers, where another than the config names")
+    add("--png", type=Path, help="draw the memory by part into this file")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Importing a library and building a model only makes objects, which then stay: to look for garbage among them
+    again and again, and at the end once more, takes a third of the command's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _quiet() -> None:
+    """What transformers warns of in a config that somebody wrote is not asked here."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def _fused(given: list[str]) -> dict[str, list[str]]:
+    found = {}
+    for one in given:
+        layer, equals, parts = one.rpartition("=")
+        if not equals:
+            raise TargetError(f'--fused {one}: must be a regular expression, "=" and names, such as c_attn$=q,k,v')
+        found[layer] = parts.split(",")
+    return found
+
+
+def _title(given: argparse.Namespace, plan: Plan) -> str:
+    name = given.model if given.model in SHAPES else plan.model
+    size = f"budget {given.budget:,.0f}" if given.budget is not None else ""
+    size = f"rank {given.rank}" if given.rank is not None else size
+    batch = "activations not counted" if given.batch is None else f"batch {given.batch} × {given.length} tokens"
+    return ", ".join(part for part in (f"Training {name}", size, batch, given.dtype or "float32") if part)
