@@ -39,10 +39,12 @@ class Use:
 
     @property
     def trainable(self) -> int:
+        """All numbers that train."""
         return self.adapters + self.beside + self.base
 
     @property
     def file_bytes(self) -> int:
+        """Of all files together."""
         return sum(self.files.values())
 
 
@@ -66,6 +68,7 @@ class Plan:
 
     @property
     def method(self) -> str:
+        """As `apply` takes it."""
         return self.use.way
 
     @property
