@@ -181,7 +181,10 @@ def page_of(settings: Sequence[Setting], found: Sequence[Outcome], costs: list[l
         parts += [
             Heading(setting.name),
             Table([[line[i] for i in kept] for line in lines]),
-            Text(f"{setting.metric} at every learning rate, seed {', '.join(map(str, sorted(setting.tuning_seeds)))}:"),
+            Text(
+                f"{setting.metric} at every learning rate, seed {', '.join(map(str, sorted(setting.tuning_seeds)))}. "
+                f"{_at_the_ends(setting)}"
+            ),
             Table([[line[0], line[1], *line[3:]] for line in tuning(setting.tuned)]),
         ]
     return [*parts, Heading("Again"), Text(AGAIN)]
@@ -259,6 +262,13 @@ def cost_lines(bench: Mapping[str, Any], embedded: Setting) -> list[list[str]]:
 def _one_sided(values: np.ndarray) -> float:
     """p of the mean being above zero."""
     return float(scipy.stats.ttest_1samp(values, 0.0, alternative="greater").pvalue)
+
+
+def _at_the_ends(setting: Setting) -> str:
+    """Which arms were best at an end of the grid, beyond which nobody looked."""
+    ends = {extreme(row["lr"] for row in setting.tuned) for extreme in (min, max)}
+    found = dict.fromkeys(group.name for group in grouped(setting.runs, setting.higher_is_better) if group.lr in ends)
+    return f"Best at an end of the grid, and so perhaps not at their best: {', '.join(found)}." if found else ""
 
 
 def _seeds(setting: Setting) -> int:
