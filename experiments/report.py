@@ -79,7 +79,7 @@ def table(groups: Sequence[Group], metric: str, marks: Mapping[str, str] | None 
         lines.append(
             [
                 group.method,
-                *([marks.get(group.method, "–")] if marks else []),
+                *([marks.get(group.method, "no paper we know")] if marks else []),
                 *([group.targets or "–"] if several else []),
                 group.size or "–",
                 _or_dash(group.mean("trainable"), "{:,.0f}".format),

@@ -54,13 +54,15 @@ class Statement:
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison's rows. `margin`: the difference in the metric that nobody would mind, fixed before any run."""
+    """One comparison's rows. `margin`: the difference in the metric that nobody would mind, fixed before any run;
+    `chance`: the metric of whoever learns nothing, the best constant answer or the model as it was."""
 
     name: str
     what: str
     metric: str
     higher_is_better: bool
     margin: float
+    chance: float
     rows: Sequence[Row]
 
     @property
@@ -96,6 +98,7 @@ class Outcome:
     `difference`: mean over seeds, positive where the arm is better, in the metric's unit or as a share of the run's
     steps. `low`, `high`: its 95 % bootstrap interval. `effect`: Hedges' g of the paired differences, nan where they do
     not vary. `p`: two-sided, paired t-test against zero or −margin; `adjusted`: by Holm.
+    `learnt`: whether the other arm is above chance at all; where it is not, whoever learns nothing equals it.
     """
 
     statement: Statement
@@ -107,11 +110,12 @@ class Outcome:
     high: float
     effect: float
     p: float
+    learnt: bool
     adjusted: float = math.nan
 
     @property
     def verdict(self) -> Verdict:
-        if not self.adjusted < LEVEL:
+        if not self.learnt or not self.adjusted < LEVEL:
             return "undecided"
         return "holds" if self.difference > self.bound else "does not hold"
 
@@ -229,7 +233,16 @@ def judge(statement: Statement, setting: Setting) -> Outcome:
     n = len(seeds)
     corrected = 1 - 3 / (4 * (n - 1) - 1)  # Hedges' correction of Cohen's d for few samples
     effect = (mean - bound) / deviation * corrected if deviation else math.nan
-    return Outcome(statement, setting, tuple(differences.tolist()), bound, mean, low, high, effect, p)
+    learnt = _above_chance(setting, [other[seed]["metric"] for seed in seeds])
+    return Outcome(statement, setting, tuple(differences.tolist()), bound, mean, low, high, effect, p, learnt)
+
+
+def _above_chance(setting: Setting, metrics: Sequence[float]) -> bool:
+    """One-sided t-test of the metric against chance; where it does not vary, whether it is better."""
+    above = (np.array(metrics) - setting.chance) * (1 if setting.higher_is_better else -1)
+    if above.std() == 0.0:
+        return bool(above.mean() > 0)
+    return bool(scipy.stats.ttest_1samp(above, 0.0, alternative="greater").pvalue < LEVEL)
 
 
 def _difference(statement: Statement, setting: Setting, arm: Row, other: Row) -> float:
