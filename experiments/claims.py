@@ -96,8 +96,8 @@ def main(given: Claims) -> list[Outcome]:
     save(forest(found), given.results / "forest.png")
     save(seeds(settings), given.results / "seeds.png")
     bench = given.results / "bench.json"
-    costs = cost_lines(json.loads(bench.read_text()), settings[0]) if bench.exists() else []
-    given.out.write_text(markdown("Claims", page_of(settings, found, costs, given), given.out.parent))
+    told = json.loads(bench.read_text()) if bench.exists() else None
+    given.out.write_text(markdown("Claims", page_of(settings, found, told, given), given.out.parent))
     for outcome in found:
         print(f"{outcome.statement.name:<42} {outcome.setting.name:<9} {outcome.verdict:<14} {shown(outcome)}")
     print(f"\n{given.out}")
@@ -132,8 +132,10 @@ def shown(outcome: Outcome) -> str:
     return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]{}".format(*values, unit, d=digits)
 
 
-def page_of(settings: Sequence[Setting], found: Sequence[Outcome], costs: list[list[str]], given: Claims) -> list[Part]:
-    """The page, part by part."""
+def page_of(
+    settings: Sequence[Setting], found: Sequence[Outcome], bench: Mapping[str, Any] | None, given: Claims
+) -> list[Part]:
+    """The page, part by part. `bench`: what bench.py told, None where it was not run."""
     counted = {verdict: sum(o.verdict == verdict for o in found) for verdict in MARKS}
     parts: list[Part] = [
         Text(
@@ -152,8 +154,8 @@ def page_of(settings: Sequence[Setting], found: Sequence[Outcome], costs: list[l
             f"by Holm's method for the {len(STATEMENTS)} lines of a setting. *Holds* and *does not hold* are said "
             f"below p = {LEVEL:g}, *undecided* everywhere else. Steps: to the validation loss that both reach, as a "
             "share of the run. *At chance*: what it is held against is not above the best constant answer (t-test, "
-            f"p = {LEVEL:g}), so that to equal it is no feat; this was added when RTE had been run, and can only take a "
-            "verdict away."
+            f"p = {LEVEL:g}), so that to equal it is no feat; this was added when RTE had been run, and can only take "
+            "a verdict away."
         ),
         Table(
             [["claim", "source", "setting", "verdict", "difference", "g", "p"]]
@@ -176,8 +178,9 @@ def page_of(settings: Sequence[Setting], found: Sequence[Outcome], costs: list[l
         ),
         Picture("Every claim in every setting: difference and interval", given.results / "forest.png"),
     ]
-    if costs:
-        parts += [Heading("Costs"), Text(COSTS), Table(costs)]
+    if bench is not None:
+        said = COSTS.format(machine=bench["facts"]["machine"])
+        parts += [Heading("Costs"), Text(said), Table(cost_lines(bench, settings[0]))]
     parts += [Heading("The runs"), Picture("The metric of every seed", given.results / "seeds.png")]
     for setting in settings:
         lines = table(grouped(setting.runs, setting.higher_is_better), setting.metric)
@@ -197,7 +200,7 @@ def page_of(settings: Sequence[Setting], found: Sequence[Outcome], costs: list[l
 
 COSTS = (
     "Measured by `bench.py --parts steps forwards --shapes bert` in one run of interleaved rounds (BERT shape, 6 "
-    "layers, width 384, 16 × 128 tokens, rank 8, float32, two CPU cores), medians. Times: t-test of the logarithms of "
+    "layers, width 384, 16 × 128 tokens, rank 8, float32, {machine}), medians. Times: t-test of the logarithms of "
     "the rounds' ratios, Holm over the lines with a p; the same is within 2 %. Sizes are counted."
 )
 AGAIN = (
