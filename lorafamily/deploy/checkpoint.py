@@ -194,7 +194,7 @@ def _rewrite(
     with open(source, "rb") as old, open(target, "wb") as new:
         for name, entry in changing:
             _copy(old, new, entry.begin - old.tell(), progress)
-            stored = torch.frombuffer(bytearray(old.read(entry.end - entry.begin)), dtype=DTYPES[entry.dtype])
+            stored = torch.frombuffer(bytearray(old.read(entry.end - entry.begin)), dtype=DTYPES[entry.dtype]).clone()
             with torch.no_grad():
                 changed = changes[name](stored.view(entry.shape)).contiguous()
             new.write(changed.view(torch.uint8).numpy().tobytes() if changed.numel() else b"")

@@ -132,12 +132,15 @@ def _hash_of(record: Mapping[str, Any]) -> str:
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; `what` says in the error what the folder should have been.
 
+    Each has memory of its own: in the file they lie at any address, and on some processors the product of a matrix
+    that is not aligned differs in its last bit.
+
     Raises:
         FileError: not there, or damaged.
     """
     _check_there(path, what)
     try:
-        return safetensors.torch.load_file(path)
+        return {key: value.clone() for key, value in safetensors.torch.load_file(path).items()}
     except safetensors.SafetensorError as error:
         raise FileError(f"{path}: damaged, not a safetensors file ({error})") from None
 
