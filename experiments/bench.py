@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafamily
-from lorafamily.functional import adapted_linear, folding_pays
+from lorafamily.functional import adapted_linear
 from lorafamily.insight.figures import COLOURS, save
-from lorafamily.layers import weight_of
 from lorafamily.placement import placement_of
 from lorafamily.targets import match
 from measuring import BESIDE, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed
@@ -188,7 +187,7 @@ class Products:
 
 def products(model: nn.Module, n: int, rank: int) -> list[Products]:
     """The products of every size of layer in a model, on tensors that no cache holds."""
-    sizes = Counter(tuple(weight_of(layer).shape) for layer in match(model).values())
+    sizes = Counter(tuple(target.weight.shape) for target in match(model).values())
     return [_products(d_in, d_out, layers, n, rank) for (d_out, d_in), layers in sizes.items()]
 
 

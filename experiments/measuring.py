@@ -25,8 +25,8 @@ from torch.nn import functional as F
 import lorafamily
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.allocation.run import Run
-from lorafamily.layers import Adapted
 from lorafamily.placement import placement_of
+from lorafamily.site import sites_in
 from lorafamily.targets import match
 
 FLOOR, FROZEN, KEPT = "frozen floor", "frozen model", "inputs kept, no update"
@@ -139,8 +139,7 @@ class _Trained:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
         self.penalty: Callable[[], Tensor] | None = None
         self.allocator = None
-        if any(isinstance(module, Adapted) for module in model.modules()):
-            lorafamily.share_inputs(model, **batch)
+        if any(sites_in(model)):
             method, adapters = placement_of(model).method, placement_of(model).adapters
             if (penalty := method.penalty) is not None:
                 self.penalty = lambda: penalty(adapters.values())
@@ -220,8 +219,8 @@ class _Keeping(torch.autograd.Function):
 
 
 def _keeping(model: nn.Module) -> nn.Module:
-    for layer in match(model).values():
-        vars(layer)["forward"] = lambda x, layer=layer: _Keeping.apply(x, layer.weight, layer.bias)
+    for target in match(model).values():
+        vars(target.layer)["forward"] = lambda x, layer=target.layer: _Keeping.apply(x, layer.weight, layer.bias)
     return model.requires_grad_(False)
 
 
@@ -250,16 +249,14 @@ def _has_peft() -> bool:
 
 def _dense(model: nn.Module) -> nn.Module:
     """LoRA² as its authors' code computes it: the product of all factors, as large as the weight, in every forward."""
-    for module in model.modules():
-        if isinstance(module, Adapted):
-            adapter = module.acting
-            assert adapter is not None
+    for _, site in sites_in(model):
+        ((_, adapter),) = site.acting()
 
-            def forward(x: Tensor, module: Any = module, adapter: Any = adapter) -> Tensor:
-                U, V = adapter.factors()
-                return module.own(x) + adapter.scale * (x @ (U @ V).T.to(x.dtype))
+        def forward(x: Tensor, site: Any = site, adapter: Any = adapter) -> Tensor:
+            U, V = adapter.factors()
+            return site.base(x) + adapter.scale * (x @ (U @ V).T.to(x.dtype))
 
-            vars(module)["forward"] = forward
+        vars(site.layer)["forward"] = forward
     return model
 
 

@@ -46,7 +46,7 @@ def step_of(way: str, *, layers: int, rows: int) -> None:
     model, batch = bert(layers=layers, rows=rows)
     penalty = None
     if way != FULL:
-        lorafamily.share_inputs(lorafamily.apply(model, way, rank=RANK, seed=0), **batch)
+        lorafamily.apply(model, way, rank=RANK, seed=0)
         penalty = placement_of(model).method.penalty
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     model.train()

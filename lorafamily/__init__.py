@@ -25,6 +25,7 @@ from lorafamily.errors import (
     TargetError,
     TrainingError,
 )
+from lorafamily.functional import fast_path
 from lorafamily.history import History
 from lorafamily.injection import apply, disabled, remove, switch
 from lorafamily.insight import analysis
@@ -35,7 +36,6 @@ from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
 from lorafamily.method import Initialisation, Method, Penalty
 from lorafamily.registry import methods
-from lorafamily.sharing import share_inputs
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.loop import train
 from lorafamily.training.processes import shard
@@ -68,6 +68,7 @@ __all__ = [
     "compress",
     "disabled",
     "export_peft",
+    "fast_path",
     "import_loralib",
     "import_peft",
     "load",
@@ -82,7 +83,6 @@ __all__ = [
     "routing",
     "save",
     "shard",
-    "share_inputs",
     "summary",
     "switch",
     "train",

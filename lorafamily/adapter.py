@@ -10,7 +10,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +55,10 @@ class Parametrisation(nn.Module, ABC):
     @abstractmethod
     def factors(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
         """(U, V), differentiable; `gate` multiplies each slice (1 keeps it, 0 takes it out)."""
+
+    def forward(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
+        """`factors`, called as a module is, so that hooks which bring offloaded tensors run."""
+        return self.factors(gate)
 
     @abstractmethod
     def reset(self, generator: torch.Generator) -> None:
@@ -162,22 +166,25 @@ class Adapter(nn.Module):
         """From now on ΔW counts from the present values: ΔW = s (U V − U0 V0), zero to the last bit now."""
         self.start = copy.deepcopy(self.update).requires_grad_(False)
 
-    def factors(self) -> Factors:
-        """(U, V) with ΔW = s · U V, whatever the parametrisation and its start.
+    def factors(self, *, dropping: bool = False) -> Factors:
+        """(U, V) with ΔW = s · U V: the one answer to what the update is, gate and frozen start included.
 
         With a frozen start U V − U0 V0 is written (U − U0) V + U0 (V − V0): the same matrix, but exactly zero at the
-        start, and in low precision the difference is taken between small numbers, not between two large products.
-        """
-        U, V = self.update.factors(self._gate)
-        if self.start is None:
-            return U, V
-        U0, V0 = self.start.factors(self._gate)
-        return torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
+        start, and a difference of small numbers, not of two large products. Differences and inner products are taken
+        in the factors' own precision, under autocast too; whoever multiplies casts once.
 
-    @property
-    def ungated(self) -> bool:
-        """Whether all slices count as they are."""
-        return self._gate is None
+        `dropping`: in training also without the features that dropout takes out this time.
+        """
+        kind = self.device.type
+        full = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with full:
+            U, V = self.update(self._gate)
+            if self.start is not None:
+                U0, V0 = self.start(self._gate)
+                U, V = torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
+            if dropping and self.drops_features:
+                V = V * feature_mask(V, self.drops_features)
+        return U, V
 
     @property
     def drops_entries(self) -> float:
@@ -188,21 +195,6 @@ class Adapter(nn.Module):
     def drops_features(self) -> float:
         """The probability with which a feature of the input is dropped, zero outside training."""
         return self.dropout.p if self.training and self.dropout.kind == "features" else 0.0
-
-    def parts(self) -> tuple[Tensor, Tensor, float, Factors | None]:
-        """U, V and s of what trains, and (U0, V0) of the frozen start where there is one; without dropped features."""
-        U, V = self.update.factors()
-        start = None if self.start is None else self.start.factors()
-        if self.drops_features:
-            keep = feature_mask(V, self.drops_features)
-            V, start = V * keep, start and (start[0], start[1] * keep)
-        return U, V, self.scale, start
-
-    def without_dropped(self, x: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        """The input with what dropout leaves of it, the columns of V likewise: one of them is as it was."""
-        if self.drops_features:
-            V = V * feature_mask(V, self.drops_features)
-        return F.dropout(x, self.drops_entries) if self.drops_entries else x, V
 
     @torch.no_grad()
     def delta(self) -> Float[Tensor, "d_out d_in"]:
@@ -230,9 +222,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What the update adds to the output of its layer."""
-        U, V = self.factors()
-        x, V = self.without_dropped(x, V)
-        return low_rank_linear(x, U, V, self.scale)
+        U, V = self.factors(dropping=True)
+        return low_rank_linear(F.dropout(x, self.drops_entries) if self.drops_entries else x, U, V, self.scale)
 
     @property
     def rank(self) -> int:
@@ -272,7 +263,8 @@ class Adapter(nn.Module):
         if add:
             if generator is None:
                 raise TypeError("adding slices draws random numbers: pass a generator")
-            new = self.update.fresh(add, generator)
+            with torch.device("cpu"):  # where the generator is, whatever the default device
+                new = self.update.fresh(add, generator)
         if self.start is not None:
             self.start.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
         return self.update.resize(keep, new)

@@ -33,6 +33,7 @@ class Dropout:
 
 ROWS = 64  # of `Mask.within`
 PIECE = 4  # rows of `Mask.across` that a CPU expands at once: 256 rows of an input stay in its cache
+PIECE_BYTES = 2**25  # of what another device expands at once
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,17 @@ class Mask:
 
     def pieces(self, n: int) -> Iterator[tuple[slice, Float[Tensor, "_ d"]]]:
         """Rows of the input, piece by piece, with the numbers that decide over their entries."""
-        at_once = PIECE if self.within.device.type == "cpu" else max(1, len(self.across))
+        at_once = PIECE if self.within.device.type == "cpu" else max(1, PIECE_BYTES // max(1, self.within.nbytes))
         begun = 0
         for some in self.across.split(at_once):
             bits = (self.within ^ some[:, None]).flatten(0, 1)[: n - begun]
             yield slice(begun, begun + len(bits)), bits.view(self.dtype)
             begun += len(bits)
+
+    def applied(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """The whole input, with zeros where entries are dropped."""
+        rows = x.reshape(-1, x.shape[-1])
+        return torch.cat([self.kept(rows[piece], numbers) for piece, numbers in self.pieces(len(rows))]).view(x.shape)
 
     def kept(self, x: Float[Tensor, "_ d"], numbers: Float[Tensor, "_ d"]) -> Float[Tensor, "_ d"]:
         """x, with zeros where entries are dropped."""

@@ -1,28 +1,28 @@
-"""The arithmetic of "frozen linear + low-rank update", free of modules:   y = x Wᵀ + b + s · (x Vᵀ) Uᵀ.
+"""The arithmetic of "linear layer + low-rank update", free of modules:   y = x Wᵀ + b + s · (x Vᵀ) Uᵀ.
 
-Axes: d_in, d_out of the weight; m = inner size of the factors; n = rows of x, tokens of all sequences. Two ways, equal
-up to rounding:
+Axes: d_in, d_out of the weight; m = inner size of the factors; n = rows of x, tokens of all sequences.
 
-factored: the update is added into the output, and its share of the input's gradient into that, in place: nothing of
-    size n × d is made beside what the frozen layer makes. It reads and writes y once more, and the gradient of x.
-folded: W + s U V is formed for the forward and again for the backward, in place of that; one read and write of W each.
-    Cheaper from so many rows on, and exact only where W has the precision for it: not in half precision.
-
-Layers that read the same x do so together: their V, one below the other, are one product with x, and their shares of
-the gradient of x another.
+The plain formulation, `low_rank_linear` beside the layer's own product, is right everywhere. `adapted_linear` is the
+same for a frozen W and b, up to rounding, in one function: the update is added into the output, and its share of the
+input's gradient into that, in place, so that nothing of size n × d is made beside what the frozen layer makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lorafamily.dropout import Mask
+
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
+"""Classes of tensors that are nothing but numbers, or, in the fake ones that plans are made with, not even these."""
 
 
 def padded(
@@ -47,71 +47,40 @@ def low_rank_linear(
     return F.linear(F.linear(x, V.to(x.dtype)), (U * scale).to(x.dtype))
 
 
-def folding_pays(n: int, d_in: int, d_out: int) -> bool:
-    """Whether n rows are enough: adding in place moves 2 n (d_in + d_out) numbers, folding twice 4 d_in d_out, and must
-    move half as many to be worth a temporary of the weight's size (docs/performance.md has the times).
+_switch = {"on": True}
 
-    Of layers that read the same x, d_out is that of all together.
+
+@contextmanager
+def fast_path(on: bool) -> Iterator[None]:
+    """Inside the block adapted layers compute by the plain formulation only, for comparison, or for what it alone can.
+
+    Under `torch.func`, forward-mode differentiation, compilation, export and tracing they do so by themselves.
     """
-    return n * (d_in + d_out) > 4 * d_in * d_out
+    before, _switch["on"] = _switch["on"], on
+    try:
+        yield
+    finally:
+        _switch["on"] = before
 
 
-class Layer(NamedTuple):
-    """A frozen weight and bias, and s (U V − U0 V0), its update; `start`: frozen (U0, V0), None for zero."""
+def can_be_fast(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
+    """Whether `adapted_linear` gives what a layer that is x Wᵀ + b and its update give together.
 
-    W: Float[Tensor, "d_out d_in"]
-    b: Float[Tensor, " d_out"] | None
-    U: Float[Tensor, "d_out m"]
-    V: Float[Tensor, "m d_in"]
-    scale: float
-    start: tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]] | None = None
-
-
-class Reading:
-    """What some layers read of the same x, done at once; `output(i)` is then what layer i makes of it.
-
-    Gradients for x, U and V; it cannot be differentiated twice. Under autocast all products are in its dtype, and
-    nothing else is cast but the factors.
-
-    Args:
-        dropout: probability with which an entry of the updates' x is zero, one mask for all; see `Mask`. An update of
-            an x with zeros is not folded.
-        folded: which way; None takes the cheaper one.
+    Everything of the layer must be frozen, of plain tensors, and nothing may look into the operations: while
+    `torch.compile` traces it fuses by itself what the function saves.
     """
-
-    def __init__(
-        self,
-        x: Float[Tensor, "*batch d_in"],
-        layers: Sequence[Layer],
-        *,
-        dropout: float = 0.0,
-        folded: bool | None = None,
-    ):
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
-        if folded is None:
-            n, d_in = x.numel() // x.shape[-1], x.shape[-1]
-            folded = (
-                dtype.itemsize >= 4 and not dropout and folding_pays(n, d_in, sum(len(layer.W) for layer in layers))
-            )
-        mask = Mask.draw(_rows(x), dropout) if dropout else None
-        self._layers = [_in_products(layer, dtype, folded, mask) for layer in layers]
-        Vs = [V for _, _, _, V, *_ in self._layers]
-        self._learns = torch.is_grad_enabled() and (
-            x.requires_grad or any(U.requires_grad or V.requires_grad for _, _, U, V, *_ in self._layers)
-        )
-        if self._learns:
-            x, *self._read = _Read.apply(x, mask, not folded, *Vs)
-        else:
-            self._read = [None if folded else _down(_rows(x), V, mask) for V in Vs]
-        self._x = x
-
-    def output(self, i: int) -> Float[Tensor, "*batch d_out"]:
-        """x Wᵀ + b + s · (x Vᵀ) Uᵀ of layer i."""
-        W, b, U, _, scale, Uf, Vf = self._layers[i]
-        return (_Write.apply if self._learns else _write)(self._x, self._read[i], W, b, U, scale, Uf, Vf)
+    return (
+        _switch["on"]
+        and not W.requires_grad
+        and (b is None or not b.requires_grad)
+        and type(x) in PLAIN_TENSORS
+        and type(W) in PLAIN_TENSORS
+        and (x.dtype == W.dtype or torch.is_autocast_enabled(x.device.type))
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 def adapted_linear(
@@ -121,31 +90,24 @@ def adapted_linear(
     U: Float[Tensor, "d_out m"],
     V: Float[Tensor, "m d_in"],
     scale: float = 1.0,
-    start: tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]] | None = None,
     *,
     dropout: float = 0.0,
-    folded: bool | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """One layer that reads x alone, see `Reading`."""
-    return Reading(x, [Layer(W, b, U, V, scale, start)], dropout=dropout, folded=folded).output(0)
+    """A frozen linear layer and its update at once. Gradients for x, U and V.
 
+    Under autocast all products are in its dtype; W is cast again in the backward and not kept as a copy.
 
-InProducts = tuple[Tensor, Tensor | None, Tensor, Tensor, float, Tensor | None, Tensor | None]
-"""W, b, U, V in the dtype of the products, s; where folded, detached factors whose product is added to W."""
-
-
-def _in_products(layer: Layer, dtype: torch.dtype, folded: bool, mask: Mask | None) -> InProducts:
-    W, b, U, V, scale, start = layer
+    Args:
+        dropout: probability with which an entry of the update's x is zero, see `Mask`.
+    """
+    device = x.device.type
+    x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+    mask = Mask.draw(_rows(x), dropout) if dropout else None
     scale = scale if mask is None else scale * mask.scale
-    W, b, U, V = W.to(dtype), None if b is None else b.to(dtype), U.to(dtype), V.to(dtype)
-    both = U, V
-    if start is not None:
-        # Zero to the last bit where nothing has been learnt: differences of small numbers, see `Adapter.factors`.
-        U0, V0 = start[0].to(dtype), start[1].to(dtype)
-        both = torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
-    if folded:
-        return W, b, U, V, scale, both[0].detach(), both[1].detach()
-    return W, b, *both, scale, None, None
+    both = U.to(x.dtype), V.to(x.dtype)
+    if torch.is_grad_enabled():
+        return _Adapted.apply(x, W, b, *both, scale, mask)
+    return _product(x, W, b, *both, scale, mask)[0]
 
 
 # Products with one side of size m are fastest, by factors of two to five on a CPU, where that side's rows are long:
@@ -165,94 +127,62 @@ def _down(rows: Float[Tensor, "n d"], V: Float[Tensor, "m d"], mask: Mask | None
     return h
 
 
-def _folded(W: Tensor, U: Tensor, V: Tensor, scale: float) -> Tensor:
-    """W + s U V, lying in memory as W does: the product with it is then that of W to the last bit where U V is zero."""
-    return torch.addmm(W, U, V, alpha=scale) if W.is_contiguous() else torch.addmm(W.T, V.T, U.T, alpha=scale).T
-
-
-def _write(
-    x: Tensor,
-    h: Tensor | None,
-    W: Tensor,
-    b: Tensor | None,
-    U: Tensor,
-    scale: float,
-    Uf: Tensor | None,
-    Vf: Tensor | None,
-) -> Tensor:
-    if Uf is not None and Vf is not None:
-        return F.linear(x, _folded(W, Uf, Vf, scale), b)
-    assert h is not None
-    y = F.linear(x, W, b)
+def _product(
+    x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor, scale: float, mask: Mask | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and V xᵀ."""
+    h = _down(_rows(x), V, mask)
+    y = F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
     y.view(-1, y.shape[-1]).addmm_(h.T, U.T, alpha=scale)
-    return y
+    # F.linear may return a view of its flat product. The model may write into what it gets, which autograd allows in
+    # the output of a function only where that is no view.
+    return torch.ops.aten._unsafe_view(y, y.shape), h
 
 
-class _Read(torch.autograd.Function):
-    """x itself, and V xᵀ for several V. x is handed through so that its gradient comes back here, once the frozen
-    products have theirs in it, and the updates can add theirs in place: nobody else has seen that gradient."""
-
+class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Mask | None, adds: bool, *Vs: Tensor) -> tuple[Tensor, ...]:
-        V = torch.cat(Vs) if len(Vs) > 1 else Vs[0]
-        ctx.save_for_backward(x, *Vs)  # parameters as a rule, where the stack of them is one tensor more to keep
-        ctx.mask, ctx.adds, ctx.sizes = mask, adds, [len(each) for each in Vs]
-        ctx.set_materialize_grads(False)
-        same = x.view_as(x)
-        if not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(same)
-        h = _down(_rows(x), V, mask)
-        return (same, h) if len(Vs) == 1 else (same, *h.split(ctx.sizes))
-
-    @staticmethod
-    def backward(ctx: Any, gx: Tensor | None, *of_h: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
-        x, *Vs = ctx.saved_tensors
-        V = torch.cat(Vs) if len(Vs) > 1 else Vs[0]
-        rows, mask = _rows(x), ctx.mask
-        given = [V.new_zeros(size, len(rows)) if g is None else g for g, size in zip(of_h, ctx.sizes, strict=True)]
-        gh = torch.cat(given) if len(given) > 1 else given[0]
-        into = None
-        if ctx.adds and ctx.needs_input_grad[0]:
-            gx = torch.zeros_like(x) if gx is None else gx
-            into = gx.view(rows.shape)
-        if mask is None:
-            gV = gh @ rows
-            if into is not None:
-                into.addmm_(gh.T, V)
-        else:
-            gV = torch.zeros_like(V)
-            for piece, numbers in mask.pieces(len(rows)):
-                gV.addmm_(gh[:, piece], mask.kept(rows[piece], numbers))
-                if into is not None:
-                    into[piece].add_(mask.kept(gh[:, piece].T @ V, numbers))
-        return gx, None, None, *([gV] if len(given) == 1 else gV.split(ctx.sizes))
-
-
-class _Write(torch.autograd.Function):
-    """The output of one layer from x and what was read of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor, *layer: Any) -> Tensor:
-        W, _, U, ctx.scale, Uf, Vf = layer
-        ctx.save_for_backward(h, W, U, Uf, Vf)
-        return _write(x, h, *layer)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor, scale: float, mask: Mask | None
+    ) -> Tensor:
+        y, h = _product(x, W, b, U, V, scale, mask)
+        ctx.save_for_backward(x, W, U, V, h)
+        ctx.scale, ctx.mask = scale, mask
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
-        (h, W, U, Uf, Vf), scale = ctx.saved_tensors, ctx.scale
-        of_x, of_h, _, _, of_U, *_ = ctx.needs_input_grad
-        g = _rows(gradient)
-        gh = (U.T.contiguous() @ g.T).mul_(scale) if of_h else None
-        gU = (h @ g).mul_(scale).T if of_U else None
-        gx = (g @ (W if Uf is None else _folded(W, Uf, Vf, scale))).view(*gradient.shape[:-1], -1) if of_x else None
-        return gx, gh, None, None, gU, None, None, None
+        x, W, U, V, h = ctx.saved_tensors
+        of_x, _, _, of_U, of_V, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            return _gradients_with_graph(x, W, U, V, ctx.scale, ctx.mask, gradient)
+        g, rows, mask = _rows(gradient), _rows(x), ctx.mask
+        gU = (h @ g).mul_(ctx.scale).T if of_U else None
+        gh = (U.T.contiguous() @ g.T).mul_(ctx.scale) if of_x or of_V else None
+        gx = g @ W.to(g.dtype) if of_x else None
+        gV = None
+        if mask is None:
+            if of_V:
+                gV = gh @ rows
+            if gx is not None:
+                gx.addmm_(gh.T, V)
+        else:
+            gV = torch.zeros_like(V) if of_V else None
+            for piece, numbers in mask.pieces(len(rows)):
+                if gV is not None:
+                    gV.addmm_(gh[:, piece], mask.kept(rows[piece], numbers))
+                if gx is not None:
+                    gx[piece].add_(mask.kept(gh[:, piece].T @ V, numbers))
+        return None if gx is None else gx.view(x.shape), None, None, gU, gV, None, None
 
 
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "adapted layers cannot be differentiated twice, which create_graph=True prepares: their backward gives "
-            "first derivatives only"
-        )
+def _gradients_with_graph(
+    x: Tensor, W: Tensor, U: Tensor, V: Tensor, scale: float, mask: Mask | None, gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The same gradients by the plain formulation, whose gradients can be taken again."""
+    x, U, V = (tensor.view_as(tensor) for tensor in (x, U, V))  # not what x was made of, which may be the same factors
+    kept = x if mask is None else mask.applied(x)
+    y = F.linear(x, W.to(x.dtype)) + scale * F.linear(F.linear(kept, V), U)
+    wanted = [tensor for tensor in (x, U, V) if tensor.requires_grad]
+    found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, gradient, create_graph=True), strict=True))
+    gx, gU, gV = (found.get(id(tensor)) for tensor in (x, U, V))
+    return gx, None, None, gU, gV, None, None

@@ -12,13 +12,14 @@ from torch import nn
 
 from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
+from lorafamily.batch import call, to_device
 from lorafamily.budget import Sizing, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
 from lorafamily.errors import TargetError
-from lorafamily.layers import detach, keep_padding, kind_for, weight_of
+from lorafamily.layers import onloaded
 from lorafamily.method import Method
-from lorafamily.parts import Fused, hang, take_down
+from lorafamily.parts import Fused, Target
 from lorafamily.placement import (
     Model,
     ModelState,
@@ -26,14 +27,20 @@ from lorafamily.placement import (
     activate,
     base_values,
     check_can_place,
-    forget,
+    check_left_out,
     let_train,
+    movable_buffers,
+    noted,
     place,
     placement_of,
     refuse_merged,
     state_of,
+    targets_of,
 )
+from lorafamily.reading import Reads
 from lorafamily.registry import find
+from lorafamily.site import keep_padding, site_on
+from lorafamily.training.execution import evaluating
 
 
 def apply(
@@ -45,7 +52,9 @@ def apply(
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
+    exclude: targeting.Targets = None,
     fused: Fused | None = None,
+    example: Any = None,
     also_train: str | Sequence[str] | None = None,
     dropout: float = 0.0,
     dropout_kind: DropoutKind = "entries",
@@ -56,20 +65,26 @@ def apply(
     """Put adapters into a model, in place, and freeze everything else. Nothing is changed if anything is refused.
 
     Args:
-        model: any `nn.Module`; it comes back as the same object, computing what it computed before.
+        model: any `nn.Module`; it comes back as the same object, computing what it computed before. Of a compiled one
+            the model inside is adapted.
         method: a name from `lorafamily.methods()`, or names joined by "+" that differ on their axes.
         budget: trainable adapter numbers (not bytes); the largest rank that fits is chosen.
         rank: of every module, capped by the layer's size (LoRA²: the outer width k). At most one of `budget`, `rank`
             and `rank_budget` is given; with none it is the method's default rank.
         rank_budget: rank slices of all modules together (LoRA²: its singular values), whatever they cost.
         budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
-        targets: layers to adapt: None or "all-linear" (without output head and pooler), "attention", regular
-            expressions searched for in full names (of linear layers; of embeddings and convolutions where one matches
-            no linear layer), or a predicate of (name, module) that is asked for every layer that can carry an adapter.
+        targets: layers to adapt: None or "all-linear" (without output head, pooler and the routers of experts),
+            "attention", regular expressions searched for in full names (of linear layers; of embeddings and
+            convolutions where one matches no linear layer), or a predicate of (name, module) that is asked for every
+            layer that can carry an adapter.
+        exclude: what of these is left out, named in the same way.
         fused: projections to adapt by parts, such as {"c_attn$": ["q", "k", "v"]}: regular expressions for linear
             layers with the names of their parts, of equal size, or with sizes in rows, which repeat if they add up to
             less than the layer has. A part is a target like a layer ("c_attn.q"); those of nn.MultiheadAttention
             ("q", "k", "v", "out") need no mention.
+        example: a batch as `train` takes it, which the model is run on once. Layers whose weights it reads without
+            calling them, so that an adapter would have no effect, are then left out with a warning, or refused where
+            `targets` name them; without an example `train` finds them in its first batch.
         also_train: regular expressions for parameters that train too, such as a task head; saved along, counted apart.
         dropout: probability with which an entry of an adapter's input is dropped in training.
         dropout_kind: "entries", each on its own; or "features", for the whole batch: it costs nothing.
@@ -88,46 +103,48 @@ def apply(
         rank_budget=rank_budget,
         budget_at=budget_at,
         targets=targets,
+        exclude=exclude,
         fused=fused,
+        example=example,
         also_train=also_train,
         dropout=dropout,
         dropout_kind=dropout_kind,
         name=name,
         **method_options,
     )
-    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
-    return put(model, choice, choice.build(generator))
+    drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+    put(choice, choice.build(torch.Generator().manual_seed(drawn)))
+    return model
 
 
 @dataclass(frozen=True)
 class Choice:
     """What `apply` is going to do, decided and checked: which method of which size on which layers of a model.
 
-    `modules`: layers that get an adapter, `beside`: parameters that train too, both by full name.
+    `targets`: what gets an adapter, `beside`: parameters that train too, both by full name.
     """
 
+    model: nn.Module
     name: str
     spec: str
     method: Method
     sizing: Sizing
-    modules: dict[str, nn.Module]
+    targets: dict[str, Target]
     beside: dict[str, nn.Parameter]
     dropout: Dropout
+    by_default: bool
 
     def build(
         self, generator: torch.Generator, device: str | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Adapter]:
         """An adapter for every layer, as if that had its weight on another device (on "meta" nothing is drawn) or in
         another dtype."""
-        return {
-            path: self.method.build(
-                weight_of(module).to(device=device, dtype=dtype),
-                self.sizing.rank,
-                dropout=self.dropout,
-                generator=generator,
-            )
-            for path, module in self.modules.items()
-        }
+        built = {}
+        for path, target in self.targets.items():
+            with onloaded(target.layer):
+                weight = target.weight.to(device=device, dtype=dtype)
+                built[path] = self.method.build(weight, self.sizing.rank, dropout=self.dropout, generator=generator)
+        return built
 
 
 def choose(
@@ -139,7 +156,9 @@ def choose(
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
+    exclude: targeting.Targets = None,
     fused: Fused | None = None,
+    example: Any = None,
     also_train: str | Sequence[str] | None = None,
     dropout: float = 0.0,
     dropout_kind: DropoutKind = "entries",
@@ -147,26 +166,46 @@ def choose(
     **method_options: Any,
 ) -> Choice:
     """What `apply` would do with the same arguments; it refuses what `apply` refuses, and changes nothing."""
-    check_can_place(model, name)
+    model = check_can_place(model, name)
     chosen = find(method).with_options(**method_options)
     drops = Dropout(dropout, dropout_kind)
-    modules = targeting.match(model, targets, fused)
-    beside = match_beside(model, also_train, modules)
-    shapes = {path: (w.shape[1], w.shape[0]) for path, module in modules.items() for w in [weight_of(module)]}
+    matched = targeting.match(model, targets, fused, exclude)
+    by_default = targets is None or targets in ("all-linear", "attention")
+    if example is not None:
+        matched = _with_effect(model, matched, example, by_default)
+    beside = match_beside(model, also_train, matched)
+    shapes = {path: (w.shape[1], w.shape[0]) for path, target in matched.items() for w in [target.weight]}
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
-    return Choice(name, method, chosen, sizing, modules, beside, drops)
+    return Choice(model, name, method, chosen, sizing, matched, beside, drops, by_default)
 
 
-def put(model: Model, choice: Choice, adapters: Mapping[str, Adapter]) -> Model:
-    """Place what was chosen for this model and built."""
-    hang(choice.modules.values())
-    parked = base_values(model, choice.beside)
-    place(model, Placement(choice.name, choice.spec, choice.method, choice.sizing, dict(adapters), parked))
-    return model
+def put(choice: Choice, adapters: Mapping[str, Adapter]) -> None:
+    """Place what was chosen for a model and built."""
+    parked = base_values(choice.model, choice.beside)
+    placement = Placement(choice.name, choice.spec, choice.method, choice.sizing, dict(adapters), parked)
+    placement.by_default = choice.by_default
+    place(choice.model, placement, choice.targets)
+
+
+def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_default: bool) -> dict[str, Target]:
+    """Those of the targets that an adapter has an effect on, found by running the model.
+
+    Raises:
+        TargetError: somebody named one that is without effect, or none is left.
+    """
+    device = next(iter(matched.values())).weight.device
+    buffers = {at: buffer.clone() for at, buffer in movable_buffers(model).items()}
+    with Reads(matched) as reads, evaluating(model, device), torch.no_grad():
+        call(model, to_device(example, device))
+    for at, value in buffers.items():
+        model.get_buffer(at).copy_(value)
+    names = reads.without_effect()
+    check_left_out(model, names, by_default and len(names) < len(matched))
+    return {name: target for name, target in matched.items() if name not in names}
 
 
 def match_beside(
-    model: nn.Module, patterns: str | Sequence[str] | None, adapted: dict[str, nn.Module]
+    model: nn.Module, patterns: str | Sequence[str] | None, adapted: Mapping[str, Target]
 ) -> dict[str, nn.Parameter]:
     """The parameters that train beside the adapters; never the weight of an adapted layer, which merging replaces.
 
@@ -174,7 +213,7 @@ def match_beside(
         TargetError: a pattern that matches no parameter, or one that matches such a weight.
     """
     beside = targeting.match_parameters(model, patterns)
-    weights = {id(kind_for(module).parameter(module)): path for path, module in adapted.items()}
+    weights = {id(target.parameter): path for path, target in adapted.items()}
     for name, parameter in beside.items():
         if id(parameter) in weights:
             raise TargetError(
@@ -190,18 +229,18 @@ def switch(model: Model, name: str | None) -> Model:
     Raises:
         StateError: no adapter of that name, or one is merged.
     """
-    state = state_of(model)
+    owner, state = noted(model)
     if state is None and name is None:
         return model
-    placement = None if name is None else placement_of(model, name)
+    placement = None if name is None else placement_of(owner, name)
     refuse_merged(state)
     assert state is not None
-    activate(model, name)
+    activate(owner, name)
     if placement is not None:
         for other in state.placements.values():
             if other is not placement:
-                let_train(model, other, False)
-        let_train(model, placement, True)
+                let_train(owner, other, False)
+        let_train(owner, placement, True)
     return model
 
 
@@ -233,22 +272,24 @@ def remove(model: Model, name: str | None = None) -> Model:
     Raises:
         StateError: no adapter of that name.
     """
-    state = state_of(model)
+    owner, state = noted(model)
     if name is None and state is None:
         return model
-    leaving = [placement_of(model, name)] if name is not None else list(cast(ModelState, state).placements.values())
+    leaving = [placement_of(owner, name)] if name is not None else list(cast(ModelState, state).placements.values())
     assert state is not None
-    unmerge(model)
+    unmerge(owner)
     for placement in leaving:
         if state.active == placement.name:
-            activate(model, None)
+            activate(owner, None)
+        targets = targets_of(owner)
         for path in placement.adapters:
-            detach(model.get_submodule(path), placement.name)
+            target = targets[path]
+            site = site_on(target.layer)
+            assert site is not None
+            site.drop(target.part, placement.name)
         del state.placements[placement.name]
-    take_down(list(model.modules()))
-    keep_padding(model)
+    keep_padding(owner)
     if not state.placements:
-        for path, parameter in model.named_parameters():
+        for path, parameter in owner.named_parameters():
             parameter.requires_grad_(path in state.trained_before)
-        forget(model)
     return model

@@ -1,24 +1,29 @@
-"""What can carry an adapter, and how the adapter sits on it."""
+"""What can carry an adapter: kinds of layers, and what the package must know of each."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import sys
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lorafamily.adapter import Adapter
-from lorafamily.functional import Layer, Reading
-from lorafamily.mixins import Mixin, add_mixin, drop_mixin
+from lorafamily.adapter import Adapter, Factors
+from lorafamily.functional import adapted_linear, can_be_fast, low_rank_linear
 
-PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
-"""Classes of weights that are nothing but numbers, or, in the fake ones that plans are made with, not even these."""
+if TYPE_CHECKING:
+    from lorafamily.site import Site
+
+Acting = Sequence[tuple["LayerKind", Adapter]]
+"""The adapters of one layer that take effect now: one for its weight, or one for each of some parts of it."""
 
 
 class LayerKind(ABC):
@@ -28,6 +33,8 @@ class LayerKind(ABC):
     """What files call the kind."""
     linear: ClassVar[bool] = False
     """Whether `targets="all-linear"` takes such layers; others must be named."""
+    additive: ClassVar[bool] = True
+    """Whether an adapter adds to the layer's own output, as all do but those of nn.MultiheadAttention."""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -45,18 +52,46 @@ class LayerKind(ABC):
         """What the adapter adds to the layer's output for input x: that of W + ΔW less that of W."""
         return adapter(x)
 
-    def output(self, module: Adapted, adapter: Adapter, x: Tensor, *more: Tensor) -> Tensor:
-        """The layer's output with its adapter; a kind that knows a faster way to the same gives it here."""
-        return module.own(x, *more) + self.added(module, adapter, x)
+    def output(self, site: Site, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The layer's output with its adapters: of the layer's own forward, and what they add to it."""
+        y = site.base(*args, **kwargs)
+        return self.updated(site, acting, y, args, kwargs)
+
+    def updated(self, site: Site, acting: Acting, y: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The same where the layer's own forward has given y already."""
+        x, (kind, adapter) = site.input_of(args, kwargs), acting[0]
+        x = x.to(adapter.device)  # accelerate's hooks move it for the layer, later than this
+        if not self.by_sample:
+            return y + kind.added(site.layer, adapter, x).to(y.device)
+        U, V, scale = whole_update(acting, dropping=True)
+        kept = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
+        return y + low_rank_linear(kept, U, V, scale).to(y.device)
+
+    def spread(self, U: Float[Tensor, "own m"]) -> Float[Tensor, "d_out m"]:
+        """The up factor of the whole layer's weight from that of this kind's part of it."""
+        return U
+
+    def changed(self, weight: Tensor, U: Tensor, V: Tensor, scale: float) -> Tensor:
+        """W + s U V, in the shape of the module's weight."""
+        return self.restore(torch.addmm(self.matrix(weight), U, V, alpha=scale), weight)
 
     @property
     def by_sample(self) -> bool:
         """Whether what is added to a sample's output follows from that sample as from any input of a linear layer."""
         return self.linear and type(self).added is LayerKind.added
 
+    def why_not(self, module: nn.Module) -> str | None:
+        """Why this module cannot carry an adapter although the kind speaks for its class; None where it can."""
+        return None
+
     def parameter(self, module: nn.Module) -> nn.Parameter:
         """What holds the weight and is replaced in merging."""
         return module.get_parameter("weight")
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The weight's present value; of a parametrised layer, what that computes."""
+        parametrised = nn.utils.parametrize.is_parametrized(module, "weight")
+        return cast(Tensor, module.weight) if parametrised else self.parameter(module)
 
     def stored_as(self, at: str) -> str:
         """The name of that parameter in a state dict, for a layer of the full name `at`."""
@@ -66,8 +101,67 @@ class LayerKind(ABC):
         """What a file says of the kind."""
         return {"kind": self.name}
 
-    def occupied(self, module: nn.Module, carries: bool) -> None:
-        """Called when a layer gets its first adapter and when it has lost its last."""
+
+class _Torch(LayerKind):
+    """Layers whose class has the forward of a known one; others of its subclasses may do anything, and are tried."""
+
+    @abstractmethod
+    def forwards(self) -> tuple[Callable[..., Any], ...]:
+        """Those that compute just the kind's product."""
+
+    @abstractmethod
+    def example(self, module: nn.Module) -> Tensor:
+        """An input of the layer, on the CPU."""
+
+    @abstractmethod
+    def product(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the kind says that the layer computes."""
+
+    def why_not(self, module: nn.Module) -> str | None:
+        weight = module._parameters.get("weight")
+        if weight is not None and not (weight.is_floating_point() and weight.numel()):
+            return f"its weight is {weight.dtype} of shape {tuple(weight.shape)}"
+        if type(module).forward in self.forwards() or _computes(self, module):
+            return None
+        return f"the forward of {type(module).__name__} computes something else than the product with its weight"
+
+
+_TRIED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _computes(kind: _Torch, module: nn.Module) -> bool:
+    """Whether a forward of somebody's own is the kind's product: it takes one input, and gives that on random numbers.
+
+    The layer's parameters are exchanged for random ones while it is tried: its own may be on the meta device, or zero.
+    """
+    if module not in _TRIED:
+        _TRIED[module] = False  # whatever it wants or raises, it is not this
+        takes = list(inspect.signature(type(module).forward).parameters.values())
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in names:
+            draw = torch.Generator().manual_seed(0)
+            given = {
+                name: torch.randn(module.get_parameter(name).shape, generator=draw, device="cpu") for name in names
+            }
+            with torch.no_grad(), torch.device("cpu"), holding(module, given), contextlib.suppress(Exception):
+                x = kind.example(module)
+                found, wanted = type(module).forward(module, x), kind.product(module, x)
+                _TRIED[module] = torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
+    return _TRIED[module]
+
+
+@contextmanager
+def holding(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block the layer finds other values where its parameters are, by name."""
+    places = {name: layer.get_submodule(name.rpartition(".")[0])._parameters for name in values}
+    before = {name: place[name.rpartition(".")[2]] for name, place in places.items()}
+    try:
+        for name, place in places.items():
+            place[name.rpartition(".")[2]] = cast(nn.Parameter, values[name])
+        yield
+    finally:
+        for name, place in places.items():
+            place[name.rpartition(".")[2]] = before[name]
 
 
 class MultiplyingKind(LayerKind):
@@ -75,40 +169,33 @@ class MultiplyingKind(LayerKind):
 
     linear = True
 
+    def output(self, site: Site, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        layer, x = site.layer, site.input_of(args, kwargs)
+        W, b = (layer._parameters.get(name) for name in ("weight", "bias"))
+        if W is None or site.patched or not self.plain(type(layer)) or not can_be_fast(x, W, b):
+            return super().output(site, acting, args, kwargs)
+        U, V, scale = whole_update(acting, dropping=True)
+        return adapted_linear(x, self.matrix(W), b, U, V, scale, dropout=acting[0][1].drops_entries)
+
     @abstractmethod
-    def plain(self, own_class: type[nn.Module]) -> bool:
+    def plain(self, cls: type[nn.Module]) -> bool:
         """Whether layers of that class compute x Wᵀ + b and no more; a subclass may do anything."""
 
-    def fast(self, module: Adapted, x: Tensor) -> Layer | None:
-        """What the fast path needs of a layer, None where the layer must go the plain way.
 
-        While `torch.compile` traces, that is so everywhere: it fuses what the fast path saves.
-        """
-        adapter, weight = module.acting, cast(Tensor, module.weight)
-        if torch.compiler.is_compiling() or adapter is None or not adapter.ungated or weight.requires_grad:
-            return None
-        if not self.plain(module.own_class) or module.mixins[-1] is not Adapted:
-            return None
-        if type(weight) not in PLAIN_TENSORS:  # sharded, quantised: its products are its own matter
-            return None
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return None
-        return Layer(self.matrix(weight), cast("Tensor | None", module.bias), *adapter.parts())
-
-    def output(self, module: Adapted, adapter: Adapter, x: Tensor, *more: Tensor) -> Tensor:
-        if module.together is not None and torch.is_grad_enabled():
-            return module.together(module, x)
-        return self.alone(module, adapter, x)
-
-    def alone(self, module: Adapted, adapter: Adapter, x: Tensor) -> Tensor:
-        """The output of a layer that shares nothing with others."""
-        layer = self.fast(module, x)
-        if layer is None:
-            return super().output(module, adapter, x)
-        return Reading(x, [layer], dropout=adapter.drops_entries).output(0)
+def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Tensor, float]:
+    """U, V and s of the whole layer's ΔW: that of its adapter, or of those of its parts side by side."""
+    if len(acting) == 1 and type(acting[0][0]).spread is LayerKind.spread:
+        adapter = acting[0][1]
+        return *adapter.factors(dropping=dropping), adapter.scale
+    both: list[Factors] = []
+    for kind, adapter in acting:
+        U, V = adapter.factors(dropping=dropping)
+        both.append((kind.spread(adapter.scale * U), V))
+    Us, Vs = zip(*both, strict=True)
+    return torch.cat(Us, 1), torch.cat(Vs, 0), 1.0
 
 
-class _Linear(MultiplyingKind):
+class _Linear(MultiplyingKind, _Torch):
     name = "linear"
 
     def matches(self, module: nn.Module) -> bool:
@@ -124,8 +211,17 @@ class _Linear(MultiplyingKind):
     def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
         return matrix
 
-    def plain(self, own_class: type[nn.Module]) -> bool:
-        return own_class is nn.Linear
+    def plain(self, cls: type[nn.Module]) -> bool:
+        return cls is nn.Linear
+
+    def forwards(self) -> tuple[Callable[..., Any], ...]:
+        return (nn.Linear.forward,)
+
+    def example(self, module: nn.Module) -> Tensor:
+        return torch.randn(3, cast(nn.Linear, module).weight.shape[1])
+
+    def product(self, module: nn.Module, x: Tensor) -> Tensor:
+        return F.linear(x, module.get_parameter("weight"), module._parameters.get("bias"))
 
 
 class _Transposed(LayerKind):
@@ -148,11 +244,15 @@ class _Conv1D(_Transposed, MultiplyingKind):
         home = sys.modules.get("transformers.pytorch_utils")
         return home is not None and isinstance(module, home.Conv1D)
 
-    def plain(self, own_class: type[nn.Module]) -> bool:
-        return own_class is sys.modules["transformers.pytorch_utils"].Conv1D
+    def why_not(self, module: nn.Module) -> str | None:
+        own = type(module).forward is not sys.modules["transformers.pytorch_utils"].Conv1D.forward
+        return f"{type(module).__name__} has a forward of its own" if own else None
+
+    def plain(self, cls: type[nn.Module]) -> bool:
+        return cls is sys.modules["transformers.pytorch_utils"].Conv1D
 
 
-class _Embedding(_Transposed):
+class _Embedding(_Transposed, _Torch):
     """A table of vectors, which is a linear layer on one-hot inputs: d_in numbers the entries.
 
     Dropout has no input of some size to act on. The padding entry is an entry like the others.
@@ -161,21 +261,41 @@ class _Embedding(_Transposed):
     name = "embedding"
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Embedding) and module.max_norm is None  # which rescales the weight as it reads it
+        return isinstance(module, nn.Embedding)
+
+    def why_not(self, module: nn.Module) -> str | None:
+        if cast(nn.Embedding, module).max_norm is not None:
+            return "max_norm rescales its weight as it is read"
+        return super().why_not(module)
 
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors()
         like = cast(Tensor, module.weight).dtype
         return F.linear(F.embedding(x, V.T.to(like)), (U * adapter.scale).to(like))
 
+    def forwards(self) -> tuple[Callable[..., Any], ...]:
+        return (nn.Embedding.forward,)
 
-class _Convolution(LayerKind):
-    """nn.Conv1d, Conv2d, Conv3d without groups: V is a convolution to r channels, U one of size 1 from there."""
+    def example(self, module: nn.Module) -> Tensor:
+        return torch.arange(min(3, len(cast(nn.Embedding, module).weight)))
+
+    def product(self, module: nn.Module, x: Tensor) -> Tensor:
+        return F.embedding(x, module.get_parameter("weight"))
+
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class _Convolution(_Torch):
+    """nn.Conv1d, Conv2d, Conv3d: V is a convolution to r channels, U one of size 1 from there.
+
+    With groups both act within each group: W and ΔW have the rows of all groups, and d_in is that of one.
+    """
 
     name = "convolution"
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+        return isinstance(module, Convolution)
 
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         return weight.flatten(1)
@@ -184,13 +304,28 @@ class _Convolution(LayerKind):
         return matrix.view_as(weight)
 
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        U, V = adapter.factors()
-        x, V = adapter.without_dropped(x, V)
-        kernel = V.view(len(V), *module.weight.shape[1:]).to(x.dtype)
-        h = module._conv_forward(x, kernel, None)  # with the layer's own stride, padding and dilation
-        channels = 1 - module.weight.ndim  # counted from the end: the batch axis may be missing
-        return F.linear(h.movedim(channels, -1), (U * adapter.scale).to(h.dtype)).movedim(-1, channels)
+        assert isinstance(module, Convolution)
+        U, V = adapter.factors(dropping=True)
+        x = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        kernel = V.view(len(V), *module.weight.shape[1:]).to(dtype)
+        groups, channels = module.groups, 1 - module.weight.ndim  # counted from the end: there may be no batch axis
+        h = module._conv_forward(x, kernel.repeat(groups, *[1] * (kernel.ndim - 1)), None)  # stride, padding, dilation
+        h = h.movedim(channels, -1).unflatten(-1, (groups, len(V)))
+        U = (U * adapter.scale).to(h.dtype).unflatten(0, (groups, -1))
+        return torch.einsum("...gr,gor->...go", h, U).flatten(-2).movedim(-1, channels)
+
+    def forwards(self) -> tuple[Callable[..., Any], ...]:
+        return nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
+
+    def example(self, module: nn.Module) -> Tensor:
+        assert isinstance(module, Convolution)
+        size = [d * (k - 1) + 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        return torch.randn(2, module.in_channels, *size)
+
+    def product(self, module: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(module, Convolution)
+        return module._conv_forward(x, module.get_parameter("weight"), module._parameters.get("bias"))
 
 
 _KINDS: list[LayerKind] = [_Linear(), _Conv1D(), _Embedding(), _Convolution()]
@@ -203,8 +338,13 @@ def register_layer_kind(kind: LayerKind) -> None:
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind that speaks for a module, or None where no adapter can sit on it."""
-    noted = vars(module).get("own_kind")  # that of one module only
-    return noted if isinstance(noted, LayerKind) else next((kind for kind in _KINDS if kind.matches(module)), None)
+    kind = next((kind for kind in _KINDS if kind.matches(module)), None)
+    return None if kind is None or kind.why_not(module) is not None else kind
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module that some kind speaks for cannot carry an adapter, None where it can or none does."""
+    return next((kind.why_not(module) for kind in _KINDS if kind.matches(module)), None)
 
 
 def kind_named(name: str) -> LayerKind | None:
@@ -212,107 +352,13 @@ def kind_named(name: str) -> LayerKind | None:
     return next((kind for kind in _KINDS if kind.name == name), None)
 
 
-def kind_for(module: nn.Module) -> LayerKind:
-    """The kind of a layer that is known to have one."""
-    kind = kind_of(module)
-    assert kind is not None
-    return kind
+@contextmanager
+def onloaded(layer: nn.Module) -> Iterator[None]:
+    """Inside the block a layer that accelerate keeps elsewhere has its weights."""
+    if "_hf_hook" not in vars(layer):
+        yield
+        return
+    from accelerate.utils import align_module_device
 
-
-def weight_of(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    """The weight of a layer that can carry an adapter, as (d_out, d_in), a view."""
-    kind = kind_for(module)
-    return kind.matrix(kind.parameter(module))
-
-
-class Adapted(Mixin):
-    """What a layer with adapters has besides its own: the adapters, by name, and which of them is active."""
-
-    adapters: nn.ModuleDict
-    active: str | None
-    kind: LayerKind
-    route: Callable[[Tensor], Tensor] | None = None
-    """Adds to the output what each sample's own adapter gives, see `deploy/routing.py`; then none is active."""
-    together: Callable[[Adapted, Tensor], Tensor] | None = None
-    """Gives the output where the layer reads the same input as others, see `sharing.py`."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        made, of, state = super().__reduce_ex__(protocol)
-        return made, of, {key: value for key, value in state.items() if key != "together"}  # the copy of one is alone
-
-    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
-        adapter = self.acting
-        if adapter is None:
-            return self.updated(self.own(x, *more), x)
-        return self.kind.output(self, adapter, x, *more)
-
-    @property
-    def acting(self) -> Adapter | None:
-        """The adapter that takes effect for all samples alike."""
-        if self.active is None:
-            return None
-        adapter = cast(Adapter, self.adapters[self.active])
-        return None if adapter.off else adapter
-
-    def own(self, x: Tensor, *more: Tensor) -> Tensor:
-        """What the layer computes without adapter."""
-        return super().forward(x, *more)
-
-    def updated(self, y: Tensor, x: Tensor, *more: Tensor) -> Tensor:
-        """The layer's output, from what it computes without adapter and its input."""
-        if self.route is not None:
-            return y + self.route(x)
-        adapter = self.acting
-        return y if adapter is None else y + self.kind.added(self, adapter, x)
-
-
-def attach(module: nn.Module, name: str, adapter: Adapter) -> None:
-    """Put an adapter on a layer; it takes effect when `module.active` is its name."""
-    add_mixin(module, Adapted)
-    adapted = cast(Adapted, module)
-    if "adapters" not in adapted._modules:
-        adapted.adapters, adapted.active, adapted.kind = nn.ModuleDict(), None, kind_for(module)
-        # In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel and calls no submodule, unless
-        # some submodule has a hook. The container is never called, so this one costs nothing.
-        adapted.adapters.register_forward_pre_hook(_no_fused_kernel)
-        adapted.kind.occupied(module, True)
-    adapted.adapters[name] = adapter.train(module.training)
-
-
-def _no_fused_kernel(module: nn.Module, inputs: Any) -> None:
-    return None
-
-
-def detach(module: nn.Module, name: str) -> None:
-    """Take an adapter off a layer; with the last one the layer's own class comes back."""
-    assert isinstance(module, Adapted)
-    del module.adapters[name]
-    if module.active == name:
-        module.active = None
-    if not module.adapters:
-        kind = module.kind
-        del module.adapters, module.active, module.kind
-        vars(module).pop("together", None)
-        drop_mixin(module, Adapted)
-        kind.occupied(module, False)
-
-
-class Padded(Mixin):
-    """An nn.TransformerEncoder that keeps padded batches padded. In eval mode it would pack them for fused kernels,
-    which know no adapters, and give zeros where the padding was."""
-
-    use_nested_tensor = property(lambda self: False)
-
-
-def keep_padding(model: nn.Module) -> None:
-    """Let every nn.TransformerEncoder keep padded batches padded if, and only if, a layer of it carries an adapter."""
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder):
-            carries = any(isinstance(module, Adapted) for module in encoder.modules())
-            (add_mixin if carries else drop_mixin)(encoder, Padded)
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters by name, without those of adapters."""
-    inside = {id(p) for m in model.modules() if isinstance(m, Adapted) for p in m.adapters.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    with align_module_device(layer):
+        yield

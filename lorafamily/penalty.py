@@ -33,17 +33,16 @@ class Orthogonality(Penalty):
 
 def orthogonality_error(adapters: Iterable[Adapter]) -> Float[Tensor, ""] | None:
     """Mean of ‖F Fᵀ − I‖_F over all frames F, zero where their rows are orthonormal; None where there are no frames."""
-    alike: dict[torch.Size, list[Tensor]] = defaultdict(
-        list
-    )  # one product for all of a shape: there are many, and small
+    # One product for all of a shape on a device: there are many, and small.
+    alike: dict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
     for adapter in adapters:
         for frame in adapter.update.frames():
-            alike[frame.shape].append(frame)
+            alike[frame.shape, frame.device].append(frame)
     if not alike:
         return None
     errors = []
     for frames in alike.values():
         stacked = torch.stack(frames)
         gram = stacked @ stacked.mT
-        errors.append(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1]).to(gram)))
-    return torch.cat(errors).mean()
+        errors.append(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)))
+    return torch.cat([error.to(errors[0]) for error in errors]).mean()

@@ -1,19 +1,25 @@
-"""What lorafamily notes on a model: which adapters were placed under which name, and which of them is in effect."""
+"""What lorafamily notes of a model: which adapters were placed under which name, and which of them is in effect.
+
+The note hangs on the sites of the adapted layers, so that it is found through whatever wraps the model.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
-from lorafamily.errors import StateError
-from lorafamily.layers import Adapted, attach, base_parameters, keep_padding
+from lorafamily.errors import StateError, TargetError
 from lorafamily.method import Method
+from lorafamily.parts import Target, join, kind_of_site
+from lorafamily.site import base_parameters, keep_padding, site_for, site_on, sites_in
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,8 +28,9 @@ Model = TypeVar("Model", bound=nn.Module)
 class Placement:
     """Everything placed in a model under one name.
 
-    `adapters`: by full name of their layer. `parked`: for each parameter trained beside the adapters the values that
-    are not in the model now: the base's while this placement is active, the trained ones while it is not.
+    `adapters`: by full name of what they adapt. `parked`: for each parameter that trains beside the adapters, and for
+    each buffer that training may move, the values that are not in the model now: the base's while this placement is
+    active, its own while it is not.
     """
 
     name: str
@@ -32,6 +39,9 @@ class Placement:
     sizing: Sizing
     adapters: dict[str, Adapter]
     parked: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    by_default: bool = False
+    """Whether nobody named the targets, so that one without effect may be left out."""
 
     def trainable(self) -> int:
         """Trainable adapter numbers at the present ranks; what trains beside them is not counted."""
@@ -40,7 +50,7 @@ class Placement:
 
 @dataclass
 class ModelState:
-    """What lorafamily notes on a model: placements by name, the active one, which base parameters trained before, and
+    """What lorafamily notes of a model: placements by name, the active one, which base parameters trained before, and
     while a placement is merged the original weights by module name (None for those that were not kept)."""
 
     trained_before: frozenset[str]
@@ -53,17 +63,48 @@ class ModelState:
         return self.originals is not None
 
 
-_ATTRIBUTE = "_lorafamily"
+def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
+    """The model that `apply` was given, inside of whatever wraps it, and what is noted of it.
+
+    The model itself and None where nothing was ever placed or all was removed.
+
+    Raises:
+        StateError: only a part of the model that was given is in this one, or several that were given apart.
+    """
+    found = list(sites_in(model))
+    states = {id(site.state): (at, site) for at, site in found}
+    if len(states) > 1:
+        apart = " and ".join(at for at, _ in states.values())
+        raise StateError(f"{apart} carry adapters that were placed apart; call lorafamily on each of these models")
+    for at, site in found:
+        whole, _, tail = at.rpartition(site.at)
+        if site.at and tail == "" and (whole == "" or whole.endswith(".")):
+            return model.get_submodule(whole[:-1]), site.state
+        if not site.at:  # the layer itself was given
+            return site.layer, site.state
+    if found:
+        at, site = found[0]
+        raise StateError(
+            f'{at or type(model).__name__} is "{site.at}" of the model that adapters were placed in; call lorafamily '
+            "on that one, of which this is a part or a copy of one"
+        )
+    return unwrapped(model), None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that torch.compile wrapped.
+
+    Raises:
+        StateError: a wrapper that holds on to the parameters it was given.
+    """
+    if isinstance(model, torch._dynamo.OptimizedModule if "_orig_mod" in model._modules else ()):
+        return unwrapped(model._orig_mod)
+    return model
 
 
 def state_of(model: nn.Module) -> ModelState | None:
-    """What is noted on the model, None where nothing was ever placed or all was removed."""
-    return cast("ModelState | None", model.__dict__.get(_ATTRIBUTE))
-
-
-def forget(model: nn.Module) -> None:
-    """Take the note off the model."""
-    delattr(model, _ATTRIBUTE)
+    """What is noted of the model, None where nothing was ever placed or all was removed."""
+    return noted(model)[1]
 
 
 def placement_of(model: nn.Module, name: str | None = None) -> Placement:
@@ -83,8 +124,20 @@ def placement_of(model: nn.Module, name: str | None = None) -> Placement:
     return state.placements[name]
 
 
-def check_can_place(model: nn.Module, name: str) -> None:
-    """Refuse a name that is taken or cannot be one, and a model whose adapters are merged.
+def targets_of(model: nn.Module) -> dict[str, Target]:
+    """Every target in a model that carries an adapter, by full name in the model that `apply` was given."""
+    found = {}
+    for _, site in sites_in(model):
+        for kind in site.kinds.values():
+            target = Target(site.layer, kind)
+            found[target.full_name(site.at)] = target
+    return found
+
+
+def check_can_place(model: nn.Module, name: str) -> nn.Module:
+    """Refuse a name that is taken or cannot be one, and a model whose adapters are merged, or that cannot have any.
+
+    Returns the model to place them in: this one, or the one that torch.compile wrapped.
 
     Raises:
         StateError: one of these.
@@ -93,16 +146,22 @@ def check_can_place(model: nn.Module, name: str) -> None:
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise StateError(f"name={name!r}: must be of letters, digits, _ and -, and no attribute of a module")
-    state = state_of(model)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise StateError(
+            f"{type(model).__name__} holds on to the parameters it was given; place adapters in the model first "
+            "(model.module), and wrap it then"
+        )
+    whole = unwrapped(model)
+    owner, state = noted(whole)
     if state is not None and name in state.placements:
         raise StateError(
             f'an adapter named "{name}" is already there; give another name=..., or lorafamily.remove(model) first'
         )
     refuse_merged(state)
-    if state is None and (inside := next((n for n, m in model.named_modules() if isinstance(m, Adapted)), None)):
-        raise StateError(
-            f"{inside} carries an adapter placed through another model object; call lorafamily on that one"
-        )
+    if owner is not whole:
+        at = next(at for at, _ in sites_in(whole))
+        raise StateError(f"{at} carries an adapter placed through another model object; call lorafamily on that one")
+    return whole
 
 
 def refuse_merged(state: ModelState | None) -> None:
@@ -115,45 +174,132 @@ def refuse_merged(state: ModelState | None) -> None:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 
 
-def base_values(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copies of the parameters as the base has them, also while another adapter's trained values are in effect."""
+def base_values(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of parameters or buffers as the base has them, also while another adapter's are in effect."""
     state = state_of(model)
-    parked = state.placements[state.active].parked if state is not None and state.active is not None else {}
-    return {path: parked.get(path, parameter.data).clone() for path, parameter in parameters.items()}
+    active = state.placements[state.active] if state is not None and state.active is not None else None
+    parked = {} if active is None else active.parked | active.buffers
+    return {path: parked.get(path, value.data).clone() for path, value in parameters.items()}
+
+
+def movable_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers that a forward in training mode may move, by name: statistics and counters.
+
+    Integers of more than one element are indices or packed weights, which nothing moves.
+    """
+    found = {}
+    for at, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            moves = buffer is not None and (buffer.is_floating_point() or not buffer.ndim)
+            if moves and name not in module._non_persistent_buffers_set:
+                found[join(at, name)] = buffer
+    return found
 
 
 def trained_beside(model: nn.Module, placement: Placement) -> dict[str, Tensor]:
-    """The trained values of what trains beside a placement's adapters: in the model while it is active, else parked."""
+    """What an adapter's file holds beside the adapters: the values of what trains too, and buffers that moved."""
     state = state_of(model)
-    if state is None or state.active != placement.name:
-        return dict(placement.parked)
-    return {path: model.get_parameter(path).data for path in placement.parked}
+    active = state is not None and state.active == placement.name
+    values = {path: model.get_parameter(path).data if active else v for path, v in placement.parked.items()}
+    heads = {path.rpartition(".")[0] for path in values}
+    for path, parked in placement.buffers.items():
+        own, base = (model.get_buffer(path), parked) if active else (parked, model.get_buffer(path))
+        if path.rpartition(".")[0] in heads or not torch.equal(own.to(base), base):
+            values[path] = own
+    return values
 
 
-def place(model: nn.Module, placement: Placement) -> None:
+def untold(model: nn.Module, placement: Placement) -> list[str]:
+    """Base parameters that train although this placement does not name them: somebody unfroze them."""
+    own = base_parameters(model)
+    inside = {id(noted(model)[0].get_parameter(path)) for path in placement.parked}
+    return [name for name, parameter in own.items() if parameter.requires_grad and id(parameter) not in inside]
+
+
+def refuse_untold(model: nn.Module, placement: Placement) -> None:
+    """Refuse to go on where something trains that no file of this adapter would hold.
+
+    Raises:
+        StateError: parameters that somebody unfroze; they are named.
+    """
+    state = state_of(model)
+    if state is not None and state.active == placement.name and (names := untold(model, placement)):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise StateError(
+            f'{", ".join(names[:3])}{more} would train, and be lost, since adapter "{placement.name}" does not know of '
+            f'it: name it in apply(..., also_train="{names[0]}"), or set requires_grad to False'
+        )
+
+
+def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
     """Attach what was built and checked, make it the active one, freeze the rest."""
     state = state_of(model)
     if state is None:
         state = ModelState(frozenset(n for n, p in base_parameters(model).items() if p.requires_grad))
-        setattr(model, _ATTRIBUTE, state)
-    activate(model, None)
+    _activate(model, state, None)
+    names = {id(module): at for at, module in model.named_modules()}
     for path, adapter in placement.adapters.items():
-        attach(model.get_submodule(path), placement.name, adapter)
+        target = targets[path]
+        site = site_for(target.layer, kind_of_site(target), names[id(target.layer)], state)
+        site.put(target.part, target.kind, placement.name, adapter)
+        site.stand()
     keep_padding(model)
+    placement.buffers = base_values(model, movable_buffers(model)) | placement.buffers
     state.placements[placement.name] = placement
-    activate(model, placement.name)
+    _activate(model, state, placement.name)
     model.requires_grad_(False)
     let_train(model, placement, True)
 
 
 def exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
     """Put other adapters into the layers of a placement, in the place of its own."""
-    for path, adapter in adapters.items():
-        attach(model.get_submodule(path), placement.name, adapter)
-    placement.adapters = adapters
-    state = state_of(model)
+    owner, state = noted(model)
     assert state is not None
-    let_train(model, placement, state.active == placement.name)
+    targets = targets_of(owner)
+    for path, adapter in adapters.items():
+        site = site_on(targets[path].layer)
+        assert site is not None
+        site.put(targets[path].part, targets[path].kind, placement.name, adapter)
+    placement.adapters = adapters
+    let_train(owner, placement, state.active == placement.name)
+
+
+def leave_out(
+    model: nn.Module, placement: Placement, names: Sequence[str], optimizer: torch.optim.Optimizer | None = None
+) -> bool:
+    """Take away adapters that have no effect, since the model reads these weights and does not call their layers.
+
+    Says so as a warning; whether there were any. The optimiser forgets their parameters.
+
+    Raises:
+        TargetError: somebody named these targets, or no other is left.
+    """
+    names = [name for name in names if name in placement.adapters]
+    check_left_out(model, names, placement.by_default and len(names) < len(placement.adapters))
+    targets = targets_of(model)
+    gone: set[int] = set()
+    for name in names:
+        target, site = targets[name], site_on(targets[name].layer)
+        assert site is not None
+        site.drop(target.part, placement.name)
+        gone |= {id(parameter) for parameter in placement.adapters.pop(name).parameters()}
+    for group in optimizer.param_groups if optimizer is not None else ():
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    return bool(names)
+
+
+def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None:
+    """Say that targets without effect are left out, or refuse them.
+
+    Raises:
+        TargetError: they must not be left out.
+    """
+    if names:
+        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        why = f"{type(model).__name__} reads the weight of {few} and never calls the layer: an adapter has no effect"
+        if not may_be:
+            raise TargetError(f"{why}; leave it out of targets (exclude=...)")
+        warnings.warn(f"{why}, and is left out", stacklevel=4)
 
 
 def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
@@ -167,34 +313,26 @@ def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
 
 def activate(model: nn.Module, name: str | None) -> None:
     """Let one placement take effect, with what was trained beside it; None is the base model."""
-    state = state_of(model)
+    owner, state = noted(model)
     assert state is not None
+    _activate(owner, state, name)
+
+
+def _activate(model: nn.Module, state: ModelState, name: str | None) -> None:
     if state.active == name:
         return
     for leaving_or_entering in (state.active, name):
         if leaving_or_entering is not None:
-            _swap_parked(model, state.placements[leaving_or_entering])
+            placement = state.placements[leaving_or_entering]
+            _swap(placement.parked, model.get_parameter)
+            _swap(placement.buffers, model.get_buffer)
     state.active = name
-    point_modules(adapted_modules(model, state), state)
 
 
-def adapted_modules(model: nn.Module, state: ModelState) -> dict[str, nn.Module]:
-    """Every layer that some placement adapts, by name; looked up once, for walking down names is slow."""
-    paths = dict.fromkeys(path for placement in state.placements.values() for path in placement.adapters)
-    return {path: model.get_submodule(path) for path in paths}
-
-
-def point_modules(modules: Mapping[str, nn.Module], state: ModelState) -> None:
-    """Tell every adapted layer which of its adapters is active."""
-    for module in modules.values():
-        if isinstance(module, Adapted):
-            module.active = state.active if state.active is not None and state.active in module.adapters else None
-
-
-def _swap_parked(model: nn.Module, placement: Placement) -> None:
-    for path, other in placement.parked.items():
-        parameter = model.get_parameter(path)
-        parameter.data, placement.parked[path] = other.to(parameter.device), parameter.data
+def _swap(parked: dict[str, Tensor], get: Callable[[str], Tensor]) -> None:
+    for path, other in parked.items():
+        tensor = get(path)
+        tensor.data, parked[path] = other.to(tensor.device, tensor.dtype), tensor.data
 
 
 def _known(state: ModelState) -> str:

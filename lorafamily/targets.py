@@ -10,53 +10,60 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from lorafamily.errors import TargetError
-from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
-from lorafamily.parts import Fused, Part, possible_parts
+from lorafamily.layers import kind_of, why_not
+from lorafamily.parts import Fused, Target, possible_targets
+from lorafamily.site import base_parameters
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
-# Components of module names that mark what sits on top of the network: the output head and the pooler. Part of every
-# Hugging Face architecture seen so far; what is matched by weight (a head tied to the embedding) needs no name.
+# What sits on top of the network is called so at the top of a model, or of the trunk in it. Further inside the same
+# words mean other things: `heads` of attention, GPT-J's `fc_out`, the `head` of a tower. An output head that a model
+# of transformers names by `get_output_embeddings`, or that shares its weight with an embedding, needs no name.
 HEADS = {
     *("lm_head", "embed_out", "output_projection", "fc_out", "cls", "predictions", "qa_outputs"),
     *("classifier", "pre_classifier", "classification_head", "score", "head", "heads", "pooler"),
 }
 _ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)($|[._])", re.IGNORECASE)
+_GATE = re.compile(r"(^|_)(gate|router|wg)$")
 
 
-def match(model: nn.Module, targets: Targets = None, fused: Fused | None = None) -> dict[str, nn.Module]:
-    """The layers that targets name, by full module name, in the model's order.
+def match(
+    model: nn.Module, targets: Targets = None, fused: Fused | None = None, exclude: Targets = None
+) -> dict[str, Target]:
+    """The weights that targets name and `exclude` does not, by full name, in the model's order.
 
-    `targets`: None or "all-linear": every linear layer, without the output head and the pooler; "attention": those of
-    them inside attention; one or several regular expressions, searched for in full names, of linear layers or, where
-    one matches none of these, of embeddings, convolutions and other kinds; or a predicate of (name, module).
-    `fused`: layers in whose place their parts are matched, see `parts.py`.
+    `targets`: None or "all-linear": those of every linear layer, without the output head, the pooler and the routers
+    of experts; "attention": those of them inside attention; one or several regular expressions, searched for in full
+    names, of linear layers or, where one matches none of these, of embeddings, convolutions and other kinds; or a
+    predicate of (name, module). `exclude` takes the same. `fused`: layers in whose place their parts are matched, see
+    `parts.py`.
 
     Raises:
-        TargetError: a target that matches no layer, or a layer whose weight is no plain floating-point matrix.
+        TargetError: a target that matches no layer, or only layers that cannot carry an adapter, with the reason.
     """
-    kinds = {name: (module, kind_of(module)) for name, module in _with_parts(model, fused).items()}
-    able = {name: module for name, (module, kind) in kinds.items() if kind is not None}
-    linear = {name: module for name, (module, kind) in kinds.items() if kind is not None and kind.linear}
-    if targets is None or targets == "all-linear":
-        chosen = _without_heads(model, linear)
-    elif targets == "attention":
-        chosen = {name: m for name, m in _without_heads(model, linear).items() if _ATTENTION.search(name)}
-    elif callable(targets):
-        chosen = {name: module for name, module in able.items() if targets(name, module)}
-    else:
-        patterns = [targets] if isinstance(targets, str) else list(targets)
-        per_pattern = [_searched(pattern, linear, able, model) for pattern in patterns]
-        chosen = {name: module for name, module in able.items() if any(name in found for found in per_pattern)}
+    able = possible_targets(model, fused)
+    chosen = _named(model, targets, able)
+    if exclude is not None:
+        left_out = _named(model, exclude, able)
+        chosen = {name: target for name, target in chosen.items() if name not in left_out}
     if not chosen:
-        raise TargetError(f"targets={targets!r} match no layer of {type(model).__name__}; {_offer(able, model)}")
-    for name, module in chosen.items():
-        if not _has_matrix(module):
-            raise TargetError(
-                f"{name} ({type(module).__name__}) cannot carry an adapter: its weight is not a plain floating-point "
-                f"matrix (quantised or re-parametrised?); leave it out of targets"
-            )
+        without = "" if exclude is None else f" without exclude={exclude!r}"
+        raise TargetError(
+            f"targets={targets!r}{without} match no layer of {type(model).__name__}; {_offer(able, model)}"
+        )
     return chosen
+
+
+def _named(model: nn.Module, targets: Targets, able: dict[str, Target]) -> dict[str, Target]:
+    linear = {name: target for name, target in able.items() if target.kind.linear}
+    if targets is None or targets in ("all-linear", "attention"):
+        inside = _inside(model, linear)
+        return inside if targets != "attention" else {name: t for name, t in inside.items() if _ATTENTION.search(name)}
+    if callable(targets):
+        return {name: target for name, target in able.items() if targets(name, target.layer)}
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    per_pattern = [_searched(pattern, linear, able, model) for pattern in patterns]
+    return {name: target for name, target in able.items() if any(name in found for found in per_pattern)}
 
 
 def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
@@ -82,49 +89,58 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
     return found
 
 
-def _with_parts(model: nn.Module, fused: Fused | None) -> dict[str, nn.Module]:
-    """Every module by name, in the model's order, with the parts of layers in the place of these."""
-    parts = possible_parts(model, fused)
-    of_layer: dict[int, dict[str, nn.Module]] = {}
-    for name, part in parts.items():
-        of_layer.setdefault(id(part.layer), {})[name] = part
-    divided = of_layer.keys() | {id(module.layer) for module in model.modules() if isinstance(module, Part)}
-    named: dict[str, nn.Module] = {}
+def _inside(model: nn.Module, linear: dict[str, Target]) -> dict[str, Target]:
+    """Linear layers without heads, poolers and routers.
+
+    Raises:
+        TargetError: one of them has a weight that is no plain floating-point matrix.
+    """
+    heads = heads_of(model)
     for name, module in model.named_modules():
-        if id(module) not in divided:
-            named[name] = module
-        named |= of_layer.get(id(module), {})
-    return named
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    try:
-        kind_for(module).parameter(module)
-    except AttributeError:
-        return False
-    weight = weight_of(module)
-    return weight.is_floating_point() and weight.ndim == 2
-
-
-def _without_heads(model: nn.Module, able: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    try:
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-    except NotImplementedError:  # some Hugging Face models have the method but no such layer
-        output = None
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if weight is not None and not weight.is_floating_point() and not heads(name, module):
+            raise TargetError(
+                f"{name} ({type(module).__name__}) cannot carry an adapter: {why_not(module)} (quantised?); name "
+                "targets without it"
+            )
     return {
-        name: module
-        for name, module in able.items()
-        if module is not output
-        and id(getattr(module, "weight", None)) not in embeddings
-        and not HEADS.intersection(name.split("."))
+        name: target for name, target in linear.items() if not heads(name, target.layer) and not is_router(model, name)
     }
 
 
-def _searched(pattern: str, linear: dict[str, nn.Module], able: dict[str, nn.Module], model: nn.Module) -> set[str]:
+def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Says of a layer, by name and module, whether it is the output head, the pooler or a part of them."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    try:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):  # models of transformers that have the method and no such layer
+        output = None
+    trunk = getattr(model, "base_model_prefix", "")
+
+    def is_head(name: str, layer: nn.Module) -> bool:
+        path = name.split(".")
+        path = path[1:] if len(path) > 1 and path[0] == trunk else path
+        return path[0] in HEADS or layer is output or id(layer._parameters.get("weight")) in embeddings
+
+    return is_head
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """Whether a layer chooses among experts: a `router`, or a `gate` beside experts."""
+    *before, last = path = name.split(".")
+    if "router" in path:
+        return True
+    beside = [child for child, _ in model.get_submodule(".".join(before)).named_children()] if before else []
+    return bool(_GATE.search(last)) and any("expert" in child for child in beside if child != last)
+
+
+def _searched(pattern: str, linear: dict[str, Target], able: dict[str, Target], model: nn.Module) -> set[str]:
     compiled = _compiled(pattern)
     found = {name for name in linear if compiled.search(name)} or {name for name in able if compiled.search(name)}
     if not found:
+        for name, module in model.named_modules():
+            if compiled.search(name) and (reason := why_not(module)) is not None:
+                raise TargetError(f'target "{pattern}": {name} cannot carry an adapter: {reason}')
         near = difflib.get_close_matches(pattern, able, n=3, cutoff=0.3)
         nearest = f"nearest: {', '.join(near)}; " if near else ""
         raise TargetError(f'target "{pattern}" matches no layer; {nearest}{_offer(able, model)}')
@@ -140,9 +156,38 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise TargetError(f'"{pattern}" is no regular expression: {error}') from None
 
 
-def _offer(able: dict[str, nn.Module], model: nn.Module) -> str:
+def _offer(able: dict[str, Target], model: nn.Module) -> str:
     if able:
         last = sorted({name.rsplit(".", 1)[-1] for name in able})
         return f"layers that can carry an adapter end in: {', '.join(last)}"
+    for name, module in model.named_modules():
+        if (reason := why_not(module)) is not None:
+            return f"no layer can carry an adapter; {name}: {reason}"
     kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
     return f"no layer can carry an adapter; the model has {', '.join(f'{n} {k}' for k, n in kinds.most_common())}"
+
+
+def what_is(model: nn.Module) -> Callable[[str], str]:
+    """Says of a parameter, by name, in what kind of module it is: what `summary` counts."""
+    heads = heads_of(model)
+
+    def kind(name: str) -> str:
+        at, _, own = name.rpartition(".")
+        module = model.get_submodule(at)
+        of = type(module).__name__
+        if heads(at, module):
+            return "output heads"
+        if is_router(model, at):
+            return "routers"
+        if isinstance(module, nn.Embedding) or "Embedding" in of:
+            return "embeddings"
+        if "Norm" in of:
+            return "norms"
+        if kind_of(module) is not None:
+            return f"other layers that can be adapted ({of})"
+        dimensions = module.get_parameter(own).ndim
+        return (
+            f"what no kind of layer covers ({of}, {dimensions}-D)" if dimensions > 1 else "scales and biases elsewhere"
+        )
+
+    return kind

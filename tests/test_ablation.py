@@ -17,7 +17,6 @@ from lorafamily.allocation.ablation import Ablation, AblationEstimate
 from lorafamily.allocation.replay import PeakActivations, Tape
 from lorafamily.allocation.run import Run
 from lorafamily.batch import loss_of
-from lorafamily.layers import Adapted
 from lorafamily.placement import placement_of
 
 LAYERS, RANK = 6, 5
@@ -181,9 +180,6 @@ def test_the_first_order_estimate_takes_a_layer_that_no_loss_reaches():
     model = perturb_(lorafamily.apply(Awkward().eval(), "alora", rank=2, seed=0))
     x = torch.randn(5, 8, dtype=torch.float64)
     scores = AblationEstimate(Run(model, placement_of(model).adapters, 1, validation_loss=lambda: model(x))).scores()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Adapted):
-                module.active = None
+    with torch.no_grad(), lorafamily.disabled(model):
         # float64: minus the loss twice over, once more rounded.
         assert_close(scores["unused"], -model(x).repeat(2), rtol=1e-12, atol=0)

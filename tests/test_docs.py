@@ -55,7 +55,7 @@ def test_the_method_in_one_file(monkeypatch):
     base = logits(model)
     lorafamily.apply(model, "pissa+alora", rank=3, rounds=2)
     assert torch.equal(logits(model), base)
-    adapter = model.blocks[0].mlp.up.adapters["default"]
+    adapter = placement_of(model).adapters["blocks.0.mlp.up"]
     U, V = adapter.update.factors()
     truncated = torch.linalg.svd(model.blocks[0].mlp.up.weight)
     best = truncated.U[:, :3] * truncated.S[:3] @ truncated.Vh[:3]

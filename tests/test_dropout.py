@@ -145,14 +145,14 @@ def test_it_keeps_no_mask_and_no_second_input():
     assert mask.within.numel() + mask.across.numel() == (64 + 4096 // 64) * 64
 
 
-def test_dropped_features_are_the_same_for_the_whole_batch_and_may_be_folded():
+def test_dropped_features_are_the_same_for_the_whole_batch():
     """x = columns of one feature each: what is dropped is then zero in all rows or in none."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(40, 8, bias=False)).double()
     nn.init.zeros_(layer[0].weight)
     perturb_(lorafamily.apply(layer, "lora", rank=2, dropout=0.5, dropout_kind="features", seed=0))
     delta = placement_of(layer).adapters["0"].delta()
-    x = torch.eye(40, dtype=torch.float64).repeat(20, 1)  # 800 rows: folded
+    x = torch.eye(40, dtype=torch.float64).repeat(20, 1)
     counts = []
     for _ in range(200):
         y = layer(x).view(20, 40, 8)

@@ -16,9 +16,9 @@ import lorafamily
 from conftest import every_method, few_rounds, perturb_
 from lorafamily.deploy.checkpoint import merge_checkpoint
 from lorafamily.deploy.files import read
-from lorafamily.mixins import Mixin
-from lorafamily.parts import Part
+from lorafamily.parts import ATTENTION
 from lorafamily.placement import placement_of
+from lorafamily.site import sites_in
 from test_ablation import brute_force, scored
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers is about to rename
@@ -194,7 +194,7 @@ def test_whole_and_part_live_side_by_side_and_add_up():
     lorafamily.unmerge(model)
     lorafamily.compress(model, rank=3)
     lorafamily.remove(model, "whole")
-    assert any(isinstance(module, Part) for module in model.modules())
+    assert any(sites_in(model))
     assert torch.equal(logits(lorafamily.switch(model, "part")), part)
     assert everything_as_before(lorafamily.remove(model), untouched)
 
@@ -212,12 +212,13 @@ def test_feature_wise_dropout_of_a_weight_that_is_read():
     model, _ = encoder()
     perturb_(lorafamily.apply(model, "lora", rank=2, dropout=0.25, targets="self_attn.q", seed=0))
     name, adapter = next(iter(placement_of(model).adapters.items()))
-    part = model.get_submodule(name)
-    zero = torch.zeros(16, 16, dtype=torch.float64)
+    site = next(site for _, site in sites_in(model) if name in site.names())
+    nn.init.zeros_(site.layer.in_proj_weight)
+    site.front.inner = lambda: site.layer.in_proj_weight[:16].clone()  # what the layer's forward reads
     model.train()
     torch.manual_seed(0)
     with torch.no_grad():
-        drawn = torch.stack([part(zero, zero) for _ in range(2000)])
+        drawn = torch.stack([ATTENTION.output(site, site.acting(), (), {}) for _ in range(2000)])
     share = (drawn / adapter.delta()).round(decimals=9)
     assert (share == share[:, :1]).all()  # whole columns
     assert set(share.unique().tolist()) == {0.0, round(4 / 3, 9)}
@@ -259,7 +260,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     other = gpt2(n_embd=16)
     with pytest.raises(lorafamily.FileError, match=r"c_attn\.q is missing"):
         lorafamily.load(other, tmp_path)
-    assert not any(isinstance(module, Part | Mixin) for module in other.modules())
+    assert not any(sites_in(other))
     by_heads = lorafamily.apply(gpt2(), "lora", rank=1, fused={"c_attn": {"q": 16, "k": 16, "v": 16}}, name="heads")
     with pytest.raises(lorafamily.FileError, match=r"c_attn\.q is missing"):
         lorafamily.load(by_heads, tmp_path)

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, logits, perturb_, tiny, tokens
-from lorafamily.layers import Adapted
 from lorafamily.placement import placement_of
+from lorafamily.site import sites_in
 
 
 def with_all() -> nn.Module:
@@ -66,7 +66,7 @@ def test_flattened_tokens_follow_their_sample():
     for i, name in enumerate(["b", None, "a"]):
         lorafamily.switch(model, name)
         assert_close(routed[i], model(x)[i])
-    assert all(module.route is None for module in model.modules() if isinstance(module, Adapted))
+    assert all(site.route is None for _, site in sites_in(model))
 
 
 def test_routes_that_cannot_be_are_refused():

@@ -13,8 +13,9 @@ from conftest import shared
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.importance import ImportancePruning
 from lorafamily.allocation.run import Run
-from lorafamily.layers import attach
+from lorafamily.parts import possible_targets
 from lorafamily.penalty import Orthogonality
+from lorafamily.placement import Placement, place
 
 NAMES = {
     "lora2": {"A": "lora_A", "B": "lora_B", "E": "lora_E", "aa": "lora_aa", "bb": "lora_bb"},
@@ -54,8 +55,8 @@ def test_forward_and_gradients_of_every_factor(method):
     layer = nn.Linear(24, 20).double()
     layer.load_state_dict({"weight": v["fwd_weight"], "bias": v["fwd_bias"]})
     layer.weight.requires_grad_(False)
-    attach(layer, "default", adapter)
-    layer.active = "default"
+    model = nn.Sequential(layer)
+    place(model, Placement("default", method, None, None, {"0": adapter}, {}), possible_targets(model))
     x = v["fwd_x"].requires_grad_()
     y = layer(x)
     y.backward(v["fwd_gy"])

@@ -22,6 +22,7 @@ from lorafamily.allocation.replay import PeakActivations, Tape
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
+from lorafamily.site import sites_in
 
 ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `Run.scoring_memory` says otherwise
 
@@ -61,9 +62,12 @@ class Ablation(Scorer):
         with PeakActivations() as one_pass:
             unchanged = tape.run(self._loss).cpu()
         losses = {name: unchanged.repeat(adapter.rank) for name, adapter in self.run.adapters.items()}
-        for name in [name for name in tape.order if name in losses and len(losses[name])]:
+        at = {path: layer for layer, site in sites_in(self.run.model) for path in site.names()}
+        reached = {layer: i for i, layer in enumerate(tape.order)}
+        called = [name for name in losses if at[name] in reached and len(losses[name])]
+        for name in sorted(called, key=lambda name: reached[at[name]]):
             adapter = self.run.adapters[name]
-            tape.wind_to(name, self._loss)
+            tape.wind_to(at[name], self._loss)
             only = torch.eye(adapter.rank, device=adapter.device)
             gates = only if adapter.off else 1 - only
             found = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lorafamily.layers import Adapted
+from lorafamily.site import NAME, Site, sites_in
 
 T = TypeVar("T")
 
@@ -84,12 +84,14 @@ class Tape:
             if self._stop_at is not None:
                 caller.over[key] = recorded
             return _copied(recorded)  # the model may write into what it is given
-        if isinstance(module, Adapted):
+        site = module._modules.get(NAME)
+        if isinstance(site, Site):
             if path == self._stop_at:
-                self._layer = key, module.own(*args, **kwargs)
+                if site.kind.additive:
+                    self._layer = key, site.base(*args, **kwargs)
                 raise _Reached
             if self._layer is not None and key == self._layer[0]:
-                return module.updated(self._layer[1], *args, **kwargs)
+                return site.updated(self._layer[1], *args, **kwargs)
         self.order.setdefault(path)
         self._within.append(_Call(key))
         output = forward(*args, **kwargs)
@@ -114,7 +116,7 @@ class _Reached(BaseException):
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules without what adapters are made of: an ablation happens inside those."""
-    adapters = {id(inner) for m in model.modules() if isinstance(m, Adapted) for inner in m.adapters.modules()}
+    adapters = {id(inner) for _, site in sites_in(model) for inner in site.modules()}
     return ((path, module) for path, module in model.named_modules() if id(module) not in adapters)
 
 

@@ -23,7 +23,7 @@ from lorafamily.adapter import Adapter
 from lorafamily.deploy.files import Saved
 from lorafamily.deploy.folder import listed, read_json
 from lorafamily.deploy.merge import changed_weight
-from lorafamily.errors import FileError
+from lorafamily.errors import FileError, StateError
 from lorafamily.layers import LayerKind
 from lorafamily.parts import kind_of_record
 
@@ -55,6 +55,7 @@ def merge_checkpoint(
 
     Raises:
         FileError: no checkpoint there, or one that the adapter was not made for, or `out` is not empty.
+        StateError: an adapted weight was tied to another in the model, which would change too; as in memory.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(f"{out}: is there and not empty; a merged checkpoint goes into a folder of its own")
@@ -136,6 +137,11 @@ def _checked(saved: Saved, entries: Mapping[str, Entry], base: Path) -> dict[str
             wrong.append(f"{at} is of a kind that is not registered here ({entry.get('kind')!r})")
             continue
         name = kind.stored_as(at).removeprefix(prefix)
+        if entry.get("tied"):
+            raise StateError(
+                f"{' and '.join(entry['tied'])} are one tied tensor in the model: merging the adapter of {at} would "
+                "change the others too; untie them (a clone of the weight) before merging"
+            )
         if name not in entries:
             wrong.append(f"{name} is missing")
         elif entries[name].dtype not in DTYPES:
@@ -145,7 +151,7 @@ def _checked(saved: Saved, entries: Mapping[str, Entry], base: Path) -> dict[str
         else:
             adapters[name].append((kind, saved.adapters[at]))
     changes: dict[str, Callable[[Tensor], Tensor]] = {
-        name: partial(changed_weight, adapters=those) for name, those in adapters.items()
+        name: partial(changed_weight, acting=those) for name, those in adapters.items()
     }
     for at, value in saved.beside.items():
         name = at.removeprefix(prefix)

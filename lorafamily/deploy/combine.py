@@ -18,9 +18,11 @@ from lorafamily.placement import (
     Placement,
     check_can_place,
     exchange,
+    noted,
     placement_of,
     refuse_merged,
     state_of,
+    targets_of,
     trained_beside,
 )
 
@@ -39,7 +41,8 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
         raise StateError('nothing to combine: give names with their weights, such as {"a": 0.7, "b": 0.3}')
     parts = {own: placement_of(model, own) for own in weights}
     check_can_place(model, name)
-    beside = _beside(model, parts)
+    owner, _ = noted(model)
+    beside = _beside(owner, parts)
     layers = {at for part in parts.values() for at in part.adapters}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for at in layers:
@@ -48,7 +51,9 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
             both = [(weight * adapter.scale, *adapter.factors()) for weight, adapter in of_layer]
         factors[at] = torch.cat([s * U for s, U, _ in both], 1), torch.cat([V for _, _, V in both], 0)
     rank = max(len(V) for _, V in factors.values())
-    return place_plain(model, name, factors, dict.fromkeys(layers, 1.0), beside, rank=rank, options={"alpha": rank})
+    return place_plain(
+        model, name, targets_of(owner), factors, dict.fromkeys(layers, 1.0), beside, rank=rank, options={"alpha": rank}
+    )
 
 
 @dataclass(frozen=True)

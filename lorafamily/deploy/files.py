@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,11 +25,23 @@ from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
 from lorafamily.errors import FileError, LoraFamilyError
-from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
+from lorafamily.layers import onloaded
 from lorafamily.method import Method
-from lorafamily.parts import hang, part_of_record
-from lorafamily.placement import Model, Placement, check_can_place, place, placement_of, state_of, trained_beside
+from lorafamily.parts import Target, join, target_of_record
+from lorafamily.placement import (
+    Model,
+    Placement,
+    check_can_place,
+    movable_buffers,
+    noted,
+    place,
+    placement_of,
+    refuse_untold,
+    targets_of,
+    trained_beside,
+)
 from lorafamily.registry import find
+from lorafamily.site import base_parameters
 
 FORMAT = 2  # 1 had no hashes
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
@@ -45,34 +58,37 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     refused; it reads all of them once.
 
     Raises:
-        StateError: nothing to save.
+        StateError: nothing to save, or something trains that would not be in the file.
         FileError: a file cannot be written.
     """
     placement = placement_of(model, name)
-    state = state_of(model)
+    refuse_untold(model, placement)
+    owner, state = noted(model)
     assert state is not None
-    beside = trained_beside(model, placement)
-    layers = {at: model.get_submodule(at) for at in placement.adapters}
+    targets = targets_of(owner)
+    layers = {at: targets[at] for at in placement.adapters}
     originals = (state.originals or {}) if hash_base else None
-    return write(described(model, placement, layers, beside, originals), path)
+    return write(described(owner, placement, layers, trained_beside(owner, placement), originals), path)
 
 
 def described(
     model: nn.Module,
     placement: Placement,
-    layers: Mapping[str, nn.Module],
+    targets: Mapping[str, Target],
     beside: Mapping[str, Tensor],
     originals: Mapping[str, Tensor | None] | None = None,
 ) -> Saved:
     """Adapters of a model with what a file says of them. `originals`: None notes no hashes of weights; else those
     weights, by layer, that are not in the model now because something is merged into it."""
     modules: dict[str, dict[str, Any]] = {}
-    for at, module in layers.items():
-        kind = kind_for(module)
-        modules[at] = {**kind.described(), "shape": list(weight_of(module).shape)}
+    shared = _shared(model)
+    for at, target in targets.items():
+        modules[at] = {**target.kind.described(), "shape": list(target.weight.shape)}
+        if len(names := shared.get(id(target.kind.weight(target.layer)), ())) > 1:
+            modules[at]["tied"] = names
         if originals is not None:
             original = originals.get(at)
-            modules[at]["weight_hash"] = _hash(kind.parameter(module) if original is None else original)
+            modules[at]["weight_hash"] = _hash(target.kind.weight(target.layer) if original is None else original)
     record = {
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
@@ -189,10 +205,10 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
         StateError: the name is taken, or the model is merged.
     """
     name = "default" if name is None else name
-    check_can_place(model, name)
+    owner = check_can_place(model, name)
     saved = read(path)
-    layers = _layers(model, saved)
-    if saved.record["base"].get("shapes") != _shapes(model):
+    targets = _targets(owner, saved)
+    if saved.record["base"].get("shapes") != _shapes(owner):
         made_for = saved.record["base"]["architecture"]
         warnings.warn(
             f"{saved.folder}: every adapted layer fits, but this {type(model).__name__} has other parameters beside "
@@ -200,11 +216,15 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
             stacklevel=2,
         )
     for at, adapter in saved.adapters.items():
-        adapter.to(weight_of(layers[at]).device)
-    parameters = base_parameters(model)
-    beside = {at: value.to(parameters[at].device, parameters[at].dtype) for at, value in saved.beside.items()}
-    hang(layers.values())
-    place(model, Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, beside))
+        with onloaded(targets[at].layer):
+            adapter.to(targets[at].weight.device)
+    parameters, buffers = base_parameters(owner), movable_buffers(owner)
+    both = {**parameters, **buffers}
+    beside = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.beside.items()}
+    placement = Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, {})
+    placement.parked = {at: value for at, value in beside.items() if at in parameters}
+    placement.buffers = {at: value for at, value in beside.items() if at in buffers}
+    place(owner, placement, targets)
     return model
 
 
@@ -231,34 +251,41 @@ def _hash(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
 
 
-def _layers(model: nn.Module, saved: Saved) -> dict[str, nn.Module]:
-    """The layers that the record names, and parts of layers that do not stand in the model yet.
+def _shared(model: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter, by its id: several where weights are tied."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for at, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            names[id(parameter)].append(join(at, name))
+    return names
 
-    The model must have each, in that shape and with the weights the record notes, and all parameters trained beside.
-    """
-    modules, layers, wrong = dict(model.named_modules()), {}, []
+
+def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:
+    """What the record names. The model must have each, in that shape and with the weights that the record notes, and
+    all parameters and buffers that go along."""
+    targets, wrong = {}, []
     for at, entry in saved.modules.items():
-        module = part_of_record(model, at, entry) if "part" in entry else modules.get(at)
-        if module is None or kind_of(module) is None:
-            wrong.append(f"{at} is missing")
+        target = target_of_record(model, at, entry)
+        if target is None:
+            wrong.append(f"{at} is missing, or cannot carry an adapter")
             continue
-        layers[at] = module
-        if (shape := list(weight_of(module).shape)) != entry["shape"]:
+        targets[at] = target
+        if (shape := list(target.weight.shape)) != entry["shape"]:
             wrong.append(f"{at} is {shape}, not {entry['shape']}")
-        elif "weight_hash" in entry and _hash(kind_for(module).parameter(module)) != entry["weight_hash"]:
+        elif "weight_hash" in entry and _hash(target.kind.weight(target.layer)) != entry["weight_hash"]:
             wrong.append(f"{at} has other weights")
-    parameters = base_parameters(model)
+    own = {**base_parameters(model), **movable_buffers(model)}
     for at, value in saved.beside.items():
-        if at not in parameters:
+        if at not in own:
             wrong.append(f"{at} is missing")
-        elif parameters[at].shape != value.shape:
-            wrong.append(f"{at} is {list(parameters[at].shape)}, not {list(value.shape)}")
+        elif own[at].shape != value.shape:
+            wrong.append(f"{at} is {list(own[at].shape)}, not {list(value.shape)}")
     if wrong:
         made_for = saved.record["base"]["architecture"]
         raise FileError(
             f"{saved.folder}: made for another model ({made_for}); in this {type(model).__name__} {listed(wrong)}"
         )
-    return layers
+    return targets
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -267,7 +294,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[i
     for key, value in tensors.items():
         if key in expected and tuple(value.shape) != expected[key]:
             wrong.append(f"{key} is {tuple(value.shape)}, not {expected[key]}")
-        elif not value.is_floating_point() or not torch.isfinite(value).all():
+        elif not torch.isfinite(value).all() or not (value.is_floating_point() or value.ndim == 0):
             wrong.append(f"{key} is not all finite floating-point numbers")
     if wrong:
         raise FileError(f"{folder / TENSORS}: {listed(wrong)}")

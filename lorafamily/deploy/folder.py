@@ -52,7 +52,7 @@ def _sealed(record_name: str, record: Mapping[str, Any], name: str, data_hash: s
     return record | {SEAL: {name: data_hash, record_name: _hash_of(record)}}
 
 
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 """What safetensors calls the dtypes of parameters; in its files the last of them come first, and each by name."""
 
 

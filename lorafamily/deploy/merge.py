@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.batch import call
 from lorafamily.errors import StateError
-from lorafamily.layers import LayerKind, attach, detach, keep_padding, kind_for, weight_of
-from lorafamily.placement import Model, Placement, adapted_modules, placement_of, point_modules, state_of
+from lorafamily.layers import Acting
+from lorafamily.parts import Target, join
+from lorafamily.placement import Model, Placement, noted, placement_of, targets_of
+from lorafamily.site import keep_padding, sites_in
 
 
 @torch.no_grad()
@@ -21,7 +23,7 @@ def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") ->
     """Fold the active adapters into their weights, W + ΔW, and leave nothing of them in the forward pass.
 
     ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. Merged modules have their own
-    class again, and `state_dict()` the base's names: `save_pretrained` writes an ordinary checkpoint. Merging what is
+    forward again, and `state_dict()` the base's names: `save_pretrained` writes an ordinary checkpoint. Merging what is
     merged changes nothing. `merge_difference` says how far the rounding moves the outputs.
 
     Args:
@@ -29,31 +31,30 @@ def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") ->
             nowhere, with which merging is for good.
 
     Raises:
-        StateError: no adapter is active, or an adapted weight is shared with another layer, which would change too.
+        StateError: no adapter is active, an adapted weight is shared with another layer, which would change too, or it
+            is not there: computed from others (parametrised), or offloaded.
     """
     if keep not in ("device", "cpu", "none"):
         raise StateError(f'keep={keep!r}: must be "device", "cpu" or "none"')
     placement = placement_of(model)
-    state = state_of(model)
+    owner, state = noted(model)
     assert state is not None
     if state.merged:
         return model
-    modules = adapted_modules(model, state)
-    _refuse_shared(model, placement, modules)
-    changes: dict[nn.Parameter, dict[str, tuple[LayerKind, Adapter]]] = defaultdict(dict)
+    targets = targets_of(owner)
+    _refuse_shared(owner, placement, targets)
+    changes: dict[nn.Parameter, list[tuple[str, Target, Adapter]]] = defaultdict(list)
     for path, adapter in placement.adapters.items():
-        kind = kind_for(modules[path])
-        changes[kind.parameter(modules[path])][path] = kind, adapter
-    merged = {parameter: changed_weight(parameter.data, of.values()) for parameter, of in changes.items()}
-    for other in state.placements.values():
-        for path in other.adapters:
-            detach(modules[path], other.name)
-    keep_padding(model)
+        changes[_replaceable(path, targets[path])].append((path, targets[path], adapter))
+    for _, site in sites_in(owner):
+        site.step_aside()
+    keep_padding(owner)
     state.originals = {}
-    for parameter, weight in merged.items():
-        original, parameter.data = parameter.data, weight
+    for parameter, of in changes.items():  # one by one: all merged weights at once would be a second model
+        original = parameter.data
+        parameter.data = changed_weight(original, [(target.kind, adapter) for _, target, adapter in of])
         kept = None if keep == "none" else original if keep == "device" else original.cpu()
-        state.originals |= dict.fromkeys(changes[parameter], kept)
+        state.originals |= {path: kept for path, _, _ in of}
     return model
 
 
@@ -64,7 +65,7 @@ def unmerge(model: Model) -> Model:
     Raises:
         StateError: merged with keep="none".
     """
-    state = state_of(model)
+    owner, state = noted(model)
     if state is None or state.originals is None:
         return model
     if any(original is None for original in state.originals.values()):
@@ -72,18 +73,18 @@ def unmerge(model: Model) -> Model:
             f'adapter "{state.active}" was merged with keep="none": the original weights are gone; load the base '
             'again, or merge with keep="cpu"'
         )
-    modules = adapted_modules(model, state)
+    targets = targets_of(owner)
     for path, original in state.originals.items():
         assert original is not None
-        parameter = kind_for(modules[path]).parameter(modules[path])
-        parameter.data = original.to(parameter.device)
+        parameter = targets[path].parameter
+        parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
-            device = weight_of(modules[path]).device
-            attach(modules[path], placement.name, adapter if adapter.device == device else adapter.to(device))
-    keep_padding(model)
+            adapter.to(targets[path].parameter.device)
+    for _, site in sites_in(owner):
+        site.stand()
+    keep_padding(owner)
     state.originals = None
-    point_modules(modules, state)
     return model
 
 
@@ -97,7 +98,7 @@ def merge_difference(model: nn.Module, batch: Any) -> float:
     Raises:
         StateError: no adapter is active, or merging is refused.
     """
-    state, training = state_of(model), model.training
+    (_, state), training = noted(model), model.training
     merged = state is not None and state.merged
     model.eval()
     try:
@@ -122,28 +123,40 @@ def outputs_of(model: nn.Module, batch: Any) -> Tensor:
 
 
 @torch.no_grad()
-def changed_weight(weight: Tensor, adapters: Iterable[tuple[LayerKind, Adapter]]) -> Tensor:
+def changed_weight(weight: Tensor, acting: Acting) -> Tensor:
     """W + ΔW in the layout and dtype of W; a new tensor. Several adapters are those of parts of the layer.
 
     Sums are in float32 or higher, and rounded once.
     """
     changed = weight
-    for kind, adapter in adapters:
+    for kind, adapter in acting:
         U, V = adapter.factors()
         high = torch.promote_types(torch.promote_types(changed.dtype, U.dtype), torch.float32)
         U, V = (factor.to(weight.device, high) for factor in (U, V))
-        changed = changed.to(high)
-        changed = kind.restore(torch.addmm(kind.matrix(changed), U, V, alpha=adapter.scale), changed)
+        changed = kind.changed(changed.to(high), U, V, adapter.scale)
     return changed.to(weight.dtype).contiguous()
 
 
-def _refuse_shared(model: nn.Module, placement: Placement, modules: Mapping[str, nn.Module]) -> None:
+def _replaceable(path: str, target: Target) -> nn.Parameter:
+    try:
+        parameter = target.parameter
+    except AttributeError:
+        raise StateError(
+            f"the weight of {path} is no parameter but computed from others; make it one before merging "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        ) from None
+    if parameter.is_meta:
+        raise StateError(f"the weight of {path} is not here (offloaded, or on the meta device); merge the checkpoint")
+    return parameter
+
+
+def _refuse_shared(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
     owners = defaultdict(list)
     for name, module in model.named_modules():
         for own_name, parameter in module._parameters.items():
-            owners[id(parameter)].append(f"{name}.{own_name}")
+            owners[id(parameter)].append(join(name, own_name))
     for path in placement.adapters:
-        names = owners[id(kind_for(modules[path]).parameter(modules[path]))]
+        names = owners[id(_replaceable(path, targets[path]))]
         if len(names) > 1:
             raise StateError(
                 f"{' and '.join(names)} are one tied tensor: merging the adapter of {path} would change "

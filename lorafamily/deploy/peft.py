@@ -22,9 +22,20 @@ from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json
 from lorafamily.deploy.plain import noted_dropout, place_plain
 from lorafamily.errors import FileError, StateError
 from lorafamily.functional import padded
-from lorafamily.layers import base_parameters, kind_for, kind_of, weight_of
-from lorafamily.parts import Part
-from lorafamily.placement import Model, Placement, check_can_place, placement_of, trained_beside
+from lorafamily.layers import kind_of
+from lorafamily.parts import Rows, Target
+from lorafamily.placement import (
+    Model,
+    Placement,
+    check_can_place,
+    movable_buffers,
+    noted,
+    placement_of,
+    refuse_untold,
+    targets_of,
+    trained_beside,
+)
+from lorafamily.site import NAME, base_parameters
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FOLDER = f"what peft saves is a folder with {CONFIG} and {TENSORS}"
@@ -70,7 +81,11 @@ def export_peft(
         FileError: a file cannot be written.
     """
     placement = placement_of(model, name)
-    factors, scales = _by_layer(model, placement.adapters)
+    refuse_untold(model, placement)
+    model, _ = noted(model)
+    targets = targets_of(model)
+    factors, scales = _by_layer(placement.adapters, targets)
+    layers = {name: target.layer for at, target in targets.items() for name in [_layer_name(at, target)]}
     largest = max(len(V) for _, V in factors.values())
     if not largest:
         raise StateError(f'adapter "{placement.name}" has no rank left in any module: there is nothing to export')
@@ -96,13 +111,13 @@ def export_peft(
 
     tensors: dict[str, Tensor] = {}
     for at, (U, V) in factors.items():
-        tensors |= _stored(at, model.get_submodule(at), U, V, layout)
+        tensors |= _stored(at, layers[at], U, V, layout)
     for at, values in heads.items():
         tensors |= {f"{PREFIX}{at}.{key}": value for key, value in values.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / TENSORS, tensors, {"format": "pt"})
-    write_json(folder / CONFIG, _fixed(model, factors) | config)
+    write_json(folder / CONFIG, _fixed(model, [layers[at] for at in factors]) | config)
     return folder
 
 
@@ -116,7 +131,7 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
             package is not, such as DoRA; it is named.
         StateError: the name is taken, or the model is merged.
     """
-    check_can_place(model, name)
+    owner = check_can_place(model, name)
     folder = Path(path)
     config = read_json(folder / CONFIG, FOLDER)
     _check_config(config, folder / CONFIG)
@@ -128,12 +143,14 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
     for at, rank in ranks.items():
         alpha = _by_pattern(config.get("alpha_pattern"), at, config["lora_alpha"])
         scales[at] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    targets = _whole_layers(owner)
     return place_plain(
         model,
         name,
-        _checked_factors(model, factors, ranks, folder / TENSORS),
+        targets,
+        _checked_factors(owner, targets, factors, ranks, folder / TENSORS),
         scales,
-        _checked_heads(model, tensors, folder / TENSORS),
+        _checked_heads(owner, tensors, folder / TENSORS),
         dropout=noted_dropout(config.get("lora_dropout") or 0.0, "entries", folder / CONFIG),
         rank=int(config["r"]),
         options={"alpha": config["lora_alpha"], "scaling": scaling},
@@ -152,16 +169,16 @@ def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, n
         MethodError: alpha is no positive, finite number.
         StateError: the name is taken, or the model is merged.
     """
-    check_can_place(model, name)
+    targets = _whole_layers(check_can_place(model, name))
     pairs = {key.rpartition(".")[0] for key in state if key.endswith((".lora_A", ".lora_B"))}
     if not pairs:
         raise FileError("no key of this state dict ends in .lora_A or .lora_B; it is no loralib checkpoint")
     factors = {at: (state.get(f"{at}.lora_B"), state.get(f"{at}.lora_A")) for at in pairs}
     ranks = {at: len(A) for at, (_, A) in factors.items() if A is not None}
-    checked = _checked_factors(model, factors, ranks, Path("state dict"))
+    checked = _checked_factors(model, targets, factors, ranks, Path("state dict"))
     scales = {at: alpha / rank for at, rank in ranks.items()}
     largest = max(ranks.values())
-    return place_plain(model, name, checked, scales, {}, rank=largest, options={"alpha": alpha})
+    return place_plain(model, name, targets, checked, scales, {}, rank=largest, options={"alpha": alpha})
 
 
 def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor, layout: str) -> dict[str, Tensor]:
@@ -193,25 +210,36 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor | None, Tensor 
     return {at: (own.get("B"), own.get("A")) for at, own in found.items()}
 
 
+def _whole_layers(model: nn.Module) -> dict[str, Target]:
+    """Whole layers that can carry an adapter, also those that have adapters on parts."""
+    found = {}
+    for at, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is not None:
+            found[at] = Target(module, kind)
+    return found
+
+
+def _layer_name(at: str, target: Target) -> str:
+    return at.rpartition(".")[0] if isinstance(target.kind, Rows) else at
+
+
 @torch.no_grad()
 def _by_layer(
-    model: nn.Module, adapters: Mapping[str, Adapter]
+    adapters: Mapping[str, Adapter], targets: Mapping[str, Target]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
     """(U, V) and scale by layer. Adapters on parts of a layer become one with their ranks side by side."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     scales: dict[str, float] = {}
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for at, adapter in adapters.items():
-        part, (U, V) = model.get_submodule(at), (factor.cpu() for factor in adapter.factors())
-        if isinstance(part, Part):
-            if not part.own_kind.by_sample:
+        kind, (U, V) = targets[at].kind, (factor.cpu() for factor in adapter.factors())
+        if isinstance(kind, Rows):
+            if not kind.by_sample:
                 raise StateError(
                     f"{at} is a part of an nn.MultiheadAttention, which a plain LoRA file cannot hold; merge it instead"
                 )
-            rows = U.new_zeros(len(weight_of(part.layer)), U.shape[1])
-            own = part.own_kind.among(rows)
-            own.copy_((adapter.scale * U).view_as(own))
-            parts.setdefault(at.rpartition(".")[0], []).append((rows, V))
+            parts.setdefault(_layer_name(at, targets[at]), []).append((kind.spread(adapter.scale * U), V))
         else:
             factors[at], scales[at] = (U, V), adapter.scale
     for at, pairs in parts.items():
@@ -253,13 +281,12 @@ def _whole(value: float) -> float | int:
 def _short_names(model: nn.Module, factors: Mapping[str, Any]) -> list[str]:
     """The last components of the layers' names, as servers expect, where those name just these layers; else all."""
     short = {at.rpartition(".")[2] for at in factors}
-    able = {at for at, module in model.named_modules() if kind_of(module) is not None}
+    able = _whole_layers(model)
     return sorted(short) if {at for at in able if at.rpartition(".")[2] in short} == set(factors) else sorted(factors)
 
 
-def _fixed(model: nn.Module, factors: Mapping[str, Any]) -> dict[str, Any]:
-    modules = [model.get_submodule(at) for at in factors]
-    transposed = all(kind_for(module).parameter(module).stride() != weight_of(module).stride() for module in modules)
+def _fixed(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Any]:
+    transposed = all(kind is not None and kind.name == "conv1d" for kind in map(kind_of, layers))
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -283,7 +310,7 @@ def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor
             raise StateError(f"{names} trained beside the adapters; peft's modules_to_save cannot hold it")
     # peft takes every module whose name ends like one of those listed.
     return {
-        at: {key: trained.get(f"{at}.{key}", value) for key, value in module.state_dict().items()}
+        at: {key: trained.get(f"{at}.{key}", value) for key, value in module.state_dict().items() if NAME not in key}
         for at, module in model.named_modules()
         if at.endswith(tuple(owners))
     }
@@ -323,6 +350,7 @@ def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> A
 
 def _checked_factors(
     model: nn.Module,
+    targets: Mapping[str, Target],
     factors: Mapping[str, tuple[Tensor | None, Tensor | None]],
     ranks: Mapping[str, int],
     path: Path,
@@ -330,15 +358,16 @@ def _checked_factors(
     """(U, V) by layer, each of the shape the layer needs."""
     if not factors:
         raise FileError(f"{path}: holds no pair of lora_A and lora_B")
-    modules, checked, wrong = dict(model.named_modules()), {}, []
+    checked: dict[str, tuple[Tensor, Tensor]] = {}
+    wrong = []
     for at, (U, V) in factors.items():
-        if at not in modules or kind_of(modules[at]) is None:
+        if at not in targets:
             wrong.append(f"{at} is no layer of this {type(model).__name__} that can carry an adapter")
             continue
         if U is None or V is None:
             wrong.append(f"{at}.lora_{'B' if U is None else 'A'} is missing")
             continue
-        d_out, d_in = weight_of(modules[at]).shape
+        d_out, d_in = targets[at].weight.shape
         wanted = {"B": (U, (d_out, ranks[at])), "A": (V, (ranks[at], d_in))}
         for letter, (factor, shape) in wanted.items():
             if tuple(factor.shape) != shape:
@@ -352,8 +381,8 @@ def _checked_factors(
 
 
 def _checked_heads(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """What trained beside the adapters, by parameter of the model."""
-    parameters, wrong = base_parameters(model), []
+    """What trained beside the adapters, by parameter or buffer of the model."""
+    parameters, wrong = {**base_parameters(model), **movable_buffers(model)}, []
     for at, value in tensors.items():
         if at not in parameters:
             wrong.append(f"{at} is neither lora_A nor lora_B nor a parameter of this {type(model).__name__}")

@@ -13,10 +13,11 @@ from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
 from lorafamily.dropout import Dropout
 from lorafamily.errors import FileError, MethodError
-from lorafamily.layers import base_parameters, weight_of
 from lorafamily.method import Method
-from lorafamily.placement import Model, Placement, place
+from lorafamily.parts import Target
+from lorafamily.placement import Model, Placement, movable_buffers, noted, place
 from lorafamily.registry import find
+from lorafamily.site import base_parameters
 
 PLAIN = "lora"
 
@@ -24,6 +25,7 @@ PLAIN = "lora"
 def place_plain(
     model: Model,
     name: str,
+    targets: Mapping[str, Target],
     factors: Mapping[str, tuple[Tensor, Tensor]],
     scales: Mapping[str, float],
     beside: Mapping[str, Tensor],
@@ -34,18 +36,23 @@ def place_plain(
 ) -> Model:
     """Place plain LoRA adapters ΔW = s · U V under a new name. Everything was checked before.
 
-    `factors`: (U, V) by layer; `scales`: s by layer; `beside`: values of parameters that train beside the adapters;
-    `rank`: the nominal one; `options`: of the method, for whoever reads the settings.
+    `targets`: those of the model, in its order; `factors`: (U, V) by target; `scales`: s by target; `beside`: values of
+    parameters and buffers that go along; `rank`: the nominal one; `options`: of the method, for whoever reads the
+    settings.
     """
+    owner, _ = noted(model)
     on_device = {}
-    for at, module in model.named_modules():  # in the model's order
+    for at, target in targets.items():
         if at in factors:
-            (U, V), device = factors[at], weight_of(module).device
+            (U, V), device = factors[at], target.weight.device
             on_device[at] = U.to(device), V.to(device)
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
-    parameters = base_parameters(model)
-    parked = {at: value.to(parameters[at].device, parameters[at].dtype) for at, value in beside.items()}
-    place(model, Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, parked))
+    parameters, buffers = base_parameters(owner), movable_buffers(owner)
+    placement = Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, {})
+    for at, value in beside.items():
+        of, like = (placement.parked, parameters) if at in parameters else (placement.buffers, buffers)
+        of[at] = value.to(like[at].device, like[at].dtype)
+    place(owner, placement, targets)
     return model
 
 

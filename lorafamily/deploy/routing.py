@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
 from lorafamily.functional import padded
-from lorafamily.layers import Adapted, weight_of
-from lorafamily.placement import Model, Placement, placement_of, refuse_merged, state_of
+from lorafamily.layers import Acting, whole_update
+from lorafamily.placement import Model, Placement, activate, noted, placement_of, refuse_merged, targets_of
+from lorafamily.site import Site, sites_in
 
 
 class Route:
@@ -47,58 +49,66 @@ def routing(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
         StateError: an unknown name, a merged model, or an adapter that cannot be one of several in a batch: with a
             task head of its own, or on layers that are not linear.
     """
-    state = state_of(model)
+    owner, state = noted(model)
     refuse_merged(state)
     if isinstance(names, str) or not names:
         raise StateError(f"names={names!r}: must be a list with the name of an adapter, or None, for every sample")
-    parts = {name: placement_of(model, name) for name in dict.fromkeys(names) if name is not None}
-    _check(model, parts)
-    order = [None, *parts]
+    placements = {name: placement_of(owner, name) for name in dict.fromkeys(names) if name is not None}
+    if state is None:  # no name was given, and there is nothing to go around
+        yield model
+        return
+    _check(owner, placements)
+    order = [None, *placements]
     entry = torch.tensor([order.index(name) for name in names])
-    layers = {path for part in parts.values() for path in part.adapters}
-    routes = {path: _route(model, path, list(parts.values()), entry) for path in layers}
-    everywhere = [m for m in model.modules() if isinstance(m, Adapted)]
-    before = [module.active for module in everywhere]
+    sites = [site for _, site in sites_in(owner)]
+    before = state.active
     try:
-        for module in everywhere:
-            module.active = None  # also where only other adapters are
-        for path, route in routes.items():
-            layer = model.get_submodule(path)
-            assert isinstance(layer, Adapted)
-            layer.route = route
+        activate(owner, None)
+        for site in sites:
+            site.route = _route(site, list(placements), entry)
         yield model
     finally:
-        for module, active in zip(everywhere, before, strict=True):
-            module.active, module.route = active, None
+        activate(owner, before)
+        for site in sites:
+            site.route = None
 
 
-def _check(model: nn.Module, parts: dict[str, Placement]) -> None:
-    for name, part in parts.items():
-        if part.parked:
+def _check(model: nn.Module, placements: dict[str, Placement]) -> None:
+    targets = targets_of(model)
+    for name, placement in placements.items():
+        if placement.parked:
             raise StateError(
-                f'adapter "{name}" has its own {", ".join(part.parked)}, trained beside it; a batch for several '
+                f'adapter "{name}" has its own {", ".join(placement.parked)}, trained beside it; a batch for several '
                 "adapters has one for all"
             )
-        for path in part.adapters:
-            module = model.get_submodule(path)
-            assert isinstance(module, Adapted)
-            if not module.kind.by_sample:
+        for path in placement.adapters:
+            kind = targets[path].kind
+            if not kind.by_sample:
                 raise StateError(
-                    f'adapter "{name}" is on {path} ({module.kind.name}); only layers called with samples are routed'
+                    f'adapter "{name}" is on {path} ({kind.name}); only layers called with samples are routed'
                 )
 
 
 @torch.no_grad()
-def _route(model: nn.Module, path: str, parts: list[Placement], entry: Int[Tensor, " samples"]) -> Route:
-    weight = weight_of(model.get_submodule(path))
+def _route(site: Site, names: list[str], entry: Int[Tensor, " samples"]) -> Route | None:
+    """What the samples get from one layer, None where none of these adapters is on it."""
+    updates = [_update(site, name) for name in names]
+    if not any(updates):
+        return None
+    weight = site.kind.matrix(site.kind.weight(site.layer))
     d_out, d_in = weight.shape
     factors = [(weight.new_zeros(d_out, 0), weight.new_zeros(0, d_in))]
-    for part in parts:
-        if path in part.adapters:
-            U, V = part.adapters[path].factors()
-            factors.append(((part.adapters[path].scale * U).to(weight), V.to(weight)))
+    for update in updates:
+        if update:
+            U, V, scale = whole_update(update)
+            factors.append(((scale * U).to(weight), V.to(weight)))
         else:
             factors.append(factors[0])
     most = max(len(V) for _, V in factors)
     Us, Vs = zip(*(padded(U, V, most) for U, V in factors), strict=True)
-    return Route(path, torch.stack(Us), torch.stack(Vs), entry.to(weight.device))
+    return Route(site.at, torch.stack(Us), torch.stack(Vs), entry.to(weight.device))
+
+
+def _update(site: Site, name: str) -> Acting:
+    found = ((kind, site.adapters[part]._modules.get(name)) for part, kind in site.kinds.items())
+    return [(kind, adapter) for kind, adapter in found if isinstance(adapter, Adapter)]

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
-from lorafamily.layers import weight_of
 from lorafamily.names import place_of
-from lorafamily.placement import placement_of, refuse_merged, state_of
+from lorafamily.placement import noted, placement_of, refuse_merged, state_of, targets_of
 
 Side = Literal["down", "up"]
 """Of the factors: down is V, its directions are in R^{d_in}; up is U, its directions are in R^{d_out}."""
@@ -202,4 +201,5 @@ def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[A
     """
     placement = placement_of(model, name)
     refuse_merged(state_of(model))
-    return {at: (adapter, weight_of(model.get_submodule(at))) for at, adapter in placement.adapters.items()}
+    targets = targets_of(noted(model)[0])
+    return {at: (adapter, targets[at].weight) for at, adapter in placement.adapters.items()}

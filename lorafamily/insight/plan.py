@@ -20,9 +20,9 @@ from lorafamily.injection import Choice, choose, put
 from lorafamily.insight.blocks import alike_blocks, on_meta
 from lorafamily.insight.costs import FLOOR, FULL, Memory, Plan, Use
 from lorafamily.insight.tracing import Held, NotTracedError, Penalty, Ready, held_in_step
-from lorafamily.layers import base_parameters
 from lorafamily.parts import Fused
 from lorafamily.placement import Placement
+from lorafamily.site import base_parameters
 from lorafamily.training.guards import check_keys
 
 COUNTER = 4  # bytes of the number of steps that AdamW keeps for each tensor
@@ -43,6 +43,7 @@ def plan(
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
+    exclude: targeting.Targets = None,
     fused: Fused | None = None,
     also_train: str | Sequence[str] | None = None,
     **options: Any,
@@ -51,7 +52,8 @@ def plan(
 
     Args:
         model: best on the meta device (`with torch.device("meta")`); on any other it is left as it is.
-        method, budget, rank, rank_budget, budget_at, targets, fused, also_train, **options: as `apply` takes them.
+        method, budget, rank, rank_budget, budget_at, targets, exclude, fused, also_train, **options: as `apply` takes
+            them.
         batch: an example, also on the meta device, of what `train` will get; None: activations are not counted.
         loss_fn: as `train` takes it.
         dtype: of the base's weights, where another than they have; activations follow.
@@ -71,6 +73,7 @@ def plan(
         rank_budget=rank_budget,
         budget_at=budget_at,
         targets=targets,
+        exclude=exclude,
         fused=fused,
         also_train=also_train,
         **options,
@@ -106,11 +109,12 @@ class Planner:
         placement = Placement(choice.name, method, choice.method, choice.sizing, adapters, beside)
 
         def ready(model: nn.Module) -> Penalty | None:
-            layers = targeting.match(model, lambda name, module: name in choice.modules, fused)
+            targets = targeting.match(model, lambda name, module: name in choice.targets, fused)
             own = base_parameters(model)
-            there = replace(choice, modules=layers, beside={name: own[name] for name in choice.beside if name in own})
+            beside = {name: own[name] for name in choice.beside if name in own}
+            there = replace(choice, model=model, targets=targets, beside=beside)
             built = self._built(there)
-            put(model, there, built)
+            put(there, built)
             penalty = choice.method.penalty
             return None if penalty is None else lambda: penalty(built.values())
 
@@ -121,8 +125,8 @@ class Planner:
             sum(adapter.trainable() for adapter in adapters.values()),
             sum(value.numel() for value in beside.values()),
             0,
-            sizes(described(self.model, placement, choice.modules, beside)),
-            self._memory(added, trained, self._held(ready, [*choice.modules, *choice.beside])),
+            sizes(described(choice.model, placement, choice.targets, beside)),
+            self._memory(added, trained, self._held(ready, [*choice.targets, *choice.beside])),
         )
         return Plan(
             model=type(self.model).__name__,

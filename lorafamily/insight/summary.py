@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lorafamily.layers import base_parameters
-from lorafamily.placement import Placement, placement_of
+from lorafamily.placement import Placement, noted, placement_of, targets_of
+from lorafamily.site import base_parameters
+from lorafamily.targets import what_is
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Row:
 @dataclass(frozen=True)
 class Summary:
     """Adapters of one name; prints as a table. `beside` counts what trains besides adapters, such as a task head;
-    `tensor_bytes` is what the tensors of a saved file take, frozen starts and what trains beside included."""
+    `tensor_bytes` is what the tensors of a saved file take, frozen starts and what trains beside included; `reached`
+    and `not_reached` share out the base's parameters: those in adapted layers, and the others by what they are."""
 
     name: str
     method: str
@@ -40,6 +43,8 @@ class Summary:
     start_parameters: int
     tensor_bytes: int
     dtype: str
+    reached: int
+    not_reached: dict[str, int]
 
     @property
     def parameters(self) -> int:
@@ -80,6 +85,11 @@ class Summary:
             lines.append(
                 f"rank budget (at the {self.budget_at}): {self.rank_budget:,} slices, of which {self.unused:,} unused"
             )
+        others = sorted(self.not_reached.items(), key=lambda item: -item[1])
+        lines.append(
+            f"in adapted layers: {self.reached:,} of the base's parameters ({self.reached / self.base_parameters:.1%})"
+            + ("; in none: " + ", ".join(f"{count:,} in {kind}" for kind, count in others) if others else "")
+        )
         lines.append(f"saved: {self.tensor_bytes / 1024:,.0f} KiB of tensors")
         if self.beside:
             lines.append(f"trained beside the adapters, counted apart: {self.beside:,}")
@@ -94,6 +104,8 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         StateError: the model has no adapter of that name, or no active one.
     """
     placement = placement_of(model, name)
+    owner, _ = noted(model)
+    reached, not_reached = _coverage(owner, placement)
     rows = tuple(_row(placement, path) for path in placement.adapters)
     tensors = [t for adapter in placement.adapters.values() for t in adapter.parameters()] + [
         *placement.parked.values()
@@ -103,7 +115,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         name=placement.name,
         method=placement.spec,
         rows=rows,
-        base_parameters=sum(p.numel() for p in base_parameters(model).values()),
+        base_parameters=sum(p.numel() for p in base_parameters(owner).values()),
         beside=sum(value.numel() for value in placement.parked.values()),
         budget=placement.sizing.budget,
         rank_budget=placement.sizing.rank_budget,
@@ -111,7 +123,24 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         start_parameters=placement.sizing.start,
         tensor_bytes=sum(tensor.nbytes for tensor in tensors),
         dtype=str(next(first.update.parameters()).dtype).removeprefix("torch."),
+        reached=reached,
+        not_reached=not_reached,
     )
+
+
+def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, int]]:
+    """How many of the base's parameters are in layers that the placement adapts, and what the others are in."""
+    targets = targets_of(model)
+    adapted = {id(p) for at in placement.adapters for p in targets[at].layer.parameters(recurse=False)}
+    adapted |= {id(targets[at].parameter) for at in placement.adapters}
+    reached, others = 0, Counter[str]()
+    kinds = what_is(model)
+    for name, parameter in base_parameters(model).items():
+        if id(parameter) in adapted:
+            reached += parameter.numel()
+        else:
+            others[kinds(name)] += parameter.numel()
+    return reached, dict(others)
 
 
 def _row(placement: Placement, path: str) -> Row:

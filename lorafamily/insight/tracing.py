@@ -23,7 +23,6 @@ from lorafamily.allocation.replay import PeakActivations
 from lorafamily.batch import LossFn, loss_of
 from lorafamily.errors import LoraFamilyError
 from lorafamily.insight.blocks import Blocks, copy_on_meta, replace_tensors
-from lorafamily.sharing import Readers, share
 from lorafamily.training.execution import recomputing
 
 Penalty = Callable[[], Tensor]
@@ -101,10 +100,6 @@ def _run(
             batch = tree_map(lambda leaf: _fake(leaf) if isinstance(leaf, Tensor) else leaf, batch)
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 _let_inputs_learn(model, batch)
-            readers = Readers(model)
-            with torch.no_grad(), readers:
-                loss_of(model, batch, loss_fn)
-            share(model, readers.groups())
             timeline = Timeline(model, blocks)
             with recomputing(model, checkpoint_activations), timeline:
                 loss = loss_of(model, batch, loss_fn)

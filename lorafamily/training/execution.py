@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from lorafamily.errors import TrainingError
@@ -24,7 +25,7 @@ def chosen_precision(precision: Precision, device: torch.device) -> str:
         TrainingError: no such precision.
     """
     if precision == "auto":
-        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
     if precision not in ("float32", "bfloat16", "float16"):
         raise TrainingError(f'precision={precision!r}: must be "auto", "float32", "bfloat16" or "float16"')
     return precision
@@ -47,16 +48,41 @@ def recompiling(times: int | None) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, with the random states put back: how often one looks must not change what is trained."""
-    was_training = model.training
-    before = random_state(device)
-    model.eval()
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode it was in, training or eval."""
+    before = {module: module.training for module in model.modules()}
     try:
         yield
     finally:
-        model.train(was_training)
-        set_random_state(before, device)
+        for module in model.modules():
+            module.training = before.get(module, model.training)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode, with the random states put back: how often one looks must not change what is trained."""
+    before = random_state(device)
+    with modes_kept(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            set_random_state(before, device)
+
+
+def start_training(model: nn.Module, base_is_frozen: bool) -> None:
+    """Train mode, but for what somebody put into eval in a model that trains, and for frozen running statistics: in
+    train mode a normalisation of a frozen base would move them, and would compute with others than it is served with.
+    """
+    if not model.training:
+        model.train()
+    for module in model.modules() if base_is_frozen else ():
+        if isinstance(module, _NormBase) and module.track_running_stats and not _trains(module):
+            module.eval()
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @contextlib.contextmanager
@@ -85,13 +111,16 @@ def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
             f"checkpoint_activations=True works on blocks, the entries of an nn.ModuleList, and {type(model).__name__} "
             "has none"
         )
+    before = {block: vars(block).get("forward") for block in blocks}
     for block in blocks:
         vars(block)["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in before.items():
             del vars(block)["forward"]
+            if forward is not None:
+                vars(block)["forward"] = forward
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

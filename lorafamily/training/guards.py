@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lorafamily.deploy.folder import listed
 from lorafamily.errors import DataError, NonFiniteError, TrainingError
+from lorafamily.placement import movable_buffers
 
 CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 
@@ -26,10 +28,11 @@ def check_connected(loss: Tensor) -> None:
         raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
 
 
-def check_gradients(adapters: Mapping[str, Any]) -> None:
-    """Every adapter must have got a gradient from the task loss alone that is not all zero.
+def check_gradients(adapters: Mapping[str, Any], beside: Mapping[str, nn.Parameter]) -> None:
+    """Every adapter, and every parameter that trains beside them, must have got a gradient from the task loss alone.
 
-    One tensor of it is enough: where one factor starts at zero, the other's gradient is zero at first.
+    Of an adapter one tensor is enough, not all zero: where one factor starts at zero, the other's gradient is zero at
+    first.
 
     Raises:
         TrainingError: some got none; they are named.
@@ -41,6 +44,39 @@ def check_gradients(adapters: Mapping[str, Any]) -> None:
             f"Their layers do not take part in the loss, or {CUT}. Narrow targets, or pass check_gradients=False if "
             "that is meant"
         )
+    silent = [name for name, parameter in beside.items() if parameter.requires_grad and parameter.grad is None]
+    if silent:
+        raise TrainingError(
+            f"{len(silent)} of {len(beside)} parameters that train beside the adapters got no gradient from the first "
+            f"batch: {listed(silent)}. They do not take part in the loss, or {CUT}. Narrow also_train, or pass "
+            "check_gradients=False if that is meant"
+        )
+
+
+class FrozenBuffers:
+    """Keeps the persistent buffers of a frozen base what they are: running statistics and the like, which a module in
+    train mode may move. `frozen`: those of modules in which nothing trains."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.values = {
+            at: buffer.clone()
+            for at, buffer in movable_buffers(model).items()
+            if not any(p.requires_grad for p in model.get_submodule(at.rpartition(".")[0]).parameters())
+        }
+
+    def put_back(self) -> None:
+        """Give moved ones their values back, and their modules eval mode from now on; they are named in a warning."""
+        moved = [at for at, value in self.values.items() if not torch.equal(self.model.get_buffer(at), value)]
+        for at in moved:
+            self.model.get_buffer(at).copy_(self.values[at])
+            self.model.get_submodule(at.rpartition(".")[0]).eval()
+        if moved:
+            warnings.warn(
+                f"training moved {len(moved)} buffers of the frozen base, {listed(moved)}; they are what they were "
+                "again, and their modules stay in eval mode. To train one, name a parameter of it in also_train",
+                stacklevel=3,
+            )
 
 
 def _learns(adapter: nn.Module) -> bool:

@@ -20,13 +20,22 @@ from lorafamily.batch import LossFn, first_rows, loss_of, to_device
 from lorafamily.errors import DataError, LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.penalty import orthogonality_error
-from lorafamily.placement import Placement, placement_of, refuse_merged, state_of
-from lorafamily.sharing import Readers
+from lorafamily.placement import Placement, leave_out, noted, placement_of, refuse_merged, refuse_untold, targets_of
+from lorafamily.reading import Reads
 from lorafamily.training import guards
 from lorafamily.training.batches import Batches
 from lorafamily.training.board import Setting
 from lorafamily.training.checkpoints import Checkpoints, Resume
-from lorafamily.training.execution import Precision, autocast, chosen_precision, evaluating, recompiling, recomputing
+from lorafamily.training.execution import (
+    Precision,
+    autocast,
+    chosen_precision,
+    evaluating,
+    modes_kept,
+    recompiling,
+    recomputing,
+    start_training,
+)
 from lorafamily.training.folder_lock import FolderLock
 from lorafamily.training.guards import FiniteNumbers, check_keys
 from lorafamily.training.interrupt import Interrupted, StopSignals
@@ -116,8 +125,11 @@ def train(
             that changed.
         Interrupted: a signal asked the run to stop, and it has saved.
     """
-    placement = placement_of(model) if state_of(model) is not None else None
-    refuse_merged(state_of(model))
+    owner, noted_state = noted(model)
+    placement = None if noted_state is None else placement_of(owner)
+    refuse_merged(noted_state)
+    if placement is not None:
+        refuse_untold(owner, placement)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")
@@ -188,21 +200,21 @@ def train(
     state = RunState(model, placement, settings, run, allocator, optim, scaler, batches, finite, processes, seed)
     state.seed_by_process()
     measure_frames = max(1, total // 100)  # steps between looks at the frames, where there are any
-    was_training = model.training
     with FolderLock(checkpoints.run_folder if processes.first else None):
         found = checkpoints.to_go_on_from(resume)
-        state.share([])
         if found is not None:
             state.go_on_from(found, resume)
         history = state.history
         if history.stopped:
             return history  # that run was done
         begun, trained = len(history.steps), state.trained()
-        readers = None if begun or compile else Readers(model)
+        watched = placement is not None and not compile
+        reads = Reads(targets_of(owner)) if watched else None
+        buffers = None if placement is None else guards.FrozenBuffers(owner)
         log = Log(log_dir if processes.first else None, history, allocator.grows)
-        model.train()
         try:
             with (
+                modes_kept(model),
                 recompiling(total if compile else None),
                 recomputing(model, checkpoint_activations),
                 StopSignals(checkpoints.run_folder is not None) as signals,
@@ -214,6 +226,7 @@ def train(
                     dynamic_ncols=True,
                 ) as bar,
             ):
+                start_training(model, base_is_frozen=placement is not None)
                 for step in range(begun + 1, total + 1):
                     started = time.perf_counter()
                     for group, peak in zip(optim.param_groups, peaks, strict=True):
@@ -224,16 +237,22 @@ def train(
                         batch = to_device(batch, device)
                         if step == begun + 1 and loss_fn is None:
                             check_keys(model, batch)
-                        with in_precision(), readers or contextlib.nullcontext():
+                        with in_precision(), reads or contextlib.nullcontext():
                             loss = share * loss_of(runner, batch, loss_fn)
                         guards.check_connected(loss)
                         scaler.scale(loss / accumulate).backward()
-                        if readers is not None:  # not sooner: activations computed again must be the same
-                            state.share(readers.groups())
-                            readers = None
+                        if reads is not None and placement is not None:
+                            if leave_out(owner, placement, reads.without_effect(), optim):
+                                allocator = state.begin_again()
+                                trained = state.trained()
+                            reads = None
                         loss_sum += loss.item()
-                    if step == begun + 1 and check_gradients:
-                        guards.check_gradients(adapters)
+                    if step == begun + 1:
+                        if buffers is not None:
+                            buffers.put_back()
+                        if check_gradients:
+                            beside = {} if placement is None else placement.parked
+                            guards.check_gradients(adapters, {at: owner.get_parameter(at) for at in beside})
                     processes.add_up_gradients(trained)
                     loss_sum, stop = processes.add_up([loss_sum, float(signals.received is not None)])
                     if penalty is not None:
@@ -281,6 +300,8 @@ def train(
                     elif patience is not None and state.since_best >= patience:
                         history.stopped = f"no lower validation loss in {patience} evaluations"
                     if history.stopped:
+                        if buffers is not None:
+                            buffers.put_back()
                         history.ranks_end = dict(allocator.ranks)
                         state.check_end()
                     if checkpoints.due(step) or (checkpoints.run_folder and (improved or history.stopped or stop)):
@@ -300,7 +321,6 @@ def train(
             log.close(history, settings)
         finally:
             optim.zero_grad(set_to_none=True)
-            model.train(was_training)
     return history
 
 

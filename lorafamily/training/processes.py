@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lorafamily.errors import DataError, TrainingError
-from lorafamily.layers import Adapted
+from lorafamily.site import sites_in
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
@@ -141,7 +141,7 @@ def shard(model: Model) -> Model:
         raise TrainingError("shard(model) spreads a model over several processes; start them with torchrun")
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     own = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    own |= {parameter for m in model.modules() if isinstance(m, Adapted) for parameter in m.adapters.parameters()}
+    own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     for block in reversed(blocks):  # the inner ones first
         fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in own})

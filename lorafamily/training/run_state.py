@@ -17,9 +17,8 @@ from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
 from lorafamily.errors import AllocationError, StateError, TrainingError
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.layers import base_parameters
 from lorafamily.placement import Placement
-from lorafamily.sharing import share
+from lorafamily.site import base_parameters
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume
 from lorafamily.training.guards import FiniteNumbers, added_up, check_base, fingerprints
@@ -30,7 +29,7 @@ from lorafamily.training.state import random_state, set_random_state
 @dataclass
 class RunState:
     """What a run has reached. `settings`: what must be the same when it goes on; `best`: (loss, step) of the best
-    evaluation so far; `since_best`: evaluations since then; `shared`: layers that read the same input, in groups."""
+    evaluation so far; `since_best`: evaluations since then."""
 
     model: nn.Module
     placement: Placement | None
@@ -47,7 +46,6 @@ class RunState:
     best: tuple[float, int] = (math.inf, 0)
     since_best: int = 0
     base: dict[str, int] = field(default_factory=dict)
-    shared: list[tuple[str, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.history.ranks_start = dict(self.allocator.ranks)
@@ -91,10 +89,12 @@ class RunState:
         self.since_best += 1
         return False
 
-    def share(self, groups: list[tuple[str, ...]]) -> None:
-        """Let these layers read their input together. Saved, since it decides in which order numbers are added up."""
-        self.shared = groups
-        share(self.model, groups)
+    def begin_again(self) -> Allocator:
+        """The allocator of a run that has not made a step, for the adapters there are now."""
+        assert self.placement is not None
+        self.allocator = self.placement.method.allocation.begin(self.run)
+        self.history.ranks_start = dict(self.allocator.ranks)
+        return self.allocator
 
     def check_end(self) -> None:
         """What must hold when the run is over.
@@ -141,7 +141,6 @@ class RunState:
             "base": self.base,
             "trained": beside,
             "buffers": _persistent_buffers(self.model),
-            "shared": self.shared,
         }
 
     def go_on_from(self, found: Checkpoint, resume: Resume) -> None:
@@ -170,7 +169,6 @@ class RunState:
         self.finite.skipped, self.finite.in_a_row = state["not finite"]
         self.history = _history(state["history"])
         self.best, self.since_best = state["best"], state["since best"]
-        self.share([tuple(group) for group in state["shared"]])
         self._set_random(state["random"])
 
     def _check(self, found: Checkpoint, resume: Resume) -> None:

@@ -67,7 +67,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if device.type not in ("cpu", "meta"):
-        state["device"] = torch.get_device_module(device).get_rng_state()
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
@@ -78,4 +78,4 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "device" in state and device.type not in ("cpu", "meta"):
-        torch.get_device_module(device).set_rng_state(state["device"])
+        torch.get_device_module(device).set_rng_state(state["device"], device)
