@@ -46,7 +46,7 @@ class Bench:
 
     parts: tuple[Part, ...] = PARTS
     """steps: training; forwards: inference; starts: applying; products: what a layer's products take alone;
-    scaling: one layer, factored and folded"""
+    scaling: one layer of several sizes"""
     shapes: tuple[str, ...] = ("bert", "llama")
     """bert: 6 layers, width 384, 16 × 128 tokens; llama: 6 layers, width 512, 4 × 256 tokens; small: for a look"""
     methods: tuple[str, ...] = ("lora", "olora", "alora", "lora2", "adalora")
@@ -96,7 +96,7 @@ def main(given: Bench) -> dict[str, Any]:
         told["products"] = {shape: [asdict(row) for row in rows] for shape, rows in alone.items()}
     if "scaling" in given.parts:
         cells = scaling(given)
-        print("\none layer, forward and backward, of the frozen layer's: factored / folded, * the one that is taken")
+        print("\none layer, forward and backward, of the frozen layer's")
         print(as_text(_scaling_table(cells, given)))
         save(_scaling_figure(cells, given), given.out / "scaling.png")
         told["scaling"] = [asdict(cell) for cell in cells]
@@ -236,13 +236,7 @@ class Cell:
     width: int
     tokens: int
     rank: int
-    factored: float
-    folded: float
-
-    @property
-    def folds(self) -> bool:
-        """Whether the fast path folds here."""
-        return folding_pays(self.tokens, self.width, self.width)
+    ratio: float
 
 
 def scaling(given: Bench) -> list[Cell]:
@@ -259,16 +253,10 @@ def _cell(width: int, n: int, rank: int) -> Cell:
     def run(layer: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: layer().backward(towards)
 
-    ways = [
-        run(lambda: F.linear(x, W, b)),
-        run(lambda: adapted_linear(x, W, b, U, V, folded=False)),
-        run(lambda: adapted_linear(x, W, b, U, V, folded=True)),
-    ]
-    once = min(timed(ways[0], "cpu") for _ in range(3))
-    rounds = min(41, max(5, int(0.3 / once)))
-    times = [[timed(way, "cpu") for way in ways] for _ in range(rounds)]
-    factored, folded = (statistics.median(time[i] / time[0] for time in times) for i in (1, 2))
-    return Cell(width, n, rank, factored, folded)
+    frozen, adapted = run(lambda: F.linear(x, W, b)), run(lambda: adapted_linear(x, W, b, U, V))
+    once = min(timed(frozen, "cpu") for _ in range(3))
+    times = [(timed(frozen, "cpu"), timed(adapted, "cpu")) for _ in range(min(41, max(5, int(0.3 / once))))]
+    return Cell(width, n, rank, statistics.median(own / floor for floor, own in times))
 
 
 def _scaling_table(cells: Sequence[Cell], given: Bench) -> list[tuple[str, ...]]:
@@ -276,9 +264,7 @@ def _scaling_table(cells: Sequence[Cell], given: Bench) -> list[tuple[str, ...]]
     lines: list[tuple[str, ...]] = [("width, tokens", *(f"rank {rank}" for rank in given.ranks))]
     for width in given.widths:
         for n in given.tokens:
-            row = [by[width, n, rank] for rank in given.ranks]
-            texts = [f"{c.factored:.2f}{'' if c.folds else '*'} / {c.folded:.2f}{'*' if c.folds else ''}" for c in row]
-            lines.append((f"{width}, {n}", *texts))
+            lines.append((f"{width}, {n}", *(f"{by[width, n, rank].ratio:.2f}" for rank in given.ranks)))
     return lines
 
 
@@ -303,26 +289,21 @@ def _bars(found: Mapping[str, Sequence[Measured]], part: str) -> Figure:
 
 
 def _scaling_figure(cells: Sequence[Cell], given: Bench) -> Figure:
-    """Ratio over tokens, a panel for every width; solid is factored, dashed folded."""
+    """Ratio over tokens, a panel for every width."""
     figure = Figure(figsize=(3 * len(given.widths), 3.4), layout="constrained")
     for axes, width in zip(
         figure.subplots(1, len(given.widths), squeeze=False, sharey=True)[0], given.widths, strict=True
     ):
         for colour, rank in zip(COLOURS, given.ranks, strict=False):
             own = [cell for cell in cells if cell.width == width and cell.rank == rank]
-            tokens = [cell.tokens for cell in own]
-            axes.plot(tokens, [cell.factored for cell in own], color=colour, label=f"rank {rank}")
-            axes.plot(tokens, [cell.folded for cell in own], color=colour, linestyle="--")
-        axes.axvline(2 * width, color="#888888", linewidth=0.8, linestyle=":")
+            axes.plot([c.tokens for c in own], [c.ratio for c in own], color=colour, label=f"rank {rank}")
         axes.set(title=f"width {width}", xlabel="tokens", xscale="log", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("time, of the frozen layer")
     figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        "One layer, forward and backward: factored (solid), folded (dashed), folding chosen right of the dots"
-    )
+    figure.suptitle("One layer, forward and backward")
     return figure
 
 

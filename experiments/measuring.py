@@ -31,6 +31,7 @@ from lorafamily.targets import match
 
 FLOOR, FROZEN, KEPT = "frozen floor", "frozen model", "inputs kept, no update"
 DENSE, FULL = "lora2, dense product", "full fine-tuning"
+PLAIN = "plain formulation"
 BESIDE = (FLOOR, FROZEN, KEPT, DENSE, FULL)  # what is neither ours nor peft's
 Batch = dict[str, Tensor]
 Make = Callable[[nn.Module], nn.Module]
@@ -66,7 +67,8 @@ class Measured:
 
 def steps(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
     """A training step of every variant against the frozen floor."""
-    made = {name: _Trained(make(copy.deepcopy(base)), batch) for name, make in trained_variants(setting).items()}
+    variants = trained_variants(setting)
+    made = {name: _Trained(make(copy.deepcopy(base)), batch, PLAIN not in name) for name, make in variants.items()}
     for variant in made.values():
         variant.step()
         variant.step()
@@ -133,8 +135,8 @@ def _peak(run: Callable[[], None], device: str) -> float:
 class _Trained:
     """A model that trains on one batch, with penalty and the allocator's bookkeeping."""
 
-    def __init__(self, model: nn.Module, batch: Batch):
-        self.model, self.batch, self.steps = model.train(), batch, 0
+    def __init__(self, model: nn.Module, batch: Batch, fast: bool):
+        self.model, self.batch, self.steps, self.fast = model.train(), batch, 0, fast
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
         self.penalty: Callable[[], Tensor] | None = None
@@ -157,7 +159,8 @@ class _Trained:
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *state)) / 2**20
 
     def step(self) -> None:
-        self._loss().backward()
+        with lorafamily.fast_path(self.fast):
+            self._loss().backward()
         if self.penalty is not None:
             self.penalty().backward()
         if self.optimizer is not None:
@@ -177,6 +180,8 @@ def trained_variants(setting: Setting) -> dict[str, Make]:
         drops = f"dropout {setting.dropout:g}"
         found[f"lora, {drops}"] = _ours("lora", setting, dropout=setting.dropout)
         found[f"lora, {drops} of features"] = _ours("lora", setting, dropout=setting.dropout, dropout_kind="features")
+        found[f"lora, {drops}, {PLAIN}"] = _ours("lora", setting, dropout=setting.dropout)
+    found[f"lora, {PLAIN}"] = _ours("lora", setting)
     found[KEPT] = _keeping
     if "lora2" in setting.methods:
         found[DENSE] = lambda model: _dense(_ours("lora2", setting)(model))

@@ -77,7 +77,7 @@ def can_be_fast(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
         and type(W) in PLAIN_TENSORS
         and (x.dtype == W.dtype or torch.is_autocast_enabled(x.device.type))
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
     )
@@ -157,12 +157,10 @@ class _Adapted(torch.autograd.Function):
             return _gradients_with_graph(x, W, U, V, ctx.scale, ctx.mask, gradient)
         g, rows, mask = _rows(gradient), _rows(x), ctx.mask
         gU = (h @ g).mul_(ctx.scale).T if of_U else None
-        gh = (U.T.contiguous() @ g.T).mul_(ctx.scale) if of_x or of_V else None
+        gh = (U.T.contiguous() @ g.T).mul_(ctx.scale)
         gx = g @ W.to(g.dtype) if of_x else None
-        gV = None
         if mask is None:
-            if of_V:
-                gV = gh @ rows
+            gV = gh @ rows if of_V else None
             if gx is not None:
                 gx.addmm_(gh.T, V)
         else:

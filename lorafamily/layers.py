@@ -358,7 +358,7 @@ def onloaded(layer: nn.Module) -> Iterator[None]:
     if "_hf_hook" not in vars(layer):
         yield
         return
-    from accelerate.utils import align_module_device
+    from accelerate.utils import align_module_device  # type: ignore[import-untyped, unused-ignore]
 
     with align_module_device(layer):
         yield

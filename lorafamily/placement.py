@@ -153,14 +153,14 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
         )
     whole = unwrapped(model)
     owner, state = noted(whole)
+    if owner is not whole:
+        at = next(at for at, _ in sites_in(whole))
+        raise StateError(f"{at} carries an adapter placed through another model object; call lorafamily on that one")
     if state is not None and name in state.placements:
         raise StateError(
             f'an adapter named "{name}" is already there; give another name=..., or lorafamily.remove(model) first'
         )
     refuse_merged(state)
-    if owner is not whole:
-        at = next(at for at, _ in sites_in(whole))
-        raise StateError(f"{at} carries an adapter placed through another model object; call lorafamily on that one")
     return whole
 
 

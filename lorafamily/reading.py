@@ -17,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lorafamily.parts import ReadRows, Target
 
+_GRAD = vars(torch._C.TensorBase)["grad"].__get__
+"""Asking for a gradient is no use of a weight."""
+
 
 class Reads(TorchFunctionMode):
     """Inside a `with` block notes which of some targets a model calls, and whose weights it reads elsewhere.
@@ -49,7 +52,7 @@ class Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         computed = isinstance(result, Tensor | tuple) and not isinstance(result, torch.Size)
-        if not self._inside and computed and func != Tensor.grad.__get__:
+        if not self._inside and computed and func != _GRAD:
             self._read |= self._weights.keys() & {id(leaf) for leaf in tree_leaves((args, kwargs))}
         return result
 

@@ -116,7 +116,7 @@ class Site(nn.Module):
         found, name = [], self.state.active
         if name is not None:
             for part, kind in self.kinds.items():
-                adapter = self.adapters[part]._modules.get(name)  # type: ignore[union-attr]
+                adapter = self.adapters[part]._modules.get(name)
                 if isinstance(adapter, Adapter) and not adapter.off and adapter.rank:
                     found.append((kind, adapter))
         return found
@@ -223,7 +223,7 @@ class KeepsPadding(Front):
     which know no adapters, and give zeros where the padding was."""
 
     def around(self, *args: Any, **kwargs: Any) -> Any:
-        encoder = self.module
+        encoder: Any = self.module
         before, encoder.use_nested_tensor = encoder.use_nested_tensor, False
         try:
             return self.base(*args, **kwargs)

@@ -17,7 +17,7 @@ from lorafamily.dropout import Dropout, Mask
 from lorafamily.errors import MethodError
 from lorafamily.functional import adapted_linear, low_rank_linear
 from lorafamily.placement import placement_of
-from test_functional import Saved, inputs, numbers, starts
+from test_functional import Saved, inputs, numbers
 
 
 def keep_of(mask: Mask, n: int) -> torch.Tensor:
@@ -87,10 +87,9 @@ def test_masks_differ_and_come_again_with_the_seed():
     assert torch.equal(first, keep_of(Mask.draw(x, 0.5), 100))
 
 
-@starts
 @pytest.mark.parametrize("tokens", [(4,), (500,), (2, 150)], ids=["few", "many", "two sequences"])
-def test_backward_drops_what_forward_dropped(with_start, tokens, monkeypatch):
-    found, expected = (inputs(with_start=with_start, tokens=tokens) for _ in range(2))
+def test_backward_drops_what_forward_dropped(tokens, monkeypatch):
+    found, expected = (inputs(tokens=tokens) for _ in range(2))
     rows = found["x"].detach().reshape(-1, 7)
     mask = Mask.draw(rows, 0.25)
     monkeypatch.setattr(Mask, "draw", lambda x, p: mask)
@@ -98,8 +97,6 @@ def test_backward_drops_what_forward_dropped(with_start, tokens, monkeypatch):
     masked = expected["x"] * keep_of(mask, len(rows)).view(expected["x"].shape) * mask.scale
     reference = F.linear(expected["x"], expected["W"], expected["b"])
     reference = reference + low_rank_linear(masked, expected["U"], expected["V"], expected["scale"])
-    if with_start:
-        reference = reference - low_rank_linear(masked, *expected["start"], expected["scale"])
     towards = numbers(*y.shape, seed=9, grad=False)
     for output in (y, reference):
         output.backward(towards)

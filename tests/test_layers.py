@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import every_method, perturb_
 from lorafamily import layers
-from lorafamily.placement import placement_of
+from lorafamily.placement import placement_of, targets_of
 
 
 def linear():
@@ -36,6 +36,10 @@ def convolution1():
 def convolution2():
     layer = nn.Conv2d(3, 6, (3, 2), padding=(2, 1), dilation=2, padding_mode="circular", bias=False)
     return layer, torch.randn(4, 3, 8, 7)
+
+
+def grouped_convolution():
+    return nn.Conv2d(6, 9, (3, 2), groups=3, stride=2, padding=1), torch.randn(4, 6, 8, 7)
 
 
 def convolution3():
@@ -70,7 +74,7 @@ def cross_attention():
     return SelfAttention(kdim=5, vdim=5), torch.randn(2, 4, 6)
 
 
-KINDS = [linear, conv1d_of_transformers, embedding, convolution1, convolution2, convolution3]
+KINDS = [linear, conv1d_of_transformers, embedding, convolution1, convolution2, convolution3, grouped_convolution]
 KINDS += [fused_linear, fused_by_heads, attention, cross_attention]
 FUSED = {
     fused_linear: {"fused": {"layer": ["q", "k", "v"]}, "targets": ["layer.q", "layer.v"]},
@@ -149,7 +153,7 @@ def test_the_gradient_is_that_of_the_changed_weight(kind):
     changed, leaves = {name: value.detach() for name, value in plain.named_parameters()}, {}
     for path, adapter in placement_of(model).adapters.items():
         U, V = leaves[path] = tuple(factor.detach().requires_grad_() for factor in adapter.factors())
-        own = layers.kind_of(model.get_submodule(path))
+        own = targets_of(model)[path].kind
         weight = changed[own.stored_as(path)]
         changed[own.stored_as(path)] = own.restore(own.matrix(weight) + adapter.scale * U @ V, weight)
     inside = {name.removeprefix("layer."): value for name, value in changed.items()}
@@ -189,10 +193,9 @@ def test_linear_layers_go_first():
     chosen = placement_of(lorafamily.apply(Vision(), "lora", rank=1, targets=["mix", "patches", "^tokens"])).adapters
     assert list(chosen) == ["patches", "tokens", "mix"]
     every = placement_of(lorafamily.apply(Vision(), "lora", rank=1, targets=lambda name, module: True)).adapters
-    assert list(every) == ["patches", "tokens", "mix"]
-    for cannot in ("depthwise", "rescaled"):
-        with pytest.raises(lorafamily.TargetError, match=f'"{cannot}" matches no layer'):
-            lorafamily.apply(Vision(), "lora", targets=cannot)
+    assert list(every) == ["patches", "depthwise", "tokens", "mix"]
+    with pytest.raises(lorafamily.TargetError, match='"rescaled": rescaled cannot carry an adapter: max_norm rescales'):
+        lorafamily.apply(Vision(), "lora", targets="rescaled")
 
 
 class Scaled(nn.Module):

@@ -22,7 +22,7 @@ from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json
 from lorafamily.deploy.plain import noted_dropout, place_plain
 from lorafamily.errors import FileError, StateError
 from lorafamily.functional import padded
-from lorafamily.layers import kind_of
+from lorafamily.layers import Convolution, kind_of
 from lorafamily.parts import Rows, Target
 from lorafamily.placement import (
     Model,
@@ -93,7 +93,7 @@ def export_peft(
         factors = {at: (U, V) for at, (U, V) in factors.items() if len(V)}
         scales = {at: scales[at] for at in factors}
         heads = _heads(model, placement)
-        config = _patterns({at: len(V) for at, (_, V) in factors.items()}, scales)
+        config = _patterns({at: len(V) * _groups(layers[at]) for at, (_, V) in factors.items()}, scales)
         config |= {"target_modules": sorted(factors), "modules_to_save": sorted(heads) or None}
     elif layout == "serving":
         if placement.parked:
@@ -190,14 +190,40 @@ def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor, layout: str) -> di
         raise StateError(f"{at} is a {type(module).__name__}: servers load adapters of linear layers only")
     if isinstance(module, nn.Embedding):
         return {f"{PREFIX}{at}.lora_embedding_A": V, f"{PREFIX}{at}.lora_embedding_B": U}
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, Convolution):
+        if set(module.dilation) != {1} or module.padding_mode != "zeros":
+            raise StateError(
+                f"{at} has dilation {module.dilation} and padding mode {module.padding_mode!r}, of which peft's LoRA "
+                "knows nothing; merge it instead"
+            )
         kernel = module.weight.shape[2:]
-        point = (1,) * len(kernel)
+        # peft's A reads all channels; where groups read their own only, it has a block for each and zeros elsewhere.
+        blocks = torch.block_diag(*[V] * module.groups).view(module.groups * len(V), module.in_channels, *kernel)
         return {
-            f"{PREFIX}{at}.lora_A.weight": V.view(len(V), -1, *kernel),
-            f"{PREFIX}{at}.lora_B.weight": U.view(*U.shape, *point),
+            f"{PREFIX}{at}.lora_A.weight": blocks,
+            f"{PREFIX}{at}.lora_B.weight": U.view(*U.shape, *[1] * len(kernel)),
         }
     raise StateError(f"{at} is a {type(module).__name__}, which peft has no LoRA for")
+
+
+def _groups(layer: nn.Module) -> int:
+    """How many times peft's rank is that of the update."""
+    return layer.groups if isinstance(layer, Convolution) else 1
+
+
+def _of_groups(at: str, U: Tensor, V: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The update of a grouped convolution from peft's factors of it.
+
+    Raises:
+        FileError: they mix the channels of several groups, as no update of its weight does.
+    """
+    blocks = V.view(groups, len(V) // groups, groups, -1).movedim(2, 1)
+    own = torch.stack([blocks[g, g] for g in range(groups)])
+    if not torch.equal(torch.block_diag(*own), V):
+        raise FileError(f"{at}.lora_A mixes channels of several of its {groups} groups, which no update of W does")
+    if all(torch.equal(one, own[0]) for one in own):
+        return U, own[0]
+    return torch.block_diag(*U.view(groups, -1, U.shape[1])), own.flatten(0, 1)
 
 
 def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
@@ -368,7 +394,8 @@ def _checked_factors(
             wrong.append(f"{at}.lora_{'B' if U is None else 'A'} is missing")
             continue
         d_out, d_in = targets[at].weight.shape
-        wanted = {"B": (U, (d_out, ranks[at])), "A": (V, (ranks[at], d_in))}
+        groups = _groups(targets[at].layer)
+        wanted = {"B": (U, (d_out, ranks[at] // groups)), "A": (V, (ranks[at], d_in * groups))}
         for letter, (factor, shape) in wanted.items():
             if tuple(factor.shape) != shape:
                 wrong.append(f"{at}.lora_{letter} is {tuple(factor.shape)}, not {shape}")
@@ -377,7 +404,8 @@ def _checked_factors(
         checked[at] = U, V
     if wrong:
         raise FileError(f"{path}: {listed(wrong)}")
-    return checked
+    grouped = {at: groups for at in checked if (groups := _groups(targets[at].layer)) > 1}
+    return checked | {at: _of_groups(at, *checked[at], groups) for at, groups in grouped.items()}
 
 
 def _checked_heads(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
