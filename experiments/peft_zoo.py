@@ -148,9 +148,9 @@ class Trial:
         self.case.apply(self.model)
         return self
 
-    def moved(self, seed: int = 1) -> Trial:
+    def moved(self, size: float = 0.3) -> Trial:
         """With adapters, and what trains beside them, away from their start, where every update is zero."""
-        perturb(self.adapted().model, seed)
+        perturb(self.adapted().model, 1, size=size)
         return self
 
     def output(self) -> Tensor:
@@ -286,7 +286,7 @@ def _in_half(case: Case, dtype: torch.dtype) -> None:
         copy.deepcopy(trial.model)(trial.x).float().pow(2).mean().backward()
     except Exception as error:
         raise BaseError(f"backward without adapters: {said(error)}") from error
-    trial.moved()
+    trial.moved(0.1)  # a model has inputs of up to 57,599, and float16 ends at 65,504
     before = trial.output()
     require(before.dtype == trial.base.dtype, f"output is {named(before.dtype)}")
     trial.model(trial.x).float().pow(2).mean().backward()
@@ -383,11 +383,11 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def perturb(model: nn.Module, seed: int, parameters: Sequence[nn.Parameter] = ()) -> nn.Module:
+def perturb(model: nn.Module, seed: int, parameters: Sequence[nn.Parameter] = (), size: float = 0.3) -> nn.Module:
     """Add noise to what trains, or to some of it."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters or [parameter for parameter in model.parameters() if parameter.requires_grad]:
-        parameter.add_((0.3 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+        parameter.add_((size * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
     return model
 
 
