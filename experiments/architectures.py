@@ -179,6 +179,7 @@ SPEECH = {
     **{"num_codevectors_per_group": 8, "codevector_dim": 16, "proj_codevector_dim": 16},
 }
 STATE = TEXT | {"state_size": 8, "time_step_rank": 4, "use_mambapy": False}
+RWKV = {"attention_hidden_size": 32, "use_cache": False}  # with it, a forward in eval mode has no backward
 CONVNEXT = {"num_stages": 2, "layer_scale_init_value": 1.0}  # 1e-6, its start, would hide what a block computes
 RECURRENT_GEMMA = {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 16}
 JOINT = {
@@ -290,7 +291,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         STATE | {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     ),
     Architecture("falcon-mamba", RECURRENT, "FalconMambaForCausalLM", left, STATE),
-    Architecture("rwkv", RECURRENT, "RwkvForCausalLM", unmasked, TEXT | {"attention_hidden_size": 32}),
+    Architecture("rwkv", RECURRENT, "RwkvForCausalLM", unmasked, TEXT | RWKV),
     Architecture("recurrent-gemma", RECURRENT, "RecurrentGemmaForCausalLM", left, GROUPED | RECURRENT_GEMMA),
     Architecture(
         *("jamba", RECURRENT + ", experts", "JambaForCausalLM", left),
@@ -640,7 +641,8 @@ def controlled(base: nn.Module, batch: Batch) -> Tensor:
     assert torch.equal(*outputs)
     assert outputs[0].isfinite().all()
     assert outputs[0].abs().max() > 0
-    backward(copy.deepcopy(base).train(), batch)
+    for training in (True, False):
+        backward(copy.deepcopy(base).train(training), batch)
     if generates(base):
         generated(base, batch)
     return outputs[0]
@@ -675,8 +677,8 @@ def described(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
         return "convolution"
     if parameter.ndim == 3 and in_expert(owner):
         return "expert stack"
-    kind = owner.rpartition(".")[2] if last == "weight" else last
-    return f"`{kind}`"
+    parts = owner.split(".") if last == "weight" else [last]
+    return f"`{next((part for part in reversed(parts) if not part.isdigit()), name)}`"
 
 
 def main(settings: Settings) -> list[Row]:
@@ -731,23 +733,26 @@ def totals(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
     lines.append(f"By method, of {len(rows)}: {', '.join(per_method)}.")
     counted = Counter(check for row in rows for method in methods for check in row.failed(method))
     cells = len(rows) * len(methods)
-    without = "every check holds everywhere" if not counted else ", ".join(f"{c} {counted[c]}" for c in CHECKS)
-    lines.append(f"Cells of {cells} in which a check does not hold: {without}." if counted else f"{without}.")
+    lines.append(f"By check, of {cells}: {', '.join(f'{check} {cells - counted[check]}' for check in CHECKS)}.")
     return lines
 
 
 @dataclass
 class Notes:
-    """Reasons, numbered as they come. Those that differ in a difference only are one note, with the largest."""
+    """Reasons, numbered as they come. Those that differ in a measured difference only are one note, with the largest
+    of them."""
 
     found: dict[str, list[float]] = field(default_factory=dict)
 
     def cell(self, failed: Mapping[str, str]) -> str:
-        """The checks that do not hold, each with the number of its reason."""
-        return ", ".join(f"{check} ({self._number(check, why)})" for check, why in failed.items()) or "all"
+        """The checks that do not hold, with the numbers of their reasons."""
+        checks: dict[int, list[str]] = {}
+        for check, why in failed.items():
+            checks.setdefault(self._number(why), []).append(check)
+        return "; ".join(f"{', '.join(same)} ({number})" for number, same in checks.items()) or "all"
 
-    def _number(self, check: str, why: str) -> int:
-        reason = f"*{check}*: {DIFFERENCE.sub(PLACE, why)}"
+    def _number(self, why: str) -> int:
+        reason = DIFFERENCE.sub(PLACE, why)
         self.found.setdefault(reason, []).extend(float(number) for number in DIFFERENCE.findall(why))
         return list(self.found).index(reason) + 1
 
@@ -771,6 +776,7 @@ def page_of(rows: Sequence[Row], about: Mapping[str, str]) -> list[Part]:
     versions = ", ".join(f"{name} {about[name]}" for name in about if name != "date")
     speaking = sum(row.generates for row in rows)
     unvisited = [row.name for row in rows if "unvisited" in str(row.results)]
+    stacked = any("expert stack" in row.left_out for row in rows)
     named = ", ".join(f"{row.name} (`targets={row.targets!r}`)" for row in rows if row.targets)
     parts: list[Part] = [
         Text(
@@ -787,8 +793,8 @@ def page_of(rows: Sequence[Row], about: Mapping[str, str]) -> list[Part]:
         Text(
             "**all**: every check holds. Otherwise the checks that do not are named, with the numbers of their reasons "
             "below the table. *Adapted layers*: how many, and the share of the model's parameters that is in their "
-            "weights. *Left out*: matrices that get no adapter. An expert stack holds the weights of all experts in "
-            "one tensor of three axes; it is no layer, and no target names it."
+            "weights. *Left out*: matrices that get no adapter."
+            + (" An expert stack holds the weights of all experts in one tensor of three axes." if stacked else "")
             + (f" Experts that no token of the batch chose: {', '.join(unvisited)}." if unvisited else "")
         ),
         Table(lines),
@@ -806,7 +812,7 @@ def explained(speaking: int, total: int) -> dict[str, str]:
         "gradients": "after a forward and backward in train mode every adapter has a gradient, but those of experts "
         "that no token chose",
         "effect": f"outputs differ from the base's by more than {10 * MERGED:.0e} relative, and in eval mode no "
-        "adapter's gradient is missing or all zero, with the same exception",
+        "adapter's gradient is missing or all zero, but for the same experts",
         "merge": f"merged outputs are within {MERGED:.0e} relative of the adapted ones, and unmerging gives these back "
         "bit for bit",
         "generate": f"five greedy tokens with a cache are the same adapted and merged; {speaking} of the {total} can "
