@@ -576,7 +576,7 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def shortened(text: str, length: int = 160) -> str:
+def shortened(text: str, length: int = 100) -> str:
     line = next(iter(text.strip().splitlines()), "")
     return line if len(line) <= length else line[: length - 1] + "…"
 
