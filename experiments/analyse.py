@@ -196,10 +196,11 @@ def _norms(norms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     figure = Figure(figsize=(2 + 3 * len(norms), 3.2), layout="constrained")
     kinds = kind_labels(row["module"] for rows in norms.values() for row in rows)
     for axes, rows in zip(figure.subplots(1, len(norms), squeeze=False, sharey=True)[0], norms.values(), strict=True):
-        for kind, colour in zip(dict.fromkeys(kinds.values()), itertools.cycle(COLOURS)):
+        looks = itertools.cycle(itertools.product(("-", "--", ":"), COLOURS))  # where colours are used up, lines change
+        for kind, (line, colour) in zip(dict.fromkeys(kinds.values()), looks, strict=False):
             own = [(row["layer"] or 0, row["relative"]) for row in rows if kinds[row["module"]] == kind]
             axes.plot(
-                *zip(*sorted(own), strict=True), color=colour, marker="o", markersize=3, label=kind
+                *zip(*sorted(own), strict=True), linestyle=line, color=colour, marker="o", markersize=3, label=kind
             ) if own else None
         axes.set(xlabel="layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -207,7 +208,7 @@ def _norms(norms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     for axes, name in zip(figure.axes, norms, strict=True):
         axes.set_title(name, fontsize=8)
     figure.axes[0].set_ylabel("‖ΔW‖ / ‖W‖")
-    figure.axes[-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.axes[-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3)
     return figure
 
 
@@ -227,7 +228,9 @@ def _heatmaps(
     rows.append(
         ("two random ones\n(sizes of the first row)", {kind: _mean(chance, own) for kind, own in of_kind.items()})
     )
-    figure = Figure(figsize=(3.2 + 1.5 * len(kinds), 0.9 + 1.2 * len(rows)), layout="constrained")
+    titles = {kind: kind.replace(", ", ",\n") for kind in kinds}
+    across = max(1.5, *(0.075 * len(line) for title in titles.values() for line in title.split("\n")))
+    figure = Figure(figsize=(3.2 + across * len(kinds), 0.9 + 1.2 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(kinds), squeeze=False)
     for own, (label, by_kind) in zip(panels, rows, strict=True):
         for axes, kind in zip(own, kinds, strict=True):
@@ -235,7 +238,7 @@ def _heatmaps(
             axes.set_xticks([]), axes.set_yticks([])
         own[0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
     for axes, kind in zip(panels[0], kinds, strict=True):
-        axes.set_title(kind.replace(", ", ",\n"), fontsize=8)
+        axes.set_title(titles[kind], fontsize=8)
     figure.colorbar(image, ax=figure.axes, label="φ(i, j)", shrink=0.8)
     figure.suptitle(
         "How alike subspaces are: i directions of the one (up), j of the other (right), from 1", fontsize=10
