@@ -33,7 +33,7 @@ import lorafamily
 from lorafamily.deploy.files import read
 from lorafamily.insight import analysis
 from lorafamily.insight.figures import COLOURS, pixels, save
-from lorafamily.names import place_of
+from lorafamily.names import kind_labels
 from report import as_text
 
 AT_MOST = 6  # pairs that are drawn; all are in the JSON
@@ -139,8 +139,9 @@ def _table(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
     for name, rows in told["norms"].items():
         by_kind: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        kinds = kind_labels(row["module"] for row in rows)
         for row in rows:
-            by_kind[row["kind"]].append((row, told["amplification"][name][row["module"]]))
+            by_kind[kinds[row["module"]]].append((row, told["amplification"][name][row["module"]]))
         for kind, own in by_kind.items():
             sized = [statistics.fmean(row[key] for row, _ in own) for key in ("rank", "effective_rank", "relative")]
             columns = ("factor", "in_delta", "in_weight", "in_random", "overlap")
@@ -193,12 +194,13 @@ def _spectra(spectra: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 def _norms(norms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """‖ΔW‖ / ‖W‖ over layers, a line for every kind of matrix."""
     figure = Figure(figsize=(2 + 3 * len(norms), 3.2), layout="constrained")
-    kinds = list(dict.fromkeys(row["kind"] for rows in norms.values() for row in rows))
+    kinds = kind_labels(row["module"] for rows in norms.values() for row in rows)
     for axes, rows in zip(figure.subplots(1, len(norms), squeeze=False, sharey=True)[0], norms.values(), strict=True):
-        for kind, colour in zip(kinds, itertools.cycle(COLOURS)):
-            own = [(row["layer"] or 0, row["relative"]) for row in rows if row["kind"] == kind]
+        looks = itertools.cycle(itertools.product(("-", "--", ":"), COLOURS))  # where colours are used up, lines change
+        for kind, (line, colour) in zip(dict.fromkeys(kinds.values()), looks, strict=False):
+            own = [(row["layer"] or 0, row["relative"]) for row in rows if kinds[row["module"]] == kind]
             axes.plot(
-                *zip(*sorted(own), strict=True), color=colour, marker="o", markersize=3, label=kind
+                *zip(*sorted(own), strict=True), linestyle=line, color=colour, marker="o", markersize=3, label=kind
             ) if own else None
         axes.set(xlabel="layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -206,7 +208,7 @@ def _norms(norms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     for axes, name in zip(figure.axes, norms, strict=True):
         axes.set_title(name, fontsize=8)
     figure.axes[0].set_ylabel("‖ΔW‖ / ‖W‖")
-    figure.axes[-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.axes[-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3)
     return figure
 
 
@@ -215,13 +217,20 @@ def _heatmaps(
 ) -> Figure:
     """φ(i, j), mean over the layers of a kind; a row for every pair, and what random directions would give."""
     pairs = list(alike.items())[:AT_MOST]
-    kinds = list(dict.fromkeys(place_of(at).kind for _, by_layer in pairs for at in by_layer))
+    of_kind: dict[str, list[str]] = defaultdict(list)
+    for at, kind in kind_labels(at for _, by_layer in pairs for at in by_layer).items():
+        of_kind[kind].append(at)
+    kinds = [*of_kind]
     rows: list[tuple[str, dict[str, np.ndarray]]] = []
     for (one, other), by_layer in pairs:
-        rows.append((f"{one}\n{other}", {kind: _mean(by_layer, kind) for kind in kinds}))
+        rows.append((f"{one}\n{other}", {kind: _mean(by_layer, own) for kind, own in of_kind.items()}))
     chance = _by_chance(pairs[0][1], layers[pairs[0][0][0]], side)
-    rows.append(("two random ones\n(sizes of the first row)", {kind: _mean(chance, kind) for kind in kinds}))
-    figure = Figure(figsize=(3.2 + 1.5 * len(kinds), 0.9 + 1.2 * len(rows)), layout="constrained")
+    rows.append(
+        ("two random ones\n(sizes of the first row)", {kind: _mean(chance, own) for kind, own in of_kind.items()})
+    )
+    titles = {kind: kind.replace(", ", ",\n") for kind in kinds}
+    across = max(1.5, *(0.075 * len(line) for title in titles.values() for line in title.split("\n")))
+    figure = Figure(figsize=(3.2 + across * len(kinds), 0.9 + 1.2 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(kinds), squeeze=False)
     for own, (label, by_kind) in zip(panels, rows, strict=True):
         for axes, kind in zip(own, kinds, strict=True):
@@ -229,7 +238,7 @@ def _heatmaps(
             axes.set_xticks([]), axes.set_yticks([])
         own[0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
     for axes, kind in zip(panels[0], kinds, strict=True):
-        axes.set_title(kind, fontsize=8)
+        axes.set_title(titles[kind], fontsize=8)
     figure.colorbar(image, ax=figure.axes, label="φ(i, j)", shrink=0.8)
     figure.suptitle(
         "How alike subspaces are: i directions of the one (up), j of the other (right), from 1", fontsize=10
@@ -237,9 +246,9 @@ def _heatmaps(
     return figure
 
 
-def _mean(by_layer: Mapping[str, Tensor], kind: str) -> np.ndarray:
-    """Over the layers of a kind, where they have as many directions; a single nan where there is none."""
-    own = [phi.numpy() for at, phi in by_layer.items() if place_of(at).kind == kind and phi.numel()]
+def _mean(by_layer: Mapping[str, Tensor], layers: Sequence[str]) -> np.ndarray:
+    """Over these layers, where they have as many directions; a single nan where there is none."""
+    own = [by_layer[at].numpy() for at in layers if at in by_layer and by_layer[at].numel()]
     if not own:
         return np.full((1, 1), np.nan)
     shape = tuple(max(phi.shape[axis] for phi in own) for axis in (0, 1))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 from cell import FULL, NONE
 from groups import Group
 from lorafamily.insight.figures import draw_grid, rank_grid
+from lorafamily.names import by_stack
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers say the same a second time.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
@@ -86,37 +89,52 @@ def quality_by_size(groups: Sequence[Group], metric: str) -> Figure:
 
 def allocation(groups: Sequence[Group]) -> Figure:
     """Where the rank ended up: layers × kinds of matrix, a panel a method, size and targets, mean over seeds; one
-    colour scale a size. Where there are many, those whose rank moved."""
+    colour scale a size. Where there are many, those whose rank moved. Several stacks, such as an encoder and a decoder,
+    stand one below the other."""
     own = [g for g in groups if g.runs and g.runs[0]["ranks_end"]]
     moved = [g for g in own if any(row["ranks_end"] != row["ranks_start"] for row in g.runs)]
     shown = own if len(own) <= MANY or not moved else moved
+    ranks = {g.name: _mean_ranks(g) for g in shown}
+    stacks = by_stack(dict.fromkeys(name for mean in ranks.values() for name in mean))
+    grids = {
+        (g.name, stack): rank_grid({name: ranks[g.name][name] for name in names if name in ranks[g.name]})
+        for g in shown
+        for stack, names in stacks.items()
+        if not ranks[g.name].keys().isdisjoint(names)
+    }
     rows: list[tuple[list[Group], float]] = []
     for size in dict.fromkeys(g.size for g in shown):
         same = [g for g in shown if g.size == size]
-        top = max(1.0, *(float(np.nanmax(_mean_grid(g)[2])) for g in same))
+        top = max(1.0, *(max(ranks[g.name].values()) for g in same))
         rows += [(same[i : i + ACROSS], top) for i in range(0, len(same), ACROSS)]
     columns = max(len(groups) for groups, _ in rows)
-    labels = [rank_grid(g.runs[0]["ranks_end"]) for g in shown]
-    tall, wide = max(len(kinds) for kinds, _, _ in labels), max(len(layers) for _, layers, _ in labels)
-    width, height = 1.8 + columns * (0.9 + 0.34 * wide), 0.6 + len(rows) * (0.9 + 0.3 * tall)
+    tall = {stack: max(len(kinds) for (_, of), (kinds, _, _) in grids.items() if of == stack) for stack in stacks}
+    wide = max(len(layers) for _, layers, _ in grids.values())
+    lines = [(stack, *row) for row in rows for stack in stacks]
+    width, height = 1.8 + columns * (0.9 + 0.34 * wide), 0.6 + sum(0.9 + 0.3 * tall[stack] for stack, _, _ in lines)
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (same, top) in zip(panels, rows, strict=True):
-        for axes in line[len(same) :]:
-            axes.axis("off")
-        for axes, group in zip(line, same, strict=False):
-            kinds, layers, grid = _mean_grid(group)
-            alike = group.targets == same[0].targets
-            image = draw_grid(axes, [""] * len(kinds) if alike and group is not same[0] else kinds, layers, grid, top)
-            axes.set_title(group.name.replace(":", "\n:"), fontsize=9 if len(shown) <= MANY else 7)
-        figure.colorbar(image, ax=list(line), label="rank", shrink=0.9)
+    ratios = {"height_ratios": [tall[stack] for stack, _, _ in lines]}
+    panels = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw=ratios)
+    for line, (stack, same, top) in zip(panels, lines, strict=True):
+        drawn = [g for g in same if (g.name, stack) in grids]
+        for axes, group in zip_longest(line, same):
+            if group not in drawn:
+                axes.axis("off")
+                continue
+            kinds, layers, grid = grids[group.name, stack]
+            alike = group is not drawn[0] and group.targets == drawn[0].targets
+            # Cells of all stacks are as wide; a model with one stack fills its panel.
+            image = draw_grid(axes, [""] * len(kinds) if alike else kinds, layers, grid, top, wide if stack else 0)
+            title = group.name.replace(":", "\n:") + (f"\n{stack}" if stack else "")
+            axes.set_title(title, fontsize=9 if len(shown) <= MANY else 7, loc="left" if stack else "center")
+        if drawn:
+            figure.colorbar(image, ax=list(line), label="rank", shrink=0.9)
     figure.suptitle("Final rank by layer and matrix (mean over seeds; LoRA² counts its singular values)", fontsize=11)
     return figure
 
 
-def _mean_grid(group: Group) -> tuple[list[str], list[str], np.ndarray]:
-    kinds, layers, _ = rank_grid(group.runs[0]["ranks_end"])
-    return kinds, layers, np.mean([rank_grid(row["ranks_end"])[2] for row in group.runs], axis=0)
+def _mean_ranks(group: Group) -> dict[str, float]:
+    return {name: statistics.fmean(row["ranks_end"][name] for row in group.runs) for name in group.runs[0]["ranks_end"]}
 
 
 def _sizes(groups: Sequence[Group]) -> list[str | None]:

@@ -22,6 +22,7 @@ from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN
 from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.insight.figures import rank_grid, rank_heatmap, save
+from lorafamily.names import OUTSIDE, by_stack
 from lorafamily.planning import add_options, plan
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -157,13 +158,16 @@ def _table(saved: Saved, result: dict[str, Any]) -> str:
 
 
 def _heatmap(ranks: dict[str, int]) -> str:
-    """Ranks as blocks, kinds of matrix by layers, the highest block being the largest rank."""
-    kinds, layers, grid = rank_grid(ranks)
-    top, width = max(1, *ranks.values()) if ranks else 1, max((len(kind) for kind in kinds), default=0)
-    lines = [f"rank by layer, {', '.join(layers[:1])} to {layers[-1]}; {BLOCKS[-1]} = {top}" if layers else ""]
-    for kind, row in zip(kinds, grid, strict=True):
-        cells = ["·" if rank != rank else BLOCKS[round(rank / top * (len(BLOCKS) - 1))] for rank in row]
-        lines.append(f"{kind:<{width}}  {''.join(cells)}")
+    """Ranks as blocks, kinds of matrix by layers, for every stack; the highest block is the largest rank."""
+    top, lines = max([1, *ranks.values()]), []
+    grids = {stack: rank_grid({name: ranks[name] for name in names}) for stack, names in by_stack(ranks).items()}
+    width = max((len(kind) for kinds, _, _ in grids.values() for kind in kinds), default=0)
+    for stack, (kinds, layers, grid) in grids.items():
+        extent = "" if stack == OUTSIDE else f", {layers[0]} to {layers[-1]}"
+        lines.append(f"{stack + ': ' if stack else ''}rank by layer{extent}; {BLOCKS[-1]} = {top}")
+        for kind, row in zip(kinds, grid, strict=True):
+            cells = ["·" if rank != rank else BLOCKS[round(rank / top * (len(BLOCKS) - 1))] for rank in row]
+            lines.append(f"{kind:<{width}}  {''.join(cells)}")
     return "\n".join(lines)
 
 

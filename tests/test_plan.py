@@ -371,6 +371,18 @@ def test_a_plan_reads_as_a_table():
     assert "of a batch of bytes 4 × 24, kept" in text
 
 
+def test_a_table_tells_stacks_apart():
+    model = nn.ModuleDict(
+        {
+            stack: nn.ModuleList([nn.ModuleDict({kind: nn.Linear(8, 8) for kind in kinds}) for _ in range(2)])
+            for stack, kinds in (("encoder", "qv"), ("decoder", "qvc"))
+        }
+        | {"project": nn.Linear(8, 8)}
+    )
+    text = str(lorafamily.plan(model, "lora", rank=1))
+    assert "adapted: encoder: 2 × q, v; decoder: 2 × q, v, c; outside blocks: 1 × project" in text
+
+
 def test_methods_share_their_references():
     planner = Planner(tiny(), data(1)[0])
     first, second = planner.plan("lora", rank=2), planner.plan("adalora", rank=2)

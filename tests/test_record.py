@@ -9,8 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lorafamily
 from conftest import data, every_method, few_rounds, tiny
-from lorafamily.insight.figures import rank_by_kind, rank_heatmap
-from lorafamily.insight.record import read_decisions, read_steps
+from groups import Group
+from lorafamily import cli
+from lorafamily.history import Decision
+from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap
+from lorafamily.insight.record import pictures, read_decisions, read_steps
+from plots import allocation
 
 PICTURES = {"rank-by-layer.png", "rank-history.png", "course.png"}
 
@@ -118,3 +122,90 @@ def test_wide_models_stack_their_grids():
     start, now, *_ = (axes.get_position() for axes in figure.axes)
     assert start.x0 == pytest.approx(now.x0)
     assert start.y0 > now.y1
+
+
+T5 = {"encoder": ("q", "k", "wi"), "decoder": ("q", "k", "wi", "cross.q")}
+
+
+def cells(axes, labelled=None) -> dict[tuple[str, int], int]:
+    """Ranks in a panel, by row's label and column; a panel beside one with labels has none of its own."""
+    rows = [label.get_text() for label in (labelled or axes).get_yticklabels()]
+    at = {text.get_position(): int(text.get_text()) for text in axes.texts}
+    return {(rows[row], column): rank for (column, row), rank in at.items()}
+
+
+@pytest.mark.parametrize("layers", [(2, 3), (12, 24)])  # start and now side by side, and one above the other
+def test_every_stack_has_a_panel_whose_cells_are_its_ranks(layers):
+    start, now = (
+        {f"{s}.block.{i}.{k}": i + j for s, n in zip(T5, layers, strict=True) for i in range(n) for k in T5[s]}
+        for j in (1, 2)
+    )
+    figure = rank_heatmap(start, now, "title")
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.texts}
+    assert len(panels) == 4
+    for stack in T5:
+        first = next(axes for title, axes in panels.items() if title.startswith(f"{stack}, start"))
+        for when, ranks in (("start", start), ("now", now)):
+            own = {tuple(name.split(".", 3)): rank for name, rank in ranks.items() if name.startswith(stack)}
+            shown = cells(panels[f"{stack}, {when}: {sum(own.values())} in all"], first)
+            assert shown == {(kind, int(layer)): rank for (_, _, layer, kind), rank in own.items()}
+    pixels(figure)
+    assert {text.get_fontsize() for axes in panels.values() for text in axes.get_xticklabels()} == {8.0}
+
+
+def test_what_is_outside_the_blocks_of_two_stacks_has_its_own_panel():
+    ranks = {"encoder.block.0.q": 3, "decoder.block.0.q": 4, "lm_head": 5}
+    titles = {axes.get_title(loc="left"): cells(axes) for axes in rank_heatmap(ranks, None, "title").axes if axes.texts}
+    assert titles == {
+        "encoder, start: 3 in all": {("q", 0): 3},
+        "decoder, start: 4 in all": {("q", 0): 4},
+        "outside blocks, start: 5 in all": {("lm_head", 0): 5},
+    }
+    assert rank_by_kind(ranks) == {"encoder, q": 3, "decoder, q": 4, "lm_head": 5}
+    start = Decision(step=0, reason="start", threshold=None, before=ranks, after=ranks, scores={})
+    legend = pictures([start], [])["rank-history"].axes[0].get_legend()
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said[1:] == ["lm_head: 5 → 5", "decoder, q: 4 → 4", "encoder, q: 3 → 3"]
+
+
+def test_one_stack_has_one_panel_and_no_name():
+    ranks = {f"bert.encoder.layer.{i}.{kind}": i for i in range(4) for kind in ("query", "value")} | {"classifier": 7}
+    (start, now) = (axes for axes in rank_heatmap(ranks, ranks, "title").axes if axes.texts)
+    assert (start.get_title(), now.get_title()) == ("start: 19 in all", "now: 19 in all")
+    assert cells(start) == {(kind, i): i for i in range(4) for kind in ("query", "value")} | {("classifier", 4): 7}
+    assert [label.get_text() for label in start.get_xticklabels()] == ["0", "1", "2", "3", "–"]
+
+
+def test_a_picture_of_very_many_modules_is_still_drawn():
+    """matplotlib refuses more than 65,536 pixels; at 32 a row and module that is 2,048 modules."""
+    figure = rank_heatmap({f"experts.{i}.layers.0.w": 1 for i in range(900)}, None, "title")
+    assert figure.dpi * max(figure.get_size_inches()) <= 60_000
+
+
+def test_a_comparison_draws_a_line_of_panels_for_every_stack():
+    """Mean over seeds; a method that adapts one stack alone has no panel in the other's line."""
+    ranks = {"encoder.block.0.q": 2, "encoder.block.1.q": 4, "decoder.block.0.q": 6}
+    encoder = {name: rank for name, rank in ranks.items() if name.startswith("encoder")}
+    groups = [
+        Group("lora", "9,000", targets, 0.1, tuple({"ranks_start": of, "ranks_end": {n: r + i for n, r in of.items()}}
+              for i in (0, 2)))
+        for targets, of in ((None, ranks), ("encoder", encoder))
+    ]  # fmt: skip
+    panels = {axes.get_title(loc="left"): cells(axes) for axes in allocation(groups).axes if axes.texts}
+    assert panels == {
+        "lora @ 9,000\nencoder": {("q", 0): 3, ("q", 1): 5},
+        "lora @ 9,000\ndecoder": {("q", 0): 7},
+        "lora @ 9,000 on encoder\nencoder": {("q", 0): 3, ("q", 1): 5},
+    }
+
+
+def test_the_command_shows_a_map_for_every_stack():
+    ranks = {"encoder.block.0.q": 1, "encoder.block.1.q": 2, "decoder.block.0.cross": 4, "lm_head": 0}
+    assert cli._heatmap(ranks).splitlines() == [
+        "encoder: rank by layer, 0 to 1; █ = 4",
+        "q        ▂▄",
+        "decoder: rank by layer, 0 to 0; █ = 4",
+        "cross    █",
+        "outside blocks: rank by layer; █ = 4",
+        "lm_head   ",
+    ]

@@ -32,7 +32,7 @@ class PruneAndGrow(Allocation):
 
     `warmup` (K1) and `interval` (K2) are fractions of the run or whole numbers of optimiser steps; the paper's 1 and
     0.25 epochs are a tenth and a fortieth of its ten. `drop` is n_A; None takes the paper's, the number of adapted
-    modules in one transformer block.
+    modules in one transformer block, the largest where blocks differ (T5's decoder blocks have 10, its encoder's 6).
     """
 
     scores: str = "exact"

@@ -167,9 +167,10 @@ def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
 
 @dataclass(frozen=True)
 class Norm:
-    """‖ΔW‖_F of one layer, against its weight's. `layer`, `kind`: block and kind of matrix, from the layer's name."""
+    """‖ΔW‖_F of one layer, against its weight's. `stack`, `layer`, `kind`: see `lorafamily.names.Place`."""
 
     module: str
+    stack: str
     layer: int | None
     kind: str
     rank: int
@@ -189,7 +190,7 @@ def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
         values = spectrum(adapter)
         place, delta = place_of(at), values.norm().item()
         relative = delta / W.detach().cpu().double().norm().item()
-        rows.append(Norm(at, place.layer, place.kind, adapter.rank, delta, relative, effective_rank(values)))
+        rows.append(Norm(at, *place, adapter.rank, delta, relative, effective_rank(values)))
     return rows
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorafamily.budget import Sizing
-from lorafamily.names import place_of
+from lorafamily.names import by_stack, place_of
 
 FULL, FLOOR = "full fine-tuning", "frozen floor"
 
@@ -130,11 +130,15 @@ def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
 
 
 def _layers(plan: Plan) -> str:
-    """What is adapted, by kind and how often."""
-    often: dict[int, list[str]] = {}
-    for kind, count in Counter(place_of(name).kind for name in plan.ranks).items():
-        often.setdefault(count, []).append(kind)
-    return "; ".join(f"{count} × {', '.join(kinds)}" for count, kinds in often.items())
+    """What is adapted: for every stack, kinds and how often."""
+    said = []
+    for stack, names in by_stack(plan.ranks).items():
+        often: dict[int, list[str]] = {}
+        for kind, count in Counter(place_of(name).kind for name in names).items():
+            often.setdefault(count, []).append(kind)
+        kinds = "; ".join(f"{count} × {', '.join(kinds)}" for count, kinds in often.items())
+        said.append(f"{stack}: {kinds}" if stack else kinds)
+    return "; ".join(said)
 
 
 def _row(use: Use, full: Use, rank: str = "–", slices: str = "–") -> list[str]:

@@ -19,67 +19,97 @@ from matplotlib.ticker import MaxNLocator
 
 from lorafamily.history import Decision, Step
 from lorafamily.insight.costs import UNITS, Memory, in_units
-from lorafamily.names import place_of
+from lorafamily.names import OUTSIDE, by_stack, kind_labels, place_of
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 KEPT, DROPPED, MARK = "#0072B2", "#D55E00", "#444444"
 SIDE_BY_SIDE = 8
 """Layers up to which two grids stand beside each other; wider ones stand one above the other."""
+HIGHEST = 60_000
+"""Pixels; matplotlib draws no more than 65,536 in a row or column."""
 
 
-def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], np.ndarray]:
-    """Kinds of matrix, labels of layers, and ranks as (kinds, layers); nan where a layer has no such matrix."""
+def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray]:
+    """Kinds of matrix, labels of layers, and ranks as (kinds, layers), of the modules of one stack (`by_stack`).
+
+    nan where a layer has no such matrix.
+    """
     places = {name: place_of(name) for name in ranks}
     kinds = list(dict.fromkeys(place.kind for place in places.values()))
     layers = sorted({place.layer for place in places.values()}, key=lambda layer: (layer is None, layer))
     grid = np.full((len(kinds), len(layers)), np.nan)
     for name, rank in ranks.items():
-        row, column = kinds.index(places[name].kind), layers.index(places[name].layer)
-        grid[row, column] = np.nansum([grid[row, column], rank])  # same kind twice in a layer: names with two numbers
+        cell = kinds.index(places[name].kind), layers.index(places[name].layer)
+        assert np.isnan(grid[cell]), f"{name}: two matrices of one kind and layer are of two stacks"
+        grid[cell] = rank
     return kinds, ["–" if layer is None else str(layer) for layer in layers], grid
 
 
 def rank_by_kind(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Total rank of each kind of matrix, over all layers."""
+    """Total rank of each kind of matrix, over all layers of its stack; see `kind_labels`."""
     totals: dict[str, int] = {}
-    for name, rank in ranks.items():
-        kind = place_of(name).kind
-        totals[kind] = totals.get(kind, 0) + rank
+    for name, kind in kind_labels(ranks).items():
+        totals[kind] = totals.get(kind, 0) + ranks[name]
     return totals
 
 
 def rank_heatmap(
     start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
 ) -> Figure:
-    """Layers × kinds of matrix with the rank in every cell, at the start and now, on one colour scale.
+    """Layers × kinds of matrix with the rank in every cell, at the start and now, on one colour scale. A model with
+    several stacks, such as an encoder and a decoder, has a panel for each, with its own kinds and layers.
 
     `now`: None shows the start alone. `highest`: top of the colour scale, else the largest rank there is.
     """
     shown = {"start": start} if now is None else {"start": start, "now": now}
-    grids = {when: rank_grid(ranks) for when, ranks in shown.items()}
-    kinds, layers, _ = grids["start"]
-    top = max(1.0, *(float(np.nanmax(grid)) for _, _, grid in grids.values())) if highest is None else max(1, highest)
-    beside = len(layers) <= SIDE_BY_SIDE
-    wide, high = (len(grids), 1) if beside else (1, len(grids))
-    size = (3.0 + wide * max(2.2, 0.45 * len(layers)), 1.1 + high * (0.7 + 0.32 * len(kinds)))
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    panels = figure.subplots(high, wide, squeeze=False).flat
-    for number, (axes, (when, (_, _, grid))) in enumerate(zip(panels, grids.items(), strict=True)):
-        named = kinds if number == 0 or not beside else [""] * len(kinds)
-        image = draw_grid(axes, named, layers, grid, top)
-        axes.set_title(f"{when}: {int(np.nansum(grid))} in all", fontsize=9)
+    stacks = by_stack(start)
+    grids = {
+        stack: {when: rank_grid({name: ranks[name] for name in names}) for when, ranks in shown.items()}
+        for stack, names in stacks.items()
+    }
+    largest = max(float(max(ranks.values())) for ranks in shown.values())
+    top = max(1.0, largest) if highest is None else max(1, highest)
+    longest = max(len(layers) for own in grids.values() for _, layers, _ in own.values())
+    beside = longest <= SIDE_BY_SIDE
+    tall = [len(own["start"][0]) for own in grids.values() for _ in (shown if not beside else ["start"])]
+    wide = len(shown) if beside else 1
+    room = 2.2 if len(stacks) == 1 else max(2.2, 0.08 * len(f"{max(stacks, key=len)}, start: 1234 in all"))
+    size = (3.0 + wide * max(room, 0.45 * longest), 1.1 + sum(0.7 + 0.32 * kinds for kinds in tall))
+    figure = Figure(figsize=size, dpi=min(100, HIGHEST / max(size)), layout="constrained")
+    panels = figure.subplots(len(tall), wide, squeeze=False, gridspec_kw={"height_ratios": tall}).flat
+    for stack, own in grids.items():
+        for number, (when, (kinds, layers, grid)) in enumerate(own.items()):
+            axes = next(panels)
+            named = kinds if number == 0 or not beside else [""] * len(kinds)
+            image = draw_grid(axes, named, layers, grid, top, longest)
+            said = f"{when}: {int(np.nansum(grid))} in all"
+            axes.set_title(f"{stack}, {said}" if stack else said, fontsize=9, loc="left" if stack else "center")
+            if stack == OUTSIDE:
+                axes.set_xticks([]), axes.set_xlabel("")
     figure.suptitle(title, fontsize=10)
-    beyond = any(np.nanmax(grid) > top for _, _, grid in grids.values())  # a module that grew past the scale's top
-    figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9, extend="max" if beyond else "neither")
+    beyond = largest > top  # a module that grew past the scale's top
+    extend = "max" if beyond else "neither"
+    figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9, extend=extend, aspect=20 * len(grids))
     return figure
 
 
-def draw_grid(axes: Axes, kinds: list[str], layers: list[str], grid: np.ndarray, top: float) -> AxesImage:
-    """Fill axes with a grid of ranks, each written in its cell, on a colour scale from 0 to `top`."""
+def draw_grid(
+    axes: Axes, kinds: list[str], layers: list[str], grid: np.ndarray, top: float, columns: int = 0
+) -> AxesImage:
+    """Fill axes with a grid of ranks, each written in its cell, on a colour scale from 0 to `top`.
+
+    `columns`: how many layers the axes have room for, so that in panels of several stacks cells are of one width.
+    """
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    axes.set_xlabel("layer", fontsize=8)
+    if columns > len(layers):
+        end = len(layers) - 0.5
+        axes.set_xlim(-0.5, columns - 0.5)
+        axes.spines["right"].set_position(("data", end))  # forgets the labels of the ticks: these come after it
+        axes.spines[["top", "bottom"]].set_bounds(-0.5, end)
+        axes.xaxis.label.set_x(len(layers) / columns / 2)
     axes.set_xticks(range(len(layers)), layers, fontsize=8)
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    axes.set_xlabel("layer", fontsize=8)
     for (row, column), rank in np.ndenumerate(grid):
         if not np.isnan(rank):
             shade = "black" if rank > 0.55 * top else "white"
@@ -92,9 +122,9 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
 
     The first of the decisions is the start.
     """
-    figure = Figure(figsize=(8.4, 4.6), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
     kinds = list(rank_by_kind(decisions[0].after))
+    figure = Figure(figsize=(8.4, max(4.6, 1.0 + 0.18 * len(kinds))), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
     steps = [decision.step for decision in decisions] + [last_step]
     by_kind = np.array([[rank_by_kind(d.after)[kind] for d in [*decisions, decisions[-1]]] for kind in kinds])
     colours, hatches = cycle(COLOURS), [""] * len(COLOURS) + ["//"] * len(COLOURS) + [".."] * len(COLOURS)
