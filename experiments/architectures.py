@@ -357,7 +357,9 @@ class Case:
 
     def applied(self) -> nn.Module:
         """With adapters at their start."""
-        return lorafamily.apply(self.fresh(), self.method, rank=2, targets=self.architecture.targets, seed=0)
+        return lorafamily.apply(
+            self.fresh(), self.method, rank=2, targets=self.architecture.targets, example=copied(self.batch), seed=0
+        )
 
     def moved(self) -> nn.Module:
         """With adapters away from their start, where every update would be zero."""

@@ -73,10 +73,10 @@ def apply(
             and `rank_budget` is given; with none it is the method's default rank.
         rank_budget: rank slices of all modules together (LoRA²: its singular values), whatever they cost.
         budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
-        targets: layers to adapt: None or "all-linear" (without output head, pooler and the routers of experts),
-            "attention", regular expressions searched for in full names (of linear layers; of embeddings and
-            convolutions where one matches no linear layer), or a predicate of (name, module) that is asked for every
-            layer that can carry an adapter.
+        targets: layers to adapt: None or "all-linear" (without output head, pooler, the routers of experts and what
+            the kernels of state-space mixers read), "attention", regular expressions searched for in full names (of
+            linear layers; of embeddings and convolutions where one matches no linear layer), or a predicate of
+            (name, module) that is asked for every layer that can carry an adapter.
         exclude: what of these is left out, named in the same way.
         fused: projections to adapt by parts, such as {"c_attn$": ["q", "k", "v"]}: regular expressions for linear
             layers with the names of their parts, of equal size, or with sizes in rows, which repeat if they add up to

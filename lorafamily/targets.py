@@ -90,7 +90,7 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
 
 
 def _inside(model: nn.Module, linear: dict[str, Target]) -> dict[str, Target]:
-    """Linear layers without heads, poolers and routers.
+    """Linear layers without heads, poolers, routers and what state-space kernels read.
 
     Raises:
         TargetError: one of them has a weight that is no plain floating-point matrix.
@@ -104,7 +104,9 @@ def _inside(model: nn.Module, linear: dict[str, Target]) -> dict[str, Target]:
                 "targets without it"
             )
     return {
-        name: target for name, target in linear.items() if not heads(name, target.layer) and not is_router(model, name)
+        name: target
+        for name, target in linear.items()
+        if not (heads(name, target.layer) or is_router(model, name) or is_of_a_kernel(model, name))
     }
 
 
@@ -132,6 +134,13 @@ def is_router(model: nn.Module, name: str) -> bool:
         return True
     beside = [child for child, _ in model.get_submodule(".".join(before)).named_children()] if before else []
     return bool(_GATE.search(last)) and any("expert" in child for child in beside if child != last)
+
+
+def is_of_a_kernel(model: nn.Module, name: str) -> bool:
+    """Whether a state-space mixer (Mamba's, which has an A_log) hands the layer's weight to its fused kernels, or may,
+    where they are installed; only its input projection is called for certain."""
+    before, _, last = name.rpartition(".")
+    return "A_log" in model.get_submodule(before)._parameters and not last.startswith("in_proj")
 
 
 def _searched(pattern: str, linear: dict[str, Target], able: dict[str, Target], model: nn.Module) -> set[str]:

@@ -43,9 +43,19 @@ PREFIX = "base_model.model."
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM accepts, but for 1, where other servers begin higher."""
 
+NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""What peft maps to fused experts; parts of names before transformers 5."""
+
 UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "lora_dropout"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+    *(
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+    ),
 }
 WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
@@ -94,7 +104,7 @@ def export_peft(
         scales = {at: scales[at] for at in factors}
         heads = _heads(model, placement)
         config = _patterns({at: len(V) * _groups(layers[at]) for at, (_, V) in factors.items()}, scales)
-        config |= {"target_modules": sorted(factors), "modules_to_save": sorted(heads) or None}
+        config |= _addressed(model, sorted(factors)) | {"modules_to_save": sorted(heads) or None}
     elif layout == "serving":
         if placement.parked:
             raise StateError(
@@ -294,8 +304,27 @@ def _patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str
     return {
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(at)}": rank for at, rank in ranks.items() if rank != r},
-        "alpha_pattern": {f"^{re.escape(at)}": own for at, own in alphas.items() if own != alpha},
+        "rank_pattern": {_pattern(at): rank for at, rank in ranks.items() if rank != r},
+        "alpha_pattern": {_pattern(at): own for at, own in alphas.items() if own != alpha},
+    }
+
+
+def _pattern(at: str) -> str:
+    """Matches the full name of one layer, or of its weight."""
+    return rf"^{re.escape(at)}(\.weight)?"
+
+
+def _addressed(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """How peft finds the layers: as modules or, some of them in models of fused experts, as parameters.
+
+    For such models peft takes a module of an expert's name for the experts of an older file, and lets its adapter go
+    without a word, be it that of a dense layer or of shared experts. Named as parameters, they are what they are.
+    """
+    fused = any(parameter.ndim == 3 and "expert" in name for name, parameter in base_parameters(model).items())
+    taken = [name for name in names if fused and name.rpartition(".")[2] in NAMES_OF_EXPERTS]
+    return {
+        "target_modules": [name for name in names if name not in taken],
+        "target_parameters": [f"{name}.weight" for name in taken] or None,
     }
 
 
