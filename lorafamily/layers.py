@@ -7,7 +7,7 @@ import inspect
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -102,52 +102,48 @@ class LayerKind(ABC):
         return {"kind": self.name}
 
 
-class _Torch(LayerKind):
-    """Layers whose class has the forward of a known one; others of its subclasses may do anything, and are tried."""
+class _Known(LayerKind):
+    """Layers of known classes, whose forward is the product with their weight. A subclass may do anything; one with a
+    forward of its own is tried."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """The known ones."""
 
     @abstractmethod
-    def forwards(self) -> tuple[Callable[..., Any], ...]:
-        """Those that compute just the kind's product."""
-
-    @abstractmethod
-    def example(self, module: nn.Module) -> Tensor:
+    def example(self, module: Any) -> Tensor:
         """An input of the layer, on the CPU."""
 
-    @abstractmethod
-    def product(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What the kind says that the layer computes."""
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, self.classes)
 
     def why_not(self, module: nn.Module) -> str | None:
         weight = module._parameters.get("weight")
         if weight is not None and not (weight.is_floating_point() and weight.numel()):
             return f"its weight is {weight.dtype} of shape {tuple(weight.shape)}"
-        if type(module).forward in self.forwards() or _computes(self, module):
+        known = next(cls for cls in self.classes if isinstance(module, cls))
+        if type(module).forward is known.forward or self._same(module, known):
             return None
         return f"the forward of {type(module).__name__} computes something else than the product with its weight"
 
+    def _same(self, module: nn.Module, known: type[nn.Module]) -> bool:
+        """Whether a forward of somebody's own takes one input and gives what the known class's gives, on random
+        numbers: the layer's own parameters may be on the meta device, or zero."""
+        if module not in _TRIED:
+            _TRIED[module] = False  # whatever it wants or raises, it is not the same
+            takes = list(inspect.signature(type(module).forward).parameters.values())
+            draw, shapes = torch.Generator().manual_seed(0), {n: p.shape for n, p in module.named_parameters("", False)}
+            given = {name: torch.randn(shape, generator=draw, device="cpu") for name, shape in shapes.items()}
+            if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in given:
+                with torch.no_grad(), torch.device("cpu"), holding(module, given), contextlib.suppress(Exception):
+                    x = self.example(module)
+                    found, wanted = type(module).forward(module, x), known.forward(module, x)
+                    _TRIED[module] = torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
+        return _TRIED[module]
+
 
 _TRIED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-def _computes(kind: _Torch, module: nn.Module) -> bool:
-    """Whether a forward of somebody's own is the kind's product: it takes one input, and gives that on random numbers.
-
-    The layer's parameters are exchanged for random ones while it is tried: its own may be on the meta device, or zero.
-    """
-    if module not in _TRIED:
-        _TRIED[module] = False  # whatever it wants or raises, it is not this
-        takes = list(inspect.signature(type(module).forward).parameters.values())
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in names:
-            draw = torch.Generator().manual_seed(0)
-            given = {
-                name: torch.randn(module.get_parameter(name).shape, generator=draw, device="cpu") for name in names
-            }
-            with torch.no_grad(), torch.device("cpu"), holding(module, given), contextlib.suppress(Exception):
-                x = kind.example(module)
-                found, wanted = type(module).forward(module, x), kind.product(module, x)
-                _TRIED[module] = torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
-    return _TRIED[module]
 
 
 @contextmanager
@@ -165,21 +161,18 @@ def holding(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 class MultiplyingKind(LayerKind):
-    """Layers that are a product with their weight, and nothing else: those with a fast path."""
+    """Linear layers, x Wᵀ + b: those with a fast path where the layer is of just one of the `classes`."""
 
     linear = True
+    classes: Any
 
     def output(self, site: Site, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         layer, x = site.layer, site.input_of(args, kwargs)
         W, b = (layer._parameters.get(name) for name in ("weight", "bias"))
-        if W is None or site.patched or not self.plain(type(layer)) or not can_be_fast(x, W, b):
+        if W is None or site.patched or type(layer) not in self.classes or not can_be_fast(x, W, b):
             return super().output(site, acting, args, kwargs)
         U, V, scale = whole_update(acting, dropping=True)
         return adapted_linear(x, self.matrix(W), b, U, V, scale, dropout=acting[0][1].drops_entries)
-
-    @abstractmethod
-    def plain(self, cls: type[nn.Module]) -> bool:
-        """Whether layers of that class compute x Wᵀ + b and no more; a subclass may do anything."""
 
 
 def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Tensor, float]:
@@ -195,15 +188,14 @@ def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Ten
     return torch.cat(Us, 1), torch.cat(Vs, 0), 1.0
 
 
-class _Linear(MultiplyingKind, _Torch):
+class _Linear(_Known, MultiplyingKind):
     name = "linear"
+    classes = (nn.Linear,)
 
     def matches(self, module: nn.Module) -> bool:
         # nn.MultiheadAttention reads its output projection's weight and never calls the module: an adapter on it
         # would be silently without effect.
-        return isinstance(module, nn.Linear) and not isinstance(
-            module, nn.modules.linear.NonDynamicallyQuantizableLinear
-        )
+        return super().matches(module) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         return weight
@@ -211,20 +203,11 @@ class _Linear(MultiplyingKind, _Torch):
     def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
         return matrix
 
-    def plain(self, cls: type[nn.Module]) -> bool:
-        return cls is nn.Linear
-
-    def forwards(self) -> tuple[Callable[..., Any], ...]:
-        return (nn.Linear.forward,)
-
-    def example(self, module: nn.Module) -> Tensor:
-        return torch.randn(3, cast(nn.Linear, module).weight.shape[1])
-
-    def product(self, module: nn.Module, x: Tensor) -> Tensor:
-        return F.linear(x, module.get_parameter("weight"), module._parameters.get("bias"))
+    def example(self, module: Any) -> Tensor:
+        return torch.randn(3, module.weight.shape[1])
 
 
-class _Transposed(LayerKind):
+class _Transposed(_Known):
     """Layers whose weight is stored as (d_in, d_out)."""
 
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
@@ -239,63 +222,48 @@ class _Conv1D(_Transposed, MultiplyingKind):
 
     name = "conv1d"
 
-    def matches(self, module: nn.Module) -> bool:
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]:
         # A model that has one has imported it; nobody else pays for importing transformers.
         home = sys.modules.get("transformers.pytorch_utils")
-        return home is not None and isinstance(module, home.Conv1D)
+        return () if home is None else (home.Conv1D,)
 
-    def why_not(self, module: nn.Module) -> str | None:
-        own = type(module).forward is not sys.modules["transformers.pytorch_utils"].Conv1D.forward
-        return f"{type(module).__name__} has a forward of its own" if own else None
-
-    def plain(self, cls: type[nn.Module]) -> bool:
-        return cls is sys.modules["transformers.pytorch_utils"].Conv1D
+    def example(self, module: Any) -> Tensor:
+        return torch.randn(3, module.weight.shape[0])
 
 
-class _Embedding(_Transposed, _Torch):
+class _Embedding(_Transposed):
     """A table of vectors, which is a linear layer on one-hot inputs: d_in numbers the entries.
 
     Dropout has no input of some size to act on. The padding entry is an entry like the others.
     """
 
     name = "embedding"
+    classes = (nn.Embedding,)
 
-    def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Embedding)
-
-    def why_not(self, module: nn.Module) -> str | None:
-        if cast(nn.Embedding, module).max_norm is not None:
-            return "max_norm rescales its weight as it is read"
-        return super().why_not(module)
+    def why_not(self, module: Any) -> str | None:
+        return super().why_not(module) if module.max_norm is None else "max_norm rescales its weight as it is read"
 
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors()
         like = cast(Tensor, module.weight).dtype
         return F.linear(F.embedding(x, V.T.to(like)), (U * adapter.scale).to(like))
 
-    def forwards(self) -> tuple[Callable[..., Any], ...]:
-        return (nn.Embedding.forward,)
-
-    def example(self, module: nn.Module) -> Tensor:
-        return torch.arange(min(3, len(cast(nn.Embedding, module).weight)))
-
-    def product(self, module: nn.Module, x: Tensor) -> Tensor:
-        return F.embedding(x, module.get_parameter("weight"))
+    def example(self, module: Any) -> Tensor:
+        return torch.arange(min(3, len(module.weight)))
 
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class _Convolution(_Torch):
-    """nn.Conv1d, Conv2d, Conv3d: V is a convolution to r channels, U one of size 1 from there.
+class _Convolution(_Known):
+    """V is a convolution to r channels, U one of size 1 from there.
 
     With groups both act within each group: W and ΔW have the rows of all groups, and d_in is that of one.
     """
 
     name = "convolution"
-
-    def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, Convolution)
+    classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         return weight.flatten(1)
@@ -303,29 +271,20 @@ class _Convolution(_Torch):
     def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
         return matrix.view_as(weight)
 
-    def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
-        assert isinstance(module, Convolution)
+    def added(self, module: Any, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors(dropping=True)
         x = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        kernel = V.view(len(V), *module.weight.shape[1:]).to(dtype)
-        groups, channels = module.groups, 1 - module.weight.ndim  # counted from the end: there may be no batch axis
-        h = module._conv_forward(x, kernel.repeat(groups, *[1] * (kernel.ndim - 1)), None)  # stride, padding, dilation
+        kind, groups, channels = x.device.type, module.groups, 1 - module.weight.ndim  # there may be no batch axis
+        kernel = V.view(len(V), *module.weight.shape[1:])
+        kernel = kernel.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        h = module._conv_forward(x, torch.cat([kernel] * groups), None)  # with the layer's stride, padding, dilation
         h = h.movedim(channels, -1).unflatten(-1, (groups, len(V)))
         U = (U * adapter.scale).to(h.dtype).unflatten(0, (groups, -1))
         return torch.einsum("...gr,gor->...go", h, U).flatten(-2).movedim(-1, channels)
 
-    def forwards(self) -> tuple[Callable[..., Any], ...]:
-        return nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
-
-    def example(self, module: nn.Module) -> Tensor:
-        assert isinstance(module, Convolution)
+    def example(self, module: Any) -> Tensor:
         size = [d * (k - 1) + 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
         return torch.randn(2, module.in_channels, *size)
-
-    def product(self, module: nn.Module, x: Tensor) -> Tensor:
-        assert isinstance(module, Convolution)
-        return module._conv_forward(x, module.get_parameter("weight"), module._parameters.get("bias"))
 
 
 _KINDS: list[LayerKind] = [_Linear(), _Conv1D(), _Embedding(), _Convolution()]
