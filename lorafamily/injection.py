@@ -27,7 +27,6 @@ from lorafamily.placement import (
     activate,
     base_values,
     check_can_place,
-    check_left_out,
     let_train,
     movable_buffers,
     noted,
@@ -37,7 +36,7 @@ from lorafamily.placement import (
     state_of,
     targets_of,
 )
-from lorafamily.reading import Reads
+from lorafamily.reading import Reads, check_left_out
 from lorafamily.registry import find
 from lorafamily.site import keep_padding, site_on
 from lorafamily.training.execution import evaluating

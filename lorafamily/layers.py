@@ -118,6 +118,15 @@ class _Known(LayerKind):
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, self.classes)
 
+    def output(self, site: Site, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        layer, x = site.layer, site.input_of(args, kwargs)
+        W, b = (layer._parameters.get(name) for name in ("weight", "bias"))
+        alone = self.by_sample and type(layer) in self.classes and not site.patched  # just x Wᵀ + b
+        if W is None or not alone or not can_be_fast(x, W, b):
+            return super().output(site, acting, args, kwargs)
+        U, V, scale = whole_update(acting, dropping=True)
+        return adapted_linear(x, self.matrix(W), b, U, V, scale, dropout=acting[0][1].drops_entries)
+
     def why_not(self, module: nn.Module) -> str | None:
         weight = module._parameters.get("weight")
         if weight is not None and not (weight.is_floating_point() and weight.numel()):
@@ -160,21 +169,6 @@ def holding(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             place[name.rpartition(".")[2]] = before[name]
 
 
-class MultiplyingKind(LayerKind):
-    """Linear layers, x Wᵀ + b: those with a fast path where the layer is of just one of the `classes`."""
-
-    linear = True
-    classes: Any
-
-    def output(self, site: Site, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        layer, x = site.layer, site.input_of(args, kwargs)
-        W, b = (layer._parameters.get(name) for name in ("weight", "bias"))
-        if W is None or site.patched or type(layer) not in self.classes or not can_be_fast(x, W, b):
-            return super().output(site, acting, args, kwargs)
-        U, V, scale = whole_update(acting, dropping=True)
-        return adapted_linear(x, self.matrix(W), b, U, V, scale, dropout=acting[0][1].drops_entries)
-
-
 def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Tensor, float]:
     """U, V and s of the whole layer's ΔW: that of its adapter, or of those of its parts side by side."""
     if len(acting) == 1 and type(acting[0][0]).spread is LayerKind.spread:
@@ -188,8 +182,9 @@ def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Ten
     return torch.cat(Us, 1), torch.cat(Vs, 0), 1.0
 
 
-class _Linear(_Known, MultiplyingKind):
+class _Linear(_Known):
     name = "linear"
+    linear = True
     classes = (nn.Linear,)
 
     def matches(self, module: nn.Module) -> bool:
@@ -217,10 +212,11 @@ class _Transposed(_Known):
         return matrix.T
 
 
-class _Conv1D(_Transposed, MultiplyingKind):
+class _Conv1D(_Transposed):
     """Hugging Face's Conv1D (GPT-2), a linear layer."""
 
     name = "conv1d"
+    linear = True
 
     @property
     def classes(self) -> tuple[type[nn.Module], ...]:

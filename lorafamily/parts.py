@@ -48,6 +48,11 @@ class Target:
         """The weight's present value, a view where it is a parameter."""
         return self.kind.matrix(self.kind.weight(self.layer))
 
+    @property
+    def layer_kind(self) -> LayerKind:
+        """The kind that computes the layer's output."""
+        return self.kind.of if type(self.kind) is Rows else self.kind
+
     def full_name(self, at: str) -> str:
         """Of the target in a model where the layer is called `at`."""
         return at if self.part == WHOLE else join(at, self.part)
@@ -116,31 +121,14 @@ class Rows(LayerKind):
 
 @dataclass(frozen=True)
 class ReadRows(Rows):
-    """Rows of a weight that nn.MultiheadAttention reads."""
-
-    name = "read rows"
-
-    @property
-    def by_sample(self) -> bool:
-        return False
-
-
-class Attention(LayerKind):
-    """nn.MultiheadAttention, whose parts carry adapters: it reads W + ΔW where its weights are.
+    """Rows of a weight that nn.MultiheadAttention reads: it finds W + ΔW there.
 
     Dropout then acts on the columns of V, which are the features of the input, the same ones for a whole batch.
     """
 
-    name = "attention"
+    name = "read rows"
     additive = False
-
-    def matches(self, module: nn.Module) -> bool:
-        return False  # its parts are targets, it is none
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    restore = matrix  # type: ignore[assignment]
+    by_sample = False
 
     def output(self, site: Site, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         read: dict[str, Tensor] = {}
@@ -152,15 +140,6 @@ class Attention(LayerKind):
             read[name] = weight + (adapter.scale * kind.spread(U) @ V).to(weight.dtype)
         with holding(site.layer, read):
             return site.base(*args, **kwargs)
-
-
-ATTENTION = Attention()
-
-
-def kind_of_site(target: Target) -> LayerKind:
-    """The kind of the whole layer of a target."""
-    kind = target.kind
-    return ATTENTION if isinstance(kind, ReadRows) else kind.of if isinstance(kind, Rows) else kind
 
 
 def possible_targets(model: nn.Module, fused: Fused | None = None) -> dict[str, Target]:

@@ -6,8 +6,7 @@ The note hangs on the sites of the adapted layers, so that it is found through w
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
-from lorafamily.errors import StateError, TargetError
+from lorafamily.errors import StateError
 from lorafamily.method import Method
-from lorafamily.parts import Target, join, kind_of_site
+from lorafamily.parts import Target, join
 from lorafamily.site import base_parameters, keep_padding, site_for, site_on, sites_in
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -92,14 +91,9 @@ def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that torch.compile wrapped.
-
-    Raises:
-        StateError: a wrapper that holds on to the parameters it was given.
-    """
-    if isinstance(model, torch._dynamo.OptimizedModule if "_orig_mod" in model._modules else ()):
-        return unwrapped(model._orig_mod)
-    return model
+    """The model that torch.compile wrapped."""
+    inside = model._modules.get("_orig_mod")
+    return model if inside is None or not isinstance(model, torch._dynamo.OptimizedModule) else unwrapped(inside)
 
 
 def state_of(model: nn.Module) -> ModelState | None:
@@ -209,25 +203,20 @@ def trained_beside(model: nn.Module, placement: Placement) -> dict[str, Tensor]:
     return values
 
 
-def untold(model: nn.Module, placement: Placement) -> list[str]:
-    """Base parameters that train although this placement does not name them: somebody unfroze them."""
-    own = base_parameters(model)
-    inside = {id(noted(model)[0].get_parameter(path)) for path in placement.parked}
-    return [name for name, parameter in own.items() if parameter.requires_grad and id(parameter) not in inside]
-
-
 def refuse_untold(model: nn.Module, placement: Placement) -> None:
-    """Refuse to go on where something trains that no file of this adapter would hold.
+    """Refuse to go on where something trains that no file of the active adapter would hold.
 
     Raises:
-        StateError: parameters that somebody unfroze; they are named.
+        StateError: parameters of the base that somebody unfroze; they are named.
     """
-    state = state_of(model)
-    if state is not None and state.active == placement.name and (names := untold(model, placement)):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    owner, state = noted(model)
+    told = {id(owner.get_parameter(path)) for path in placement.parked}
+    names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in told]
+    if names and state is not None and state.active == placement.name:
         raise StateError(
-            f'{", ".join(names[:3])}{more} would train, and be lost, since adapter "{placement.name}" does not know of '
-            f'it: name it in apply(..., also_train="{names[0]}"), or set requires_grad to False'
+            f"{', '.join(names[:3])}{' and more' if names[3:] else ''} would train, and be lost, since adapter "
+            f'"{placement.name}" does not know of it: name it in apply(..., also_train="{names[0]}"), or set '
+            "requires_grad to False"
         )
 
 
@@ -240,7 +229,7 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
     names = {id(module): at for at, module in model.named_modules()}
     for path, adapter in placement.adapters.items():
         target = targets[path]
-        site = site_for(target.layer, kind_of_site(target), names[id(target.layer)], state)
+        site = site_for(target.layer, target.layer_kind, names[id(target.layer)], state)
         site.put(target.part, target.kind, placement.name, adapter)
         site.stand()
     keep_padding(model)
@@ -262,44 +251,6 @@ def exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter
         site.put(targets[path].part, targets[path].kind, placement.name, adapter)
     placement.adapters = adapters
     let_train(owner, placement, state.active == placement.name)
-
-
-def leave_out(
-    model: nn.Module, placement: Placement, names: Sequence[str], optimizer: torch.optim.Optimizer | None = None
-) -> bool:
-    """Take away adapters that have no effect, since the model reads these weights and does not call their layers.
-
-    Says so as a warning; whether there were any. The optimiser forgets their parameters.
-
-    Raises:
-        TargetError: somebody named these targets, or no other is left.
-    """
-    names = [name for name in names if name in placement.adapters]
-    check_left_out(model, names, placement.by_default and len(names) < len(placement.adapters))
-    targets = targets_of(model)
-    gone: set[int] = set()
-    for name in names:
-        target, site = targets[name], site_on(targets[name].layer)
-        assert site is not None
-        site.drop(target.part, placement.name)
-        gone |= {id(parameter) for parameter in placement.adapters.pop(name).parameters()}
-    for group in optimizer.param_groups if optimizer is not None else ():
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-    return bool(names)
-
-
-def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None:
-    """Say that targets without effect are left out, or refuse them.
-
-    Raises:
-        TargetError: they must not be left out.
-    """
-    if names:
-        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        why = f"{type(model).__name__} reads the weight of {few} and never calls the layer: an adapter has no effect"
-        if not may_be:
-            raise TargetError(f"{why}; leave it out of targets (exclude=...)")
-        warnings.warn(f"{why}, and is left out", stacklevel=4)
 
 
 def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:

@@ -6,7 +6,8 @@ guessed from names; one forward shows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from lorafamily.errors import TargetError
 from lorafamily.parts import ReadRows, Target
+from lorafamily.placement import Placement, targets_of
+from lorafamily.site import site_on
 
 _GRAD = vars(torch._C.TensorBase)["grad"].__get__
 """Asking for a gradient is no use of a weight."""
@@ -74,3 +78,41 @@ class Reads(TorchFunctionMode):
 
     def _end(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         self._inside -= 1
+
+
+def leave_out(
+    model: nn.Module, placement: Placement, names: Sequence[str], optimizer: torch.optim.Optimizer | None = None
+) -> bool:
+    """Take away adapters that have no effect, since the model reads these weights and does not call their layers.
+
+    Says so as a warning; whether there were any. The optimiser forgets their parameters.
+
+    Raises:
+        TargetError: somebody named these targets, or no other is left.
+    """
+    names = [name for name in names if name in placement.adapters]
+    check_left_out(model, names, placement.by_default and len(names) < len(placement.adapters))
+    targets = targets_of(model)
+    gone: set[int] = set()
+    for name in names:
+        target, site = targets[name], site_on(targets[name].layer)
+        assert site is not None
+        site.drop(target.part, placement.name)
+        gone |= {id(parameter) for parameter in placement.adapters.pop(name).parameters()}
+    for group in optimizer.param_groups if optimizer is not None else ():
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    return bool(names)
+
+
+def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None:
+    """Say that targets without effect are left out, or refuse them.
+
+    Raises:
+        TargetError: they must not be left out.
+    """
+    if names:
+        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        why = f"{type(model).__name__} reads the weight of {few} and never calls the layer: an adapter has no effect"
+        if not may_be:
+            raise TargetError(f"{why}; leave it out of targets (exclude=...)")
+        warnings.warn(f"{why}, and is left out", stacklevel=4)

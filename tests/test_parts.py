@@ -16,7 +16,6 @@ import lorafamily
 from conftest import every_method, few_rounds, perturb_
 from lorafamily.deploy.checkpoint import merge_checkpoint
 from lorafamily.deploy.files import read
-from lorafamily.parts import ATTENTION
 from lorafamily.placement import placement_of
 from lorafamily.site import sites_in
 from test_ablation import brute_force, scored
@@ -218,7 +217,7 @@ def test_feature_wise_dropout_of_a_weight_that_is_read():
     model.train()
     torch.manual_seed(0)
     with torch.no_grad():
-        drawn = torch.stack([ATTENTION.output(site, site.acting(), (), {}) for _ in range(2000)])
+        drawn = torch.stack([site.kind.output(site, site.acting(), (), {}) for _ in range(2000)])
     share = (drawn / adapter.delta()).round(decimals=9)
     assert (share == share[:, :1]).all()  # whole columns
     assert set(share.unique().tolist()) == {0.0, round(4 / 3, 9)}

@@ -20,8 +20,8 @@ from lorafamily.batch import LossFn, first_rows, loss_of, to_device
 from lorafamily.errors import DataError, LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.penalty import orthogonality_error
-from lorafamily.placement import Placement, leave_out, noted, placement_of, refuse_merged, refuse_untold, targets_of
-from lorafamily.reading import Reads
+from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
+from lorafamily.reading import Reads, leave_out
 from lorafamily.training import guards
 from lorafamily.training.batches import Batches
 from lorafamily.training.board import Setting
