@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import einsum
@@ -79,7 +79,7 @@ class Parametrisation(nn.Module, ABC):
     @property
     def rank(self) -> int:
         """Number of slices present."""
-        return self.get_parameter(self.switch).shape[self.slices[self.switch]]
+        return cast(Tensor, getattr(self, self.switch)).shape[self.slices[self.switch]]
 
     @property
     def largest_rank(self) -> int:
