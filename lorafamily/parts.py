@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class Rows(LayerKind):
         return module.get_parameter(self.held_in)
 
     def weight(self, module: nn.Module) -> Tensor:
-        return self.parameter(module)
+        return cast(Tensor, attrgetter(self.held_in)(module))
 
     def stored_as(self, at: str) -> str:
         return join(at.rpartition(".")[0], self.held_in)
@@ -148,7 +149,7 @@ class Attention(LayerKind):
             name = cast(ReadRows, kind).held_in
             U, V = adapter.factors(dropping=True)
             V = V * feature_mask(V, adapter.drops_entries) if adapter.drops_entries else V
-            weight = read.get(name, kind.parameter(site.layer))
+            weight = read.get(name, kind.weight(site.layer))
             read[name] = weight + (adapter.scale * kind.spread(U) @ V).to(weight.dtype)
         with holding(site.layer, read):
             return site.base(*args, **kwargs)
