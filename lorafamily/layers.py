@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import sys
 import weakref
@@ -89,9 +90,11 @@ class LayerKind(ABC):
         return module.get_parameter("weight")
 
     def weight(self, module: nn.Module) -> Tensor:
-        """The weight's present value; of a parametrised layer, what that computes."""
-        parametrised = nn.utils.parametrize.is_parametrized(module, "weight")
-        return cast(Tensor, module.weight) if parametrised else self.parameter(module)
+        """The weight's present value, also where it is computed from other parameters."""
+        try:
+            return self.parameter(module)
+        except AttributeError:
+            return cast(Tensor, module.weight)
 
     def stored_as(self, at: str) -> str:
         """The name of that parameter in a state dict, for a layer of the full name `at`."""
@@ -132,21 +135,25 @@ _TRIED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 def _computes(kind: _Torch, module: nn.Module) -> bool:
     """Whether a forward of somebody's own is the kind's product: it takes one input, and gives that on random numbers.
 
-    The layer's parameters are exchanged for random ones while it is tried: its own may be on the meta device, or zero.
+    Tried is a copy with random parameters: the layer's own may be on the meta device, or zero, and what its forward
+    notes of a call is not for it.
     """
     if module not in _TRIED:
         _TRIED[module] = False  # whatever it wants or raises, it is not this
         takes = list(inspect.signature(type(module).forward).parameters.values())
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
         if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in names:
-            draw = torch.Generator().manual_seed(0)
-            given = {
-                name: torch.randn(module.get_parameter(name).shape, generator=draw, device="cpu") for name in names
-            }
-            with torch.no_grad(), torch.device("cpu"), holding(module, given), contextlib.suppress(Exception):
-                x = kind.example(module)
-                found, wanted = type(module).forward(module, x), kind.product(module, x)
-                _TRIED[module] = torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
+            with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng([]), contextlib.suppress(Exception):
+                torch.default_generator.manual_seed(0)
+                given = {name: nn.Parameter(torch.randn(module.get_parameter(name).shape)) for name in names}
+                buffers = {name: copy.deepcopy(buffer) for name, buffer in module._buffers.items()}
+                tried, same = object.__new__(type(module)), True
+                for training in (True, False):
+                    vars(tried).update(vars(module), _parameters=given, _buffers=buffers, training=training)
+                    x = kind.example(tried)
+                    found, wanted = type(module).forward(tried, x), kind.product(tried, x)
+                    same &= torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
+                _TRIED[module] = same
     return _TRIED[module]
 
 
@@ -283,7 +290,14 @@ class _Embedding(_Transposed, _Torch):
         return F.embedding(x, module.get_parameter("weight"))
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def _convolve(module: Convolution, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """With the layer's stride, padding and dilation; a subclass may convolve in a way of its own."""
+    cls = next(cls for cls in CONVOLUTIONS if isinstance(module, cls))
+    return cls._conv_forward(module, x, kernel, bias)  # type: ignore[arg-type]
 
 
 class _Convolution(_Torch):
@@ -310,13 +324,17 @@ class _Convolution(_Torch):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         kernel = V.view(len(V), *module.weight.shape[1:]).to(dtype)
         groups, channels = module.groups, 1 - module.weight.ndim  # counted from the end: there may be no batch axis
-        h = module._conv_forward(x, kernel.repeat(groups, *[1] * (kernel.ndim - 1)), None)  # stride, padding, dilation
+        h = _convolve(module, x, kernel.repeat(groups, *[1] * (kernel.ndim - 1)), None)
         h = h.movedim(channels, -1).unflatten(-1, (groups, len(V)))
         U = (U * adapter.scale).to(h.dtype).unflatten(0, (groups, -1))
         return torch.einsum("...gr,gor->...go", h, U).flatten(-2).movedim(-1, channels)
 
     def forwards(self) -> tuple[Callable[..., Any], ...]:
         return nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
+
+    def why_not(self, module: nn.Module) -> str | None:
+        inherited = type(module)._conv_forward in [cls._conv_forward for cls in CONVOLUTIONS]
+        return super().why_not(module) if inherited else f"{type(module).__name__} convolves in a way of its own"
 
     def example(self, module: nn.Module) -> Tensor:
         assert isinstance(module, Convolution)
@@ -325,7 +343,7 @@ class _Convolution(_Torch):
 
     def product(self, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, Convolution)
-        return module._conv_forward(x, module.get_parameter("weight"), module._parameters.get("bias"))
+        return _convolve(module, x, module.get_parameter("weight"), module._parameters.get("bias"))
 
 
 _KINDS: list[LayerKind] = [_Linear(), _Conv1D(), _Embedding(), _Convolution()]
