@@ -175,8 +175,9 @@ class Adapter(nn.Module):
 
         `dropping`: in training also without the features that dropout takes out this time.
         """
-        kind = self.device.type
-        full = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        kind = self.device.type  # "meta" while offloaded: no autocast of that
+        on = kind != "meta" and torch.is_autocast_enabled(kind)
+        full = torch.autocast(kind, enabled=False) if on else nullcontext()
         with full:
             U, V = self.update(self._gate)
             if self.start is not None:

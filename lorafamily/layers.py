@@ -61,12 +61,11 @@ class LayerKind(ABC):
     def updated(self, site: Site, acting: Acting, y: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The same where the layer's own forward has given y already."""
         x, (kind, adapter) = site.input_of(args, kwargs), acting[0]
-        x = x.to(adapter.device)  # accelerate's hooks move it for the layer, later than this
         if not self.by_sample:
-            return y + kind.added(site.layer, adapter, x).to(y.device)
+            return y + kind.added(site.layer, adapter, x)
         U, V, scale = whole_update(acting, dropping=True)
         kept = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
-        return y + low_rank_linear(kept, U, V, scale).to(y.device)
+        return y + low_rank_linear(kept, U, V, scale)
 
     def spread(self, U: Float[Tensor, "own m"]) -> Float[Tensor, "d_out m"]:
         """The up factor of the whole layer's weight from that of this kind's part of it."""
