@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import every_method, perturb_
 from lorafamily import layers
-from lorafamily.placement import placement_of
+from lorafamily.placement import placement_of, targets_of
 
 
 def linear():
@@ -149,7 +149,7 @@ def test_the_gradient_is_that_of_the_changed_weight(kind):
     changed, leaves = {name: value.detach() for name, value in plain.named_parameters()}, {}
     for path, adapter in placement_of(model).adapters.items():
         U, V = leaves[path] = tuple(factor.detach().requires_grad_() for factor in adapter.factors())
-        own = layers.kind_of(model.get_submodule(path))
+        own = targets_of(model)[path].kind
         weight = changed[own.stored_as(path)]
         changed[own.stored_as(path)] = own.restore(own.matrix(weight) + adapter.scale * U @ V, weight)
     inside = {name.removeprefix("layer."): value for name, value in changed.items()}
