@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.dropout import Dropout, feature_mask
-from lorafamily.functional import low_rank_linear
+from lorafamily.functional import autocasts, low_rank_linear
 
 Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
 
@@ -175,9 +175,7 @@ class Adapter(nn.Module):
 
         `dropping`: in training also without the features that dropout takes out this time.
         """
-        kind = self.device.type  # "meta" while offloaded: no autocast of that
-        on = kind != "meta" and torch.is_autocast_enabled(kind)
-        full = torch.autocast(kind, enabled=False) if on else nullcontext()
+        full = torch.autocast(self.device.type, enabled=False) if autocasts(self.device) else nullcontext()
         with full:
             U, V = self.update(self._gate)
             if self.start is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter, Factors
-from lorafamily.functional import adapted_linear, can_be_fast, low_rank_linear
+from lorafamily.functional import adapted_linear, autocasts, can_be_fast, low_rank_linear
 
 if TYPE_CHECKING:
     from lorafamily.site import Site
@@ -320,7 +320,7 @@ class _Convolution(_Torch):
         assert isinstance(module, Convolution)
         U, V = adapter.factors(dropping=True)
         x = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
         kernel = V.view(len(V), *module.weight.shape[1:]).to(dtype)
         groups, channels = module.groups, 1 - module.weight.ndim  # counted from the end: there may be no batch axis
         h = _convolve(module, x, kernel.repeat(groups, *[1] * (kernel.ndim - 1)), None)
