@@ -243,9 +243,12 @@ def _of_attention(layer: nn.MultiheadAttention) -> list[Rows]:
         return []  # a subclass with something of its own there
     out = ReadRows(linear, "out_proj.weight", (("out", width),), "out")
     if layer.in_proj_weight is None:  # keys or values have another width
-        return [*(ReadRows(linear, f"{own}_proj_weight", ((own, width),), own) for own in "qkv"), out]
-    sizes = tuple((own, width) for own in "qkv")
-    return [*(ReadRows(linear, "in_proj_weight", sizes, own) for own in "qkv"), out]
+        kinds = [*(ReadRows(linear, f"{own}_proj_weight", ((own, width),), own) for own in "qkv"), out]
+    else:
+        sizes = tuple((own, width) for own in "qkv")
+        kinds = [*(ReadRows(linear, "in_proj_weight", sizes, own) for own in "qkv"), out]
+    # Another weight is put where a parameter is, which one that is computed has no place for.
+    return [kind for kind in kinds if isinstance(kind.weight(layer), nn.Parameter)]
 
 
 def _declared(at: str, layer: nn.Module, given: Sequence[str] | Mapping[str, int]) -> list[Rows]:

@@ -508,6 +508,25 @@ def test_a_weight_that_is_computed_carries_adapters_and_is_not_merged(computed, 
     assert torch.equal(lorafamily.load(model, tmp_path)(x), out)
 
 
+def test_a_weight_of_attention_that_is_computed_is_left_out():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attends()).double(), numbers(2, 3, 8)
+    nn.utils.parametrizations.weight_norm(model[0].attention, "in_proj_weight")
+    base = model(x)
+    assert [row.module for row in lorafamily.summary(adapted(model)).rows] == ["0.attention.out"]
+    assert differ(model(x), base)
+    with pytest.raises(lorafamily.TargetError, match="matches no layer"):
+        lorafamily.apply(model, rank=1, targets=r"\.q$", name="b")
+    assert torch.equal(lorafamily.remove(model)(x), base)
+
+
+def test_on_the_meta_device_there_are_shapes():
+    for make in (two_layers, encoder, convolves):
+        model = make() if make is encoder else adapted(two_layers()) if make is two_layers else make()
+        x = MODELS[convolves] if make is convolves else INPUTS[nn.Linear]
+        assert model.to("meta")(x.to("meta")).is_meta
+
+
 # What autograd can do
 
 
