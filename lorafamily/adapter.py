@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import einsum
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.dropout import Dropout, feature_mask
-from lorafamily.functional import low_rank_linear
+from lorafamily.functional import autocasts, low_rank_linear
 
 Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
 
@@ -79,7 +79,7 @@ class Parametrisation(nn.Module, ABC):
     @property
     def rank(self) -> int:
         """Number of slices present."""
-        return self.get_parameter(self.switch).shape[self.slices[self.switch]]
+        return cast(Tensor, getattr(self, self.switch)).shape[self.slices[self.switch]]
 
     @property
     def largest_rank(self) -> int:
@@ -175,8 +175,7 @@ class Adapter(nn.Module):
 
         `dropping`: in training also without the features that dropout takes out this time.
         """
-        kind = self.device.type
-        full = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        full = torch.autocast(self.device.type, enabled=False) if autocasts(self.device) else nullcontext()
         with full:
             U, V = self.update(self._gate)
             if self.start is not None:

@@ -63,6 +63,11 @@ def fast_path(on: bool) -> Iterator[None]:
         _switch["on"] = before
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; of the meta device torch refuses to say."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def can_be_fast(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether `adapted_linear` gives what a layer that is x Wᵀ + b and its update give together.
 
@@ -75,7 +80,7 @@ def can_be_fast(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
         and (b is None or not b.requires_grad)
         and type(x) in PLAIN_TENSORS
         and type(W) in PLAIN_TENSORS
-        and (x.dtype == W.dtype or torch.is_autocast_enabled(x.device.type))
+        and (x.dtype == W.dtype or autocasts(x.device))
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -100,8 +105,7 @@ def adapted_linear(
     Args:
         dropout: probability with which an entry of the update's x is zero, see `Mask`.
     """
-    device = x.device.type
-    x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+    x = x.to(torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)
     mask = Mask.draw(_rows(x), dropout) if dropout else None
     scale = scale if mask is None else scale * mask.scale
     both = U.to(x.dtype), V.to(x.dtype)

@@ -212,7 +212,7 @@ def match_beside(
         TargetError: a pattern that matches no parameter, or one that matches such a weight.
     """
     beside = targeting.match_parameters(model, patterns)
-    weights = {id(target.parameter): path for path, target in adapted.items()}
+    weights = {id(target.kind.weight(target.layer)): path for path, target in adapted.items()}
     for name, parameter in beside.items():
         if id(parameter) in weights:
             raise TargetError(
@@ -290,5 +290,5 @@ def remove(model: Model, name: str | None = None) -> Model:
     keep_padding(owner)
     if not state.placements:
         for path, parameter in owner.named_parameters():
-            parameter.requires_grad_(path in state.trained_before)
+            parameter.requires_grad_(state.trained_before.get(path, parameter.requires_grad))
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import sys
 import weakref
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter, Factors
-from lorafamily.functional import adapted_linear, can_be_fast, low_rank_linear
+from lorafamily.functional import adapted_linear, autocasts, can_be_fast, low_rank_linear
 
 if TYPE_CHECKING:
     from lorafamily.site import Site
@@ -60,12 +61,11 @@ class LayerKind(ABC):
     def updated(self, site: Site, acting: Acting, y: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The same where the layer's own forward has given y already."""
         x, (kind, adapter) = site.input_of(args, kwargs), acting[0]
-        x = x.to(adapter.device)  # accelerate's hooks move it for the layer, later than this
         if not self.by_sample:
-            return y + kind.added(site.layer, adapter, x).to(y.device)
+            return y + kind.added(site.layer, adapter, x)
         U, V, scale = whole_update(acting, dropping=True)
         kept = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
-        return y + low_rank_linear(kept, U, V, scale).to(y.device)
+        return y + low_rank_linear(kept, U, V, scale)
 
     def spread(self, U: Float[Tensor, "own m"]) -> Float[Tensor, "d_out m"]:
         """The up factor of the whole layer's weight from that of this kind's part of it."""
@@ -89,9 +89,11 @@ class LayerKind(ABC):
         return module.get_parameter("weight")
 
     def weight(self, module: nn.Module) -> Tensor:
-        """The weight's present value; of a parametrised layer, what that computes."""
-        parametrised = nn.utils.parametrize.is_parametrized(module, "weight")
-        return cast(Tensor, module.weight) if parametrised else self.parameter(module)
+        """The weight's present value, also where it is computed from other parameters."""
+        try:
+            return self.parameter(module)
+        except AttributeError:
+            return cast(Tensor, module.weight)
 
     def stored_as(self, at: str) -> str:
         """The name of that parameter in a state dict, for a layer of the full name `at`."""
@@ -142,13 +144,20 @@ class _Known(LayerKind):
         if module not in _TRIED:
             _TRIED[module] = False  # whatever it wants or raises, it is not the same
             takes = list(inspect.signature(type(module).forward).parameters.values())
-            draw, shapes = torch.Generator().manual_seed(0), {n: p.shape for n, p in module.named_parameters("", False)}
-            given = {name: torch.randn(shape, generator=draw, device="cpu") for name, shape in shapes.items()}
-            if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in given:
-                with torch.no_grad(), torch.device("cpu"), holding(module, given), contextlib.suppress(Exception):
-                    x = self.example(module)
-                    found, wanted = type(module).forward(module, x), known.forward(module, x)
-                    _TRIED[module] = torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
+            shapes = {name: parameter.shape for name, parameter in module.named_parameters("", False)}
+            if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in shapes:
+                with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng([]), contextlib.suppress(Exception):
+                    torch.default_generator.manual_seed(0)
+                    given: dict[str, Any] = dict.fromkeys(module._parameters)
+                    given |= {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+                    own = {name: copy.deepcopy(buffer) for name, buffer in module._buffers.items()}
+                    tried, same = object.__new__(type(module)), True
+                    for training in (True, False):
+                        vars(tried).update(vars(module), _parameters=given, _buffers=own, training=training)
+                        x = self.example(tried)
+                        found, wanted = type(module).forward(tried, x), known.forward(tried, x)
+                        same &= torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
+                    _TRIED[module] = same
         return _TRIED[module]
 
 
@@ -267,12 +276,16 @@ class _Convolution(_Known):
     def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
         return matrix.view_as(weight)
 
+    def why_not(self, module: Any) -> str | None:
+        inherited = type(module)._conv_forward in [cls._conv_forward for cls in self.classes]
+        return super().why_not(module) if inherited else f"{type(module).__name__} convolves in a way of its own"
+
     def added(self, module: Any, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors(dropping=True)
         x = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
-        kind, groups, channels = x.device.type, module.groups, 1 - module.weight.ndim  # there may be no batch axis
+        groups, channels = module.groups, 1 - module.weight.ndim  # there may be no batch axis
         kernel = V.view(len(V), *module.weight.shape[1:])
-        kernel = kernel.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        kernel = kernel.to(torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)
         h = module._conv_forward(x, torch.cat([kernel] * groups), None)  # with the layer's stride, padding, dilation
         h = h.movedim(channels, -1).unflatten(-1, (groups, len(V)))
         U = (U * adapter.scale).to(h.dtype).unflatten(0, (groups, -1))

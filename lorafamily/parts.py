@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ class Rows(LayerKind):
         return module.get_parameter(self.held_in)
 
     def weight(self, module: nn.Module) -> Tensor:
-        return self.parameter(module)
+        return cast(Tensor, attrgetter(self.held_in)(module))
 
     def stored_as(self, at: str) -> str:
         return join(at.rpartition(".")[0], self.held_in)
@@ -136,7 +137,7 @@ class ReadRows(Rows):
             name = cast(ReadRows, kind).held_in
             U, V = adapter.factors(dropping=True)
             V = V * feature_mask(V, adapter.drops_entries) if adapter.drops_entries else V
-            weight = read.get(name, kind.parameter(site.layer))
+            weight = read.get(name, kind.weight(site.layer))
             read[name] = weight + (adapter.scale * kind.spread(U) @ V).to(weight.dtype)
         with holding(site.layer, read):
             return site.base(*args, **kwargs)
@@ -221,9 +222,12 @@ def _of_attention(layer: nn.MultiheadAttention) -> list[Rows]:
         return []  # a subclass with something of its own there
     out = ReadRows(linear, "out_proj.weight", (("out", width),), "out")
     if layer.in_proj_weight is None:  # keys or values have another width
-        return [*(ReadRows(linear, f"{own}_proj_weight", ((own, width),), own) for own in "qkv"), out]
-    sizes = tuple((own, width) for own in "qkv")
-    return [*(ReadRows(linear, "in_proj_weight", sizes, own) for own in "qkv"), out]
+        kinds = [*(ReadRows(linear, f"{own}_proj_weight", ((own, width),), own) for own in "qkv"), out]
+    else:
+        sizes = tuple((own, width) for own in "qkv")
+        kinds = [*(ReadRows(linear, "in_proj_weight", sizes, own) for own in "qkv"), out]
+    # Another weight is put where a parameter is, which one that is computed has no place for.
+    return [kind for kind in kinds if isinstance(kind.weight(layer), nn.Parameter)]
 
 
 def _declared(at: str, layer: nn.Module, given: Sequence[str] | Mapping[str, int]) -> list[Rows]:

@@ -18,7 +18,7 @@ from lorafamily.budget import Sizing
 from lorafamily.errors import StateError
 from lorafamily.method import Method
 from lorafamily.parts import Target, join
-from lorafamily.site import base_parameters, keep_padding, site_for, site_on, sites_in
+from lorafamily.site import Site, base_parameters, keep_padding, site_for, site_on, sites_in
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,7 +52,7 @@ class ModelState:
     """What lorafamily notes of a model: placements by name, the active one, which base parameters trained before, and
     while a placement is merged the original weights by module name (None for those that were not kept)."""
 
-    trained_before: frozenset[str]
+    trained_before: dict[str, bool]
     placements: dict[str, Placement] = field(default_factory=dict)
     active: str | None = None
     originals: dict[str, Tensor | None] | None = None
@@ -75,12 +75,19 @@ def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
     if len(states) > 1:
         apart = " and ".join(at for at, _ in states.values())
         raise StateError(f"{apart} carry adapters that were placed apart; call lorafamily on each of these models")
+    here = {name for _, site in found for name in site.names()}
+    placed = [name for _, site in found[:1] for of in site.state.placements.values() for name in of.adapters]
+    if gone := [name for name in placed if name not in here]:
+        raise StateError(
+            f"{gone[0]} carries an adapter too, and is no part of this {type(model).__name__}; call lorafamily on the "
+            "model that adapters were placed in"
+        )
     for at, site in found:
-        whole, _, tail = at.rpartition(site.at)
-        if site.at and tail == "" and (whole == "" or whole.endswith(".")):
-            return model.get_submodule(whole[:-1]), site.state
         if not site.at:  # the layer itself was given
             return site.layer, site.state
+        whole, _, tail = at.rpartition(site.at)
+        if tail == "" and (whole == "" or whole.endswith(".")):
+            return model.get_submodule(whole[:-1]), site.state
     if found:
         at, site = found[0]
         raise StateError(
@@ -224,14 +231,17 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
     """Attach what was built and checked, make it the active one, freeze the rest."""
     state = state_of(model)
     if state is None:
-        state = ModelState(frozenset(n for n, p in base_parameters(model).items() if p.requires_grad))
-    _activate(model, state, None)
+        state = ModelState({name: parameter.requires_grad for name, parameter in base_parameters(model).items()})
     names = {id(module): at for at, module in model.named_modules()}
+    sites: dict[int, Site] = {}
+    for target in map(targets.__getitem__, placement.adapters):
+        layer = target.layer
+        sites[id(layer)] = sites.get(id(layer)) or site_for(layer, target.layer_kind, names[id(layer)], state)
+    _activate(model, state, None)
     for path, adapter in placement.adapters.items():
         target = targets[path]
-        site = site_for(target.layer, target.layer_kind, names[id(target.layer)], state)
-        site.put(target.part, target.kind, placement.name, adapter)
-        site.stand()
+        sites[id(target.layer)].put(target.part, target.kind, placement.name, adapter)
+        sites[id(target.layer)].stand()
     keep_padding(model)
     placement.buffers = base_values(model, movable_buffers(model)) | placement.buffers
     state.placements[placement.name] = placement

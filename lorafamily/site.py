@@ -34,6 +34,8 @@ class Front:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.around(*args, **kwargs) if self.standing else self.base(*args, **kwargs)
 
+    __code__ = __call__.__code__  # torch.export says where a forward is written
+
     def around(self, *args: Any, **kwargs: Any) -> Any:
         """What is computed in the place of `base`."""
         raise NotImplementedError
@@ -50,22 +52,26 @@ class Front:
 
     def stand(self) -> None:
         """Take the place before the module's forward."""
-        if not self.standing and not self.wrapped:
-            self.inner = vars(self.module).get("forward")
-            vars(self.module)["forward"] = self
+        own, at = vars(self.module), place_of_forward(self.module)
+        if not self.standing and not (self.wrapped and "forward" in own):
+            before = own.get(at)
+            plain = getattr(before, "__func__", None) is type(self.module).forward  # accelerate notes the class's so
+            self.inner, own[at] = None if plain else before, self
         self.standing = True
 
     def step_aside(self) -> None:
         """Give back what was there. Inside of what others put before it since, it stays and hands calls on."""
-        own, self.standing = vars(self.module), False
-        if own.get("_old_forward") is self:  # what accelerate's hooks call
-            own["_old_forward"] = self.inner or type(self.module).forward.__get__(self.module)
-        elif own.get("forward") is not self:
-            self.wrapped = "forward" in own
-        elif self.inner is None:
-            del own["forward"]
-        else:
-            own["forward"] = self.inner
+        own, at, self.standing = vars(self.module), place_of_forward(self.module), False
+        self.wrapped = own.get(at) is not self and "forward" in own
+        if own.get(at) is self:
+            own[at] = self.inner or type(self.module).forward.__get__(self.module)
+            if self.inner is None and at == "forward":
+                del own[at]
+
+
+def place_of_forward(module: nn.Module) -> str:
+    """The attribute for a forward on the instance: with accelerate's hook the one that it calls, and puts back."""
+    return "_old_forward" if {"_hf_hook", "_old_forward"} <= vars(module).keys() else "forward"
 
 
 class Site(nn.Module):
@@ -235,7 +241,7 @@ def keep_padding(model: nn.Module) -> None:
     """Let every nn.TransformerEncoder keep padded batches padded if, and only if, a layer of it carries an adapter."""
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder):
-            front = vars(encoder).get("forward")
+            front = vars(encoder).get(place_of_forward(encoder))
             carries = any(NAME in module._modules for module in encoder.modules())
             if carries and not isinstance(front, KeepsPadding):
                 KeepsPadding(encoder).stand()

@@ -80,7 +80,7 @@ def unmerge(model: Model) -> Model:
         parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
-            adapter.to(targets[path].parameter.device)
+            adapter.to(targets[path].weight.device)
     for _, site in sites_in(owner):
         site.stand()
     keep_padding(owner)

@@ -132,7 +132,7 @@ def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, in
     """How many of the base's parameters are in layers that the placement adapts, and what the others are in."""
     targets = targets_of(model)
     adapted = {id(p) for at in placement.adapters for p in targets[at].layer.parameters(recurse=False)}
-    adapted |= {id(targets[at].parameter) for at in placement.adapters}
+    adapted |= {id(target.kind.weight(target.layer)) for target in map(targets.__getitem__, placement.adapters)}
     reached, others = 0, Counter[str]()
     kinds = what_is(model)
     for name, parameter in base_parameters(model).items():
