@@ -23,7 +23,7 @@ from lorafamily.deploy.plain import noted_dropout, place_plain
 from lorafamily.errors import FileError, StateError
 from lorafamily.functional import padded
 from lorafamily.layers import Convolution, kind_of
-from lorafamily.parts import Rows, Target
+from lorafamily.parts import ReadRows, Rows, Target, possible_targets
 from lorafamily.placement import (
     Model,
     Placement,
@@ -43,6 +43,8 @@ PREFIX = "base_model.model."
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM accepts, but for 1, where other servers begin higher."""
 
+INSIDE = ".base_layer.out_proj"
+"""Where the output projection of an nn.MultiheadAttention is in the layer that peft puts around that."""
 NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 """What peft maps to fused experts; parts of names before transformers 5."""
 
@@ -147,13 +149,13 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
     _check_config(config, folder / CONFIG)
     tensors = {key.removeprefix(PREFIX): v for key, v in read_tensors(folder / TENSORS, FOLDER).items()}
     factors = _pairs(tensors)
-    ranks = {at: _by_pattern(config.get("rank_pattern"), at, config["r"]) for at in factors}
+    ranks = {at: _by_pattern(config.get("rank_pattern"), at.removesuffix(INSIDE), config["r"]) for at in factors}
     scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     scales = {}
     for at, rank in ranks.items():
-        alpha = _by_pattern(config.get("alpha_pattern"), at, config["lora_alpha"])
+        alpha = _by_pattern(config.get("alpha_pattern"), at.removesuffix(INSIDE), config["lora_alpha"])
         scales[at] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    targets = _whole_layers(owner)
+    targets = _whole_layers(owner) | _attention(owner, factors, ranks, scales, folder / TENSORS)
     return place_plain(
         model,
         name,
@@ -198,6 +200,10 @@ def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor, layout: str) -> di
         return {f"{PREFIX}{at}.lora_A.weight": V, f"{PREFIX}{at}.lora_B.weight": U}
     if layout == "serving":
         raise StateError(f"{at} is a {type(module).__name__}: servers load adapters of linear layers only")
+    if isinstance(module, nn.MultiheadAttention):  # peft adapts both projections, at one rank
+        none = {"A": V.new_zeros(V.shape), "B": U.new_zeros(module.embed_dim, len(V))}
+        both = {f"{at}.lora_A": V, f"{at}.lora_B": U} | {f"{at}{INSIDE}.lora_{key}": zero for key, zero in none.items()}
+        return {f"{PREFIX}{key}.weight": value for key, value in both.items()}
     if isinstance(module, nn.Embedding):
         return {f"{PREFIX}{at}.lora_embedding_A": V, f"{PREFIX}{at}.lora_embedding_B": U}
     if isinstance(module, Convolution):
@@ -256,7 +262,36 @@ def _whole_layers(model: nn.Module) -> dict[str, Target]:
     return found
 
 
+def _attention(
+    model: nn.Module, factors: dict[str, Any], ranks: dict[str, int], scales: dict[str, float], path: Path
+) -> dict[str, Target]:
+    """q, k and v of every nn.MultiheadAttention; what a file holds of one is shared out to them.
+
+    Raises:
+        FileError: the file adapts an output projection, whose update peft adds twice.
+    """
+    for at in [at for at in factors if at.endswith(INSIDE)]:
+        U, V = factors.pop(at)
+        ranks.pop(at), scales.pop(at)
+        if U is None or V is None or (U.any() and V.any()):
+            raise FileError(f"{path}: {at} of an nn.MultiheadAttention, which peft adds twice, cannot be read")
+    parts = {
+        at: target
+        for at, target in possible_targets(model).items()
+        if isinstance(target.kind, ReadRows) and target.kind.held_in == "in_proj_weight"
+    }
+    for at, target in parts.items():
+        name = _layer_name(at, target)
+        U, V = factors.get(name, (None, None))
+        if U is not None and V is not None and len(U) == len(target.parameter):
+            factors[at], ranks[at], scales[at] = (target.kind.matrix(U), V), ranks[name], scales[name]
+    for name in {_layer_name(at, target) for at, target in parts.items()} & factors.keys():
+        del factors[name], ranks[name], scales[name]
+    return parts
+
+
 def _layer_name(at: str, target: Target) -> str:
+    """What peft calls the layer of a target."""
     return at.rpartition(".")[0] if isinstance(target.kind, Rows) else at
 
 
@@ -271,9 +306,10 @@ def _by_layer(
     for at, adapter in adapters.items():
         kind, (U, V) = targets[at].kind, (factor.cpu() for factor in adapter.factors())
         if isinstance(kind, Rows):
-            if not kind.by_sample:
+            if kind.held_in not in ("weight", "in_proj_weight"):
                 raise StateError(
-                    f"{at} is a part of an nn.MultiheadAttention, which a plain LoRA file cannot hold; merge it instead"
+                    f"{at} of an nn.MultiheadAttention: peft adds what it has for an output projection twice, and has "
+                    f'nothing for keys of another width; apply with exclude=r"{re.escape(at)}$", or merge'
                 )
             parts.setdefault(_layer_name(at, targets[at]), []).append((kind.spread(adapter.scale * U), V))
         else:
