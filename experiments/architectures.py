@@ -203,6 +203,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("stablelm", DENSE, "StableLmForCausalLM", left, TEXT | {"num_key_value_heads": 4}),
     Architecture("olmo2", DENSE, "Olmo2ForCausalLM", left, TEXT),
     Architecture("cohere", DENSE, "CohereForCausalLM", left, TEXT),
+    Architecture("olmo", DENSE, "OlmoForCausalLM", left, TEXT),
+    Architecture("gemma", DENSE, "GemmaForCausalLM", left, TEXT | {"head_dim": 8, "num_key_value_heads": 4}),
+    Architecture("granite", DENSE, "GraniteForCausalLM", left, TEXT),
+    Architecture("glm", DENSE, "GlmForCausalLM", left, GROUPED),
+    Architecture("xglm", DENSE, "XGLMForCausalLM", left, TEXT | {"d_model": 32, "ffn_dim": 64, "attention_heads": 4}),
+    Architecture("biogpt", DENSE, "BioGptForCausalLM", left, TEXT),
+    Architecture("codegen", FUSED, "CodeGenForCausalLM", left, TEXT | {"rotary_dim": 4}),
+    Architecture("persimmon", FUSED, "PersimmonForCausalLM", left, TEXT),
     Architecture("gpt2", FUSED, "GPT2LMHeadModel", left, TEXT),
     Architecture("gpt-neox", FUSED, "GPTNeoXForCausalLM", left, TEXT),
     Architecture("gpt-bigcode", FUSED, "GPTBigCodeForCausalLM", left, TEXT),
@@ -215,6 +223,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("mistral", GQA, "MistralForCausalLM", left, GROUPED),
     Architecture("gemma2", GQA, "Gemma2ForCausalLM", left, GROUPED),
     Architecture("gemma3", GQA, "Gemma3ForCausalLM", left, GROUPED),
+    Architecture("smollm3", GQA, "SmolLM3ForCausalLM", left, GROUPED),
+    Architecture("nemotron", GQA, "NemotronForCausalLM", left, GROUPED),
+    Architecture("cohere2", GQA, "Cohere2ForCausalLM", left, GROUPED),
     Architecture("starcoder2", GQA, "Starcoder2ForCausalLM", left, GROUPED),
     Architecture("mixtral", MOE, "MixtralForCausalLM", left, EXPERTS),
     Architecture("qwen2-moe", MOE, "Qwen2MoeForCausalLM", left, EXPERTS | {"shared_expert_intermediate_size": 32}),
@@ -244,6 +255,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("albert", ENCODER, "AlbertForMaskedLM", tokens, TEXT | {"embedding_size": 16}),
     Architecture("distilbert", ENCODER, "DistilBertForMaskedLM", tokens, TEXT | {"hidden_dim": 64}),
     Architecture("electra", ENCODER, "ElectraForMaskedLM", tokens, TEXT | {"embedding_size": 16}),
+    Architecture("roformer", ENCODER, "RoFormerForMaskedLM", tokens, TEXT | {"embedding_size": 32}),
     Architecture("modernbert", ENCODER, "ModernBertForMaskedLM", tokens, TEXT),
     Architecture("mpnet", ENCODER, "MPNetForMaskedLM", tokens, TEXT),
     Architecture("convbert", ENCODER, "ConvBertForMaskedLM", tokens, TEXT | {"embedding_size": 16}),
@@ -254,6 +266,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("t5", SEQ2SEQ, "T5ForConditionalGeneration", sentence_pairs, T5),
     Architecture("bart", SEQ2SEQ, "BartForConditionalGeneration", sentence_pairs, BOTH_SIDES),
     Architecture("marian", SEQ2SEQ, "MarianMTModel", sentence_pairs, BOTH_SIDES),
+    Architecture("mbart", SEQ2SEQ, "MBartForConditionalGeneration", sentence_pairs, BOTH_SIDES),
     Architecture("pegasus", SEQ2SEQ, "PegasusForConditionalGeneration", sentence_pairs, BOTH_SIDES),
     Architecture(
         *("switch-transformers", SEQ2SEQ + ", experts", "SwitchTransformersForConditionalGeneration", sentence_pairs),
@@ -262,6 +275,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("vit", SEEING, "ViTForImageClassification", image, VISION),
     Architecture("deit", SEEING, "DeiTForImageClassification", image, VISION),
     Architecture("beit", SEEING, "BeitForImageClassification", image, VISION),
+    Architecture("vit-msn", SEEING, "ViTMSNForImageClassification", image, VISION),
     Architecture("dinov2", SEEING, "Dinov2ForImageClassification", image, VISION),
     Architecture(
         *("swin", SEEING, "SwinForImageClassification", image),
@@ -280,6 +294,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture("wav2vec2", HEARING, "Wav2Vec2ForCTC", sound, SPEECH),
     Architecture("wavlm", HEARING, "WavLMForCTC", sound, SPEECH),
+    Architecture("data2vec-audio", HEARING, "Data2VecAudioForCTC", sound, SPEECH),
+    Architecture("unispeech", HEARING, "UniSpeechForCTC", sound, SPEECH),
     Architecture("hubert", HEARING, "HubertForCTC", sound, SPEECH),
     Architecture(
         *("whisper", HEARING + ", " + SEQ2SEQ, "WhisperForConditionalGeneration", spectrogram),
@@ -433,7 +449,7 @@ def gradients_of(case: Case, *, training: bool) -> Gradients:
     """Of one forward and backward away from the start, in train or in eval mode."""
     model = case.moved().train(training)
     # Modules are looked up now: what a layer's adapters are called in it is not for us to know.
-    layers = {row.module: model.get_submodule(row.module) for row in lorafamily.summary(model).rows}
+    layers = {row.module: layer_of(model, row.module) for row in lorafamily.summary(model).rows}
     found = Gradients(list(layers))
     for name, layer in layers.items():
         layer.register_forward_pre_hook(partial(_note, found.called, name))
@@ -445,6 +461,12 @@ def gradients_of(case: Case, *, training: bool) -> Gradients:
         elif not any(bool(gradient.count_nonzero()) for gradient in gradients if gradient is not None):
             found.zero.append(name)
     return found
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, or the one of which it is a part."""
+    modules = dict(model.named_modules())
+    return modules.get(name) or modules[name.rpartition(".")[0]]
 
 
 def _note(called: set[str], name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
