@@ -332,7 +332,7 @@ class _Convolution(_Torch):
         return nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
 
     def why_not(self, module: nn.Module) -> str | None:
-        inherited = type(module)._conv_forward in [cls._conv_forward for cls in CONVOLUTIONS]
+        inherited = cast(Any, type(module))._conv_forward in [cls._conv_forward for cls in CONVOLUTIONS]
         return super().why_not(module) if inherited else f"{type(module).__name__} convolves in a way of its own"
 
     def example(self, module: nn.Module) -> Tensor:
