@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter, Factors
-from lorafamily.functional import adapted_linear, can_be_fast, low_rank_linear
+from lorafamily.functional import adapted_linear, can_be_fast, computed_in, in_dtype, low_rank_linear
 
 if TYPE_CHECKING:
     from lorafamily.site import Site
@@ -270,8 +270,8 @@ class _Embedding(_Transposed, _Torch):
 
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors()
-        like = cast(Tensor, module.weight).dtype
-        return F.linear(F.embedding(x, V.T.to(like)), (U * adapter.scale).to(like))
+        U, V = in_dtype(U * adapter.scale, V, self.weight(module).dtype)
+        return F.linear(F.embedding(x, V.T), U)
 
     def forwards(self) -> tuple[Callable[..., Any], ...]:
         return (nn.Embedding.forward,)
@@ -307,12 +307,12 @@ class _Convolution(_Torch):
         assert isinstance(module, Convolution)
         U, V = adapter.factors(dropping=True)
         x = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        kernel = V.view(len(V), *module.weight.shape[1:]).to(dtype)
+        U, V = in_dtype(U * adapter.scale, V, computed_in(x))
+        kernel = V.view(len(V), *module.weight.shape[1:])
         groups, channels = module.groups, 1 - module.weight.ndim  # counted from the end: there may be no batch axis
         h = module._conv_forward(x, kernel.repeat(groups, *[1] * (kernel.ndim - 1)), None)  # stride, padding, dilation
         h = h.movedim(channels, -1).unflatten(-1, (groups, len(V)))
-        U = (U * adapter.scale).to(h.dtype).unflatten(0, (groups, -1))
+        U = U.unflatten(0, (groups, -1))
         return torch.einsum("...gr,gor->...go", h, U).flatten(-2).movedim(-1, channels)
 
     def forwards(self) -> tuple[Callable[..., Any], ...]:
