@@ -213,7 +213,7 @@ def match_beside(
         TargetError: a pattern that matches no parameter, or one that matches such a weight.
     """
     beside = targeting.match_parameters(model, patterns)
-    weights = {id(target.parameter): path for path, target in adapted.items()}
+    weights = {id(target.kind.weight(target.layer)): path for path, target in adapted.items()}
     for name, parameter in beside.items():
         if id(parameter) in weights:
             raise TargetError(
