@@ -33,6 +33,32 @@ def padded(
     return F.pad(U, (0, missing)), F.pad(V, (0, 0, 0, missing))
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; of the meta device torch refuses to say."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of products with x: autocast's, where that is on, which leaves float64 alone."""
+    casts = autocasts(x.device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+
+
+def in_dtype(
+    U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "d_out r"], Float[Tensor, "r d_in"]]:
+    """The same U V in another dtype.
+
+    float16 has few numbers below 6e-5 and none below 6e-8, where LoRA²'s U is for many steps, a product of four small
+    factors: A would get no gradient. V lends U a power of two then.
+    """
+    if dtype == torch.float16:
+        larger = (V.detach().norm() / U.detach().norm()).nan_to_num(1.0, 1.0)  # 1 at the start, where U is zero
+        power = (larger.log2() / 2).round().clamp(0, 10).exp2()
+        U, V = U * power, V / power
+    return U.to(dtype), V.to(dtype)
+
+
 def low_rank_linear(
     x: Float[Tensor, "*batch d_in"],
     U: Float[Tensor, "d_out r"],
@@ -44,7 +70,8 @@ def low_rank_linear(
     The factors are kept in float32 or higher and cast to the dtype of `x` here: they are small, a float32 copy of
     the activations would not be.
     """
-    return F.linear(F.linear(x, V.to(x.dtype)), (U * scale).to(x.dtype))
+    U, V = in_dtype(U * scale, V, computed_in(x))
+    return F.linear(F.linear(x, V), U)
 
 
 _switch = {"on": True}
@@ -61,11 +88,6 @@ def fast_path(on: bool) -> Iterator[None]:
         yield
     finally:
         _switch["on"] = before
-
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for a device; of the meta device torch refuses to say."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def can_be_fast(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
@@ -105,10 +127,10 @@ def adapted_linear(
     Args:
         dropout: probability with which an entry of the update's x is zero, see `Mask`.
     """
-    x = x.to(torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)
+    x = x.to(computed_in(x))
     mask = Mask.draw(_rows(x), dropout) if dropout else None
     scale = scale if mask is None else scale * mask.scale
-    both = U.to(x.dtype), V.to(x.dtype)
+    both = in_dtype(U, V, x.dtype)
     if torch.is_grad_enabled():
         return _Adapted.apply(x, W, b, *both, scale, mask)
     return _product(x, W, b, *both, scale, mask)[0]

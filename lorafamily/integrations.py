@@ -145,7 +145,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             for name, parameter in list(adapter.update.named_parameters()):
                 value = state_dict.get(prefix + names[id(parameter)])
                 if value is not None and value.shape != parameter.shape:
-                    new = nn.Parameter(torch.empty(value.shape).to(parameter), parameter.requires_grad)
+                    new = nn.Parameter(parameter.new_empty(value.shape), parameter.requires_grad)
                     setattr(adapter.update, name, new)
 
     def _validation_loss(self, device: torch.device) -> Callable[[], Tensor] | None:

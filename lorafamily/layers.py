@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter, Factors
-from lorafamily.functional import adapted_linear, autocasts, can_be_fast, low_rank_linear
+from lorafamily.functional import adapted_linear, can_be_fast, computed_in, in_dtype, low_rank_linear
 
 if TYPE_CHECKING:
     from lorafamily.site import Site
@@ -251,8 +251,8 @@ class _Embedding(_Transposed):
 
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors()
-        like = cast(Tensor, module.weight).dtype
-        return F.linear(F.embedding(x, V.T.to(like)), (U * adapter.scale).to(like))
+        U, V = in_dtype(U * adapter.scale, V, self.weight(module).dtype)
+        return F.linear(F.embedding(x, V.T), U)
 
     def example(self, module: Any) -> Tensor:
         return torch.arange(min(3, len(module.weight)))
@@ -283,12 +283,12 @@ class _Convolution(_Known):
     def added(self, module: Any, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors(dropping=True)
         x = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
-        groups, channels = module.groups, 1 - module.weight.ndim  # there may be no batch axis
+        U, V = in_dtype(U * adapter.scale, V, computed_in(x))
         kernel = V.view(len(V), *module.weight.shape[1:])
-        kernel = kernel.to(torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)
+        groups, channels = module.groups, 1 - module.weight.ndim  # there may be no batch axis
         h = module._conv_forward(x, torch.cat([kernel] * groups), None)  # with the layer's stride, padding, dilation
         h = h.movedim(channels, -1).unflatten(-1, (groups, len(V)))
-        U = (U * adapter.scale).to(h.dtype).unflatten(0, (groups, -1))
+        U = U.unflatten(0, (groups, -1))
         return torch.einsum("...gr,gor->...go", h, U).flatten(-2).movedim(-1, channels)
 
     def example(self, module: Any) -> Tensor:

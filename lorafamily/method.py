@@ -192,7 +192,7 @@ class Method:
             update = self.parametrisation(d_in, d_out, **self.capped(d_in, d_out, rank)).to(dtype)
         adapter = Adapter(update, scale=self.scale(update.rank), dropout=dropout)
         if not weight.is_meta:
-            with torch.no_grad():
+            with torch.no_grad(), home:
                 self.initialisation(update, weight.detach(), generator)
         if self.initialisation.frozen_start:
             adapter.freeze_start()

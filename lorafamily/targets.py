@@ -184,12 +184,12 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
         at, _, own = name.rpartition(".")
         module = model.get_submodule(at)
         of = type(module).__name__
+        if isinstance(module, nn.Embedding) or "Embedding" in of:
+            return "embeddings"  # of a tied output head too
         if heads(at, module):
             return "output heads"
         if is_router(model, at):
             return "routers"
-        if isinstance(module, nn.Embedding) or "Embedding" in of:
-            return "embeddings"
         if "Norm" in of:
             return "norms"
         if kind_of(module) is not None:

@@ -77,7 +77,7 @@ class PruneAndGrower(Allocator):
             if not dropped:
                 continue
             keep = [i for i in range(self.ranks[name]) if i not in dropped]
-            self.resize(name, torch.tensor(keep, dtype=torch.long))
+            self.resize(name, torch.tensor(keep, dtype=torch.long, device="cpu"))
         added = self._grow([name for name in lost if not lost[name]], scores)
         after = {name: rank - len(lost[name]) + added[name] for name, rank in self.ranks.items()}
         return self.decided(step, after, "pruned and grown", threshold, scores)
@@ -102,7 +102,7 @@ class PruneAndGrower(Allocator):
         for i in range(self.drop if turn else 0):
             name = turn[i % len(turn)]
             if self.run.has_room(name):
-                self.resize(name, torch.arange(self.run.adapters[name].rank), add=1)
+                self.resize(name, torch.arange(self.run.adapters[name].rank, device="cpu"), add=1)
                 added[name] += 1
         return added
 

@@ -119,7 +119,7 @@ class AblationEstimate(Ablation):
     @torch.no_grad()
     def scores(self) -> Scores:
         present = {name: adapter for name, adapter in self.run.adapters.items() if adapter.rank}
-        result = {name: torch.zeros(a.rank, dtype=torch.float64) for name, a in self.run.adapters.items()}
+        result = {name: torch.zeros(a.rank, dtype=torch.float64, device="cpu") for name, a in self.run.adapters.items()}
         for value in (1.0, 0.0):
             gates = {n: torch.full((a.rank,), value, device=a.device, requires_grad=True) for n, a in present.items()}
             with _gated(present, gates), torch.enable_grad():

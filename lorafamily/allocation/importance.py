@@ -133,7 +133,7 @@ class ImportancePruner(Allocator):
         scores = self.scores()
         flat = torch.cat(list(scores.values()))
         falling = flat.argsort(stable=True)[: len(flat) - slices]
-        keep = torch.ones(len(flat), dtype=torch.bool)
+        keep = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
         keep[falling] = False
         threshold = float(flat[falling[-1]]) if len(falling) else None
         masks = dict(zip(scores, keep.split([len(s) for s in scores.values()]), strict=True))

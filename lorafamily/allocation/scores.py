@@ -51,7 +51,7 @@ class Sensitivity(Scorer):
 
     @torch.no_grad()
     def scores(self) -> Scores:
-        result = {name: torch.zeros(a.rank, dtype=torch.float64) for name, a in self.run.adapters.items()}
+        result = {name: torch.zeros(a.rank, dtype=torch.float64, device="cpu") for name, a in self.run.adapters.items()}
         for (name, _, axis), average, uncertainty in zip(self._tensors(), self.average, self.uncertainty, strict=True):
             entries = average * uncertainty
             result[name] += (entries if entries.ndim == 1 else entries.mean(1 - axis)).cpu().double()
@@ -81,7 +81,7 @@ class Magnitude(Scorer):
             for only in torch.eye(adapter.rank, device=adapter.device):
                 with adapter.gated(only):
                     norms.append(adapter.norm())
-            result[name] = torch.tensor(norms, dtype=torch.float64)
+            result[name] = torch.tensor(norms, dtype=torch.float64, device="cpu")
         return result
 
 
@@ -91,7 +91,7 @@ class Chance(Scorer):
     def scores(self) -> Scores:
         draw = self.run.generator
         return {
-            name: torch.rand(adapter.rank, dtype=torch.float64, generator=draw)
+            name: torch.rand(adapter.rank, dtype=torch.float64, device="cpu", generator=draw)
             for name, adapter in self.run.adapters.items()
         }
 

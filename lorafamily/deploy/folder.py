@@ -102,7 +102,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Tensors of any device as a safetensors file.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: it cannot be written, or a tensor is on the meta device.
     """
     _write(path, _bytes_of(tensors, metadata))
 
@@ -117,6 +117,8 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _bytes_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    if empty := [key for key, value in tensors.items() if value.is_meta]:
+        raise FileError(f"{empty[0]} is on the meta device: there are no numbers to write")
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     return safetensors.torch.save(on_cpu, metadata)
 

@@ -80,7 +80,8 @@ def unmerge(model: Model) -> Model:
         parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
-            adapter.to(targets[path].weight.device)
+            like = targets[path].weight
+            adapter.to(like.device, torch.promote_types(next(adapter.parameters()).dtype, like.dtype))
     for _, site in sites_in(owner):
         site.stand()
     keep_padding(owner)

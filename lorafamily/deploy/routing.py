@@ -59,7 +59,7 @@ def routing(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
         return
     _check(owner, placements)
     order = [None, *placements]
-    entry = torch.tensor([order.index(name) for name in names])
+    entry = torch.tensor([order.index(name) for name in names], device="cpu")
     sites = [site for _, site in sites_in(owner)]
     before = state.active
     try:

@@ -55,7 +55,7 @@ def similarity(one: Float[Tensor, "k d"], other: Float[Tensor, "l e"]) -> Float[
     if one.shape[1] != other.shape[1]:
         raise StateError(f"directions in R^{one.shape[1]} and in R^{other.shape[1]} cannot be compared")
     for rows in (one, other):
-        if ((rows @ rows.T - torch.eye(len(rows)).to(rows)).abs() > 1e-6).any():
+        if ((rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)).abs() > 1e-6).any():
             raise StateError("these directions are not orthonormal rows")
     shared = (one @ other.T).square().cumsum(0).cumsum(1)
     i, j = torch.arange(1, len(one) + 1).to(shared), torch.arange(1, len(other) + 1).to(shared)
@@ -64,7 +64,7 @@ def similarity(one: Float[Tensor, "k d"], other: Float[Tensor, "l e"]) -> Float[
 
 def random_directions(k: int, d: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
     """k orthonormal directions of a uniformly random subspace of R^d, what φ is held against."""
-    gaussian = torch.randn(d, k, dtype=torch.float64, generator=generator)
+    gaussian = torch.randn(d, k, dtype=torch.float64, device="cpu", generator=generator)
     return torch.linalg.qr(gaussian).Q.T
 
 

@@ -131,8 +131,9 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
 def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, int]]:
     """How many of the base's parameters are in layers that the placement adapts, and what the others are in."""
     targets = targets_of(model)
-    adapted = {id(p) for at in placement.adapters for p in targets[at].layer.parameters(recurse=False)}
-    adapted |= {id(target.kind.weight(target.layer)) for target in map(targets.__getitem__, placement.adapters)}
+    layers = [targets[at].layer for at in placement.adapters]
+    adapted = {id(p) for layer in layers for p in layer.parameters(recurse=nn.utils.parametrize.is_parametrized(layer))}
+    adapted |= {id(targets[at].kind.weight(targets[at].layer)) for at in placement.adapters}
     reached, others = 0, Counter[str]()
     kinds = what_is(model)
     for name, parameter in base_parameters(model).items():

@@ -203,7 +203,7 @@ def train(
     with FolderLock(checkpoints.run_folder if processes.first else None):
         found = checkpoints.to_go_on_from(resume)
         if found is not None:
-            state.go_on_from(found, resume)
+            allocator = state.go_on_from(found, resume)
         history = state.history
         if history.stopped:
             return history  # that run was done
@@ -211,7 +211,8 @@ def train(
         watched = placement is not None and not compile
         reads = Reads(targets_of(owner)) if watched else None
         buffers = None if placement is None else guards.FrozenBuffers(owner)
-        log = Log(log_dir if processes.first else None, history, allocator.grows)
+        begin_log = functools.partial(Log, log_dir if processes.first else None, history)
+        log = begin_log(allocator.grows)
         try:
             with (
                 modes_kept(model),
@@ -245,6 +246,8 @@ def train(
                             if leave_out(owner, placement, reads.without_effect(), optim):
                                 allocator = state.begin_again()
                                 trained = state.trained()
+                                log.close(history, settings, pictures=False)
+                                log = begin_log(allocator.grows)
                             reads = None
                         loss_sum += loss.item()
                     if step == begun + 1:

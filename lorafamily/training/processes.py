@@ -74,7 +74,7 @@ class Processes:
         for parameter in parameters:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
         for dtype, own in by_dtype.items():
-            there = torch.tensor([parameter.grad is not None for parameter in own]).to(self.device, dtype)
+            there = torch.tensor([parameter.grad is not None for parameter in own], device=self.device).to(dtype)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
             flat = torch.cat([there, *(gradient.flatten() for gradient in gradients)])
             self._exchange(lambda flat=flat: dist.all_reduce(flat))

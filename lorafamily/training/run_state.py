@@ -17,7 +17,7 @@ from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
 from lorafamily.errors import AllocationError, StateError, TrainingError
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.placement import Placement
+from lorafamily.placement import Placement, leave_out
 from lorafamily.site import base_parameters
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume
@@ -29,7 +29,7 @@ from lorafamily.training.state import random_state, set_random_state
 @dataclass
 class RunState:
     """What a run has reached. `settings`: what must be the same when it goes on; `best`: (loss, step) of the best
-    evaluation so far; `since_best`: evaluations since then."""
+    evaluation so far; `since_best`: evaluations since then; `left_out`: adapters found to be without effect."""
 
     model: nn.Module
     placement: Placement | None
@@ -43,6 +43,7 @@ class RunState:
     processes: Processes
     seed: int | None
     history: History = field(default_factory=History)
+    left_out: list[str] = field(default_factory=list)
     best: tuple[float, int] = (math.inf, 0)
     since_best: int = 0
     base: dict[str, int] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class RunState:
         """The allocator of a run that has not made a step, for the adapters there are now."""
         assert self.placement is not None
         self.allocator = self.placement.method.allocation.begin(self.run)
+        self.left_out = sorted(self.history.ranks_start.keys() - self.allocator.ranks.keys())
         self.history.ranks_start = dict(self.allocator.ranks)
         return self.allocator
 
@@ -136,6 +138,7 @@ class RunState:
             "batches": self.batches.state(),
             "not finite": (self.finite.skipped, self.finite.in_a_row),
             "history": _history_tree(self.history),
+            "left out": self.left_out,
             "best": self.best,
             "since best": self.since_best,
             "base": self.base,
@@ -143,13 +146,17 @@ class RunState:
             "buffers": _persistent_buffers(self.model),
         }
 
-    def go_on_from(self, found: Checkpoint, resume: Resume) -> None:
-        """Take the state of a checkpoint. Everything is checked before anything is changed.
+    def go_on_from(self, found: Checkpoint, resume: Resume) -> Allocator:
+        """Take the state of a checkpoint; returns the allocator. Everything is checked before anything is changed, but
+        for adapters that the run left out as without effect: they are left out here too.
 
         Raises:
             StateError: it is of a run with other settings, or on another base.
         """
         state = found.state
+        gone = state.get("left out", [])
+        if self.placement is not None and leave_out(self.model, self.placement, gone, self.optimizer):
+            self.begin_again()
         self._check(found, resume)
         with torch.no_grad():
             if self.placement is not None and found.adapters is not None:
@@ -170,6 +177,7 @@ class RunState:
         self.history = _history(state["history"])
         self.best, self.since_best = state["best"], state["since best"]
         self._set_random(state["random"])
+        return self.allocator
 
     def _check(self, found: Checkpoint, resume: Resume) -> None:
         then, now = found.state["settings"], self.settings
@@ -211,7 +219,7 @@ def _history_tree(history: History) -> dict[str, Any]:
     columns = {}
     for name in (f.name for f in fields(Step)):
         values = [getattr(step, name) for step in history.steps]
-        columns[name] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+        columns[name] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64, device="cpu")
     return {**dataclasses.asdict(dataclasses.replace(history, steps=[])), "steps": columns}
 
 
