@@ -17,7 +17,8 @@ from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
 from lorafamily.errors import AllocationError, StateError, TrainingError
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.placement import Placement, leave_out
+from lorafamily.placement import Placement
+from lorafamily.reading import leave_out
 from lorafamily.site import base_parameters
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume
