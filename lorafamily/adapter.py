@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafamily.dropout import Dropout, feature_mask
+from lorafamily.dropout import Dropout, DropoutKind, feature_mask
 from lorafamily.functional import autocasts, low_rank_linear
 
 Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
@@ -170,10 +170,8 @@ class Adapter(nn.Module):
         """(U, V) with ΔW = s · U V: the one answer to what the update is, gate and frozen start included.
 
         With a frozen start U V − U0 V0 is written (U − U0) V + U0 (V − V0): the same matrix, but exactly zero at the
-        start, and a difference of small numbers, not of two large products. Differences and inner products are taken
-        in the factors' own precision, under autocast too; whoever multiplies casts once.
-
-        `dropping`: in training also without the features that dropout takes out this time.
+        start, and a difference of small numbers, not of two large products. All is in the factors' own precision, under
+        autocast too; whoever multiplies casts once. `dropping`: in training without the features dropped this time.
         """
         full = torch.autocast(self.device.type, enabled=False) if autocasts(self.device) else nullcontext()
         with full:
@@ -181,19 +179,13 @@ class Adapter(nn.Module):
             if self.start is not None:
                 U0, V0 = self.start(self._gate)
                 U, V = torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
-            if dropping and self.drops_features:
-                V = V * feature_mask(V, self.drops_features)
+            if dropping and self.drops("features"):
+                V = V * feature_mask(V, self.drops("features"))
         return U, V
 
-    @property
-    def drops_entries(self) -> float:
-        """The probability with which an entry of the input is dropped, zero outside training."""
-        return self.dropout.p if self.training and self.dropout.kind == "entries" else 0.0
-
-    @property
-    def drops_features(self) -> float:
-        """The probability with which a feature of the input is dropped, zero outside training."""
-        return self.dropout.p if self.training and self.dropout.kind == "features" else 0.0
+    def drops(self, kind: DropoutKind) -> float:
+        """The probability with which entries, or features, of the input are dropped; zero outside training."""
+        return self.dropout.p if self.training and self.dropout.kind == kind else 0.0
 
     @torch.no_grad()
     def delta(self) -> Float[Tensor, "d_out d_in"]:
@@ -222,7 +214,7 @@ class Adapter(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What the update adds to the output of its layer."""
         U, V = self.factors(dropping=True)
-        return low_rank_linear(F.dropout(x, self.drops_entries) if self.drops_entries else x, U, V, self.scale)
+        return low_rank_linear(F.dropout(x, self.drops("entries")) if self.drops("entries") else x, U, V, self.scale)
 
     @property
     def rank(self) -> int:

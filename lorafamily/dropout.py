@@ -33,7 +33,6 @@ class Dropout:
 
 ROWS = 64  # of `Mask.within`
 PIECE = 4  # rows of `Mask.across` that a CPU expands at once: 256 rows of an input stay in its cache
-PIECE_BYTES = 2**25  # of what another device expands at once
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Mask:
 
     def pieces(self, n: int) -> Iterator[tuple[slice, Float[Tensor, "_ d"]]]:
         """Rows of the input, piece by piece, with the numbers that decide over their entries."""
-        at_once = PIECE if self.within.device.type == "cpu" else max(1, PIECE_BYTES // max(1, self.within.nbytes))
+        at_once = PIECE if self.within.device.type == "cpu" else max(1, 2**25 // max(1, self.within.nbytes))
         begun = 0
         for some in self.across.split(at_once):
             bits = (self.within ^ some[:, None]).flatten(0, 1)[: n - begun]

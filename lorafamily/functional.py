@@ -25,14 +25,6 @@ PLAIN_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
 """Classes of tensors that are nothing but numbers, or, in the fake ones that plans are made with, not even these."""
 
 
-def padded(
-    U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"], rank: int
-) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
-    """The same U V at a higher rank, by zeros."""
-    missing = rank - len(V)
-    return F.pad(U, (0, missing)), F.pad(V, (0, 0, 0, missing))
-
-
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; of the meta device torch refuses to say."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
@@ -65,11 +57,8 @@ def low_rank_linear(
     V: Float[Tensor, "r d_in"],
     scale: float,
 ) -> Float[Tensor, "*batch d_out"]:
-    """s · U (V x), right to left, so that ΔW is never formed: the plain formulation, and the reference.
-
-    The factors are kept in float32 or higher and cast to the dtype of `x` here: they are small, a float32 copy of
-    the activations would not be.
-    """
+    """s · U (V x), right to left, so that ΔW is never formed: the plain formulation, and the reference. The factors are
+    cast here, from float32: they are small, a float32 copy of the activations would not be."""
     U, V = in_dtype(U * scale, V, computed_in(x))
     return F.linear(F.linear(x, V), U)
 
@@ -79,10 +68,8 @@ _switch = {"on": True}
 
 @contextmanager
 def fast_path(on: bool) -> Iterator[None]:
-    """Inside the block adapted layers compute by the plain formulation only, for comparison, or for what it alone can.
-
-    Under `torch.func`, forward-mode differentiation, compilation, export and tracing they do so by themselves.
-    """
+    """Inside the block, if off, adapted layers compute by the plain formulation, for comparison. Under `torch.func`,
+    forward-mode differentiation, compilation, export and tracing they do so by themselves."""
     before, _switch["on"] = _switch["on"], on
     try:
         yield
@@ -91,11 +78,8 @@ def fast_path(on: bool) -> Iterator[None]:
 
 
 def can_be_fast(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
-    """Whether `adapted_linear` gives what a layer that is x Wᵀ + b and its update give together.
-
-    Everything of the layer must be frozen, of plain tensors, and nothing may look into the operations: while
-    `torch.compile` traces it fuses by itself what the function saves.
-    """
+    """Whether `adapted_linear` gives what a layer that is x Wᵀ + b and its update give together: all of the layer must
+    be frozen, of plain tensors, and nothing may look into the operations, as `torch.compile` does."""
     return (
         _switch["on"]
         and not W.requires_grad

@@ -13,6 +13,7 @@ from torch import nn
 from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
 from lorafamily.batch import call, to_device
+from lorafamily.beside import base_values, movable_buffers
 from lorafamily.budget import Sizing, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
@@ -25,10 +26,8 @@ from lorafamily.placement import (
     ModelState,
     Placement,
     activate,
-    base_values,
     check_can_place,
     let_train,
-    movable_buffers,
     noted,
     place,
     placement_of,
@@ -180,7 +179,9 @@ def choose(
 
 def put(choice: Choice, adapters: Mapping[str, Adapter]) -> None:
     """Place what was chosen for a model and built."""
-    parked = base_values(choice.model, choice.beside)
+    state = state_of(choice.model)
+    active = None if state is None or state.active is None else state.placements[state.active]
+    parked = base_values(choice.beside, {} if active is None else active.parked)
     placement = Placement(choice.name, choice.spec, choice.method, choice.sizing, dict(adapters), parked)
     placement.by_default = choice.by_default
     place(choice.model, placement, choice.targets)

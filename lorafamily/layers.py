@@ -64,7 +64,7 @@ class LayerKind(ABC):
         if not self.by_sample:
             return y + kind.added(site.layer, adapter, x)
         U, V, scale = whole_update(acting, dropping=True)
-        kept = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
+        kept = F.dropout(x, adapter.drops("entries")) if adapter.drops("entries") else x
         return y + low_rank_linear(kept, U, V, scale)
 
     def spread(self, U: Float[Tensor, "own m"]) -> Float[Tensor, "d_out m"]:
@@ -127,7 +127,7 @@ class _Known(LayerKind):
         if W is None or not alone or not can_be_fast(x, W, b):
             return super().output(site, acting, args, kwargs)
         U, V, scale = whole_update(acting, dropping=True)
-        return adapted_linear(x, self.matrix(W), b, U, V, scale, dropout=acting[0][1].drops_entries)
+        return adapted_linear(x, self.matrix(W), b, U, V, scale, dropout=acting[0][1].drops("entries"))
 
     def why_not(self, module: nn.Module) -> str | None:
         weight = module._parameters.get("weight")
@@ -167,15 +167,16 @@ _TRIED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 @contextmanager
 def holding(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block the layer finds other values where its parameters are, by name."""
-    places = {name: layer.get_submodule(name.rpartition(".")[0])._parameters for name in values}
-    before = {name: place[name.rpartition(".")[2]] for name, place in places.items()}
+    paths = {name: name.rpartition(".") for name in values}
+    places: dict[str, dict[str, Any]] = {name: layer.get_submodule(at)._parameters for name, (at, *_) in paths.items()}
+    before = {name: place[paths[name][2]] for name, place in places.items()}
     try:
-        for name, place in places.items():
-            place[name.rpartition(".")[2]] = cast(nn.Parameter, values[name])
+        for name, value in values.items():
+            places[name][paths[name][2]] = value
         yield
     finally:
-        for name, place in places.items():
-            place[name.rpartition(".")[2]] = before[name]
+        for name, value in before.items():
+            places[name][paths[name][2]] = value
 
 
 def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Tensor, float]:
@@ -197,8 +198,7 @@ class _Linear(_Known):
     classes = (nn.Linear,)
 
     def matches(self, module: nn.Module) -> bool:
-        # nn.MultiheadAttention reads its output projection's weight and never calls the module: an adapter on it
-        # would be silently without effect.
+        # nn.MultiheadAttention reads its output projection's weight and never calls the module.
         return super().matches(module) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
@@ -238,10 +238,8 @@ class _Conv1D(_Transposed):
 
 
 class _Embedding(_Transposed):
-    """A table of vectors, which is a linear layer on one-hot inputs: d_in numbers the entries.
-
-    Dropout has no input of some size to act on. The padding entry is an entry like the others.
-    """
+    """A table of vectors, which is a linear layer on one-hot inputs: d_in numbers the entries, the padding entry is one
+    like the others, and dropout has no input of some size to act on."""
 
     name = "embedding"
     classes = (nn.Embedding,)
@@ -262,10 +260,8 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class _Convolution(_Known):
-    """V is a convolution to r channels, U one of size 1 from there.
-
-    With groups both act within each group: W and ΔW have the rows of all groups, and d_in is that of one.
-    """
+    """V is a convolution to r channels, U one of size 1 from there. With groups both act within each group: W and ΔW
+    have the rows of all groups, and d_in is that of one."""
 
     name = "convolution"
     classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -282,7 +278,7 @@ class _Convolution(_Known):
 
     def added(self, module: Any, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors(dropping=True)
-        x = F.dropout(x, adapter.drops_entries) if adapter.drops_entries else x
+        x = F.dropout(x, adapter.drops("entries")) if adapter.drops("entries") else x
         U, V = in_dtype(U * adapter.scale, V, computed_in(x))
         kernel = V.view(len(V), *module.weight.shape[1:])
         groups, channels = module.groups, 1 - module.weight.ndim  # there may be no batch axis

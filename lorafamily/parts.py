@@ -115,17 +115,11 @@ class Rows(LayerKind):
         parts = dict(self.sizes)
         return {"kind": self.name, "of": self.of.name, "held_in": self.held_in, "parts": parts, "part": self.part}
 
-    def siblings(self) -> list[Rows]:
-        """The kinds of all parts of the layer's weight."""
-        return [replace(self, part=name) for name, _ in self.sizes]
-
 
 @dataclass(frozen=True)
 class ReadRows(Rows):
-    """Rows of a weight that nn.MultiheadAttention reads: it finds W + ΔW there.
-
-    Dropout then acts on the columns of V, which are the features of the input, the same ones for a whole batch.
-    """
+    """Rows of a weight that nn.MultiheadAttention reads: it finds W + ΔW there. Dropout acts on the columns of V, which
+    are the features of the input, the same ones for a whole batch."""
 
     name = "read rows"
     additive = False
@@ -136,7 +130,7 @@ class ReadRows(Rows):
         for kind, adapter in acting:
             name = cast(ReadRows, kind).held_in
             U, V = adapter.factors(dropping=True)
-            V = V * feature_mask(V, adapter.drops_entries) if adapter.drops_entries else V
+            V = V * feature_mask(V, adapter.drops("entries")) if adapter.drops("entries") else V
             weight = read.get(name, kind.weight(site.layer))
             read[name] = weight + (adapter.scale * kind.spread(U) @ V).to(weight.dtype)
         with holding(site.layer, read):
@@ -178,7 +172,8 @@ def target_of_record(model: nn.Module, at: str, entry: Mapping[str, Any]) -> Tar
     if isinstance(layer, nn.MultiheadAttention):
         fits = kind in _of_attention(layer)
     else:
-        fits = _is_linear(layer) and kind_of(layer) == kind.of and len(_matrix(layer)) % kind.period == 0
+        own = kind_of(layer)
+        fits = own == kind.of and _is_linear(layer) and len(Target(layer, kind.of).weight) % kind.period == 0
         fits = fits and (kind in standing if standing else not _taken(layer, dict(kind.sizes)))
     return Target(layer, kind) if fits else None
 
@@ -212,7 +207,7 @@ def _standing(layer: nn.Module) -> list[Rows]:
     """The kinds of all parts of a layer of which some carries an adapter."""
     site = site_on(layer)
     kinds = [] if site is None else [kind for kind in site.kinds.values() if isinstance(kind, Rows)]
-    return kinds[0].siblings() if kinds else []
+    return [replace(kinds[0], part=name) for name, _ in kinds[0].sizes] if kinds else []
 
 
 def _of_attention(layer: nn.MultiheadAttention) -> list[Rows]:
@@ -231,8 +226,9 @@ def _of_attention(layer: nn.MultiheadAttention) -> list[Rows]:
 
 
 def _declared(at: str, layer: nn.Module, given: Sequence[str] | Mapping[str, int]) -> list[Rows]:
-    rows, of = len(_matrix(layer)), kind_of(layer)
+    of = kind_of(layer)
     assert of is not None
+    rows = len(Target(layer, of).weight)
     sizes = given if isinstance(given, Mapping) else dict.fromkeys(given, rows // max(1, len(given)))
     if isinstance(given, str) or not _are_sizes(sizes) or rows % sum(sizes.values()):
         raise TargetError(
@@ -264,12 +260,6 @@ def _taken(layer: nn.Module, names: Iterable[str]) -> str | None:
 def _is_linear(layer: nn.Module) -> bool:
     kind = kind_of(layer)
     return kind is not None and kind.by_sample
-
-
-def _matrix(layer: nn.Module) -> Tensor:
-    kind = kind_of(layer)
-    assert kind is not None
-    return Target(layer, kind).weight
 
 
 def _factors_in(module: nn.Module) -> Iterator[nn.Module]:

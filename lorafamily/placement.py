@@ -6,7 +6,7 @@ The note hangs on the sites of the adapted layers, so that it is found through w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.beside import base_values, movable_buffers, swap
 from lorafamily.budget import Sizing
 from lorafamily.errors import StateError
 from lorafamily.method import Method
-from lorafamily.parts import Target, join
-from lorafamily.site import Site, base_parameters, keep_padding, site_for, site_on, sites_in
+from lorafamily.parts import Target
+from lorafamily.site import Site, base_parameters, keep_padding, site_for, sites_in
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,9 +64,7 @@ class ModelState:
 
 
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
-    """The model that `apply` was given, inside of whatever wraps it, and what is noted of it.
-
-    The model itself and None where nothing was ever placed or all was removed.
+    """The model that `apply` was given, inside of whatever wraps it, and what is noted of it: None where nothing is.
 
     Raises:
         StateError: only a part of the model that was given is in this one, or several that were given apart.
@@ -75,24 +74,16 @@ def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
     if len(states) > 1:
         apart = " and ".join(at for at, _ in states.values())
         raise StateError(f"{apart} carry adapters that were placed apart; call lorafamily on each of these models")
-    here = {name for _, site in found for name in site.names()}
-    placed = [name for _, site in found[:1] for of in site.state.placements.values() for name in of.adapters]
-    if gone := [name for name in placed if name not in here]:
+    for _, first in states.values():
+        placed = {name for placement in first.state.placements.values() for name in placement.adapters}
+        gone = sorted(placed - targets_of(model).keys())
+        for at, site in found:
+            whole = at[: len(at) - len(site.at)]
+            if not gone and at == whole + site.at and (not site.at or whole[-1:] in ("", ".")):
+                return model.get_submodule(whole.removesuffix(".")), site.state
         raise StateError(
-            f"{gone[0]} carries an adapter too, and is no part of this {type(model).__name__}; call lorafamily on the "
-            "model that adapters were placed in"
-        )
-    for at, site in found:
-        if not site.at:  # the layer itself was given
-            return site.layer, site.state
-        whole, _, tail = at.rpartition(site.at)
-        if tail == "" and (whole == "" or whole.endswith(".")):
-            return model.get_submodule(whole[:-1]), site.state
-    if found:
-        at, site = found[0]
-        raise StateError(
-            f'{at or type(model).__name__} is "{site.at}" of the model that adapters were placed in; call lorafamily '
-            "on that one, of which this is a part or a copy of one"
+            f"this {type(model).__name__} is a part, or the copy of one, of the model that adapters were placed in; "
+            f"call lorafamily on that one, where {(gone or [first.at])[0]} carries an adapter too"
         )
     return unwrapped(model), None
 
@@ -136,9 +127,8 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """Refuse a name that is taken or cannot be one, and a model whose adapters are merged, or that cannot have any.
-
-    Returns the model to place them in: this one, or the one that torch.compile wrapped.
+    """The model to place adapters in: this one, or the one that torch.compile wrapped. Refuses a name that is taken or
+    cannot be one, and a model whose adapters are merged, or that cannot have any.
 
     Raises:
         StateError: one of these.
@@ -175,41 +165,6 @@ def refuse_merged(state: ModelState | None) -> None:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 
 
-def base_values(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of parameters or buffers as the base has them, also while another adapter's are in effect."""
-    state = state_of(model)
-    active = state.placements[state.active] if state is not None and state.active is not None else None
-    parked = {} if active is None else active.parked | active.buffers
-    return {path: parked.get(path, value.data).clone() for path, value in parameters.items()}
-
-
-def movable_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers that a forward in training mode may move, by name: statistics and counters.
-
-    Integers of more than one element are indices or packed weights, which nothing moves.
-    """
-    found = {}
-    for at, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            moves = buffer is not None and (buffer.is_floating_point() or not buffer.ndim)
-            if moves and name not in module._non_persistent_buffers_set:
-                found[join(at, name)] = buffer
-    return found
-
-
-def trained_beside(model: nn.Module, placement: Placement) -> dict[str, Tensor]:
-    """What an adapter's file holds beside the adapters: the values of what trains too, and buffers that moved."""
-    state = state_of(model)
-    active = state is not None and state.active == placement.name
-    values = {path: model.get_parameter(path).data if active else v for path, v in placement.parked.items()}
-    heads = {path.rpartition(".")[0] for path in values}
-    for path, parked in placement.buffers.items():
-        own, base = (model.get_buffer(path), parked) if active else (parked, model.get_buffer(path))
-        if path.rpartition(".")[0] in heads or not torch.equal(own.to(base), base):
-            values[path] = own
-    return values
-
-
 def refuse_untold(model: nn.Module, placement: Placement) -> None:
     """Refuse to go on where something trains that no file of the active adapter would hold.
 
@@ -243,24 +198,11 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
         sites[id(target.layer)].put(target.part, target.kind, placement.name, adapter)
         sites[id(target.layer)].stand()
     keep_padding(model)
-    placement.buffers = base_values(model, movable_buffers(model)) | placement.buffers
+    placement.buffers = base_values(movable_buffers(model), {}) | placement.buffers
     state.placements[placement.name] = placement
     _activate(model, state, placement.name)
     model.requires_grad_(False)
     let_train(model, placement, True)
-
-
-def exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
-    """Put other adapters into the layers of a placement, in the place of its own."""
-    owner, state = noted(model)
-    assert state is not None
-    targets = targets_of(owner)
-    for path, adapter in adapters.items():
-        site = site_on(targets[path].layer)
-        assert site is not None
-        site.put(targets[path].part, targets[path].kind, placement.name, adapter)
-    placement.adapters = adapters
-    let_train(owner, placement, state.active == placement.name)
 
 
 def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
@@ -285,15 +227,9 @@ def _activate(model: nn.Module, state: ModelState, name: str | None) -> None:
     for leaving_or_entering in (state.active, name):
         if leaving_or_entering is not None:
             placement = state.placements[leaving_or_entering]
-            _swap(placement.parked, model.get_parameter)
-            _swap(placement.buffers, model.get_buffer)
+            swap(placement.parked, model.get_parameter)
+            swap(placement.buffers, model.get_buffer)
     state.active = name
-
-
-def _swap(parked: dict[str, Tensor], get: Callable[[str], Tensor]) -> None:
-    for path, other in parked.items():
-        tensor = get(path)
-        tensor.data, parked[path] = other.to(tensor.device, tensor.dtype), tensor.data
 
 
 def _known(state: ModelState) -> str:

@@ -26,19 +26,17 @@ WHOLE = "weight"
 
 
 class Front:
-    """Stands before the `forward` of a module, on the instance. What was there is `base`; the signature stays."""
+    """Stands before the `forward` of a module, on the instance, and computes `around` in its place. What was there is
+    `base`; the signature stays."""
 
-    def __init__(self, module: nn.Module):
-        self.module, self.inner, self.standing, self.wrapped = module, None, False, False
+    def __init__(self, module: nn.Module, around: Callable[..., Any]):
+        self.module, self.around = module, around
+        self.inner, self.standing, self.wrapped = None, False, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.around(*args, **kwargs) if self.standing else self.base(*args, **kwargs)
 
     __code__ = __call__.__code__  # torch.export says where a forward is written
-
-    def around(self, *args: Any, **kwargs: Any) -> Any:
-        """What is computed in the place of `base`."""
-        raise NotImplementedError
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes without this."""
@@ -82,30 +80,20 @@ class Site(nn.Module):
     `route`: what each sample's own adapter adds to the output, see `deploy/routing.py`.
     """
 
-    adapters: nn.ModuleDict
     layer: nn.Module
-    kind: LayerKind
-    kinds: dict[str, LayerKind]
-    at: str
-    state: ModelState
-    route: Callable[[Tensor], Tensor] | None
-    front: _SiteFront
 
     def __init__(self, layer: nn.Module, kind: LayerKind, at: str, state: ModelState):
         super().__init__()
-        self.adapters = nn.ModuleDict()
-        # In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel and calls no submodule, unless
-        # some submodule has a hook. The container is never called, so this one costs nothing.
-        self.adapters.register_forward_pre_hook(_no_fused_kernel)
-        # Not registered: the layer is the site's parent and no child of it.
-        vars(self).update(layer=layer, kind=kind, kinds={}, at=at, state=state, route=None, front=_SiteFront(layer))
-        self.front.site = self
+        vars(self)["layer"] = layer  # not registered: it is the site's parent and no child of it
+        self.kind, self.kinds, self.at, self.state = kind, dict[str, LayerKind](), at, state
+        self.route: Callable[[Tensor], Tensor] | None = None
+        self.front = Front(layer, self.forward)
+        self.base = self.front.base
         self.input_name = next(iter(self.front.__signature__.parameters), "input")
-
-    @property
-    def base(self) -> Callable[..., Any]:
-        """The layer's forward without adapter."""
-        return self.front.base
+        self.adapters = nn.ModuleDict()
+        # In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel unless some submodule has a hook.
+        # The container is never called, so this one costs nothing.
+        self.adapters.register_forward_pre_hook(_no_fused_kernel)
 
     @property
     def patched(self) -> bool:
@@ -138,10 +126,6 @@ class Site(nn.Module):
         """The same, where the layer's output without adapter is there already."""
         acting = self.acting()
         return self.kind.updated(self, acting, y, args, kwargs) if acting else y
-
-    def names(self) -> list[str]:
-        """Of what carries adapters here, in the model that `apply` was given."""
-        return [self.at if part == WHOLE else f"{self.at}.{part}" if self.at else part for part in self.kinds]
 
     def put(self, part: str, kind: LayerKind, name: str, adapter: Adapter) -> None:
         """Take in an adapter of that name for a part of the layer, or another in its place."""
@@ -188,13 +172,6 @@ class Site(nn.Module):
         )
 
 
-class _SiteFront(Front):
-    site: Site
-
-    def around(self, *args: Any, **kwargs: Any) -> Any:
-        return self.site.forward(*args, **kwargs)
-
-
 def _no_fused_kernel(module: nn.Module, inputs: Any) -> None:
     return None
 
@@ -228,7 +205,10 @@ class KeepsPadding(Front):
     """Before an nn.TransformerEncoder: padded batches stay padded. In eval mode it would pack them for fused kernels,
     which know no adapters, and give zeros where the padding was."""
 
-    def around(self, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, encoder: nn.Module):
+        super().__init__(encoder, self.padded)
+
+    def padded(self, *args: Any, **kwargs: Any) -> Any:
         encoder: Any = self.module
         before, encoder.use_nested_tensor = encoder.use_nested_tensor, False
         try:

@@ -16,8 +16,8 @@ import lorafamily
 from conftest import every_method, few_rounds, perturb_
 from lorafamily.deploy.checkpoint import merge_checkpoint
 from lorafamily.deploy.files import read
-from lorafamily.placement import placement_of
-from lorafamily.site import sites_in
+from lorafamily.placement import placement_of, targets_of
+from lorafamily.site import site_on, sites_in
 from test_ablation import brute_force, scored
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers is about to rename
@@ -211,7 +211,7 @@ def test_feature_wise_dropout_of_a_weight_that_is_read():
     model, _ = encoder()
     perturb_(lorafamily.apply(model, "lora", rank=2, dropout=0.25, targets="self_attn.q", seed=0))
     name, adapter = next(iter(placement_of(model).adapters.items()))
-    site = next(site for _, site in sites_in(model) if name in site.names())
+    site = site_on(targets_of(model)[name].layer)
     nn.init.zeros_(site.layer.in_proj_weight)
     site.front.inner = lambda: site.layer.in_proj_weight[:16].clone()  # what the layer's forward reads
     model.train()

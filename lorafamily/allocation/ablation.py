@@ -22,7 +22,7 @@ from lorafamily.allocation.replay import PeakActivations, Tape
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
-from lorafamily.site import sites_in
+from lorafamily.placement import targets_of
 
 ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `Run.scoring_memory` says otherwise
 
@@ -62,7 +62,8 @@ class Ablation(Scorer):
         with PeakActivations() as one_pass:
             unchanged = tape.run(self._loss).cpu()
         losses = {name: unchanged.repeat(adapter.rank) for name, adapter in self.run.adapters.items()}
-        at = {path: layer for layer, site in sites_in(self.run.model) for path in site.names()}
+        names = {id(module): name for name, module in self.run.model.named_modules()}
+        at = {path: names[id(target.layer)] for path, target in targets_of(self.run.model).items()}
         reached = {layer: i for i, layer in enumerate(tape.order)}
         called = [name for name in losses if at[name] in reached and len(losses[name])]
         for name in sorted(called, key=lambda name: reached[at[name]]):

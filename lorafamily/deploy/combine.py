@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.beside import trained_beside
 from lorafamily.budget import Sizing
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
 from lorafamily.errors import StateError
@@ -17,14 +18,14 @@ from lorafamily.placement import (
     Model,
     Placement,
     check_can_place,
-    exchange,
+    let_train,
     noted,
     placement_of,
     refuse_merged,
     state_of,
     targets_of,
-    trained_beside,
 )
+from lorafamily.site import site_on
 
 
 def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
@@ -84,7 +85,7 @@ def compress(
     refuse_merged(state_of(model))
     method, sizing, adapters, report = compressed(placement.adapters, rank, energy)
     placement.spec, placement.method, placement.sizing = PLAIN, method, sizing
-    exchange(model, placement, adapters)
+    _exchange(model, placement, adapters)
     return report
 
 
@@ -120,10 +121,25 @@ def compressed(
     return method, sizing_of(made, largest), made, report
 
 
+def _exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
+    """Put other adapters into the layers of a placement, in the place of its own."""
+    owner, state = noted(model)
+    assert state is not None
+    targets = targets_of(owner)
+    for path, adapter in adapters.items():
+        site = site_on(targets[path].layer)
+        assert site is not None
+        site.put(targets[path].part, targets[path].kind, placement.name, adapter)
+    placement.adapters = adapters
+    let_train(owner, placement, state.active == placement.name)
+
+
 def _beside(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:
     beside: dict[str, Tensor] = {}
+    owner, state = noted(model)
+    assert state is not None
     for part in parts.values():
-        for at, value in trained_beside(model, part).items():
+        for at, value in trained_beside(owner, part, state.active == part.name).items():
             if at in beside:
                 raise StateError(
                     f"{at} was trained with several of these adapters; which of them counts is not defined"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.beside import movable_buffers, trained_beside
 from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
@@ -32,13 +33,11 @@ from lorafamily.placement import (
     Model,
     Placement,
     check_can_place,
-    movable_buffers,
     noted,
     place,
     placement_of,
     refuse_untold,
     targets_of,
-    trained_beside,
 )
 from lorafamily.registry import find
 from lorafamily.site import base_parameters
@@ -68,7 +67,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     targets = targets_of(owner)
     layers = {at: targets[at] for at in placement.adapters}
     originals = (state.originals or {}) if hash_base else None
-    return write(described(owner, placement, layers, trained_beside(owner, placement), originals), path)
+    return write(
+        described(
+            owner, placement, layers, trained_beside(owner, placement, state.active == placement.name), originals
+        ),
+        path,
+    )
 
 
 def described(

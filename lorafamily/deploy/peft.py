@@ -18,22 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.beside import movable_buffers, trained_beside
 from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
-from lorafamily.deploy.plain import noted_dropout, place_plain
+from lorafamily.deploy.plain import noted_dropout, padded, place_plain
 from lorafamily.errors import FileError, StateError
-from lorafamily.functional import padded
 from lorafamily.layers import Convolution, kind_of
 from lorafamily.parts import ReadRows, Rows, Target, possible_targets
 from lorafamily.placement import (
     Model,
     Placement,
     check_can_place,
-    movable_buffers,
     noted,
     placement_of,
     refuse_untold,
     targets_of,
-    trained_beside,
 )
 from lorafamily.site import NAME, base_parameters
 
@@ -393,7 +391,9 @@ def _fixed(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Any]:
 
 def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor]]:
     """Whole modules with what trained beside the adapters: peft saves no single parameters."""
-    trained = trained_beside(model, placement)
+    _, state = noted(model)
+    assert state is not None
+    trained = trained_beside(model, placement, state.active == placement.name)
     owners = {at.rpartition(".")[0] for at in trained}
     for owner in owners:
         if owner in placement.adapters or not owner or any(model.get_submodule(owner).children()):

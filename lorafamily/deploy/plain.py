@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from lorafamily.adapter import Adapter
+from lorafamily.beside import movable_buffers
 from lorafamily.budget import Sizing
 from lorafamily.dropout import Dropout
 from lorafamily.errors import FileError, MethodError
 from lorafamily.method import Method
 from lorafamily.parts import Target
-from lorafamily.placement import Model, Placement, movable_buffers, noted, place
+from lorafamily.placement import Model, Placement, noted, place
 from lorafamily.registry import find
 from lorafamily.site import base_parameters
 
@@ -91,3 +94,11 @@ def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
 def sizing_of(adapters: Mapping[str, Adapter], rank: int) -> Sizing:
     """Of adapters that no budget was asked for."""
     return Sizing(None, "peak", rank, sum(adapter.trainable() for adapter in adapters.values()))
+
+
+def padded(
+    U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"], rank: int
+) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
+    """The same U V at a higher rank, by zeros."""
+    missing = rank - len(V)
+    return F.pad(U, (0, missing)), F.pad(V, (0, 0, 0, missing))

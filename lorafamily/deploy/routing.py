@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.deploy.plain import padded
 from lorafamily.errors import StateError
-from lorafamily.functional import padded
 from lorafamily.layers import Acting, whole_update
 from lorafamily.placement import Model, Placement, activate, noted, placement_of, refuse_merged, targets_of
 from lorafamily.site import Site, sites_in
