@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafamily.allocation.allocator import Allocator
@@ -27,7 +28,8 @@ from lorafamily.deploy import files
 from lorafamily.deploy.folder import read_record, read_sealed_tensors, write_sealed
 from lorafamily.errors import DataError, FileError, StateError
 from lorafamily.history import Decision
-from lorafamily.placement import placement_of, refuse_merged, state_of
+from lorafamily.placement import leave_out, noted, placement_of, refuse_merged, state_of, targets_of
+from lorafamily.reading import Reads
 from lorafamily.training.execution import evaluating
 from lorafamily.training.loop import SCORING_ROWS
 from lorafamily.training.state import pack, unpack
@@ -68,6 +70,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         Raises:
             StateError: ranks would change where the Trainer's engine holds on to tensors (DDP, FSDP, DeepSpeed).
             AllocationError: the method's schedule does not fit the run.
+
+        The first batch raises TargetError where targets that somebody named have no effect; others are left out.
         """
         allocation, sizing = self.placement.method.allocation, self.placement.sizing
         engine = "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else "DDP" if args.world_size > 1 else None
@@ -92,6 +96,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         if state.global_step:
             path = args.resume_from_checkpoint
             self._go_on(Path(path if isinstance(path, str) else f"{args.output_dir}/checkpoint-{state.global_step}"))
+        elif not args.torch_compile:
+            self._watch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Add the penalty's gradient."""
@@ -120,6 +126,36 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         packed = pack(tree | {"decisions": [vars(decision) for decision in self.decisions]}, "state", tensors)
         write_sealed(folder, STATE, {"format": FORMAT, "state": packed}, TENSORS, tensors)
 
+    def _watch(self) -> None:
+        """See at the first batch which targets' weights the model reads without calling the layers, as `train` does."""
+        owner, _ = noted(self.model)
+        reads = Reads(targets_of(owner))
+        hooks: list[RemovableHandle] = []
+
+        def begin(module: nn.Module, inputs: Any) -> None:
+            if module.training:  # not in an evaluation before
+                reads.__enter__()
+
+        def end(module: nn.Module, inputs: Any, output: Any) -> None:
+            if module.training:
+                for hook in hooks:
+                    hook.remove()
+                reads.__exit__(None, None, None)
+                if output is not None:  # nothing was raised
+                    self._leave_out(reads.without_effect())
+
+        hooks += [
+            self.model.register_forward_pre_hook(begin),
+            self.model.register_forward_hook(end, always_call=True),
+        ]
+
+    def _leave_out(self, names: list[str]) -> None:
+        if leave_out(self.model, self.placement, names, None if self.run is None else self.run.optimizer):
+            for name in names:
+                del self.start[name]
+            if self.run is not None:
+                self.allocator = self.placement.method.allocation.begin(self.run)
+
     def _go_on(self, checkpoint: Path) -> None:
         assert self.run is not None
         assert self.run.optimizer is not None
@@ -141,6 +177,10 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
 
     def _fit_ranks(self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         names = {id(parameter): name for name, parameter in module.named_parameters()}
+        known = {at: prefix + names[id(next(a.parameters()))] for at, a in self.placement.adapters.items()}
+        gone = [at for at, name in known.items() if name not in state_dict]
+        if self.placement.by_default and len(gone) < len(known):  # it has adapters, without those that it left out
+            self._leave_out(gone)
         for adapter in self.placement.adapters.values():
             for name, parameter in list(adapter.update.named_parameters()):
                 value = state_dict.get(prefix + names[id(parameter)])
