@@ -28,8 +28,8 @@ from lorafamily.deploy import files
 from lorafamily.deploy.folder import read_record, read_sealed_tensors, write_sealed
 from lorafamily.errors import DataError, FileError, StateError
 from lorafamily.history import Decision
-from lorafamily.placement import leave_out, noted, placement_of, refuse_merged, state_of, targets_of
-from lorafamily.reading import Reads
+from lorafamily.placement import noted, placement_of, refuse_merged, state_of, targets_of
+from lorafamily.reading import Reads, leave_out
 from lorafamily.training.execution import evaluating
 from lorafamily.training.loop import SCORING_ROWS
 from lorafamily.training.state import pack, unpack

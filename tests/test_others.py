@@ -820,7 +820,8 @@ def test_real_models_that_read_weights(make):
     with pytest.raises(lorafamily.TargetError, match="reads the weight of"):
         lorafamily.apply(model, "lora", rank=2, targets=read_ones, example=example)
     named = match(model, read_ones)
-    with pytest.warns(UserWarning, match="reads the weight of"):
+    by_kernels = make is mamba  # known without an example: only the input projection is a target by default
+    with contextlib.nullcontext() if by_kernels else pytest.warns(UserWarning, match="reads the weight of"):
         lorafamily.apply(model, "lora", rank=2, seed=0, example=example)
     adapters = placement_of(model).adapters
     assert adapters
