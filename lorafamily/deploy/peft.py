@@ -344,8 +344,8 @@ def _patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str
 
 
 def _pattern(at: str) -> str:
-    """Matches the full name of one layer, or of its weight."""
-    return rf"^{re.escape(at)}(\.weight)?"
+    """Matches the full name of one layer; of one that may be named as a parameter, that too."""
+    return f"^{re.escape(at)}" + (r"(\.weight)?" if at.rpartition(".")[2] in NAMES_OF_EXPERTS else "")
 
 
 def _addressed(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
