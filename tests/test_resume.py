@@ -27,6 +27,7 @@ from lorafamily.insight.record import Record
 from lorafamily.training import log
 from lorafamily.training.board import Board
 from lorafamily.training.interrupt import EXIT_CODE, Interrupted
+from lorafamily.training.state import random_state, set_random_state
 
 STEPS = 20
 
@@ -398,3 +399,32 @@ def test_the_record_is_the_uninterrupted_one_s(tmp_path):
     assert steps == list(range(1, STEPS + 1))
     assert lorafamily.ranks_at(tmp_path, 0) != lorafamily.ranks_at(tmp_path, STEPS)
     assert len(lorafamily.redraw(tmp_path)) == 4
+
+
+class TwoDevices:
+    """Generators of an accelerator, as torch.cuda has them."""
+
+    def __init__(self):
+        self.generators = [torch.Generator().manual_seed(i) for i in range(2)]
+
+    def device_count(self):
+        return 2
+
+    def get_rng_state_all(self):
+        return [generator.get_state() for generator in self.generators]
+
+    def set_rng_state(self, state, i):
+        self.generators[i].set_state(state)
+
+    def draw(self):
+        return [torch.rand((), generator=generator).item() for generator in self.generators]
+
+
+def test_random_states_are_those_of_every_device(monkeypatch):
+    """A model may be on several; the one that trains need not be the current one."""
+    accelerator, device = TwoDevices(), torch.device("cuda", 1)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: accelerator)
+    before = random_state(device)
+    drawn = accelerator.draw()
+    set_random_state(before, device)
+    assert accelerator.draw() == drawn

@@ -59,7 +59,8 @@ def seed_all(seed: int) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of Python's, NumPy's and torch's generators, and of the device's."""
+    """Of Python's, NumPy's and torch's generators, and of those of all devices of that type: a model may be on several,
+    and none of them need be the current one."""
     numpy_state: Any = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -67,15 +68,22 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if device.type not in ("cpu", "meta"):
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
+        module = torch.get_device_module(device)
+        several = getattr(module, "get_rng_state_all", None)
+        state["devices"] = [module.get_rng_state()] if several is None else several()
     return state
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators where `random_state` found them; the device's where the state has one."""
+    """Put the generators where `random_state` found them; those of devices where the state has them."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "device" in state and device.type not in ("cpu", "meta"):
-        torch.get_device_module(device).set_rng_state(state["device"], device)
+    if "devices" in state and device.type not in ("cpu", "meta"):
+        module = torch.get_device_module(device)
+        if hasattr(module, "get_rng_state_all"):
+            for i, own in enumerate(state["devices"][: module.device_count()]):
+                module.set_rng_state(own, i)
+        else:
+            module.set_rng_state(state["devices"][0])
