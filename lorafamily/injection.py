@@ -168,7 +168,7 @@ def choose(
     chosen = find(method).with_options(**method_options)
     drops = Dropout(dropout, dropout_kind)
     matched = targeting.match(model, targets, fused, exclude)
-    by_default = targets is None or targets in ("all-linear", "attention")
+    by_default = targeting.by_default(targets)
     if example is not None:
         matched = _with_effect(model, matched, example, by_default)
     beside = match_beside(model, also_train, matched)

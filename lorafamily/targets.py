@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from lorafamily.errors import TargetError
-from lorafamily.layers import kind_of, why_not
+from lorafamily.layers import kind_named, kind_of, why_not
 from lorafamily.parts import Fused, Target, possible_targets
 from lorafamily.site import base_parameters
 
@@ -42,10 +42,15 @@ def match(
         TargetError: a target that matches no layer, or only layers that cannot carry an adapter, with the reason.
     """
     able = possible_targets(model, fused)
-    chosen = _named(model, targets, able)
-    if exclude is not None:
-        left_out = _named(model, exclude, able)
-        chosen = {name: target for name, target in chosen.items() if name not in left_out}
+    packed = _packed(model)
+    left_out = {} if exclude is None else _named(model, exclude, able | packed)
+    chosen = {name: target for name, target in _named(model, targets, able).items() if name not in left_out}
+    for name, target in _named(model, targets, packed).items() if packed and by_default(targets) else ():
+        if name not in left_out:
+            raise TargetError(
+                f"{name} ({type(target.layer).__name__}) cannot carry an adapter: {why_not(target.layer)} "
+                f'(quantised?); leave it out with exclude="{name}"'
+            )
     if not chosen:
         without = "" if exclude is None else f" without exclude={exclude!r}"
         raise TargetError(
@@ -54,9 +59,25 @@ def match(
     return chosen
 
 
+def by_default(targets: Targets) -> bool:
+    """Whether nobody named layers, but at most a kind of them."""
+    return targets is None or targets in ("all-linear", "attention")
+
+
+def _packed(model: nn.Module) -> dict[str, Target]:
+    """Linear layers whose weight is no plain floating-point matrix."""
+    linear = kind_named("linear")
+    assert linear is not None
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {name: module._parameters.get("weight") for name, module in layers.items()}
+    return {
+        name: Target(layers[name], linear) for name, w in weights.items() if w is not None and not w.is_floating_point()
+    }
+
+
 def _named(model: nn.Module, targets: Targets, able: dict[str, Target]) -> dict[str, Target]:
     linear = {name: target for name, target in able.items() if target.kind.linear}
-    if targets is None or targets in ("all-linear", "attention"):
+    if targets is None or by_default(targets):
         inside = _inside(model, linear)
         return inside if targets != "attention" else {name: t for name, t in inside.items() if _ATTENTION.search(name)}
     if callable(targets):
@@ -90,19 +111,8 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
 
 
 def _inside(model: nn.Module, linear: dict[str, Target]) -> dict[str, Target]:
-    """Linear layers without heads, poolers, routers and what state-space kernels read.
-
-    Raises:
-        TargetError: one of them has a weight that is no plain floating-point matrix.
-    """
+    """Linear layers without heads, poolers, routers and what state-space kernels read."""
     heads = heads_of(model)
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if weight is not None and not weight.is_floating_point() and not heads(name, module):
-            raise TargetError(
-                f"{name} ({type(module).__name__}) cannot carry an adapter: {why_not(module)} (quantised?); name "
-                "targets without it"
-            )
     return {
         name: target
         for name, target in linear.items()
@@ -192,7 +202,7 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
             return "routers"
         if "Norm" in of:
             return "norms"
-        if kind_of(module) is not None:
+        if kind_of(module) is not None or isinstance(model.get_submodule(at.rpartition(".")[0]), nn.MultiheadAttention):
             return f"other layers that can be adapted ({of})"
         dimensions = module.get_parameter(own).ndim
         return (

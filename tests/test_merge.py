@@ -81,6 +81,14 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     lorafamily.merge(model)
 
 
+def test_a_failure_in_the_middle_is_said_where_nothing_was_kept(monkeypatch):
+    model = perturb_(tiny_adapted())
+    adapters = list(placement_of(model).adapters.values())
+    monkeypatch.setattr(adapters[7], "factors", lambda: (_ for _ in ()).throw(MemoryError("full")))
+    with pytest.raises(lorafamily.StateError, match=r"failed in the middle \(full\), .* load the base"):
+        lorafamily.merge(model, keep="none")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_difference_that_merging_makes(dtype, merged):
@@ -92,8 +100,7 @@ def test_the_difference_that_merging_makes(dtype, merged):
         lorafamily.unmerge(model)
     model.train()
     assert lorafamily.merge_difference(model, batch) == expected
-    # With so many tokens the forward itself forms W + ΔW in float32, as merging does; in half precision it does not.
-    assert expected == 0 if dtype == torch.float32 else expected > 0
+    assert 0 < expected < 40 * torch.finfo(dtype).eps  # logits of size one: some roundings of the weights and of sums
     assert model.training
     assert state_of(model).merged is merged
     lorafamily.unmerge(model)

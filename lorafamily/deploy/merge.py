@@ -46,15 +46,25 @@ def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") ->
     changes: dict[nn.Parameter, list[tuple[str, Target, Adapter]]] = defaultdict(list)
     for path, adapter in placement.adapters.items():
         changes[_replaceable(path, targets[path])].append((path, targets[path], adapter))
+    originals: dict[str, Tensor | None] = {}
+    try:
+        for parameter, of in changes.items():  # one by one: all merged weights at once would be a second model
+            merged = changed_weight(parameter.data, [(target.kind, adapter) for _, target, adapter in of])
+            kept = None if keep == "none" else parameter.data if keep == "device" else parameter.data.cpu()
+            originals |= {path: kept for path, _, _ in of}
+            parameter.data = merged
+    except BaseException as error:
+        if None in originals.values():
+            raise StateError(
+                f'merging failed in the middle ({error}), and with keep="none" nothing can be undone: load the base '
+                "again"
+            ) from error
+        _put_back(originals, targets)
+        raise
     for _, site in sites_in(owner):
         site.step_aside()
     keep_padding(owner)
-    state.originals = {}
-    for parameter, of in changes.items():  # one by one: all merged weights at once would be a second model
-        original = parameter.data
-        parameter.data = changed_weight(original, [(target.kind, adapter) for _, target, adapter in of])
-        kept = None if keep == "none" else original if keep == "device" else original.cpu()
-        state.originals |= {path: kept for path, _, _ in of}
+    state.originals = originals
     return model
 
 
@@ -74,10 +84,7 @@ def unmerge(model: Model) -> Model:
             'again, or merge with keep="cpu"'
         )
     targets = targets_of(owner)
-    for path, original in state.originals.items():
-        assert original is not None
-        parameter = targets[path].parameter
-        parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
+    _put_back(state.originals, targets)
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
             like = targets[path].weight
@@ -136,6 +143,13 @@ def changed_weight(weight: Tensor, acting: Acting) -> Tensor:
         U, V = (factor.to(weight.device, high) for factor in (U, V))
         changed = kind.changed(changed.to(high), U, V, adapter.scale)
     return changed.to(weight.dtype).contiguous()
+
+
+def _put_back(originals: Mapping[str, Tensor | None], targets: Mapping[str, Target]) -> None:
+    for path, original in originals.items():
+        assert original is not None
+        parameter = targets[path].parameter
+        parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
 
 
 def _replaceable(path: str, target: Target) -> nn.Parameter:
