@@ -202,11 +202,12 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
             return "routers"
         if "Norm" in of:
             return "norms"
-        if kind_of(module) is not None or isinstance(model.get_submodule(at.rpartition(".")[0]), nn.MultiheadAttention):
+        if kind_of(module) is not None:
             return f"other layers that can be adapted ({of})"
-        dimensions = module.get_parameter(own).ndim
-        return (
-            f"what no kind of layer covers ({of}, {dimensions}-D)" if dimensions > 1 else "scales and biases elsewhere"
-        )
+        if module.get_parameter(own).ndim < 2:
+            return "scales and biases elsewhere"
+        if isinstance(model.get_submodule(at.rpartition(".")[0]), nn.MultiheadAttention):
+            return "other layers that can be adapted (MultiheadAttention)"
+        return f"what no kind covers ({of}, {module.get_parameter(own).ndim}-D)"
 
     return kind
