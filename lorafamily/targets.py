@@ -208,6 +208,6 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
             return "scales and biases elsewhere"
         if isinstance(model.get_submodule(at.rpartition(".")[0]), nn.MultiheadAttention):
             return "other layers that can be adapted (MultiheadAttention)"
-        return f"what no kind covers ({of}, {module.get_parameter(own).ndim}-D)"
+        return f"what no kind of layer covers ({of}, {module.get_parameter(own).ndim}-D)"
 
     return kind

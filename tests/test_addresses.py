@@ -70,7 +70,7 @@ def test_weights_that_are_merged_on_disk(saved, tmp_path, monkeypatch):
     seen = {}
     change = checkpoint.changed_weight
     monkeypatch.setattr(
-        checkpoint, "changed_weight", lambda weight, adapters: change(seen.setdefault(id(weight), weight), adapters)
+        checkpoint, "changed_weight", lambda weight, acting: change(seen.setdefault(id(weight), weight), acting)
     )
     base = tmp_path / "base"
     base.mkdir()
