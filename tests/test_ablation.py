@@ -148,6 +148,7 @@ class Awkward(nn.Module):
 def test_shared_unused_and_in_place_layers_are_scored_by_the_definition():
     model = perturb_(lorafamily.apply(Awkward().eval(), "alora", rank=2, seed=0))
     x = torch.randn(5, 8, dtype=torch.float64)
+    before = vars(model.shared)["forward"]
     expected = brute_force(model, lambda: model(x))
     found = scored(model, lambda: model(x), None)
     assert found.keys() == expected.keys()
