@@ -6,15 +6,11 @@ While an adapter is active its values are in the model and the base's wait outsi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lorafamily.parts import join
-
-if TYPE_CHECKING:
-    from lorafamily.placement import Placement
+from lorafamily.names import join
 
 
 def base_values(tensors: Mapping[str, Tensor], parked: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,12 +32,17 @@ def movable_buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def trained_beside(model: nn.Module, placement: Placement, active: bool) -> dict[str, Tensor]:
-    """What an adapter's file holds beside the adapters: the values of what trains too, and buffers that moved."""
-    values = {path: model.get_parameter(path).data if active else v for path, v in placement.parked.items()}
+def trained_beside(
+    model: nn.Module, parked: Mapping[str, Tensor], buffers: Mapping[str, Tensor], active: bool
+) -> dict[str, Tensor]:
+    """What an adapter's file holds beside the adapters: the values of what trains too, and buffers that moved.
+
+    `parked`, `buffers`: what waits outside the model, the base's values while the adapter is active, else its own.
+    """
+    values = {path: model.get_parameter(path).data if active else v for path, v in parked.items()}
     heads = {path.rpartition(".")[0] for path in values}
-    for path, parked in placement.buffers.items():
-        own, base = (model.get_buffer(path), parked) if active else (parked, model.get_buffer(path))
+    for path, waiting in buffers.items():
+        own, base = (model.get_buffer(path), waiting) if active else (waiting, model.get_buffer(path))
         if path.rpartition(".")[0] in heads or not torch.equal(own.to(base), base):
             values[path] = own
     return values

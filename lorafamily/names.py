@@ -115,3 +115,8 @@ def _runs(parts: list[str]) -> list[str]:
         for begin in range(len(parts) - length + 1)
         if not parts[begin].isdigit()
     ]
+
+
+def join(at: str, name: str) -> str:
+    """A full name from that of a module and one in it."""
+    return f"{at}.{name}" if at else name

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorafamily.dropout import feature_mask
 from lorafamily.errors import TargetError
 from lorafamily.layers import Acting, LayerKind, holding, kind_named, kind_of
+from lorafamily.names import join
 from lorafamily.site import WHOLE, Site, site_on
 
 Fused = Mapping[str, Sequence[str] | Mapping[str, int]]
@@ -269,8 +270,3 @@ def _factors_in(module: nn.Module) -> Iterator[nn.Module]:
     theirs = sys.modules.get("peft.tuners.tuners_utils")
     if theirs is not None and isinstance(module, theirs.BaseTunerLayer):
         yield from (child for name, child in module.named_children() if name != "base_layer")
-
-
-def join(at: str, name: str) -> str:
-    """A full name from that of a module and one in it."""
-    return f"{at}.{name}" if at else name

@@ -139,7 +139,7 @@ def _beside(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tenso
     owner, state = noted(model)
     assert state is not None
     for part in parts.values():
-        for at, value in trained_beside(owner, part, state.active == part.name).items():
+        for at, value in trained_beside(owner, part.parked, part.buffers, state.active == part.name).items():
             if at in beside:
                 raise StateError(
                     f"{at} was trained with several of these adapters; which of them counts is not defined"

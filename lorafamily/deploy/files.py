@@ -28,7 +28,8 @@ from lorafamily.deploy.plain import noted_dropout
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.layers import onloaded
 from lorafamily.method import Method
-from lorafamily.parts import Target, join, target_of_record
+from lorafamily.names import join
+from lorafamily.parts import Target, target_of_record
 from lorafamily.placement import (
     Model,
     Placement,
@@ -69,7 +70,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     originals = (state.originals or {}) if hash_base else None
     return write(
         described(
-            owner, placement, layers, trained_beside(owner, placement, state.active == placement.name), originals
+            owner,
+            placement,
+            layers,
+            trained_beside(owner, placement.parked, placement.buffers, state.active == placement.name),
+            originals,
         ),
         path,
     )

@@ -13,7 +13,8 @@ from lorafamily.adapter import Adapter
 from lorafamily.batch import call
 from lorafamily.errors import StateError
 from lorafamily.layers import Acting
-from lorafamily.parts import Target, join
+from lorafamily.names import join
+from lorafamily.parts import Target
 from lorafamily.placement import Model, Placement, noted, placement_of, targets_of
 from lorafamily.site import keep_padding, sites_in
 

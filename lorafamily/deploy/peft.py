@@ -393,7 +393,7 @@ def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor
     """Whole modules with what trained beside the adapters: peft saves no single parameters."""
     _, state = noted(model)
     assert state is not None
-    trained = trained_beside(model, placement, state.active == placement.name)
+    trained = trained_beside(model, placement.parked, placement.buffers, state.active == placement.name)
     owners = {at.rpartition(".")[0] for at in trained}
     for owner in owners:
         if owner in placement.adapters or not owner or any(model.get_submodule(owner).children()):
