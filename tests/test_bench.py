@@ -27,7 +27,9 @@ def test_every_variant_is_measured(tmp_path, capsys):
     rows = {row["variant"]: row for row in told["steps"]["small"]}
     assert list(rows) == [
         *("frozen floor", "lora", "olora", "alora", "lora2", "adalora"),
-        *("lora, dropout 0.1", "lora, dropout 0.1 of features", "inputs kept, no update", "lora2, dense product"),
+        *("lora, dropout 0.1", "lora, dropout 0.1 of features"),
+        *("lora, dropout 0.1, plain formulation", "lora, plain formulation"),
+        *("inputs kept, no update", "lora2, dense product"),
         *("peft", "peft, dropout 0.1", "full fine-tuning"),
     ]
     assert rows["frozen floor"]["ratio"] == 1.0

@@ -155,7 +155,8 @@ def test_autocast_keeps_one_copy_of_x_in_its_own_dtype_none_of_the_weight_and_fl
     assert y.dtype == dtype
     of_x, of_h, of_factors = 256 * 64 * 2, 256 * 2 * 2, 2 * 2 * 64 * 2
     assert saved.bytes.get(dtype, 0) <= of_x + of_h + of_factors
-    assert not saved.bytes.get(torch.float32, 0)
+    # The power of two that V lends U in float16 is one number.
+    assert saved.bytes.get(torch.float32, 0) <= (4 if dtype == torch.float16 else 0)
     y.float().square().sum().backward()
     adapter = placement_of(layer).adapters["0"]
     assert adapter.update.A.grad.dtype == torch.float32

@@ -55,7 +55,7 @@ class Doubled(nn.Module):
         self.layer = nn.Linear(5, 5)
 
     def forward(self, x):
-        return self.layer(x) + nn.functional.linear(x, self.layer.weight)
+        return self.layer(x) + 10 * nn.functional.linear(x, self.layer.weight)
 
 
 class Counting(nn.Linear):

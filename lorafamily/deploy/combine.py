@@ -37,6 +37,7 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     Raises:
         StateError: an unknown name, a name that is taken, a merged model, or a head that several of them trained.
         MethodError: none of them has a rank left in any layer.
+        TargetError: a layer cannot carry an adapter, as where it has an attribute "lorafamily" of its own.
     """
     if not weights:
         raise StateError('nothing to combine: give names with their weights, such as {"a": 0.7, "b": 0.3}')

@@ -212,6 +212,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
             their weights) are not those it was made for.
         MethodError: the method is not installed.
         StateError: the name is taken, or the model is merged.
+        TargetError: a layer cannot carry an adapter, as where it has an attribute "lorafamily" of its own.
     """
     name = "default" if name is None else name
     owner = check_can_place(model, name)

@@ -140,6 +140,7 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
         FileError: the folder lacks a file, a file is damaged or made for another model, or it holds what LoRA of this
             package is not, such as DoRA; it is named.
         StateError: the name is taken, or the model is merged.
+        TargetError: a layer cannot carry an adapter, as where it has an attribute "lorafamily" of its own.
     """
     owner = check_can_place(model, name)
     folder = Path(path)
@@ -178,6 +179,7 @@ def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, n
         FileError: no factors in it, or factors that do not fit the model's layers (`MergedLinear` has others).
         MethodError: alpha is no positive, finite number.
         StateError: the name is taken, or the model is merged.
+        TargetError: a layer cannot carry an adapter, as where it has an attribute "lorafamily" of its own.
     """
     targets = _whole_layers(check_can_place(model, name))
     pairs = {key.rpartition(".")[0] for key in state if key.endswith((".lora_A", ".lora_B"))}

@@ -18,14 +18,17 @@ from lorafamily.errors import DataError, NonFiniteError, TrainingError
 CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 
 
-def check_connected(loss: Tensor) -> None:
-    """The loss must depend on something that trains.
+def depends(loss: Tensor, adapters: Mapping[str, Any], beside: Mapping[str, Tensor]) -> bool:
+    """Whether the loss has gradients to give. It must, unless an allocation ended at rank 0 everywhere and nothing
+    trains beside.
 
     Raises:
-        TrainingError: it does not, and no gradient would reach anything.
+        TrainingError: it has none, and something would train.
     """
-    if not loss.requires_grad:
+    emptied = adapters and not beside and not any(adapter.rank for adapter in adapters.values())
+    if not loss.requires_grad and not emptied:
         raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
+    return loss.requires_grad
 
 
 def check_gradients(adapters: Mapping[str, Any], beside: Mapping[str, nn.Parameter]) -> None:

@@ -123,6 +123,8 @@ def train(
         FileError: a checkpoint cannot be written or read.
         TrainingError: nothing to train, an adapter without gradient, a number that is not finite, or a frozen weight
             that changed.
+        TargetError: a layer that somebody named as a target only has its weight read, so that its adapter is without
+            effect.
         Interrupted: a signal asked the run to stop, and it has saved.
     """
     owner, noted_state = noted(model)
@@ -174,6 +176,7 @@ def train(
             return {"loss": sum(losses) / len(losses)}
 
     adapters = {} if placement is None else placement.adapters
+    beside = {} if placement is None else placement.parked
     run = Run(
         model=model,
         adapters=adapters,
@@ -240,8 +243,8 @@ def train(
                             check_keys(model, batch)
                         with in_precision(), reads or contextlib.nullcontext():
                             loss = share * loss_of(runner, batch, loss_fn)
-                        guards.check_connected(loss)
-                        scaler.scale(loss / accumulate).backward()
+                        if guards.depends(loss, adapters, beside):
+                            scaler.scale(loss / accumulate).backward()
                         if reads is not None and placement is not None:
                             if leave_out(owner, placement, reads.without_effect(), optim):
                                 allocator = state.begin_again()
@@ -254,7 +257,6 @@ def train(
                         if buffers is not None:
                             buffers.put_back()
                         if check_gradients:
-                            beside = {} if placement is None else placement.parked
                             guards.check_gradients(adapters, {at: owner.get_parameter(at) for at in beside})
                     processes.add_up_gradients(trained)
                     loss_sum, stop = processes.add_up([loss_sum, float(signals.received is not None)])
