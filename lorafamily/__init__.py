@@ -38,7 +38,9 @@ from lorafamily.method import Initialisation, Method, Penalty
 from lorafamily.registry import methods
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.loop import train
+from lorafamily.training.optimisation import Trained, parameter_groups
 from lorafamily.training.processes import shard
+from lorafamily.training.session import Session, session
 
 __all__ = [
     "Adapter",
@@ -57,10 +59,12 @@ __all__ = [
     "Parametrisation",
     "Penalty",
     "Plan",
+    "Session",
     "Sizing",
     "StateError",
     "Summary",
     "TargetError",
+    "Trained",
     "TrainingError",
     "analysis",
     "apply",
@@ -75,6 +79,7 @@ __all__ = [
     "merge",
     "merge_difference",
     "methods",
+    "parameter_groups",
     "plan",
     "ranks_at",
     "redraw",
@@ -82,6 +87,7 @@ __all__ = [
     "remove",
     "routing",
     "save",
+    "session",
     "shard",
     "summary",
     "switch",

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from einops import einsum
@@ -103,6 +103,15 @@ class Parametrisation(nn.Module, ABC):
         """Each tensor that has slices, with their axis."""
         for name, axis in self.slices.items():
             yield self.get_parameter(name), axis
+
+    def role(self, name: str) -> Literal["down", "up", "gate"]:
+        """What a tensor is part of: V, which takes the input down to the rank, U, or a number for each slice."""
+        shape = self.get_parameter(name).shape
+        if len(shape) == 1:
+            return "gate"
+        along = self.slices.get(name)
+        up = shape[0] == self.d_out and shape[-1] != self.d_in if along is None else along == 1
+        return "up" if up else "down"
 
     @torch.no_grad()
     def mask(self, off: Int[Tensor, " n"]) -> None:
@@ -260,16 +269,15 @@ class Adapter(nn.Module):
             self.start.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
         return self.update.resize(keep, new)
 
-    def take_over(self, other: Adapter) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Have the other's tensors from now on, whatever its rank; returns which parameter each one replaced."""
+    def take(self, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Have these tensors from now on, by the names of `state_dict()`, whatever their rank; returns which parameter
+        each one replaced."""
         replaced = []
-        for own, its in ((self.update, other.update), (self.start, other.start)):
-            for name, old in [] if own is None else list(own.named_parameters()):
-                assert its is not None
-                value = its.get_parameter(name).data.to(old.device, copy=True)
-                new = nn.Parameter(value, requires_grad=old.requires_grad)
-                setattr(own, name, new)
-                replaced.append((old, new))
+        for name, old in list(self.named_parameters()):
+            inside, _, own = name.rpartition(".")
+            new = nn.Parameter(tensors[name].to(old.device, old.dtype, copy=True), requires_grad=old.requires_grad)
+            setattr(self.get_submodule(inside), own, new)
+            replaced.append((old, new))
         return replaced
 
     def state(self) -> dict[str, Any]:

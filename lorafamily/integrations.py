@@ -5,8 +5,8 @@
     trainer.train(resume_from_checkpoint=...)     # where it was, ranks and allocator included
     lorafamily.save(model, "my-adapter")
 
-Tensors really change size, in the model and in the optimiser. The Trainer clips gradients before it calls back, so the
-penalty's gradient is not clipped here, as it is in `lorafamily.train`.
+Tensors really change size, in the model and in the optimiser. What the allocation has seen travels in the optimiser's
+state, so that it is there wherever the Trainer resumes from.
 """
 
 from __future__ import annotations
@@ -15,26 +15,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorafamily.allocation.allocator import Allocator
-from lorafamily.allocation.run import Run
-from lorafamily.allocation.surgery import exchange
-from lorafamily.batch import first_rows, loss_of, to_device
 from lorafamily.deploy import files
-from lorafamily.deploy.folder import read_record, read_sealed_tensors, write_sealed
-from lorafamily.errors import DataError, FileError, StateError
+from lorafamily.errors import StateError
 from lorafamily.history import Decision
-from lorafamily.placement import noted, placement_of, refuse_merged, state_of, targets_of
-from lorafamily.reading import Reads, leave_out
-from lorafamily.training.execution import evaluating
-from lorafamily.training.loop import SCORING_ROWS
-from lorafamily.training.state import pack, unpack
+from lorafamily.placement import noted, placement_of, refuse_merged, state_of
+from lorafamily.reading import leave_out
+from lorafamily.site import base_parameters
+from lorafamily.training.session import Session, Surroundings
 
-FOLDER, STATE, TENSORS, FORMAT = "lorafamily", "allocator.json", "allocator.safetensors", 1
+FOLDER = KEY = "lorafamily"
 
 
 class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] # transformers is not typed
@@ -44,23 +37,40 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         model: the model that the Trainer gets, with its adapters.
         validation: batches, needed by methods that score ranks on them; `trainer.get_eval_dataloader()` has some.
         seed: of the numbers that new ranks start from.
+        adapters_only: let the Trainer's checkpoints hold what trains, without the frozen base.
+        log: called with every decision's numbers; `trainer.log` hands them to the Trainer's loggers.
+        check_gradients: refuse to go on where adapters get no gradient from the task.
 
-    `decisions`: every change of the allocation so far.
+    `session`: what runs since training began, with its `decisions`.
 
     Raises:
         StateError: no adapter is active, or one is merged.
     """
 
-    def __init__(self, model: nn.Module, *, validation: Iterable[Any] | None = None, seed: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        validation: Iterable[Any] | None = None,
+        seed: int = 0,
+        adapters_only: bool = False,
+        log: Callable[[dict[str, float]], None] | None = None,
+        check_gradients: bool = True,
+    ):
         refuse_merged(state_of(model))
         self.placement = placement_of(model)
         self.model, self.validation, self.seed = model, validation, seed
-        self.decisions: list[Decision] = []
-        self.start = {at: adapter.rank for at, adapter in self.placement.adapters.items()}
-        self.run: Run | None = None
-        self.allocator: Allocator | None = None
+        self.log, self.check_gradients, self.adapters_only = log, check_gradients, adapters_only
+        self.start = self._ranks()
+        self.session: Session | None = None
+        self._hooks: list[RemovableHandle] = []
         # The Trainer loads a checkpoint into the model before it calls back; ranks must fit by then.
         model.register_load_state_dict_pre_hook(self._fit_ranks)
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Every change of the allocation so far."""
+        return [] if self.session is None else self.session.decisions
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -68,140 +78,110 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         """Begin the allocation, or go on with that of the checkpoint that the Trainer resumes from.
 
         Raises:
-            StateError: ranks would change where the Trainer's engine holds on to tensors (DDP, FSDP, DeepSpeed).
+            StateError: the Trainer trains another model; ranks would change where its engine holds on to tensors (DDP,
+                FSDP, DeepSpeed); the checkpoint was written without this callback, or is of other adapters.
             AllocationError: the method's schedule does not fit the run.
 
         The first batch raises TargetError where targets that somebody named have no effect; others are left out.
         """
-        allocation, sizing = self.placement.method.allocation, self.placement.sizing
-        engine = "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else "DDP" if args.world_size > 1 else None
-        held = getattr(given["optimizer"], "optimizer", given["optimizer"])  # inside what Accelerate wraps it in
-        self.run = Run(
-            model=self.model,
-            adapters=self.placement.adapters,
-            steps=state.max_steps,
-            limit=sizing.budget,
-            rank_limit=sizing.rank_budget,
-            optimizer=held,
-            validation_loss=self._validation_loss(args.device),
-            start=self.start,
-        )
-        self.run.generator.manual_seed(self.seed)
-        self.allocator = allocation.begin(self.run)
-        if engine is not None and not self.allocator.settled:
+        if noted(given["model"])[0] is not noted(self.model)[0]:
             raise StateError(
-                f"{engine} holds on to the tensors it was given, and this method changes their size; use "
-                "lorafamily.train under torchrun, or a method with fixed ranks"
+                "the Trainer trains another model than the one this LoraFamilyCallback was made for; make one for it"
             )
-        if state.global_step:
-            path = args.resume_from_checkpoint
-            self._go_on(Path(path if isinstance(path, str) else f"{args.output_dir}/checkpoint-{state.global_step}"))
-        elif not args.torch_compile:
-            self._watch()
+        optimizer = given["optimizer"]
+        begun = _taken_out(optimizer)
+        if state.global_step and begun is None:
+            raise StateError(
+                "the Trainer resumes from a checkpoint whose optimizer.pt has nothing of lorafamily: it was written "
+                "without LoraFamilyCallback"
+            )
+        if begun is None:
+            self.start = self._ranks()
+        elif begun["start"] != {at: rank for at, rank in self.start.items() if at not in begun["left out"]}:
+            raise StateError("the checkpoint is of a run with other adapters than these, or other ranks at the start")
+        self.session = Session(
+            self.model,
+            optimizer,
+            steps=state.max_steps,
+            validation=self.validation,
+            loss_fn=None,
+            seed=self.seed,
+            check_gradients=self.check_gradients,
+            around=Surroundings(scaler=getattr(optimizer, "scaler", None), compiled=args.torch_compile),
+            start=None if begun is None else begun["start"],
+        )
+        engine = "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else None
+        if engine is not None and not self.session.allocator.settled:
+            raise StateError(f"{engine} holds on to the tensors it was given, and this method changes their size")
+        if begun is not None:
+            self.session.load_state_dict(begun)
+        self._hooks.append(self.session.optimizer.register_state_dict_post_hook(self._put_in))
+        if self.adapters_only:
+            self._hooks.append(self.model._register_state_dict_hook(_without_base))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Add the penalty's gradient."""
-        if self.placement.method.penalty is not None:
-            self.placement.method.penalty(self.placement.adapters.values()).backward()
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Leave the model and the optimiser as they are without a Trainer."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Begin the step's gradient with the penalty's, which is clipped with the task's then."""
+        assert self.session is not None
+        self.session.add_penalty()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
         """Let the allocator see the gradients, and decide."""
-        assert self.allocator is not None
-        if getattr(given["optimizer"], "step_was_skipped", False):  # float16: the gradients are not finite
-            self.model.zero_grad(set_to_none=True)
-        decision = self.allocator.step(state.global_step + 1)
-        if decision is not None:
-            self.decisions.append(decision)
+        assert self.session is not None
+        decision = self.session.step()
+        if decision is not None and self.log is not None:
+            ranks = list(decision.after.values())
+            numbers = {"rank": sum(ranks), "rank/lowest": min(ranks), "rank/highest": max(ranks)}
+            self.log({name: float(number) for name, number in numbers.items()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **given: Any) -> None:
-        """Add the adapters and the allocator to the Trainer's checkpoint."""
-        assert self.run is not None
-        assert self.allocator is not None
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
-        files.save(self.model, folder, self.placement.name)
-        tree = {"allocator": self.allocator.state(), "generator": self.run.generator.get_state(), "start": self.start}
-        tensors: dict[str, Tensor] = {}
-        packed = pack(tree | {"decisions": [vars(decision) for decision in self.decisions]}, "state", tensors)
-        write_sealed(folder, STATE, {"format": FORMAT, "state": packed}, TENSORS, tensors)
+        """Add the adapters, as `lorafamily.load` reads them, to the Trainer's checkpoint."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
+            files.save(self.model, folder, self.placement.name)
 
-    def _watch(self) -> None:
-        """See at the first batch which targets' weights the model reads without calling the layers, as `train` does."""
-        owner, _ = noted(self.model)
-        reads = Reads(targets_of(owner))
-        hooks: list[RemovableHandle] = []
+    def _ranks(self) -> dict[str, int]:
+        return {at: adapter.rank for at, adapter in self.placement.adapters.items()}
 
-        def begin(module: nn.Module, inputs: Any) -> None:
-            if module.training:  # not in an evaluation before
-                reads.__enter__()
-
-        def end(module: nn.Module, inputs: Any, output: Any) -> None:
-            if module.training:
-                for hook in hooks:
-                    hook.remove()
-                reads.__exit__(None, None, None)
-                if output is not None:  # nothing was raised
-                    self._leave_out(reads.without_effect())
-
-        hooks += [
-            self.model.register_forward_pre_hook(begin),
-            self.model.register_forward_hook(end, always_call=True),
-        ]
-
-    def _leave_out(self, names: list[str]) -> None:
-        if leave_out(self.model, self.placement, names, None if self.run is None else self.run.optimizer):
-            for name in names:
-                del self.start[name]
-            if self.run is not None:
-                self.allocator = self.placement.method.allocation.begin(self.run)
-
-    def _go_on(self, checkpoint: Path) -> None:
-        assert self.run is not None
-        assert self.run.optimizer is not None
-        folder, what = checkpoint / FOLDER, "a Trainer's checkpoint written with this callback has one"
-        record = read_record(folder / STATE, what, FORMAT)
-        state = unpack(record["state"], read_sealed_tensors(folder / TENSORS, what, record))
-        saved = files.read(folder)
-        if saved.adapters.keys() != self.placement.adapters.keys() or state["start"] != self.start:
-            raise FileError(f"{folder}: of a run with other adapters than these, or other ranks at the start")
-        for at, adapter in self.placement.adapters.items():
-            for old, new in adapter.take_over(saved.adapters[at]):
-                exchange(self.run.optimizer, old, new)
-                if old in self.run.optimizer.state:
-                    self.run.optimizer.state[new] = self.run.optimizer.state.pop(old)
-        assert self.allocator is not None
-        self.allocator.restore(state["allocator"])
-        self.run.generator.set_state(state["generator"])
-        self.decisions = [Decision(**decision) for decision in state["decisions"]]
+    def _put_in(self, optimizer: Any, state: dict[str, Any]) -> None:
+        assert self.session is not None
+        groups = [dict(group) for group in state["param_groups"]]
+        groups[0][KEY] = self.session.state_dict(adapters=False)
+        state["param_groups"] = groups
 
     def _fit_ranks(self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Give the adapters the sizes of the tensors that are about to be loaded, and leave out those without any."""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         known = {at: prefix + names[id(next(a.parameters()))] for at, a in self.placement.adapters.items()}
         gone = [at for at, name in known.items() if name not in state_dict]
         if self.placement.by_default and len(gone) < len(known):  # it has adapters, without those that it left out
-            self._leave_out(gone)
+            if self.session is None:
+                leave_out(self.model, self.placement, gone)
+            else:
+                self.session.leave_out(gone)
         for adapter in self.placement.adapters.values():
-            for name, parameter in list(adapter.update.named_parameters()):
-                value = state_dict.get(prefix + names[id(parameter)])
-                if value is not None and value.shape != parameter.shape:
-                    new = nn.Parameter(parameter.new_empty(value.shape), parameter.requires_grad)
-                    setattr(adapter.update, name, new)
+            tensors = {n: state_dict.get(prefix + names[id(p)], p.data) for n, p in adapter.named_parameters()}
+            if any(tensors[name].shape != p.shape for name, p in adapter.named_parameters()):
+                replaced = adapter.take(tensors)
+                if self.session is not None:
+                    self.session.exchange(replaced)
 
-    def _validation_loss(self, device: torch.device) -> Callable[[], Tensor] | None:
-        if self.validation is None:
-            return None
-        data = self.validation
-        held: list[Any] = []
 
-        def loss() -> Tensor:
-            with evaluating(self.model, device):
-                if not held:
-                    torch.manual_seed(self.seed)  # the same batch after resuming; `evaluating` undoes it
-                    batch = next(iter(data), None)
-                    if batch is None:
-                        raise DataError("the validation data gave no batch to score ranks on")
-                    held.append(to_device(first_rows(batch, SCORING_ROWS), device))
-                return loss_of(self.model, held[0])
+def _taken_out(optimizer: Any) -> dict[str, Any] | None:
+    """The session's state out of an optimiser's, where the Trainer has loaded one."""
+    found = None
+    while optimizer is not None:
+        for group in getattr(optimizer, "param_groups", ()):
+            found = group.pop(KEY, found)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return found
 
-        return loss
+
+def _without_base(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local: Any) -> None:
+    for name, parameter in base_parameters(module).items():
+        if not parameter.requires_grad:
+            state_dict.pop(prefix + name, None)

@@ -92,5 +92,5 @@ def test_what_cannot_be_is_refused(tmp_path):
     trainer.train()
     other = lorafamily.apply(model_of("bert"), "lora", rank=2, also_train="classifier")
     other, _ = trainer_of(other, tmp_path / "plain", max_steps=4)
-    with pytest.raises(lorafamily.FileError, match="of a run with other adapters"):
+    with pytest.raises(lorafamily.StateError, match="of a run with other adapters"):
         other.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,42 +18,17 @@ from lorafamily.errors import DataError, NonFiniteError, TrainingError
 CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 
 
-def depends(loss: Tensor, adapters: Mapping[str, Any], beside: Mapping[str, Tensor]) -> bool:
-    """Whether the loss has gradients to give. It must, unless an allocation ended at rank 0 everywhere and nothing
-    trains beside.
-
-    Raises:
-        TrainingError: it has none, and something would train.
-    """
-    emptied = adapters and not beside and not any(adapter.rank for adapter in adapters.values())
-    if not loss.requires_grad and not emptied:
-        raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
-    return loss.requires_grad
-
-
-def check_gradients(adapters: Mapping[str, Any], beside: Mapping[str, nn.Parameter]) -> None:
-    """Every adapter, and every parameter that trains beside them, must have got a gradient from the task loss alone.
-
-    Of an adapter one tensor is enough, not all zero: where one factor starts at zero, the other's gradient is zero at
-    first.
-
-    Raises:
-        TrainingError: some got none; they are named.
-    """
-    silent = [path for path, adapter in adapters.items() if adapter.rank and not _learns(adapter)]
-    if silent:
-        raise TrainingError(
-            f"{len(silent)} of {len(adapters)} adapters got no gradient from the first batch: {listed(silent)}. "
-            f"Their layers do not take part in the loss, or {CUT}. Narrow targets, or pass check_gradients=False if "
-            "that is meant"
-        )
-    silent = [name for name, parameter in beside.items() if parameter.requires_grad and parameter.grad is None]
-    if silent:
-        raise TrainingError(
-            f"{len(silent)} of {len(beside)} parameters that train beside the adapters got no gradient from the first "
-            f"batch: {listed(silent)}. They do not take part in the loss, or {CUT}. Narrow also_train, or pass "
-            "check_gradients=False if that is meant"
-        )
+def silence(silent: Sequence[str], adapters: Mapping[str, Any], beside: Mapping[str, Any], steps: int) -> str:
+    """The message where adapters, or parameters that train beside them, got no gradient from the task."""
+    of, what, narrow = adapters, "adapters", "targets"
+    if not any(at in adapters for at in silent):
+        of, what, narrow = beside, "parameters that train beside the adapters", "also_train"
+    of_these = [at for at in silent if at in of]
+    since = "the first batch" if steps == 1 else f"the first {steps} steps"
+    return (
+        f"{len(of_these)} of {len(of)} {what} got no gradient from {since}: {listed(of_these)}. They do not take part "
+        f"in the loss, or {CUT}. Narrow {narrow}, or pass check_gradients=False if that is meant"
+    )
 
 
 class FrozenBuffers:
@@ -80,10 +55,6 @@ class FrozenBuffers:
                 "again, and their modules stay in eval mode. To train one, name a parameter of it in also_train",
                 stacklevel=3,
             )
-
-
-def _learns(adapter: nn.Module) -> bool:
-    return any(bool(p.grad.any()) for p in adapter.parameters() if p.grad is not None)
 
 
 class FiniteNumbers:

@@ -12,21 +12,31 @@ from lorafamily.history import Decision, Evaluation, History, Step
 from lorafamily.insight.record import Record, draw
 from lorafamily.insight.record import pictures as pictures_of
 from lorafamily.training.board import Board, Setting
+from lorafamily.training.session import Session
 
 
 class Log:
-    """Of one run, from where its history ends; does nothing without a folder."""
+    """Of one run, from where its history ends; does nothing without a folder. It begins with the first step, since the
+    first batch may show that some adapters have no effect."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None, history: History, grows: bool):
+    def __init__(self, folder: str | os.PathLike[str] | None, history: History, session: Session):
         self.folder = None if folder is None else Path(folder)
-        if self.folder is not None:
-            self.start = Decision(0, {}, dict(history.ranks_start), "start")
-            self.record = Record(self.folder, [self.start, *history.decisions], history.steps)
+        self.history, self.session = history, session
+        self.record: Record | None = None
+
+    def begin(self) -> None:
+        """Open the files, if they are not."""
+        if self.folder is not None and self.record is None:
+            self.start = Decision(0, {}, dict(self.session.start), "start")
+            self.record = Record(self.folder, [self.start, *self.history.decisions], self.history.steps)
+            grows = self.session.allocator.grows
             highest = (2 if grows else 1) * max(self.start.after.values(), default=0)
-            self.board = Board(self.folder, self.start, highest, len(history.steps))
+            self.board = Board(self.folder, self.start, highest, len(self.history.steps))
 
     def step(self, step: Step, decision: Decision | None) -> None:
-        if self.folder is not None:
+        """Before the step is in the history."""
+        self.begin()
+        if self.folder is not None and self.record is not None:
             self.record.step(step)
             if decision is not None:
                 self.record.decision(decision)
@@ -40,7 +50,7 @@ class Log:
 
     def close(self, history: History, settings: Mapping[str, Setting], *, pictures: bool = True) -> None:
         """Draw the pictures of whatever was run, and close the files."""
-        if self.folder is not None:
+        if self.folder is not None and self.record is not None:
             self.record.close()
             drawn = pictures_of([self.start, *history.decisions], history.steps) if pictures else {}
             draw(self.folder, drawn)

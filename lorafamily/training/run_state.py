@@ -12,45 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.allocation.allocator import Allocator
-from lorafamily.allocation.run import Run
-from lorafamily.allocation.surgery import exchange
 from lorafamily.errors import AllocationError, StateError, TrainingError
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.placement import Placement
-from lorafamily.reading import leave_out
 from lorafamily.site import base_parameters
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume
 from lorafamily.training.guards import FiniteNumbers, added_up, check_base, fingerprints
+from lorafamily.training.optimisation import Rates
 from lorafamily.training.processes import Processes
+from lorafamily.training.session import Session
 from lorafamily.training.state import random_state, set_random_state
 
 
 @dataclass
 class RunState:
     """What a run has reached. `settings`: what must be the same when it goes on; `best`: (loss, step) of the best
-    evaluation so far; `since_best`: evaluations since then; `left_out`: adapters found to be without effect."""
+    evaluation so far; `since_best`: evaluations since then."""
 
     model: nn.Module
-    placement: Placement | None
+    session: Session
     settings: dict[str, Any]
-    run: Run
-    allocator: Allocator
-    optimizer: torch.optim.Optimizer
+    rates: Rates
     scaler: torch.amp.GradScaler
     batches: Batches
     finite: FiniteNumbers
     processes: Processes
     seed: int | None
     history: History = field(default_factory=History)
-    left_out: list[str] = field(default_factory=list)
     best: tuple[float, int] = (math.inf, 0)
     since_best: int = 0
     base: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.history.ranks_start = dict(self.allocator.ranks)
+        self.history.ranks_start = dict(self.session.start)
         self.base = self.base_now()
 
     @property
@@ -83,7 +77,7 @@ class RunState:
         loss = evaluation.metrics.get("loss")
         if loss is None and patience is not None:
             raise TrainingError(f'patience watches "loss", but evaluate gave {", ".join(evaluation.metrics)}')
-        if loss is None or not self.allocator.settled:
+        if loss is None or not self.session.allocator.settled:
             return False
         if loss < self.best[0]:
             self.best, self.since_best = (loss, evaluation.step), 0
@@ -91,13 +85,13 @@ class RunState:
         self.since_best += 1
         return False
 
-    def begin_again(self) -> Allocator:
-        """The allocator of a run that has not made a step, for the adapters there are now."""
-        assert self.placement is not None
-        self.allocator = self.placement.method.allocation.begin(self.run)
-        self.left_out = sorted(self.history.ranks_start.keys() - self.allocator.ranks.keys())
-        self.history.ranks_start = dict(self.allocator.ranks)
-        return self.allocator
+    def made(self, step: Step, decision: Decision | None) -> None:
+        """Take in a step and what was decided after it."""
+        self.history.steps.append(step)
+        self.history.skipped = self.finite.skipped
+        self.history.ranks_start = dict(self.session.start)  # the first batch may show that some have no effect
+        if decision is not None:
+            self.history.decisions.append(decision)
 
     def check_end(self) -> None:
         """What must hold when the run is over.
@@ -106,10 +100,12 @@ class RunState:
             TrainingError: the frozen base changed.
             AllocationError: the schedule never fired.
         """
+        allocator = self.session.allocator
+        self.history.ranks_end = dict(allocator.ranks)
         check_base(self.base, self.base_now())
-        if not self.allocator.settled and not self.history.decisions:
+        if not allocator.settled and not self.history.decisions:
             raise AllocationError(
-                f"{type(self.allocator).__name__} decided nothing in {len(self.history.steps)} steps: its schedule "
+                f"{type(allocator).__name__} decided nothing in {len(self.history.steps)} steps: its schedule "
                 "never fired, and the ranks are those of the start"
             )
 
@@ -120,7 +116,8 @@ class RunState:
         self.processes.check_same(self.trained_now(), step)
         tree = self.to_save()
         if self.processes.first:
-            name = None if self.placement is None else self.placement.name
+            placement = self.session.placement
+            name = None if placement is None else placement.name
             checkpoints.write(step, self.model, name, tree, self.best[1] or None)
         self.processes.add_up([0.0])  # nobody goes on, or ends, before it is there
 
@@ -129,17 +126,16 @@ class RunState:
         beside = {name: p.data for name, p in base_parameters(self.model).items() if p.requires_grad}
         return {
             "settings": self.settings,
-            "has adapters": self.placement is not None,
+            "has adapters": self.session.placement is not None,
             "step": len(self.history.steps),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.session.optimizer.state_dict(),
+            "rates": self.rates.state(),
             "scaler": self.scaler.state_dict(),
-            "allocator": self.allocator.state(),
-            "generator": self.run.generator.get_state(),
+            "session": self.session.state_dict(adapters=False),
             "random": self.processes.gathered(random_state(self.device)),
             "batches": self.batches.state(),
             "not finite": (self.finite.skipped, self.finite.in_a_row),
             "history": _history_tree(self.history),
-            "left out": self.left_out,
             "best": self.best,
             "since best": self.since_best,
             "base": self.base,
@@ -147,38 +143,34 @@ class RunState:
             "buffers": _persistent_buffers(self.model),
         }
 
-    def go_on_from(self, found: Checkpoint, resume: Resume) -> Allocator:
-        """Take the state of a checkpoint; returns the allocator. Everything is checked before anything is changed, but
-        for adapters that the run left out as without effect: they are left out here too.
+    def go_on_from(self, found: Checkpoint, resume: Resume) -> None:
+        """Take the state of a checkpoint. Everything is checked before anything is changed, but for adapters that the
+        run left out as without effect: they are left out here too.
 
         Raises:
             StateError: it is of a run with other settings, or on another base.
         """
-        state = found.state
-        gone = state.get("left out", [])
-        if self.placement is not None and leave_out(self.model, self.placement, gone, self.optimizer):
-            self.begin_again()
+        state, session = found.state, self.session
+        session.leave_out(state["session"]["left out"])
         self._check(found, resume)
         with torch.no_grad():
-            if self.placement is not None and found.adapters is not None:
-                for at, adapter in self.placement.adapters.items():
-                    for old, new in adapter.take_over(found.adapters.adapters[at]):
-                        exchange(self.optimizer, old, new)
+            if found.adapters is not None:
+                for at, adapter in session.adapters.items():
+                    session.exchange(adapter.take(found.adapters.adapters[at].state_dict()))
             parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
             for name, value in state["trained"].items():
                 parameters[name].copy_(value)
             for name, value in state["buffers"].items():
                 buffers[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        session.optimizer.load_state_dict(state["optimizer"])
+        self.rates.restore(state["rates"])
         self.scaler.load_state_dict(state["scaler"])
-        self.allocator.restore(state["allocator"])
-        self.run.generator.set_state(state["generator"])
+        session.load_state_dict(state["session"])
         self.batches.restore(state["batches"])
         self.finite.skipped, self.finite.in_a_row = state["not finite"]
         self.history = _history(state["history"])
         self.best, self.since_best = state["best"], state["since best"]
         self._set_random(state["random"])
-        return self.allocator
 
     def _check(self, found: Checkpoint, resume: Resume) -> None:
         then, now = found.state["settings"], self.settings
@@ -186,7 +178,7 @@ class RunState:
             f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in {**then, **now} if then.get(k) != now.get(k)
         ]
         its = {} if found.adapters is None else found.adapters.adapters
-        own = {} if self.placement is None else self.placement.adapters
+        own = self.session.adapters
         if {at: list(a.state_dict()) for at, a in its.items()} != {at: list(a.state_dict()) for at, a in own.items()}:
             raise StateError(f"{found.folder} is of a run with other adapters than these; it cannot go on here")
         if differing and resume != "anyway":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,20 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Inside the block all generators are as after `seed_all(seed)`, afterwards as they were before; None: nothing."""
+    if seed is None:
+        yield
+        return
+    outside = random_state(device)
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        set_random_state(outside, device)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

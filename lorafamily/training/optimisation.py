@@ -1,0 +1,146 @@
+"""What an optimiser trains at which rate: parameters by role, and the rate of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafamily.errors import TrainingError
+from lorafamily.placement import noted, placement_of
+from lorafamily.training.schedule import Schedule, lr_factor, warmup_steps
+
+LR = 1e-3
+HIGHEST_HEAD_LR = 1e-2
+
+
+class Trained(list[nn.Parameter]):
+    """All parameters that train, as a list, and by role.
+
+    `down`, `up`: of the adapters' tensors those that make V and U (V takes the input down to the rank); `gate`: the
+    numbers of one a slice; `head`: what trains beside the adapters. `names`: of every parameter.
+
+        optimizer=lambda p: AdamW([{"params": p.up, "lr": 16e-3}, {"params": p.others(p.up)}], lr=1e-3)   # LoRA+
+    """
+
+    def __init__(self, model: nn.Module):
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(self.names)
+        owner, state = noted(model)
+        adapters = {} if state is None or state.active is None else placement_of(owner).adapters
+        self.role = {p: a.update.role(name) for a in adapters.values() for name, p in a.update.named_parameters()}
+        self.down, self.up, self.gate = ([p for p in self if self.role.get(p) == r] for r in ("down", "up", "gate"))
+        self.head = [p for p in self if p not in self.role]
+
+    def others(self, *roles: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Those that are in none of the given lists."""
+        taken = {id(p) for role in roles for p in role}
+        return [p for p in self if id(p) not in taken]
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float = LR,
+    head_lr: float | None = None,
+    up_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups for any optimiser, of a model with adapters.
+
+    Args:
+        lr: peak rate of the adapters.
+        head_lr: of what trains beside them. None: ten times `lr`, but no more than 0.01: a new head has to move by
+            whole numbers, which at an adapter's rate takes thousands of steps.
+        up_lr: of the tensors that make U (LoRA+, Hayou et al. 2024: about 16 times `lr`); None: `lr`.
+        weight_decay: of all groups.
+
+    Raises:
+        TrainingError: nothing trains.
+    """
+    trained = Trained(model)
+    if not trained:
+        raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")
+    beside = trained.head if len(trained.head) < len(trained) else []  # of a plain model nothing is beside anything
+    ups = trained.up if up_lr is not None else []
+    rates = [(trained.others(beside, ups), lr), (ups, up_lr), (beside, default_head_lr(lr, head_lr))]
+    return [{"params": list(own), "lr": rate, "weight_decay": weight_decay} for own, rate in rates if own]
+
+
+def default_head_lr(lr: float, head_lr: float | None) -> float:
+    """The rate of what trains beside the adapters."""
+    return max(lr, min(10 * lr, HIGHEST_HEAD_LR)) if head_lr is None else head_lr
+
+
+Optimizer = torch.optim.Optimizer | Callable[[Trained], torch.optim.Optimizer]
+
+
+def made(
+    model: nn.Module, optimizer: Optimizer | None, lr: float | None, head_lr: float | None, weight_decay: float | None
+) -> torch.optim.Optimizer:
+    """AdamW, or the optimiser that somebody gave or knows how to make.
+
+    Raises:
+        TrainingError: rates beside an optimiser that has its own, or what is given is no optimiser.
+    """
+    for name, value in (("lr", lr), ("head_lr", head_lr), ("weight_decay", weight_decay)):
+        if value is not None and optimizer is not None:
+            raise TrainingError(f"{name}={value!r} and optimizer=...: the optimiser has its own; set it there")
+        if value is not None and not float(value) >= 0:
+            raise TrainingError(f"{name}={value!r}: must be zero or positive")
+    if optimizer is None:
+        rates = {"lr": LR if lr is None else float(lr), "weight_decay": float(weight_decay or 0.0)}
+        groups = parameter_groups(model, **rates, head_lr=None if head_lr is None else float(head_lr))
+        device = groups[0]["params"][0].device
+        return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+    found = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(Trained(model))
+    if not isinstance(found, torch.optim.Optimizer):
+        raise TrainingError(f"optimizer=... gave a {type(found).__name__}; it must give a torch.optim.Optimizer")
+    return found
+
+
+class Rates:
+    """The learning rate of every step: a share of each group's peak, or what somebody's LRScheduler says."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, total: int, warmup: float, floor: float):
+        self.optimizer, self.schedule = optimizer, schedule
+        self.total, self.warmup, self.floor = total, warmup_steps(warmup, total), floor
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        if not 0 <= floor <= 1:
+            raise TrainingError(f"floor={floor!r}: must be a share of the peak rate in [0, 1]")
+        if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
+            if schedule.optimizer is not optimizer:
+                raise TrainingError("schedule=... is the LRScheduler of another optimiser than optimizer=...")
+        else:
+            self.share(1)  # refuses what is no schedule
+
+    def share(self, step: int) -> float:
+        """Of the peak, at step `step` (from 1)."""
+        share = lr_factor(step, self.total, self.warmup, self.schedule)
+        return share if step <= self.warmup else max(share, self.floor)
+
+    def set(self, step: int) -> None:
+        """Before the optimiser's step `step`."""
+        if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler):
+            return
+        share = self.share(step)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * share
+
+    def after(self) -> None:
+        """After an optimiser's step."""
+        if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler):
+            self.schedule.step()
+
+    def state(self) -> dict[str, Any]:
+        """Of an LRScheduler; a function of the step has none."""
+        own = self.schedule
+        scheduler = own.state_dict() if isinstance(own, torch.optim.lr_scheduler.LRScheduler) else None
+        return {"peaks": list(self.peaks), "scheduler": scheduler}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where another was."""
+        if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler) and state["scheduler"] is not None:
+            self.schedule.load_state_dict(state["scheduler"])

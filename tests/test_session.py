@@ -1,0 +1,268 @@
+"""The session: what a method does during training is the same in `train`, in a loop of one's own, and in a Trainer."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import lorafamily
+from conftest import data, few_rounds, tiny
+from lorafamily.placement import placement_of
+from lorafamily.training.schedule import lr_factor
+
+STEPS = 24
+SCHEDULE = {"warmup": 4, "final": 8, "interval": 3}
+METHODS = ["lora", "olora", "alora", "lora2", "adalora", "olora+alora"]
+
+
+def options(method: str) -> dict:
+    return (SCHEDULE if method in ("lora2", "adalora") else {}) | few_rounds(method)
+
+
+def adapted(method: str, **given) -> nn.Module:
+    model = tiny(dtype=torch.float64).train()
+    return lorafamily.apply(model, method, rank=3, seed=0, **options(method) | given)
+
+
+def batches() -> list:
+    return data(4)
+
+
+def loop(model: nn.Module, steps: int = STEPS, begin: int = 0, saved: dict | None = None, lr: float = 5e-3):
+    """Everything that is needed: no more lines than these."""
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=lr))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: lr_factor(done + 1, STEPS, 0, "linear"))
+    session = lorafamily.session(model, optimizer, steps=STEPS, validation=batches())
+    if saved is not None:
+        session.load_state_dict(saved["session"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+    for step in range(begin, steps):
+        session.backward(model(**batches()[step % 4]).loss)
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        session.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return session, {
+        "session": session.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+    }
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{at} {name}": p for at, a in placement_of(model).adapters.items() for name, p in a.named_parameters()}
+
+
+def same(one: nn.Module, other: nn.Module, tolerance: float) -> None:
+    assert_close(tensors(one), tensors(other), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_and_a_loop_of_ones_own_come_to_the_same(method):
+    ours, own = adapted(method), adapted(method)
+    history = lorafamily.train(
+        ours, batches(), steps=STEPS, lr=5e-3, warmup=0, validation=batches(), seed=0, progress=False
+    )
+    session, _ = loop(own)
+    assert session.decisions == history.decisions
+    assert bool(history.decisions) == (method not in ("lora", "olora"))
+    same(ours, own, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loop_goes_on_from_what_was_saved_to_the_same_bits(method):
+    whole, half, rest = adapted(method), adapted(method), adapted(method)
+    session, _ = loop(whole)
+    _, saved = loop(half, STEPS // 2)
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    again, _ = loop(rest, begin=STEPS // 2, saved=torch.load(file, weights_only=True))
+    assert again.decisions == session.decisions
+    same(whole, rest, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore")  # the Trainer's own, of many kinds
+def test_the_trainer_comes_to_the_same(method, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is an extra; without it no Trainer")
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    from lorafamily.integrations import LoraFamilyCallback
+    from test_integrations import samples
+    from test_transformers import model_of
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    rows = [{**row, "labels": torch.tensor(row["labels"])} for row in samples(16)]
+    batches = [{key: torch.stack([row[key] for row in rows[i : i + 4]]) for key in rows[0]} for i in range(0, 16, 4)]
+    models = []
+    for _ in range(2):
+        bert = model_of("bert").double()
+        for module in bert.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        models.append(lorafamily.apply(bert, method, rank=3, seed=0, also_train="classifier", **options(method)))
+    ours, theirs = models
+    history = lorafamily.train(
+        ours, batches, steps=STEPS, lr=5e-3, warmup=0, validation=batches, seed=0, progress=False
+    )
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(theirs, lr=5e-3))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: lr_factor(done + 1, STEPS, 0, "linear"))
+    callback = LoraFamilyCallback(theirs, validation=batches)
+    args = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    InOrder(theirs, args, train_dataset=rows, callbacks=[callback], optimizers=(optimizer, scheduler)).train()
+    assert [d.after for d in callback.decisions] == [d.after for d in history.decisions]
+    same(ours, theirs, 1e-10)  # the penalty's gradient is added before the task's there, and after it here
+    assert_close(ours.classifier.weight, theirs.classifier.weight, rtol=0, atol=1e-10)
+
+
+def test_what_cannot_work_is_refused_at_once():
+    model = adapted("alora")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(lorafamily.AllocationError, match="scored on validation data"):
+        lorafamily.session(model, optimizer, steps=STEPS)
+    with pytest.raises(lorafamily.TrainingError, match="steps=0"):
+        lorafamily.session(model, optimizer, steps=0, validation=batches())
+    with pytest.raises(lorafamily.AllocationError, match="nothing would ever be pruned"):
+        lora2 = adapted("lora2")
+        lorafamily.session(lora2, torch.optim.SGD([*lora2.parameters()], lr=0.1), steps=5)
+    with pytest.raises(lorafamily.StateError, match="has no adapters"):
+        lorafamily.session(tiny(), optimizer, steps=STEPS)
+    half = torch.optim.SGD([p for p in model.parameters() if p.requires_grad][1:], lr=0.1)
+    with pytest.raises(lorafamily.TrainingError, match=r"does not hold 1 of the tensors that train \(.*: B"):
+        lorafamily.session(model, half, steps=STEPS, validation=batches())
+    with pytest.raises(lorafamily.TrainingError, match="a int; a torch"):
+        lorafamily.session(model, 1, steps=STEPS, validation=batches())
+
+
+def test_a_forgotten_penalty_is_said():
+    model = adapted("adalora")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model))
+    session = lorafamily.session(model, optimizer, steps=STEPS)
+    model(**batches()[0]).loss.backward()
+    optimizer.step()
+    with pytest.raises(lorafamily.TrainingError, match="lacks the method's penalty"):
+        session.step()
+
+
+def test_the_penalty_in_the_loss_is_the_penalty_of_backward():
+    gradients = []
+    for own in (False, True):
+        model = adapted("adalora")
+        with torch.no_grad():
+            for at in placement_of(model).adapters.values():
+                at.update.singular.add_(0.1)
+        optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model))
+        session = lorafamily.session(model, optimizer, steps=STEPS)
+        loss = model(**batches()[0]).loss
+        if own:
+            (loss + session.penalty()).backward()
+        else:
+            session.backward(loss / 2)
+            session.backward(model(**batches()[0]).loss / 2)  # the penalty counts once a step
+        gradients.append({name: p.grad.clone() for name, p in tensors(model).items()})
+    assert any(gradient.any() for gradient in gradients[0].values())
+    assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_a_wrapped_model_and_a_wrapped_optimiser_are_found():
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **batch):
+            return self.inner(**batch)
+
+    class Wrapped:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = adapted("adalora")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model))
+    outer = Outer(model)
+    session = lorafamily.session(outer, Wrapped(optimizer), steps=STEPS)
+    for step in range(STEPS):
+        session.backward(outer(**batches()[step % 4]).loss)
+        optimizer.step()
+        session.step()
+        optimizer.zero_grad()
+    assert session.decisions
+    assert sum(session.allocator.ranks.values()) < sum(session.start.values())
+
+
+class Experts(nn.Module):
+    """Routes every batch to one of four experts; the last is never visited."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.experts[self.calls // 5 % 3](x).square().mean()
+
+
+def test_what_later_batches_reach_is_no_fault_and_what_none_reaches_is_named():
+    model = lorafamily.apply(Experts(), "lora", rank=2, targets="experts", seed=0)
+    with pytest.warns(UserWarning, match=r"no batch of the run reached 1 of 4 adapters: experts\.3\."):
+        lorafamily.train(model, [torch.ones(2, 4)], steps=20, loss_fn=lambda m, x: m(x), progress=False)
+
+
+def test_ranks_that_something_holds_on_to_are_refused():
+    class DistributedDataParallel(nn.Module):  # by its name, as a process group would be needed for a real one
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = adapted("adalora")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model))
+    with pytest.raises(lorafamily.StateError, match="DDP holds on to the tensors"):
+        lorafamily.session(DistributedDataParallel(model), optimizer, steps=STEPS)
+    fixed = adapted("lora")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(fixed))
+    lorafamily.session(DistributedDataParallel(fixed), optimizer, steps=STEPS)
+
+
+def test_other_adapters_do_not_go_on():
+    model = adapted("lora")
+    _, saved = loop(model, 2)
+    other = lorafamily.apply(tiny(dtype=torch.float64), "lora", rank=4, seed=0)
+    with pytest.raises(lorafamily.StateError, match="other adapters than these"):
+        loop(other, saved=copy.deepcopy(saved))
+
+
+def test_parameter_groups_and_roles():
+    model = lorafamily.apply(tiny(), "adalora", rank=2, also_train=r"^norm\.", seed=0)
+    trained = lorafamily.Trained(model)
+    adapters = placement_of(model).adapters.values()
+    assert {id(p) for p in trained.up} == {id(a.update.P) for a in adapters}
+    assert {id(p) for p in trained.down} == {id(a.update.Q) for a in adapters}
+    assert {id(p) for p in trained.gate} == {id(a.update.singular) for a in adapters}
+    assert [trained.names[p] for p in trained.head] == ["norm.weight", "norm.bias"]
+    assert len(trained.others(trained.up, trained.head)) == 2 * len(adapters)
+    groups = lorafamily.parameter_groups(model, lr=1e-3, up_lr=0.016, weight_decay=0.1)
+    assert [(group["lr"], len(group["params"])) for group in groups] == [(1e-3, 24), (0.016, 12), (1e-2, 2)]
+    assert all(group["weight_decay"] == 0.1 for group in groups)
+    lora2 = next(iter(placement_of(lorafamily.apply(tiny(), "lora2", rank=2)).adapters.values())).update
+    assert {name: lora2.role(name) for name, _ in lora2.named_parameters()} == {
+        **{"A": "down", "B": "down", "E": "gate", "aa": "up", "bb": "up"}
+    }
