@@ -3,8 +3,8 @@
 Axes: d_in, d_out of the weight; m = inner size of the factors; n = rows of x, tokens of all sequences.
 
 The plain formulation, `low_rank_linear` beside the layer's own product, is right everywhere. `adapted_linear` is the
-same for a frozen W and b, up to rounding, in one function: the update is added into the output, and its share of the
-input's gradient into that, in place, so that nothing of size n × d is made beside what the frozen layer makes.
+same for a frozen W and b, up to rounding, in one function: nothing of size n × d is made beside what the frozen layer
+makes, since the update is added into the output and into the input's gradient in place, or *folded* into W before.
 """
 
 from __future__ import annotations
@@ -103,21 +103,23 @@ def adapted_linear(
     scale: float = 1.0,
     *,
     dropout: float = 0.0,
+    folded: bool | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """A frozen linear layer and its update at once. Gradients for x, U and V.
 
-    Under autocast all products are in its dtype; W is cast again in the backward and not kept as a copy.
-
-    Args:
-        dropout: probability with which an entry of the update's x is zero, see `Mask`.
+    Under autocast all products are in its dtype; W is cast again in the backward and not kept as a copy. `dropout`:
+    probability with which an entry of the update's x is zero, see `Mask`. `folded`: whether W + s U V is formed; None:
+    where that moves half as many numbers as adding to outputs and gradients does (docs/performance.md has the times).
     """
     x = x.to(computed_in(x))
     mask = Mask.draw(_rows(x), dropout) if dropout else None
     scale = scale if mask is None else scale * mask.scale
     both = in_dtype(U, V, x.dtype)
+    if folded is None:  # half precision has no room in W for small updates
+        folded = mask is None and x.dtype.itemsize > 2 and x.numel() * sum(W.shape) > 4 * W.numel() * W.shape[1]
     if torch.is_grad_enabled():
-        return _Adapted.apply(x, W, b, *both, scale, mask)
-    return _product(x, W, b, *both, scale, mask)[0]
+        return _Adapted.apply(x, W, b, *both, scale, mask, folded)
+    return _product(x, W, b, *both, scale, mask, folded)[0]
 
 
 # Products with one side of size m are fastest, by factors of two to five on a CPU, where that side's rows are long:
@@ -137,13 +139,21 @@ def _down(rows: Float[Tensor, "n d"], V: Float[Tensor, "m d"], mask: Mask | None
     return h
 
 
+def _folded(W: Tensor, U: Tensor, V: Tensor, scale: float) -> Tensor:
+    """W + s U V, lying in memory as W does: the product with it is then that of W to the last bit where U V is zero."""
+    W = W.to(U.dtype)
+    return torch.addmm(W, U, V, alpha=scale) if W.is_contiguous() else torch.addmm(W.T, V.T, U.T, alpha=scale).T
+
+
 def _product(
-    x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor, scale: float, mask: Mask | None
-) -> tuple[Tensor, Tensor]:
-    """The output, and V xᵀ."""
-    h = _down(_rows(x), V, mask)
-    y = F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
-    y.view(-1, y.shape[-1]).addmm_(h.T, U.T, alpha=scale)
+    x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor, scale: float, mask: Mask | None, folded: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and V xᵀ where it was computed."""
+    b, h = None if b is None else b.to(x.dtype), None
+    y = F.linear(x, _folded(W, U, V, scale) if folded else W.to(x.dtype), b)
+    if not folded:
+        h = _down(_rows(x), V, mask)
+        y.view(-1, y.shape[-1]).addmm_(h.T, U.T, alpha=scale)
     # F.linear may return a view of its flat product. The model may write into what it gets, which autograd allows in
     # the output of a function only where that is no view.
     return torch.ops.aten._unsafe_view(y, y.shape), h
@@ -151,12 +161,10 @@ def _product(
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor, scale: float, mask: Mask | None
-    ) -> Tensor:
-        y, h = _product(x, W, b, U, V, scale, mask)
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, W, _, U, V, ctx.scale, ctx.mask, ctx.folded = given
+        y, h = _product(*given)
         ctx.save_for_backward(x, W, U, V, h)
-        ctx.scale, ctx.mask = scale, mask
         return y
 
     @staticmethod
@@ -166,21 +174,18 @@ class _Adapted(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return _gradients_with_graph(x, W, U, V, ctx.scale, ctx.mask, gradient)
         g, rows, mask = _rows(gradient), _rows(x), ctx.mask
-        gU = (h @ g).mul_(ctx.scale).T if of_U else None
+        gU = ((_down(rows, V, mask) if h is None else h) @ g).mul_(ctx.scale).T if of_U else None
         gh = (U.T.contiguous() @ g.T).mul_(ctx.scale)
-        gx = g @ W.to(g.dtype) if of_x else None
-        if mask is None:
-            gV = gh @ rows if of_V else None
+        gx = g @ (_folded(W, U, V, ctx.scale) if ctx.folded else W.to(g.dtype)) if of_x else None
+        if mask is None and gx is not None and not ctx.folded:
+            gx.addmm_(gh.T, V)
+        gV = (gh @ rows if mask is None else torch.zeros_like(V)) if of_V else None
+        for piece, numbers in () if mask is None else mask.pieces(len(rows)):
+            if gV is not None:
+                gV.addmm_(gh[:, piece], mask.kept(rows[piece], numbers))
             if gx is not None:
-                gx.addmm_(gh.T, V)
-        else:
-            gV = torch.zeros_like(V) if of_V else None
-            for piece, numbers in mask.pieces(len(rows)):
-                if gV is not None:
-                    gV.addmm_(gh[:, piece], mask.kept(rows[piece], numbers))
-                if gx is not None:
-                    gx[piece].add_(mask.kept(gh[:, piece].T @ V, numbers))
-        return None if gx is None else gx.view(x.shape), None, None, gU, gV, None, None
+                gx[piece].add_(mask.kept(gh[:, piece].T @ V, numbers))
+        return None if gx is None else gx.view(x.shape), None, None, gU, gV, None, None, None
 
 
 def _gradients_with_graph(
@@ -193,4 +198,4 @@ def _gradients_with_graph(
     wanted = [tensor for tensor in (x, U, V) if tensor.requires_grad]
     found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, gradient, create_graph=True), strict=True))
     gx, gU, gV = (found.get(id(tensor)) for tensor in (x, U, V))
-    return gx, None, None, gU, gV, None, None
+    return gx, None, None, gU, gV, None, None, None

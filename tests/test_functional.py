@@ -31,6 +31,9 @@ def inputs(dtype: torch.dtype = torch.float64, rank: int = 3, tokens: tuple = (2
     }
 
 
+paths = pytest.mark.parametrize("folded", [False, True], ids=["factored", "folded"])
+
+
 def plain(x, W, b, U, V, scale):
     return F.linear(x, W, b) + low_rank_linear(x, U, V, scale)
 
@@ -38,11 +41,12 @@ def plain(x, W, b, U, V, scale):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("tokens", [(), (5,), (2, 5), (2, 1, 3), (0,), (2, 0)], ids=str)
-def test_outputs_and_gradients_are_those_of_the_plain_formulation(bias, rank, tokens):
+@paths
+def test_outputs_and_gradients_are_those_of_the_plain_formulation(folded, bias, rank, tokens):
     found, expected = inputs(rank=rank, tokens=tokens), inputs(rank=rank, tokens=tokens)
     if not bias:
         found["b"] = expected["b"] = None
-    outputs = adapted_linear(**found), plain(**expected)
+    outputs = adapted_linear(**found, folded=folded), plain(**expected)
     towards = numbers(*outputs[0].shape, seed=9, grad=False)
     for output in outputs:
         output.backward(towards)
@@ -52,11 +56,12 @@ def test_outputs_and_gradients_are_those_of_the_plain_formulation(bias, rank, to
         assert_close(found[name].grad, expected[name].grad, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_are_those_of_finite_differences_the_second_ones_too():
+@paths
+def test_gradients_are_those_of_finite_differences_the_second_ones_too(folded):
     given = inputs()
 
     def of(x, U, V):
-        return adapted_linear(x, given["W"], given["b"], U, V, given["scale"])
+        return adapted_linear(x, given["W"], given["b"], U, V, given["scale"], folded=folded)
 
     assert torch.autograd.gradcheck(of, (given["x"], given["U"], given["V"]))
     assert torch.autograd.gradgradcheck(of, (given["x"], given["U"], given["V"]))
@@ -89,22 +94,24 @@ def test_second_derivatives_of_a_layer_called_twice_and_with_dropout(monkeypatch
         assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
-def test_only_what_is_needed_gets_a_gradient():
+@paths
+def test_only_what_is_needed_gets_a_gradient(folded):
     given = inputs()
     given["x"] = given["x"].detach()
-    adapted_linear(**given).sum().backward()
+    adapted_linear(**given, folded=folded).sum().backward()
     assert given["U"].grad is not None
     frozen = {name: value.detach() for name, value in inputs().items() if torch.is_tensor(value)}
     x = frozen["x"].requires_grad_()
-    adapted_linear(**frozen).sum().backward()
+    adapted_linear(**frozen, folded=folded).sum().backward()
     assert_close(x.grad, (frozen["W"] + frozen["U"] @ frozen["V"]).sum(0).expand_as(x))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("tokens", [(), (5,), (2, 5), (2, 1, 3)], ids=str)
-def test_the_model_may_write_into_the_output(tokens, bias):
+@paths
+def test_the_model_may_write_into_the_output(folded, tokens, bias):
     given = inputs(tokens=tokens) | ({} if bias else {"b": None})
-    y = adapted_linear(**given)
+    y = adapted_linear(**given, folded=folded)
     expected = plain(**given)
     y += 1
     y[..., 0] = 0.5  # as a mask over spans does
@@ -169,11 +176,25 @@ def test_autocast_keeps_one_copy_of_x_in_its_own_dtype_none_of_the_weight_and_fl
     assert (x.grad - expected.grad).abs().max() < bound * expected.grad.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_never_folded_and_keeps_small_updates(dtype):
+    W, x = torch.full((4, 4), 1.0, dtype=dtype), torch.eye(4, dtype=dtype).repeat(100, 1)
+    U, V = torch.full((4, 1), 1e-3), torch.full((1, 4), 1.0)
+    y = adapted_linear(x, torch.zeros_like(W), None, U, V)
+    assert_close(y, torch.full_like(y, 1e-3))
+    folded = adapted_linear(x.float(), W.float(), None, U, V)
+    assert_close(folded, torch.full_like(folded, 1.001))
+    before = W.clone()
+    adapted_linear(x, W, None, U, V)
+    assert torch.equal(W, before)
+
+
 @every_method
-def test_a_layer_takes_the_fast_path_to_the_same_numbers(method):
+@pytest.mark.parametrize("rows", [3, 30, 300])  # the last folds the update into both weights
+def test_a_layer_takes_the_fast_path_to_the_same_numbers(method, rows):
     model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8)).double()
     perturb_(lorafamily.apply(model, method, rank=3, seed=0), size=0.2)
-    x = numbers(30, 16)
+    x = numbers(rows, 16)
 
     def run() -> list[torch.Tensor]:
         y = model(x)
