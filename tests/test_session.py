@@ -35,7 +35,7 @@ def batches() -> list:
 
 def loop(model: nn.Module, steps: int = STEPS, begin: int = 0, saved: dict | None = None, lr: float = 5e-3):
     """Everything that is needed: no more lines than these."""
-    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=lr))
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=lr), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: lr_factor(done + 1, STEPS, 0, "linear"))
     session = lorafamily.session(model, optimizer, steps=STEPS, validation=batches())
     if saved is not None:
@@ -140,9 +140,10 @@ def test_what_cannot_work_is_refused_at_once():
         lorafamily.session(model, optimizer, steps=STEPS)
     with pytest.raises(lorafamily.TrainingError, match="steps=0"):
         lorafamily.session(model, optimizer, steps=0, validation=batches())
+    lora2 = adapted("lora2")
+    of_lora2 = torch.optim.SGD([*lora2.parameters()], lr=0.1)
     with pytest.raises(lorafamily.AllocationError, match="nothing would ever be pruned"):
-        lora2 = adapted("lora2")
-        lorafamily.session(lora2, torch.optim.SGD([*lora2.parameters()], lr=0.1), steps=5)
+        lorafamily.session(lora2, of_lora2, steps=5)
     with pytest.raises(lorafamily.StateError, match="has no adapters"):
         lorafamily.session(tiny(), optimizer, steps=STEPS)
     half = torch.optim.SGD([p for p in model.parameters() if p.requires_grad][1:], lr=0.1)
