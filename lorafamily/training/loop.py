@@ -16,14 +16,14 @@ from tqdm import tqdm
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
 from lorafamily.allocation.run import Run
-from lorafamily.batch import LossFn, first_rows, loss_of, to_device
-from lorafamily.errors import DataError, LoraFamilyError, TrainingError
+from lorafamily.batch import LossFn, LossOver, first_rows, loss_of, refuse_one_batch, to_device, weigher
+from lorafamily.errors import LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.penalty import orthogonality_error
 from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
 from lorafamily.reading import Reads, leave_out
 from lorafamily.training import guards
-from lorafamily.training.batches import Batches
+from lorafamily.training.batches import Batches, mean_loss
 from lorafamily.training.board import Setting
 from lorafamily.training.checkpoints import Checkpoints, Resume
 from lorafamily.training.execution import (
@@ -61,6 +61,7 @@ def train(
     schedule: Schedule = "linear",
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     loss_fn: LossFn | None = None,
+    loss_over: LossOver = "auto",
     validation: Iterable[Any] | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     evaluate_every: int | None = None,
@@ -83,7 +84,8 @@ def train(
     """Train whatever has `requires_grad`: the active adapters and what was named beside them, or a plain model.
 
     Runs where the model is. Penalty and rank allocation are those of the adapters' method. Started by `torchrun`, each
-    process takes its rows of every batch, and the numbers are those of one process.
+    process takes its rows of every batch, or the batches that a DistributedSampler gives it, and the numbers are those
+    of one process.
 
     Args:
         data: batches, iterable again and again (a DataLoader, a list). A mapping goes to the model as keywords, a
@@ -92,11 +94,14 @@ def train(
         lr: peak learning rate; after `warmup` (share of the run) it falls to 0 (linear, cosine) or stays (constant).
             In runs of some hundred steps LoRA² and AdaLoRA want about ten times LoRA's, OLoRA a tenth.
         weight_decay, optimizer: of AdamW; or a function from parameters to an optimiser of your own.
+        loss_over: what a batch's loss is a mean over, by which batches and processes count: "tokens" (the labels that
+            are not -100), "rows", or a function from a batch to a number. "auto": the tokens where there are `labels`,
+            and with a `loss_fn` the rows.
         validation: batches, needed by methods that score ranks on them; their mean loss is evaluated as "loss".
         evaluate: function from the model (in eval mode, without gradients) to metrics by name, instead of that loss.
         evaluate_every: optimiser steps between evaluations; None: only at the end.
         patience: stop after so many evaluations without a lower "loss", counted once the allocation is settled.
-        accumulate: batches per optimiser step, averaged.
+        accumulate: batches per optimiser step, which together count as one large batch.
         max_grad_norm: gradients are scaled down to this norm, over all trained parameters.
         precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; "float16" scales the loss;
             factors stay float32.
@@ -117,7 +122,8 @@ def train(
         check_gradients: after the first backward, refuse to go on where an adapter got no gradient.
 
     Raises:
-        DataError: no batches, no loss from them, or keys that the model does not take.
+        DataError: no batches, no loss from them, keys that the model does not take, or processes that draw other
+            batches without dividing the data.
         AllocationError: the method's rank schedule does not fit the run.
         StateError: the adapters are merged, or none is active; the folder is another run's.
         FileError: a checkpoint cannot be written or read.
@@ -143,7 +149,10 @@ def train(
     processes = Processes(device)
     if seed is not None:
         seed_all(seed)
-    batches = Batches(data, device)
+    batches = Batches(data, device, processes)
+    if validation is not None:
+        refuse_one_batch(validation, "validation")
+    weigh = weigher(loss_over, model, loss_fn)
 
     if optimizer is None:
         optim: torch.optim.Optimizer = torch.optim.AdamW(
@@ -165,15 +174,15 @@ def train(
         with evaluating(model, device), in_precision():
             return loss_of(model, scoring_batch(), loss_fn)
 
+    def in_evaluation(batch: Any) -> Tensor:
+        return loss_of(model, to_device(batch, device), loss_fn)
+
     def metrics() -> dict[str, float]:
         with evaluating(model, device), torch.no_grad(), in_precision():
             if evaluate is not None:
                 return dict(evaluate(model))
             assert validation is not None
-            losses = [loss_of(model, to_device(batch, device), loss_fn).item() for batch in validation]
-            if not losses:
-                raise DataError("validation gave no batch; it is empty, or an iterator that is used up")
-            return {"loss": sum(losses) / len(losses)}
+            return {"loss": mean_loss(validation, in_evaluation, weigh, processes)}
 
     adapters = {} if placement is None else placement.adapters
     beside = {} if placement is None else placement.parked
@@ -235,16 +244,15 @@ def train(
                     started = time.perf_counter()
                     for group, peak in zip(optim.param_groups, peaks, strict=True):
                         group["lr"] = peak * lr_factor(step, total, warmup, schedule)
-                    loss_sum, penalty_value = 0.0, 0.0
-                    for _ in range(accumulate):
-                        batch, share = processes.rows(next(batches))
+                    losses, penalty_value = [], 0.0
+                    for batch, share in batches.draw(accumulate, weigh):
                         batch = to_device(batch, device)
                         if step == begun + 1 and loss_fn is None:
                             check_keys(model, batch)
                         with in_precision(), reads or contextlib.nullcontext():
                             loss = share * loss_of(runner, batch, loss_fn)
                         if guards.depends(loss, adapters, beside):
-                            scaler.scale(loss / accumulate).backward()
+                            scaler.scale(loss).backward()
                         if reads is not None and placement is not None:
                             if leave_out(owner, placement, reads.without_effect(), optim):
                                 allocator = state.begin_again()
@@ -252,13 +260,14 @@ def train(
                                 log.close(history, settings, pictures=False)
                                 log = begin_log(allocator.grows)
                             reads = None
-                        loss_sum += loss.item()
+                        losses.append(loss.detach().reshape(()))
                     if step == begun + 1:
                         if buffers is not None:
                             buffers.put_back()
                         if check_gradients:
                             guards.check_gradients(adapters, {at: owner.get_parameter(at) for at in beside})
                     processes.add_up_gradients(trained)
+                    loss_sum = sum(torch.stack(losses).tolist())  # read once: each reading waits for the device
                     loss_sum, stop = processes.add_up([loss_sum, float(signals.received is not None)])
                     if penalty is not None:
                         term = penalty(adapters.values())
@@ -266,7 +275,7 @@ def train(
                         penalty_value = term.item()
                     scaler.unscale_(optim)
                     norm = nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
-                    if finite.check(step, loss_sum / accumulate, norm, accumulate, adapters):
+                    if finite.check(step, loss_sum, norm, accumulate, adapters):
                         scaler.step(optim)
                     else:
                         optim.zero_grad(set_to_none=True)
@@ -280,7 +289,7 @@ def train(
 
                     record = Step(
                         step=step,
-                        loss=loss_sum / accumulate,
+                        loss=loss_sum,
                         penalty=penalty_value,
                         lr=optim.param_groups[0]["lr"],
                         gradient=norm,
