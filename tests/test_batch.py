@@ -11,24 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
-from transformers import (
-    BartConfig,
-    BartForCausalLM,
-    BartForConditionalGeneration,
-    BatchEncoding,
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Wav2Vec2Config,
-    Wav2Vec2ForCTC,
-)
+from transformers import BatchEncoding, Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.modeling_outputs import BaseModelOutput
 
 import lorafamily
+from heads import BERT, bart, bart_decoder, classes, classifier, gpt2, llama, masked, padded
 from lorafamily.batch import batch_axes, cut_rows, first_rows, gather_rows, loss_weight, rows_in, to_device, weigher
 
 Pair = namedtuple("Pair", "x y")
@@ -201,6 +188,8 @@ def test_what_a_tokeniser_noted_is_cut_with_its_rows():
     assert cut_rows(batch, 2, 4).encodings == ["c", "d"]
 
 
+FILL = {"input_ids": 0, "labels": -100}
+
 # Gathering
 
 
@@ -224,56 +213,6 @@ def test_gathered_along_the_second_axis():
     ((batch, _),) = gather_rows(batches, 10)
     assert batch["x"].shape == (7, 10, 3)
     assert batch["x"][0, :, 0].tolist() == batch["y"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
-
-
-def small(kind, config, **sizes):
-    return kind(config(vocab_size=50, pad_token_id=0, **sizes)).double().eval()
-
-
-def gpt2():
-    return small(GPT2LMHeadModel, GPT2Config, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-
-
-def llama():
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return small(LlamaForCausalLM, LlamaConfig, **sizes)
-
-
-BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
-
-
-def bart():
-    return small(BartForConditionalGeneration, BartConfig, **BART)
-
-
-def bart_decoder():
-    return small(BartForCausalLM, BartConfig, **BART)
-
-
-BERT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def masked():
-    return small(BertForMaskedLM, BertConfig, **BERT)
-
-
-def classifier():
-    return small(BertForSequenceClassification, BertConfig, num_labels=3, **BERT)
-
-
-def padded(seed, length, rows=4):
-    """Token batches in which rows have labels of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 50, (rows, length), generator=generator)
-    labels = ids.clone()
-    for row in range(rows):
-        labels[row, : int(torch.randint(1, length - 1, (), generator=generator))] = -100
-    return {"input_ids": ids, "labels": labels}
-
-
-def classes(seed, length, rows=4):
-    return padded(seed, length, rows) | {"labels": torch.arange(rows) % 3}
 
 
 @pytest.mark.parametrize("make", [gpt2, llama, bart, bart_decoder, masked, classifier])
@@ -305,9 +244,6 @@ def test_batches_padded_to_different_lengths_stay_apart_and_are_weighed():
     assert found == pytest.approx(model(**together).loss.item(), rel=2e-7)
     with pytest.raises(lorafamily.DataError, match="no label counts in the 4 rows"):
         gather_rows([one | {"labels": torch.full((4, 12), -100)}], 10, lambda batch: loss_weight(batch, model))
-
-
-FILL = {"input_ids": 0, "labels": -100}
 
 
 def test_what_a_loss_is_a_mean_over():
