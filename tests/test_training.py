@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,9 +17,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import BatchEncoding
 
 import lorafamily
 from conftest import data, every_method, few_rounds, logits, tiny, tokens
+from heads import bart, classes, classifier, gpt2, llama, padded
 from lorafamily.allocation.allocator import Allocation, Allocator
 from lorafamily.placement import placement_of
 
@@ -51,6 +54,93 @@ def test_accumulated_batches_equal_one_large_batch():
         ends.append(logits(model))
     # Same mathematics, gradients summed in another order; Adam divides by their size, so rounding is amplified.
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-8, atol=1e-8)
+
+
+ACCUMULATED = {
+    "causal": (gpt2, [padded(seed, 12) for seed in range(4)]),
+    "encoder and decoder": (bart, [padded(seed, 12) for seed in range(4)]),
+    "classes": (classifier, [classes(seed, 12, rows) for seed, rows in enumerate((4, 1, 3, 4))]),
+    "a batch without labels": (
+        llama,
+        [padded(0, 12), {**padded(1, 12), "labels": torch.full((4, 12), -100)}, padded(2, 12), padded(3, 12)],
+    ),
+}
+
+
+@pytest.mark.parametrize("named", ACCUMULATED)
+def test_batches_of_unequal_tokens_equal_one_large_batch(named):
+    make, batches = ACCUMULATED[named]
+    large = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    torch.manual_seed(0)
+    base = make().state_dict()
+    ends, losses, evaluated = [], [], []
+    for data_ in (batches, [large]):
+        model = make()
+        model.load_state_dict(base)
+        lorafamily.apply(model, "lora", rank=2, seed=0, targets="all-linear")
+        history = lorafamily.train(
+            model,
+            data_,
+            steps=3,
+            accumulate=len(data_),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+            max_grad_norm=math.inf,
+            validation=data_,
+            precision="float32",
+            progress=False,
+        )
+        ends.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+        losses.append([step.loss for step in history.steps])
+        evaluated.append(history.metrics["loss"])
+    assert max((value - base.get(name, 0)).abs().max() for name, value in ends[1].items()) > 1e-3
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, rtol=1e-6, atol=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
+
+
+def test_what_the_loss_is_a_mean_over_can_be_said():
+    """Losses of two batches, 1 and 3 times a weight that trains: their mean as it is asked for."""
+
+    class Weight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, labels):
+            return SimpleNamespace(loss=self.w * x.mean())
+
+    one = {"x": torch.full((3,), 1.0), "labels": torch.tensor([1, -100, -100])}
+    other = {"x": torch.full((1,), 3.0), "labels": torch.tensor([5])}
+    own = lambda model, batch: model(**batch).loss  # noqa: E731
+    cases = [({}, 2.0), ({"loss_over": "rows"}, 1.5), ({"loss_fn": own}, 1.5)]
+    cases += [({"loss_fn": own, "loss_over": "tokens"}, 2.0), ({"loss_over": lambda batch: batch["x"][0] ** 2}, 2.8)]
+    for named, expected in cases:
+        history = lorafamily.train(Weight(), [one, other], steps=1, accumulate=2, lr=0.0, progress=False, **named)
+        assert history.steps[0].loss == pytest.approx(expected)
+        history = lorafamily.train(Weight(), [one], steps=1, lr=0.0, validation=[one, other], progress=False, **named)
+        assert history.metrics["loss"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"bytes": tokens()}, "is a dict with the keys bytes, and must be batches"),
+        (BatchEncoding({"bytes": tokens()}), "is a BatchEncoding with the keys bytes"),
+        (tokens(), r"is a Tensor of shape \(4, 24\)"),
+        ((tokens(), tokens()), "is a tuple of 2 tensors"),
+        (namedtuple("Pair", "x y")(1, 2), "is a Pair with x, y"),
+        ("text", "is a str, and"),
+        (3, "is a int, and"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_batch_is_not_taken_for_batches(batch, message):
+    model = lorafamily.apply(tiny(), "lora", rank=2)
+    with pytest.raises(lorafamily.DataError, match=f"data {message}"):
+        lorafamily.train(model, batch, steps=1, progress=False)
+    with pytest.raises(lorafamily.DataError, match=f"validation {message}"):
+        lorafamily.train(model, data(), steps=1, validation=batch, progress=False)
 
 
 def test_penalty_is_in_the_gradient_and_in_the_record():
@@ -339,6 +429,7 @@ def test_recomputed_activations_change_nothing(method):
             lorafamily.TrainingError,
             'patience watches "loss"',
         ),
+        ({"steps": 5, "loss_over": "words"}, lorafamily.DataError, "loss_over='words'"),
     ],
 )
 def test_what_the_loop_refuses(arguments, error, message):

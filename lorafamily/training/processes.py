@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
+from lorafamily.batch import batch_axes, cut_rows
 from lorafamily.errors import DataError, TrainingError
 from lorafamily.site import sites_in
 
@@ -25,9 +26,19 @@ class Processes:
     """Those that run this program together; a process alone is the special case in which nothing is exchanged."""
 
     def __init__(self, device: torch.device):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-            atexit.register(dist.destroy_process_group)  # else its threads may abort a process that is done
+        """
+        Raises:
+            TrainingError: the model is on the GPU of another process.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available():
+            if device.type == "cuda":
+                _take_gpu(device)
+            if not dist.is_initialized():
+                if device.type == "cuda":  # objects go through the CPU
+                    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
+                else:
+                    dist.init_process_group("gloo", timeout=TIMEOUT)
+                atexit.register(dist.destroy_process_group)  # else its threads may abort a process that is done
         self.together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.together else 0
         self.world = dist.get_world_size() if self.together else 1
@@ -38,24 +49,52 @@ class Processes:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def rows(self, batch: Any) -> tuple[Any, float]:
-        """This process's rows of a batch, and their share of it.
+    def rows(self, batch: Any) -> list[Any]:
+        """The rows of a batch that each process takes, in their order.
 
         Raises:
             DataError: fewer rows than processes.
         """
+        rows, places = batch_axes(batch)
+        if rows < self.world:
+            raise DataError(f"a batch of {rows} rows cannot be shared by {self.world} processes")
+        ends = [rows * at // self.world for at in range(self.world + 1)]
+        return [cut_rows(batch, begin, end, places) for begin, end in pairwise(ends)]
+
+    def shares(
+        self, batches: Sequence[Any], weigh: Callable[[Any], float], divided: bool = False
+    ) -> list[tuple[Any, float]]:
+        """What this process computes of one optimiser step, and by how much each loss counts.
+
+        The sum of share · loss, over all batches and processes, is the loss of one large batch: a batch counts by what
+        its loss is a mean over. One without a label that counts is left out, since its loss is 0 / 0; where there are
+        several processes it is replaced, at share 0, because a sharded model must be called equally often in all.
+
+        Args:
+            weigh: what the loss of a batch is a mean over.
+            divided: whether each process drew batches of its own; else all drew these, and each takes its rows.
+
+        Raises:
+            DataError: fewer rows than processes, or no label that counts in this process's own batches.
+        """
+        if self.world > 1 and not divided:
+            pieces = [self.rows(batch) for batch in batches]
+            all_weights = [[weigh(piece) for piece in of] for of in pieces]
+            total = sum(map(sum, all_weights))
+            mine, weights = [of[self.rank] for of in pieces], [of[self.rank] for of in all_weights]
+            others = [(sum(of), at) for at, of in enumerate(all_weights)]  # whole batches, to replace by
+        else:
+            mine, weights = list(batches), [weigh(batch) for batch in batches]
+            (total,) = self.add_up([sum(weights)])
+            others = [(weight, at) for at, weight in enumerate(weights)]
+        if not total:  # the loss is not finite, which the loop says
+            return [(batch, 1 / (len(mine) * self.world)) for batch in mine]
         if self.world == 1:
-            return batch, 1.0
-        sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
-        total = max(sizes, default=0)
-        if total < self.world:
-            raise DataError(f"a batch of {total} rows cannot be shared by {self.world} processes")
-        begin, end = (total * at // self.world for at in (self.rank, self.rank + 1))
-
-        def own(leaf: Any) -> Any:
-            return leaf[begin:end] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == total else leaf
-
-        return tree_map(own, batch), (end - begin) / total
+            return [(batch, weight / total) for batch, weight in zip(mine, weights, strict=True) if weight]
+        heaviest, at = max(others)
+        if not heaviest:
+            raise DataError(f"no label counts in any batch that process {self.rank} drew for this step")
+        return [(batch if weight else batches[at], weight / total) for batch, weight in zip(mine, weights, strict=True)]
 
     def add_up(self, values: list[float]) -> list[float]:
         """Sums over all processes, in float64."""
@@ -88,7 +127,7 @@ class Processes:
         if self.world == 1:
             return value
         held = [value]
-        self._exchange(lambda: dist.broadcast_object_list(held, 0, device=self.device))
+        self._exchange(lambda: dist.broadcast_object_list(held, 0))
         return held[0]
 
     def gathered(self, value: T) -> list[T]:
@@ -122,6 +161,21 @@ class Processes:
                 f"process {self.rank} of {self.world} lost the others, one of which has probably died (its own message "
                 f"says why): {str(error).splitlines()[0]}"
             ) from error
+
+
+def _take_gpu(device: torch.device) -> None:
+    """Make the model's GPU the current one: collectives of objects and new tensors go there.
+
+    Raises:
+        TrainingError: it is the first process's, because nobody chose one before the model went to "cuda".
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local and device.index == 0 and torch.cuda.device_count() > 1:
+        raise TrainingError(
+            f"process {local} of this machine has its model on cuda:0, the GPU of process 0; write "
+            'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before the model goes to "cuda"'
+        )
+    torch.cuda.set_device(device)
 
 
 def shard(model: Model) -> Model:
