@@ -30,6 +30,7 @@ from lorafamily.errors import DataError, FileError, StateError
 from lorafamily.history import Decision
 from lorafamily.placement import noted, placement_of, refuse_merged, state_of, targets_of
 from lorafamily.reading import Reads, leave_out
+from lorafamily.training.around_steps import AroundSteps
 from lorafamily.training.execution import evaluating
 from lorafamily.training.loop import SCORING_ROWS
 from lorafamily.training.state import pack, unpack
@@ -70,6 +71,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         Raises:
             StateError: ranks would change where the Trainer's engine holds on to tensors (DDP, FSDP, DeepSpeed).
             AllocationError: the method's schedule does not fit the run.
+            TrainingError: the optimiser cannot train adapters.
 
         The first batch raises TargetError where targets that somebody named have no effect; others are left out.
         """
@@ -86,6 +88,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             validation_loss=self._validation_loss(args.device),
             start=self.start,
         )
+        AroundSteps(given["optimizer"], self.placement.adapters)
         self.run.generator.manual_seed(self.seed)
         self.allocator = allocation.begin(self.run)
         if engine is not None and not self.allocator.settled:

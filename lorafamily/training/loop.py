@@ -23,6 +23,7 @@ from lorafamily.penalty import orthogonality_error
 from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
 from lorafamily.reading import Reads, leave_out
 from lorafamily.training import guards
+from lorafamily.training.around_steps import AroundSteps
 from lorafamily.training.batches import Batches
 from lorafamily.training.board import Setting
 from lorafamily.training.checkpoints import Checkpoints, Resume
@@ -121,8 +122,8 @@ def train(
         AllocationError: the method's rank schedule does not fit the run.
         StateError: the adapters are merged, or none is active; the folder is another run's.
         FileError: a checkpoint cannot be written or read.
-        TrainingError: nothing to train, an adapter without gradient, a number that is not finite, or a frozen weight
-            that changed.
+        TrainingError: nothing to train, an optimiser that cannot (LBFGS), an adapter without gradient, a number that is
+            not finite, or a frozen weight that changed.
         TargetError: a layer that somebody named as a target only has its weight read, so that its adapter is without
             effect.
         Interrupted: a signal asked the run to stop, and it has saved.
@@ -177,6 +178,7 @@ def train(
 
     adapters = {} if placement is None else placement.adapters
     beside = {} if placement is None else placement.parked
+    AroundSteps(optim, adapters)  # it sees no empty tensor; decay pulls to ΔW = 0
     run = Run(
         model=model,
         adapters=adapters,

@@ -169,7 +169,11 @@ class RunState:
                 parameters[name].copy_(value)
             for name, value in state["buffers"].items():
                 buffers[name].copy_(value)
+        decays = [group.get("weight_decay") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            if decay is not None:
+                group["weight_decay"] = decay  # what is asked for now, with resume="anyway"
         self.scaler.load_state_dict(state["scaler"])
         self.allocator.restore(state["allocator"])
         self.run.generator.set_state(state["generator"])
