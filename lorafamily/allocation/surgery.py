@@ -164,8 +164,9 @@ def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes | None:
                 found &= _possible(key, other, parameter)
                 if len(found) <= 1:
                     break
-    full = tuple(range(old.ndim))
-    return full if full in found else next(iter(found)) if len(found) == 1 else None
+    if len(found) > 1:  # what is no mean by its name is most often all there is
+        found = found & {tuple(range(old.ndim))} or found & {FLAT}
+    return found.pop() if found else None
 
 
 def _possible(key: Any, value: Tensor, parameter: Tensor) -> set[Axes]:
