@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from lorafamily.allocation.surgery import forget
 from lorafamily.errors import TargetError
 from lorafamily.parts import ReadRows, Target
 from lorafamily.placement import Placement, targets_of
@@ -99,8 +100,8 @@ def leave_out(
         assert site is not None
         site.drop(target.part, placement.name)
         gone |= {id(parameter) for parameter in placement.adapters.pop(name).parameters()}
-    for group in optimizer.param_groups if optimizer is not None else ():
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    if optimizer is not None:
+        forget(optimizer, gone)
     return bool(names)
 
 

@@ -71,6 +71,39 @@ def test_a_trainer_prunes_and_grows_and_resumes_to_the_same_bytes(method, tmp_pa
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_adafactor_with_modules_at_rank_zero_resumes_to_the_same_bytes(tmp_path):
+    """Half the modules lose their only rank at the first decision, and the checkpoint has them so."""
+    options = {"optim": "adafactor", "weight_decay": 0.1, "save_steps": 2, "max_steps": 8}
+    options |= {
+        "validation": [{key: torch.stack([torch.as_tensor(s[key]) for s in samples(8)]) for key in samples(1)[0]}]
+    }
+    ends = []
+    for folder in ("whole", "resumed"):
+        model = lorafamily.apply(model_of("bert"), "alora", rank=1, seed=0, rounds=2, warmup=1, interval=4)
+        trainer, callback = trainer_of(model, tmp_path / folder, **options)
+        trainer.train(resume_from_checkpoint=folder == "resumed")
+        assert 0 in callback.decisions[0].after.values()
+        ends.append((lorafamily.save(model, tmp_path / f"{folder}-adapter") / "adapter.safetensors").read_bytes())
+        (tmp_path / "resumed").mkdir(exist_ok=True)
+        if folder == "whole":
+            (tmp_path / "whole" / "checkpoint-4").rename(tmp_path / "resumed" / "checkpoint-4")
+    assert ends[0] == ends[1]
+
+
+def test_weight_decay_pulls_to_the_base_where_the_start_is_not_zero():
+    """Groups with and without decay, and a schedule that counts them, stay the Trainer's."""
+    norms = []
+    for decay in (0.0, 30.0):
+        model = adapted("olora")
+        trainer, _ = trainer_of(
+            model, "/nonexistent", save_strategy="no", weight_decay=decay, lr_scheduler_type="constant"
+        )
+        trainer.train()
+        norms.append(sum(adapter.norm() for adapter in placement_of(model).adapters.values()))
+        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [decay, 0.0]
+    assert norms[1] < 0.5 * norms[0]  # towards zero instead of the start it would be many times as large
+
+
 def test_the_penalty_acts():
     errors = []
     for gamma in (0.0, 1.0):

@@ -101,6 +101,32 @@ def test_interrupted_again_and_again_and_the_same_to_the_last_bit(method, tmp_pa
     same_end(model, history, folder, expected, tmp_path)
 
 
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.AdamW])
+def test_whatever_the_optimiser_with_decay_and_modules_at_rank_zero(make, tmp_path):
+    """A frozen start to decay to, and so many ranks dropped that some modules have none when it is saved."""
+    options = {"optimizer": lambda parameters: make(parameters, lr=1e-2, weight_decay=0.5)}
+    whole = model_of("olora+alora", drop=20)
+    expected = (whole, train(whole, tmp_path / "whole", **options), tmp_path / "whole")
+    assert 0 in expected[1].decisions[0].after.values()
+    with pytest.raises(Interrupted):
+        train(model_of("olora+alora", drop=20), tmp_path / "broken", 7, **options)
+    model = model_of("olora+alora", drop=20)
+    same_end(model, train(model, tmp_path / "broken", **options), tmp_path / "broken", expected, tmp_path)
+
+
+def test_the_decay_is_the_one_asked_for_now(tmp_path):
+    with pytest.raises(Interrupted):
+        train(model_of("olora"), tmp_path, 7, weight_decay=0.0)
+    made = []
+
+    def make(parameters):
+        made.append(torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.5))
+        return made[0]
+
+    train(model_of("olora"), tmp_path, optimizer=make)
+    assert made[0].param_groups[0]["weight_decay"] == 0.5
+
+
 def test_a_run_that_is_done_gives_what_it_gave(tmp_path):
     first = train(model_of("adalora"), tmp_path)
     assert without_time(train(model_of("adalora"), tmp_path)) == without_time(first)

@@ -1,32 +1,186 @@
-"""Operating on an optimiser whose parameters change size."""
+"""Operating on an optimiser whose parameters change size.
+
+Its state follows, whatever its shape: moments as large as the parameter, sums over rows or columns (Adafactor, SM3),
+flat copies (Prodigy), 8- and 4-bit moments of torchao. What cannot follow (bitsandbytes' blocks, the matrices of
+Shampoo and SOAP) begins anew, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Resize
 
+Axes = tuple[int | None, ...]
+"""For every axis of a state tensor the axis of its parameter that it runs along; None where it has a single entry."""
+FLAT: Axes = (-1,)
+"""All entries of the parameter in one row."""
+
+# What an optimiser keeps and does not start at zero: part of its class's name, key -> new entries, from those of the
+# parameter and its group's options. All other state of new slices is zero.
+_BEGINNINGS: list[tuple[str, str, Callable[[Tensor, dict[str, Any]], Tensor]]] = [
+    ("ScheduleFree", "z", lambda new, options: new),
+    ("ASGD", "ax", lambda new, options: new),
+    ("Prodigy", "p0", lambda new, options: new),
+    ("Lookahead", "slow", lambda new, options: new),
+    ("Rprop", "step_size", lambda new, options: torch.full_like(new, float(options["lr"]))),
+    ("Adagrad", "sum", lambda new, options: torch.full_like(new, options.get("initial_accumulator_value", 0))),
+]
+
+
+class _CannotFollowError(Exception):
+    """State that has no slices to cut, or nobody knows where."""
+
+
+def levels(optimizer: Any) -> Iterator[Any]:
+    """The optimiser and all that it wraps (accelerate, SAM, schedule-free wrappers), which may share groups or not."""
+    seen, waiting = set(), [optimizer]
+    while waiting:
+        level = waiting.pop()
+        if id(level) in seen:
+            continue
+        seen.add(id(level))
+        yield level
+        for value in vars(level).values():
+            inside = value if isinstance(value, list | tuple) else (value,)
+            waiting += [inner for inner in inside if isinstance(inner, torch.optim.Optimizer)]
+
 
 def exchange(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
     """Let the optimiser train another parameter in the old one's place, without its state."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    for level in levels(optimizer):
+        for group in level.param_groups:
+            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+
+
+def forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
+    """Let the optimiser drop the parameters with these ids, and their state."""
+    for level in levels(optimizer):
+        for group in level.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in gone:
+                    level.state.pop(parameter, None)
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
 
 
 @torch.no_grad()
 def follow_resize(optimizer: torch.optim.Optimizer, change: Resize) -> None:
     """Let the optimiser train the new parameter in the old one's place.
 
-    Every state tensor of the old shape follows it: survivors' entries keep their bits, new ones are zero. Scalars such
-    as the step count stay.
+    State that runs along the slices follows them: survivors' entries keep their bits (quantised ones are rounded
+    again), those of new slices are what the optimiser would begin with, zero for moments. State along the other axis,
+    and numbers such as the step count, stay. Where some of a parameter's state cannot follow, all of it begins anew; a
+    warning names the optimiser and the state.
     """
     exchange(optimizer, change.old, change.new)
-    state = optimizer.state.pop(change.old, None)
-    if state is None:
-        return
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == change.old.shape:
-            kept = value.index_select(change.axis, change.keep)
-            missing = list(change.new.shape)
-            missing[change.axis] -= len(change.keep)
-            state[key] = torch.cat([kept, kept.new_zeros(missing)], change.axis)
-    optimizer.state[change.new] = state
+    for level in levels(optimizer):
+        state = level.state.pop(change.old, None)
+        if not state:
+            continue
+        groups = (g for g in level.param_groups if any(p is change.new for p in g["params"]))
+        options: dict[str, Any] = next(groups, {})
+        try:
+            followed = {key: _followed(level, key, value, change, options) for key, value in state.items()}
+        except _CannotFollowError as error:
+            warnings.warn(
+                f'{type(level).__name__} keeps "{error}" in a form that cannot follow a change of rank: its state of '
+                "the tensors that changed begins anew",
+                stacklevel=2,
+            )
+        else:
+            level.state[change.new] = followed
+
+
+def _followed(optimizer: Any, key: Any, value: Any, change: Resize, options: dict[str, Any]) -> Any:
+    """One entry of a parameter's state after the change.
+
+    Raises:
+        _CannotFollowError: it cannot be told which of its entries belong to which slice; carries the key.
+    """
+    if value is None or isinstance(value, bool | int | float | complex | str):
+        return value
+    if not isinstance(value, Tensor):
+        raise _CannotFollowError(key)
+    if value.ndim == 0 or key == "step":
+        return value
+    if quantised := _in_blocks(value):
+        return quantised(_cut(value.dequantize(), change.axis, change))
+    if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():  # codes of somebody's quantisation
+        raise _CannotFollowError(key)
+    axes = _axes(optimizer, key, value, change.old)
+    if axes is None:
+        raise _CannotFollowError(key)
+    begin = None
+    for name, of, beginning in _BEGINNINGS:
+        if name in type(optimizer).__name__ and str(key).startswith(of):
+            begin = beginning(change.new.detach(), options)
+    if axes == FLAT:
+        return _cut(value.view(change.old.shape), change.axis, change, begin).flatten()
+    return _cut(value, axes.index(change.axis), change, begin) if change.axis in axes else value
+
+
+def _cut(value: Tensor, axis: int, change: Resize, begin: Tensor | None = None) -> Tensor:
+    """The kept entries of `value` along its `axis`, then those of `begin`, or zeros, for slices that were added."""
+    kept = value.index_select(axis, change.keep.to(value.device))
+    shape, n = list(kept.shape), len(change.keep)
+    shape[axis] = change.new.shape[change.axis] - n
+    new = kept.new_zeros(shape) if begin is None else begin.narrow(axis, n, shape[axis]).to(kept)
+    return torch.cat([kept, new], axis)
+
+
+def _in_blocks(value: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """For state that torchao quantises in blocks: what quantises other values alike. They stay floats where its
+    optimisers leave them so, in tensors that are small or no whole number of blocks."""
+    kind, size = type(value), getattr(value, "block_size", None)
+    if size is None or not hasattr(kind, "zeros"):
+        return None
+    options = {"signed": value.signed} if hasattr(value, "signed") else {}
+
+    def quantised(values: Tensor) -> Tensor:
+        if values.numel() < 4096 or values.numel() % size:
+            return values
+        empty: Tensor = kind.zeros(values.shape, **options, block_size=size, device=values.device)
+        return empty.copy_(values)
+
+    return quantised
+
+
+def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes | None:
+    """Along which of the parameter's axes a state tensor runs; None where that cannot be told.
+
+    Shapes leave it open for square parameters and those of one slice. Then the state's name decides, or what its shape
+    is for other parameters.
+    """
+    found = _possible(key, value, old)
+    if len(found) > 1:
+        for parameter, state in optimizer.state.items():
+            other = state.get(key) if isinstance(parameter, Tensor) and isinstance(state, dict) else None
+            if isinstance(other, Tensor) and other.ndim and parameter.ndim == old.ndim:
+                found &= _possible(key, other, parameter)
+                if len(found) <= 1:
+                    break
+    if len(found) > 1:  # what is no mean by its name is most often all there is
+        found = found & {tuple(range(old.ndim))} or found & {FLAT}
+    return found.pop() if found else None
+
+
+def _possible(key: Any, value: Tensor, parameter: Tensor) -> set[Axes]:
+    """All ways to read a state tensor's shape."""
+    shape, n = tuple(parameter.shape), parameter.ndim
+    full = tuple(range(n))
+    readings: dict[Axes, tuple[int, ...]] = {full: shape, (None,) * value.ndim: (1,) * value.ndim}
+    if n > 1:
+        readings[FLAT] = (parameter.numel(),)
+    for axis in full if n > 1 else ():
+        readings[full[:axis] + full[axis + 1 :]] = shape[:axis] + shape[axis + 1 :]
+        readings[(*full[:axis], None, *full[axis + 1 :])] = (*shape[:axis], 1, *shape[axis + 1 :])
+    found = {axes for axes, of in readings.items() if of == tuple(value.shape)}
+    if n > 1 and ("row" in str(key) or "col" in str(key)):  # every Adafactor: means over the last axis, the one before
+        left, summed = (n - 2, n - 1) if "row" in str(key) else (n - 1, n - 2)
+        return {axes for axes in found if left in axes and summed not in axes} or found
+    return found
