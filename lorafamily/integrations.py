@@ -31,7 +31,6 @@ from lorafamily.history import Decision
 from lorafamily.placement import noted, placement_of, refuse_merged, state_of, targets_of
 from lorafamily.reading import Reads, leave_out
 from lorafamily.training.execution import evaluating
-from lorafamily.training.loop import SCORING_ROWS
 from lorafamily.training.state import pack, unpack
 
 FOLDER, STATE, TENSORS, FORMAT = "lorafamily", "allocator.json", "allocator.safetensors", 1
@@ -107,9 +106,10 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
         """Let the allocator see the gradients, and decide."""
         assert self.allocator is not None
-        if getattr(given["optimizer"], "step_was_skipped", False):  # float16: the gradients are not finite
+        made = not getattr(given["optimizer"], "step_was_skipped", False)
+        if not made:  # float16: the gradients are not finite
             self.model.zero_grad(set_to_none=True)
-        decision = self.allocator.step(state.global_step + 1)
+        decision = self.allocator.step(state.global_step + 1, observe=made)
         if decision is not None:
             self.decisions.append(decision)
 
@@ -188,20 +188,20 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
                     new = nn.Parameter(parameter.new_empty(value.shape), parameter.requires_grad)
                     setattr(adapter.update, name, new)
 
-    def _validation_loss(self, device: torch.device) -> Callable[[], Tensor] | None:
+    def _validation_loss(self, device: torch.device) -> Callable[[int], Tensor] | None:
         if self.validation is None:
             return None
         data = self.validation
         held: list[Any] = []
 
-        def loss() -> Tensor:
+        def loss(rows: int) -> Tensor:
             with evaluating(self.model, device):
                 if not held:
                     torch.manual_seed(self.seed)  # the same batch after resuming; `evaluating` undoes it
                     batch = next(iter(data), None)
                     if batch is None:
                         raise DataError("the validation data gave no batch to score ranks on")
-                    held.append(to_device(first_rows(batch, SCORING_ROWS), device))
+                    held.append(to_device(first_rows(batch, rows), device))
                 return loss_of(self.model, held[0])
 
         return loss

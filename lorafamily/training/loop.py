@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
-from lorafamily.allocation.run import Run
+from lorafamily.allocation.run import Run, TaskGradients
 from lorafamily.batch import LossFn, first_rows, loss_of, to_device
 from lorafamily.errors import DataError, LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
@@ -45,7 +45,6 @@ from lorafamily.training.run_state import RunState
 from lorafamily.training.schedule import Schedule, lr_factor, total_steps
 from lorafamily.training.state import seed_all
 
-SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples
 SCALING_LIMIT = 25  # steps in a row that float16's loss scale may take to halve itself from 2¹⁶ to nothing
 
 
@@ -156,14 +155,14 @@ def train(
     runner = cast(nn.Module, torch.compile(model)) if compile else model
 
     @functools.cache
-    def scoring_batch() -> Any:
+    def scoring_batch(rows: int) -> Any:
         assert validation is not None
         seed_all(seed or 0)  # the same batch after resuming, whatever the loader draws; `evaluating` undoes it
-        return to_device(first_rows(next(Batches(validation, device)), SCORING_ROWS), device)
+        return to_device(first_rows(next(Batches(validation, device)), rows), device)
 
-    def validation_loss() -> Tensor:
+    def validation_loss(rows: int) -> Tensor:
         with evaluating(model, device), in_precision():
-            return loss_of(model, scoring_batch(), loss_fn)
+            return loss_of(model, scoring_batch(rows), loss_fn)
 
     def metrics() -> dict[str, float]:
         with evaluating(model, device), torch.no_grad(), in_precision():
@@ -177,6 +176,7 @@ def train(
 
     adapters = {} if placement is None else placement.adapters
     beside = {} if placement is None else placement.parked
+    task_gradients = TaskGradients()
     run = Run(
         model=model,
         adapters=adapters,
@@ -186,7 +186,7 @@ def train(
         rank_limit=placement.sizing.rank_budget if placement else None,
         optimizer=optim,
         validation_loss=validation_loss if validation is not None else None,
-        scoring_memory=scoring_memory,
+        task_gradient=task_gradients,
         progress=progress and processes.first,
         agreed=processes.agreed,
     )
@@ -260,18 +260,21 @@ def train(
                             guards.check_gradients(adapters, {at: owner.get_parameter(at) for at in beside})
                     processes.add_up_gradients(trained)
                     loss_sum, stop = processes.add_up([loss_sum, float(signals.received is not None)])
+                    scaler.unscale_(optim)
+                    if allocator.wants_task_gradient:
+                        task_gradients.keep(adapters.values())
                     if penalty is not None:
                         term = penalty(adapters.values())
-                        scaler.scale(term).backward()
+                        term.backward()
                         penalty_value = term.item()
-                    scaler.unscale_(optim)
                     norm = nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
-                    if finite.check(step, loss_sum / accumulate, norm, accumulate, adapters):
+                    task_gradients.scale(min(1.0, max_grad_norm / (norm + 1e-6)))
+                    if made := finite.check(step, loss_sum / accumulate, norm, accumulate, adapters):
                         scaler.step(optim)
                     else:
                         optim.zero_grad(set_to_none=True)
                     scaler.update()
-                    decision = allocator.step(step)
+                    decision = allocator.step(step, observe=made)
                     if decision is not None:
                         history.decisions.append(decision)
                         trained = state.trained()  # resized tensors are new parameters
