@@ -129,7 +129,8 @@ def _check(cells: list[Cell], task: Task, training: Training) -> None:
             placement.adapters,
             training.steps,
             placement.sizing.budget,
-            validation_loss=lambda: torch.zeros(()),
+            validation_loss=lambda rows: torch.zeros(()),
+            task_gradient=lambda parameter: parameter.grad,
         )
         placement.method.allocation.begin(trial)
         lorafamily.remove(model)

@@ -146,7 +146,9 @@ class _Trained:
             if (penalty := method.penalty) is not None:
                 self.penalty = lambda: penalty(adapters.values())
             # So long a run that no decision falls into what is measured.
-            self.allocator = method.allocation.begin(Run(model, adapters, 10**6, validation_loss=self._loss))
+            self.allocator = method.allocation.begin(
+                Run(model, adapters, 10**6, validation_loss=lambda rows: self._loss())
+            )
 
     def _loss(self) -> Tensor:
         loss: Tensor = self.model(**self.batch).loss

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import tyro
 from torch import Tensor
 
 import lorafamily
-from lorafamily.allocation.ablation import Ablation, AblationEstimate
+from lorafamily.allocation.ablation import SCORING_ROWS, Ablation, AblationEstimate
 from lorafamily.allocation.allocator import Allocation, Allocator
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scores
@@ -32,7 +31,10 @@ from lorafamily.batch import first_rows, loss_of
 from lorafamily.history import Decision
 from lorafamily.names import modules_per_block
 from lorafamily.placement import placement_of
+<<<<<<< HEAD
 from lorafamily.training.session import SCORING_ROWS
+=======
+>>>>>>> alloc
 from report import as_text
 from tasks import Task, TaskError, find
 
@@ -72,7 +74,7 @@ def main(settings: Settings) -> None:
     lines = [["seed", "ranks", "Spearman", "p", "same among the lowest", "first-order range", "exact range"]]
     for seed in range(settings.seeds):
         run = _trained(task, settings, seed)
-        exact, estimate = Ablation(run).scores(), AblationEstimate(run).scores()
+        exact, estimate = _exact(run, settings), AblationEstimate(run).scores()
         lines.append([str(seed), *_agreement(exact, estimate)])
     print(f"\nExact AB-LoRA against its first-order estimate, LoRA rank {settings.rank}, {settings.steps} steps")
     print(as_text(lines), flush=True)
@@ -80,7 +82,7 @@ def main(settings: Settings) -> None:
     print(f"\nWall time of scoring {sum(map(len, exact.values()))} ranks on one batch of {SCORING_ROWS}, seconds")
     scorers: dict[str, Callable[[], Scores]] = {
         "definition": lambda: by_definition(run),
-        "exact": lambda: Ablation(run).scores(),
+        "exact": lambda: _exact(run, settings),
         "first-order": lambda: AblationEstimate(run).scores(),
     }
     spent: dict[str, list[float]] = {name: [] for name in scorers}
@@ -128,10 +130,14 @@ def _trained(task: Task, settings: Settings, seed: int) -> Run:
     lorafamily.apply(model, "lora", rank=settings.rank, also_train=head, seed=seed)
     lorafamily.train(model, task.training(seed), steps=settings.steps, lr=settings.lr, seed=seed, progress=False)
     model.eval()
-    batch = first_rows(next(iter(task.validation())), SCORING_ROWS)
-    loss = partial(loss_of, model, batch)
-    memory = settings.scoring_memory
-    return Run(model, placement_of(model).adapters, 1, validation_loss=loss, scoring_memory=memory)
+    batch = next(iter(task.validation()))
+    return Run(
+        model, placement_of(model).adapters, 1, validation_loss=lambda rows: loss_of(model, first_rows(batch, rows))
+    )
+
+
+def _exact(run: Run, settings: Settings) -> Scores:
+    return Ablation(run, scoring_memory=settings.scoring_memory).scores()
 
 
 def _agreement(exact: Scores, estimate: Scores) -> list[str]:
@@ -155,7 +161,7 @@ def by_definition(run: Run) -> Scores:
             gate.fill_(value)
         if name:
             gates[name][i] = 1 - value
-        return run.validation_loss().double()
+        return run.validation_loss(SCORING_ROWS).double()
 
     with ExitStack() as stack:
         for name, adapter in run.adapters.items():
@@ -194,13 +200,13 @@ class Timed(Allocation):
     inner: Allocation
     spent: list[float] = field(default_factory=list)
 
-    def begin(self, run: Run) -> Allocator:
+    def allocator(self, run: Run) -> Allocator:
         allocator = self.inner.begin(run)
         step = allocator.step
 
-        def timed(number: int) -> Decision | None:
+        def timed(number: int, **how: bool) -> Decision | None:
             begun = time.perf_counter()
-            decision = step(number)
+            decision = step(number, **how)
             self.spent.append(time.perf_counter() - begun)
             return decision
 

@@ -150,7 +150,8 @@ class Adapter(nn.Module):
     start that is subtracted so that the adapted layer begins as the base layer.
 
     `update` is U V in some parametrisation; `start` is its frozen copy or None; `scale` is s; `dropout` acts on the
-    input of the update in training; `start_rank` is the number of slices it began with, for whoever compares.
+    input of the update in training; `start_rank` is the number of slices it began with, for whoever compares;
+    `settled` says that an allocation came to the present rank and was done.
     """
 
     def __init__(
@@ -160,10 +161,12 @@ class Adapter(nn.Module):
         scale: float,
         dropout: Dropout = Dropout(),
         start_rank: int | None = None,
+        settled: bool = False,
     ):
         super().__init__()
         self.update = update
         self.start_rank = update.rank if start_rank is None else start_rank
+        self.settled = settled
         self.start: Parametrisation | None = None
         self.scale = scale
         self.dropout = dropout
@@ -285,6 +288,7 @@ class Adapter(nn.Module):
         return {
             "sizes": self.update.sizes(),
             "start_rank": self.start_rank,
+            "settled": self.settled,
             "scale": self.scale,
             "dropout": self.dropout.p,
             "dropout_kind": self.dropout.kind,

@@ -45,7 +45,8 @@ def solve(
     """The start that a budget buys, or the cost of the rank asked for; with the method, whose own sizes a rank budget
     sets where they are what counts slices.
 
-    `budget_at="end"` lets a method that prunes start larger, by the share that its allocation leaves at the end.
+    `budget_at="end"` lets a method that prunes start larger: what counts is what will be left at the end, the share of
+    the slices that its allocation leaves and all that belongs to no slice (LoRA²'s outer factors).
 
     Raises:
         BudgetError: more than one given, not a positive number, or too small for one rank a module.
@@ -77,19 +78,38 @@ def solve(
 
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not math.isfinite(budget) or budget <= 0:
         raise BudgetError(f"budget={budget!r}: must be a positive number of trainable parameters, such as 0.17e6")
-    allowed = budget / share if share else math.inf
-    smallest = cost(1)
-    if smallest > allowed:
+
+    def counted(at_rank: int) -> float:
+        """What the budget counts: the start, or with a share of the slices gone the end."""
+        return cost(at_rank) if share == 1 else _left(method, shapes, at_rank, share)
+
+    smallest = counted(1)
+    if smallest > budget:
+        costs = f"{cost(1):,}" + ("" if share == 1 else f" at the start, {math.ceil(smallest):,} at the end")
         raise BudgetError(
-            f"budget {math.floor(budget):,} is too small: rank 1 on the {len(shapes)} matched layers costs "
-            f"{smallest:,}; the smallest budget that works is {math.ceil(smallest * share):,}, or narrow targets, "
-            f'for example to "attention"'
+            f"budget {math.floor(budget):,} is too small: rank 1 on the {len(shapes)} matched layers costs {costs}; "
+            f"the smallest budget that works is {math.ceil(smallest):,}, or narrow targets, for example to "
+            '"attention"'
         )
-    low, high = 1, largest  # cost(low) fits throughout; sizes are capped by each layer, so nothing grows past `high`
+    low, high = 1, largest  # `low` fits throughout; sizes are capped by each layer, so nothing grows past `high`
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle) <= allowed else (low, middle - 1)
+        low, high = (middle, high) if counted(middle) <= budget else (low, middle - 1)
     return method, Sizing(math.floor(budget), budget_at, low, cost(low))
+
+
+def _left(method: Method, shapes: Shapes, rank: int, share: float) -> float:
+    """Trainable numbers when a share of all slices is left of a start at `rank`, each of average cost; never less than
+    with one slice, unless none is to be left."""
+    whole = slices = sliced = 0
+    by = method.parametrisation.sliced_by
+    for d_in, d_out in shapes.values():
+        sizes = method.capped(d_in, d_out, rank)
+        without = method.parametrisation.count(d_in, d_out, **{**sizes, by: 0})
+        whole += without
+        sliced += method.count(d_in, d_out, rank) - without
+        slices += sizes[by]
+    return whole + (max(share, 1 / slices) * sliced if share else 0)
 
 
 def _slices_each(rank_budget: int, modules: int, share: float, largest: int) -> int:

@@ -46,7 +46,8 @@ def pretended(architecture: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def scored(model: nn.Module, loss, memory: float | None) -> dict[str, Tensor]:
-    return Ablation(Run(model, placement_of(model).adapters, 1, validation_loss=loss, scoring_memory=memory)).scores()
+    run = Run(model, placement_of(model).adapters, 1, validation_loss=lambda rows: loss())
+    return Ablation(run, scoring_memory=memory).scores()
 
 
 @torch.no_grad()
@@ -180,7 +181,9 @@ def test_a_tape_leaves_the_model_as_it_was_when_something_fails():
 def test_the_first_order_estimate_takes_a_layer_that_no_loss_reaches():
     model = perturb_(lorafamily.apply(Awkward().eval(), "alora", rank=2, seed=0))
     x = torch.randn(5, 8, dtype=torch.float64)
-    scores = AblationEstimate(Run(model, placement_of(model).adapters, 1, validation_loss=lambda: model(x))).scores()
+    scores = AblationEstimate(
+        Run(model, placement_of(model).adapters, 1, validation_loss=lambda rows: model(x))
+    ).scores()
     with torch.no_grad(), lorafamily.disabled(model):
         # float64: minus the loss twice over, once more rounded.
         assert_close(scores["unused"], -model(x).repeat(2), rtol=1e-12, atol=0)

@@ -49,7 +49,7 @@ class Watched(Allocation):
     x: Tensor
     decisions: list[Decision] = field(default_factory=list)
 
-    def begin(self, run: Run) -> Allocator:
+    def allocator(self, run: Run) -> Allocator:
         allocator = self.inner.begin(run)
         step, resize = allocator.step, allocator.resize
 
@@ -68,8 +68,8 @@ class Watched(Allocation):
                 # The new terms are exactly zero; the sum over slices may run in another order.
                 assert_close(self.output(), output, rtol=1e-12, atol=1e-12)
 
-        def watched_step(number: int) -> Any:
-            decision = step(number)
+        def watched_step(number: int, **how: bool) -> Any:
+            decision = step(number, **how)
             if decision is not None:
                 self.decisions.append(decision)
                 check_decision(self.model, run, allocator, decision)

@@ -319,12 +319,12 @@ def test_a_base_weight_that_changed_is_named():
 class Sleeping(Allocation):
     """A schedule that never fires."""
 
-    def begin(self, run):
+    def allocator(self, run):
         return Sleeper(run)
 
 
 class Sleeper(Allocator):
-    def step(self, step):
+    def decide(self, step):
         return None
 
 

@@ -8,9 +8,10 @@ M∖i has slice i off, M_i has only slice i on in the whole network. Taken liter
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from numbers import Real
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,8 @@ from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
 from lorafamily.placement import targets_of
 
-ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `Run.scoring_memory` says otherwise
+SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples
+ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `scoring_memory` says otherwise
 
 
 class Ablation(Scorer):
@@ -32,17 +34,27 @@ class Ablation(Scorer):
 
     Slices are taken in the order in which the network reaches their layers. What is computed before such a layer is
     the same for every ablation of it and comes from a `Tape`; what is computed after it, for several slices in one
-    batch: as many as fit into `run.scoring_memory`.
+    batch: as many as fit into `scoring_memory`, MiB of activations. None: 1024 on a GPU, and on a CPU, where batches
+    gain nothing, one ablation at a time. `scoring_rows`: rows of validation data that the loss is taken over.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, scoring_rows: int = SCORING_ROWS, scoring_memory: float | None = None):
         super().__init__(run)
-        if run.validation_loss is None:
-            raise AllocationError(
-                "ranks are scored on validation data, and the run has none: pass train(..., validation=batches)"
-            )
-        self.loss = run.validation_loss
+        self.loss = _loss_on(scoring_rows, run)
+        if scoring_memory is not None and not (isinstance(scoring_memory, Real) and scoring_memory > 0):
+            raise AllocationError(f"scoring_memory={scoring_memory!r}: must be a positive number of MiB, or None")
+        self.memory = scoring_memory
         self._batches = True  # until the model turns out not to go through vmap
+
+    @torch.no_grad()
+    def why_not_finite(self) -> str:
+        loss = float(self.loss())
+        if loss - loss == 0:
+            return "the loss of the scored rows overflows with some slices taken out; lower lr"
+        return (
+            f"the loss of the scored rows is {loss}. Where these are rows whose labels are all masked (-100), shuffle "
+            "the validation data or score more of them (scoring_rows)"
+        )
 
     @torch.no_grad()
     def scores(self) -> Scores:
@@ -80,7 +92,7 @@ class Ablation(Scorer):
 
     def _together(self, device: torch.device, held: int, one: int) -> int:
         """How many ablations ride in one batch. On a CPU, unless a bound was set, one: batches gain nothing there."""
-        bound = self.run.scoring_memory
+        bound = self.memory
         if not self._batches or (bound is None and device.type == "cpu"):
             return 1
         return max(1, int(((ON_A_GPU if bound is None else bound) * 2**20 - held) / max(one, 1)))
@@ -117,6 +129,9 @@ class AblationEstimate(Ablation):
     S(M) − S(M∖i) ≈ ∂S/∂g_i at g = 1, and S(M_i) ≈ S(M_0) + ∂S/∂g_i at g = 0.
     """
 
+    def __init__(self, run: Run, scoring_rows: int = SCORING_ROWS):
+        super().__init__(run, scoring_rows)
+
     @torch.no_grad()
     def scores(self) -> Scores:
         present = {name: adapter for name, adapter in self.run.adapters.items() if adapter.rank}
@@ -144,6 +159,16 @@ def all_off(adapters: Mapping[str, Adapter]) -> Iterator[None]:
     finally:
         for adapter in adapters.values():
             adapter.off = False
+
+
+def _loss_on(rows: int, run: Run) -> Callable[[], Tensor]:
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise AllocationError(f"scoring_rows={rows!r}: must be a whole number of validation rows, at least 1")
+    if run.validation_loss is None:
+        raise AllocationError(
+            "ranks are scored on validation data, and the run has none: pass train(..., validation=batches)"
+        )
+    return partial(run.validation_loss, rows)
 
 
 def _gated(adapters: Mapping[str, Adapter], gates: Mapping[str, Tensor]) -> ExitStack:

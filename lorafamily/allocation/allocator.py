@@ -1,7 +1,8 @@
 """The contract between the training loop and whatever moves rank between modules.
 
 A method carries an `Allocation`: plain settings. At the start of a run it becomes an `Allocator`, which the loop calls
-after every optimiser step, while the gradients are still there. What it does is returned as a `Decision`.
+after every optimiser step, while the gradients are still there: it observes, and decides. What it does is returned as a
+`Decision`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from lorafamily.allocation.run import Run
@@ -32,10 +35,43 @@ class Allocator(ABC):
         self.settled = False
         """Whether no further decision will come."""
         self.scorer: Scorer | None = None
+        self.observed = 0
+        """Steps that the scorer has seen."""
+        self.now = 0
+        """The step it was last called after."""
+
+    def step(self, step: int, *, observe: bool = True) -> Decision | None:
+        """Called after optimiser step `step` (from 1) with the gradients still in place; does what it decides.
+
+        `observe`: False for a step that was skipped, since its numbers were not finite.
+
+        Raises:
+            AllocationError: a decision is due, and there are no scores to decide by.
+        """
+        if self.settled:
+            return None
+        self.now = step
+        if observe:
+            self.observe(step)
+        decision = self.decide(step)
+        if decision is not None or self.settled:
+            self._note_settled()
+        return decision
+
+    @property
+    def wants_task_gradient(self) -> bool:
+        """Whether the next steps' gradients of the task must be kept from the penalty's, for `run.task_gradient`."""
+        return not self.settled and self.scorer is not None and self.scorer.wants_task_gradient
+
+    def observe(self, step: int) -> None:
+        """Let the scorer see the gradients of the step just made."""
+        if self.scorer is not None:
+            self.scorer.observe()
+            self.observed += 1
 
     @abstractmethod
-    def step(self, step: int) -> Decision | None:
-        """Called after optimiser step `step` (from 1) with the gradients still in place; does what it decides."""
+    def decide(self, step: int) -> Decision | None:
+        """What is decided after optimiser step `step`, and done; None where nothing is due."""
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
         """Change one adapter's slices, and with them the optimiser's state and what the scorer has averaged."""
@@ -46,18 +82,64 @@ class Allocator(ABC):
     def state(self) -> dict[str, Any]:
         """Where it is in its run, as plain data and tensors; `restore` takes it."""
         scorer = None if self.scorer is None else self.scorer.state()
-        return {"ranks": dict(self.ranks), "settled": self.settled, "scorer": scorer}
+        return {"ranks": dict(self.ranks), "settled": self.settled, "scorer": scorer, "observed": self.observed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where another allocator with the same settings was; the adapters have its ranks already."""
-        self.ranks, self.settled = dict(state["ranks"]), state["settled"]
+        self.ranks, self.settled, self.observed = dict(state["ranks"]), state["settled"], state["observed"]
         if self.scorer is not None:
             self.scorer.restore(state["scorer"])
+        self._note_settled()
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether there is something to decide by: a scorer that learns from steps has seen one."""
+        return self.scorer is not None and (self.observed > 0 or not self.scorer.observes)
 
     def scores(self) -> Scores:
-        """What every slice is worth now, the same in every process."""
+        """What every slice is worth now, the same in every process.
+
+        Raises:
+            AllocationError: the scorer has seen no step yet, or a score is not finite.
+        """
         assert self.scorer is not None
-        return self.run.agreed(self.scorer.scores())
+        if not self.has_scores:
+            raise AllocationError(
+                f"ranks are to change after step {self.now}, but {type(self.scorer).__name__} has seen no step yet: "
+                "each was skipped, since its numbers were not finite; begin later (warmup), or lower lr"
+            )
+        scores = self.run.agreed(self.scorer.scores())
+        for name, values in scores.items():
+            wrong = values[~values.isfinite()]
+            if len(wrong):
+                raise AllocationError(
+                    f"{len(wrong)} of {len(values)} slices of {name} score {float(wrong[0])} after step {self.now}, so "
+                    f"that no rank can be moved by them: {self.scorer.why_not_finite()}"
+                )
+        return scores
+
+    def highest(self, scores: Scores, slices: int, *, fit: bool = True) -> dict[str, Bool[Tensor, " r"]]:
+        """Masks by module of the `slices` highest scores in the network; of equal ones those of later modules.
+
+        `fit`: fewer where the run's limits ask for it. Slices differ in cost between modules: one that does not fit
+        into what is left is passed over, and the next ones are tried.
+        """
+        flat = torch.cat(list(scores.values()))
+        best = flat.argsort(stable=True).flip(0)
+        if fit and self.run.rank_limit is not None:
+            slices = min(slices, self.run.rank_limit)
+        if fit and self.run.limit is not None:
+            costs = [self.run.adapters[name].update.slice_cost for name, values in scores.items() for _ in values]
+            room = self.run.limit - self.run.unsliced()
+            fitting: list[int] = []
+            for i in best.tolist():
+                if len(fitting) < slices and costs[i] <= room:
+                    fitting.append(i)
+                    room -= costs[i]
+            best = torch.tensor(fitting, dtype=torch.long, device=flat.device)
+        keep = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+        keep[best[:slices]] = True
+        return dict(zip(scores, keep.split([len(values) for values in scores.values()]), strict=True))
 
     def decided(
         self, step: int, after: dict[str, int], reason: str, threshold: float | None, scores: Scores
@@ -67,21 +149,34 @@ class Allocator(ABC):
         by_module = {name: values.tolist() for name, values in scores.items()}
         return Decision(step, before, dict(after), reason, threshold, by_module)
 
+    def _note_settled(self) -> None:
+        """Adapters know whether their ranks are settled, in files too, so that a second run leaves them alone."""
+        for adapter in self.run.adapters.values():
+            adapter.settled = self.settled
+
 
 @dataclass(frozen=True)
 class Allocation(ABC):
     """Settings of an allocator. Fields are options of the methods that use it."""
 
-    @abstractmethod
     def begin(self, run: Run) -> Allocator:
-        """The allocator for one run.
+        """The allocator for one run; one that leaves ranks alone where `run.settled`.
+
+        Raises:
+            AllocationError: the schedule cannot run as set, or needs what the run lacks.
+        """
+        return Still(run) if run.settled else self.allocator(run)
+
+    @abstractmethod
+    def allocator(self, run: Run) -> Allocator:
+        """The allocator for a run whose ranks may move.
 
         Raises:
             AllocationError: the schedule cannot run as set, or needs what the run lacks.
         """
 
     def end_share(self) -> float:
-        """The share of the start rank that is left at the end; what `budget_at="end"` divides by."""
+        """The share of all slices that is left at the end; what `budget_at="end"` reckons with."""
         return 1.0
 
 
@@ -89,17 +184,32 @@ class Allocation(ABC):
 class Fixed(Allocation):
     """Every module keeps the rank it started with."""
 
-    def begin(self, run: Run) -> Allocator:
-        return _Still(run)
+    def allocator(self, run: Run) -> Allocator:
+        return Still(run)
 
 
-class _Still(Allocator):
+class Still(Allocator):
+    """Nothing changes: ranks are fixed, or an earlier run settled them."""
+
     def __init__(self, run: Run):
         super().__init__(run)
         self.settled = True
 
-    def step(self, step: int) -> None:
+    def decide(self, step: int) -> None:
         return None
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where a run was whose ranks did not change any more.
+
+        Raises:
+            AllocationError: that run had decisions to make.
+        """
+        if not state["settled"]:
+            raise AllocationError(
+                "the run to go on with had ranks to settle, and those of these adapters are settled already; give it "
+                "adapters as they were when it began (lorafamily.apply), or let their ranks move once more (again=True)"
+            )
+        self.ranks = dict(state["ranks"])
 
 
 def in_steps(value: float, steps: int, name: str) -> int:

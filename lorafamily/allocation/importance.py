@@ -7,36 +7,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafamily.allocation.allocator import Allocation, Allocator, in_steps
+from lorafamily.allocation.allocator import Allocator, in_steps
 from lorafamily.allocation.run import Run
-from lorafamily.allocation.scorer import Scorer
-from lorafamily.allocation.scores import Sensitivity, scorer_named
+from lorafamily.allocation.scorer import Scorer, Scores
+from lorafamily.allocation.scores import ScoredAllocation
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision
 
 
 @dataclass(frozen=True)
-class ImportancePruning(Allocation):
+class ImportancePruning(ScoredAllocation):
     """Start with b0 slices in all, end with b_T, the least important leaving first, over all modules at once.
 
     b(t) = b0 for t ≤ t_i;   b_T + (b0 − b_T) (1 − (t − t_i) / (T − t_f − t_i))³, truncated, every Δ_T steps;
     b_T for t > T − t_f. Until then a pruned slice is masked and may come back; from then on it is gone.
 
-    `scores` names the scorer, see `SCORERS`; `beta1`, `beta2` smooth the sensitivity and belong to it alone.
     `target` is b_T: a fraction of b0, or a whole number of slices a module on average. `warmup` (t_i), `final` (t_f)
     and `interval` (Δ_T) are fractions of the run or whole numbers of optimiser steps; the papers give steps for one
-    data set each, of which these are the rounded middle.
+    data set each, of which these are the rounded middle. Scorer and its options: see `ScoredAllocation`.
     """
 
+    scores: str = "sensitivity"
     target: float = 2 / 3
     warmup: float = 0.1
     final: float = 0.5
     interval: float = 0.01
-    scores: str = "sensitivity"
-    beta1: float = 0.85
-    beta2: float = 0.85
 
-    def begin(self, run: Run) -> Allocator:
+    def allocator(self, run: Run) -> Allocator:
         return ImportancePruner(self, run)
 
     def end_share(self) -> float:
@@ -80,23 +77,22 @@ class ImportancePruner(Allocator):
                 f"nothing would ever be pruned: of {run.steps} steps the first {self.warmup} are warm-up and the last "
                 f"{run.steps - self.freeze} keep the final pattern; train longer, or lower warmup or final"
             )
-        if settings.scores == "sensitivity":
-            self.scorer: Scorer = Sensitivity(run, settings.beta1, settings.beta2)
-        elif (settings.beta1, settings.beta2) != (ImportancePruning.beta1, ImportancePruning.beta2):
+        self.scorer: Scorer = settings.scorer(run)
+        if self.scorer.observes and self.freeze < 2:
             raise AllocationError(
-                f"beta1 and beta2 smooth the sensitivity; scores={settings.scores!r} has no use for them"
+                f"slices would be dropped before any gradient was observed: scores are updated before step "
+                f"{self.freeze} alone ({run.steps} steps less those of final); train longer, or lower final"
             )
-        else:
-            self.scorer = scorer_named(settings.scores, run)
+        self._check_limit()
 
-    def step(self, step: int) -> Decision | None:
-        if self.settled:
-            return None
+    def observe(self, step: int) -> None:
         if step < self.freeze:
-            self.scorer.observe()
+            super().observe(step)
+
+    def decide(self, step: int) -> Decision | None:
         if step > self.freeze or step == self.run.steps:
             return self._settle(step)
-        if step > self.warmup and step % self.interval == 0:
+        if step > self.warmup and step % self.interval == 0 and self.has_scores:
             return self._mask(step)
         return None
 
@@ -110,44 +106,34 @@ class ImportancePruner(Allocator):
         return int(self.target + (self.start - self.target) * ahead**3)
 
     def _mask(self, step: int) -> Decision:
-        keep, threshold, scores = self._survivors(self.slices_at(step))
+        scores = self.scores()
+        keep = self.highest(scores, self.slices_at(step), fit=False)
         for name, adapter in self.run.adapters.items():
             adapter.mask((~keep[name]).nonzero().squeeze(1).to(adapter.device))
-        after = {name: int(kept.sum()) for name, kept in keep.items()}
-        return self.decided(step, after, "masked by importance", threshold, scores)
+        return self._decided(step, keep, "masked by importance", scores)
 
     def _settle(self, step: int) -> Decision:
-        keep, threshold, scores = self._survivors(self.target)
-        self._fit_limit(keep, scores)
+        scores = self.scores()
+        keep = self.highest(scores, self.target)
         for name, kept in keep.items():
             self.resize(name, kept.nonzero().squeeze(1))
         self.settled = True
-        after = {name: int(kept.sum()) for name, kept in keep.items()}
-        return self.decided(step, after, "final pattern", threshold, scores)
+        return self._decided(step, keep, "final pattern", scores)
 
-    def _survivors(self, slices: int) -> tuple[dict[str, Tensor], float | None, dict[str, Tensor]]:
-        """The `slices` most important slices as masks by module, the highest score that falls, and all scores.
+    def _decided(self, step: int, keep: dict[str, Tensor], reason: str, scores: Scores) -> Decision:
+        fallen = torch.cat([scores[name][~kept] for name, kept in keep.items()])
+        threshold = float(fallen.max()) if len(fallen) else None
+        return self.decided(step, {name: int(kept.sum()) for name, kept in keep.items()}, reason, threshold, scores)
 
-        The order is total (equal scores fall in order of the modules), so ties never prune more than asked.
-        """
-        scores = self.scores()
-        flat = torch.cat(list(scores.values()))
-        falling = flat.argsort(stable=True)[: len(flat) - slices]
-        keep = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-        keep[falling] = False
-        threshold = float(flat[falling[-1]]) if len(falling) else None
-        masks = dict(zip(scores, keep.split([len(s) for s in scores.values()]), strict=True))
-        return masks, threshold, scores
-
-    def _fit_limit(self, keep: dict[str, Tensor], scores: dict[str, Tensor]) -> None:
-        """Slices differ in cost between modules: drop more, least important first, until the budget holds."""
-        if self.run.limit is None:
+    def _check_limit(self) -> None:
+        """A limit that leaves no room for a single slice would take all of them."""
+        costs = [adapter.update.slice_cost for adapter in self.run.adapters.values() if adapter.rank]
+        if self.run.limit is None or not self.target or not costs:
             return
-        adapters = self.run.adapters
-        spent = sum(a.trainable() - int((~keep[name]).sum()) * a.update.slice_cost for name, a in adapters.items())
-        candidates = sorted((float(scores[n][i]), n, int(i)) for n in keep for i in keep[n].nonzero())
-        for _, name, index in candidates:
-            if spent <= self.run.limit:
-                return
-            keep[name][index] = False
-            spent -= adapters[name].update.slice_cost
+        needed = self.run.unsliced() + min(costs)
+        if needed > self.run.limit:
+            raise AllocationError(
+                f"{self.run.limit:,} trainable parameters at the end cannot be met: {self.run.unsliced():,} belong to "
+                f"no slice and stay whatever is pruned, and one slice makes it {needed:,}; start with a lower rank, or "
+                f"allow {needed:,}"
+            )

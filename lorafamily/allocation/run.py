@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,13 @@ class Run:
     """What an allocator may know and touch.
 
     `adapters`: by name of their layer in `model`. `steps`: optimiser steps of the whole run. `limit`, `rank_limit`:
-    trainable adapter numbers and rank slices that must never be exceeded, None for no such limit. `validation_loss()`:
-    the task loss on one fixed batch of validation data, in eval mode, with the gates' gradients if gradients are on;
-    None where the run has no validation data. `scoring_memory`: MiB of activations that scoring may hold, None for
-    what suits the device. `agreed(value)`: what the first of several processes has.
+    trainable adapter numbers and rank slices that must never be exceeded, None for no such limit.
+    `validation_loss(rows)`: the task loss on the first so many rows of the validation data, always the same, in eval
+    mode, with the gates' gradients if gradients are on; None where the run has no validation data.
+    `task_gradient(parameter)`: the gradient of the task's loss alone at the step just made, as `parameter.grad` but
+    without a penalty's; None where nobody keeps it apart. `agreed(value)`: what the first of several processes has.
     `start`: ranks by module when the run began, where the adapters are beyond that; None for those they have.
+    `again`: whether ranks that an earlier run settled may move once more.
     """
 
     model: nn.Module
@@ -31,12 +33,18 @@ class Run:
     limit: int | None = None
     rank_limit: int | None = None
     optimizer: torch.optim.Optimizer | None = None
-    validation_loss: Callable[[], Tensor] | None = None
+    validation_loss: Callable[[int], Tensor] | None = None
+    task_gradient: Callable[[nn.Parameter], Tensor | None] | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
-    scoring_memory: float | None = None
     progress: bool = False
     agreed: Callable[[Any], Any] = lambda value: value
     start: Mapping[str, int] | None = None
+    again: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether the ranks are those an earlier run came to, and nobody asked for others."""
+        return not self.again and bool(self.adapters) and all(adapter.settled for adapter in self.adapters.values())
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
         """Change one adapter's slices, and the optimiser's state with them."""
@@ -58,3 +66,33 @@ class Run:
     def trainable(self) -> int:
         """Trainable adapter numbers now."""
         return sum(adapter.trainable() for adapter in self.adapters.values())
+
+    def unsliced(self) -> int:
+        """Trainable adapter numbers that belong to no slice, and stay whatever is dropped: LoRA²'s outer factors."""
+        return sum(a.trainable() - a.rank * a.update.slice_cost for a in self.adapters.values())
+
+
+class TaskGradients:
+    """The task's gradients, kept from before a penalty's are added to them; a `Run.task_gradient`.
+
+    A loop calls `keep` after the backward of the task's loss, then adds the penalty's gradient; if it clips, it calls
+    `scale` with the factor.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[nn.Parameter, Tensor | None] = {}
+
+    def keep(self, adapters: Iterable[Adapter]) -> None:
+        """Copy the present gradients of all tensors that have slices; those of the step before are forgotten."""
+        parameters = [parameter for adapter in adapters for parameter, _ in adapter.update.sliced()]
+        self._kept = {p: None if p.grad is None else p.grad.detach().clone() for p in parameters}
+
+    def scale(self, factor: float) -> None:
+        """Multiply what was kept, as clipping does with the gradients."""
+        for gradient in self._kept.values():
+            if gradient is not None:
+                gradient.mul_(factor)
+
+    def __call__(self, parameter: nn.Parameter) -> Tensor | None:
+        """What was kept of a parameter's gradient; None where it had none."""
+        return self._kept[parameter]

@@ -15,7 +15,13 @@ Scores = dict[str, Float[Tensor, " r"]]
 
 
 class Scorer(ABC):
-    """Scores the slices of one run's adapters."""
+    """Scores the slices of one run's adapters.
+
+    Options are keywords of `__init__`; an allocation passes those of its own fields that are named there.
+    """
+
+    wants_task_gradient: bool = False
+    """Whether `observe` asks `run.task_gradient`, so that the loop must keep the task's gradient from the penalty's."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -23,9 +29,18 @@ class Scorer(ABC):
     def observe(self) -> None:
         """Called after every optimiser step, while the gradients are still there."""
 
+    @property
+    def observes(self) -> bool:
+        """Whether it learns from steps, and so has nothing to say before the first."""
+        return type(self).observe is not Scorer.observe
+
     @abstractmethod
     def scores(self) -> Scores:
         """What every slice is worth now."""
+
+    def why_not_finite(self) -> str:
+        """The likely reason why scores are not finite, for the error that refuses them."""
+        return "its weights, or gradients that were observed, are not finite; lower lr or look at the data"
 
     def state(self) -> Any:
         """What was observed, as plain data and tensors; `restore` takes it."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafamily.allocation.ablation import Ablation, AblationEstimate
+from lorafamily.allocation.ablation import SCORING_ROWS, Ablation, AblationEstimate
+from lorafamily.allocation.allocator import Allocation
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
@@ -20,10 +23,26 @@ class Sensitivity(Scorer):
 
     With I = |w · ∂L/∂w|:   Ī ← β1 Ī + (1−β1) I,   Ū ← β2 Ū + (1−β2) |I − Ī|,   s(w) = Ī Ū.
     A slice scores the sum over its tensors of the mean s(w) of its entries: P, λ, Q in AdaLoRA; E, aa, B in LoRA².
+    `scores_on`: L is the "total" loss, as the authors have it, so that what the penalty pulls at counts as important;
+    or that of the "task" alone.
     """
 
-    def __init__(self, run: Run, beta1: float = 0.85, beta2: float = 0.85):
+    def __init__(
+        self,
+        run: Run,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        scores_on: Literal["total", "task"] = "total",
+    ):
         super().__init__(run)
+        if scores_on not in ("total", "task"):
+            raise AllocationError(f'scores_on={scores_on!r}: must be "total" (task and penalty) or "task"')
+        self.wants_task_gradient = scores_on == "task"
+        if self.wants_task_gradient and run.task_gradient is None:
+            raise AllocationError(
+                'scores_on="task": this loop does not keep the gradient of the task from that of the penalty; use a '
+                'loop that does (Run(task_gradient=...)), or scores_on="total"'
+            )
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= value < 1:
                 raise AllocationError(f"{name}={value!r}: must be in [0, 1)")
@@ -35,7 +54,8 @@ class Sensitivity(Scorer):
     def observe(self) -> None:
         """Take in the gradients of the step just made; a tensor without one counts as gradient zero."""
         weights = [parameter.detach() for _, parameter, _ in self._tensors()]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p, _ in self._tensors()]
+        found = [self._gradient(parameter) for _, parameter, _ in self._tensors()]
+        gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
         importance = torch._foreach_abs(torch._foreach_mul(weights, gradients))
         torch._foreach_lerp_(self.average, importance, 1 - self.beta1)
         deviation = torch._foreach_abs(torch._foreach_sub(importance, self.average))
@@ -66,7 +86,13 @@ class Sensitivity(Scorer):
                     averages[i] = torch.zeros_like(parameter)
                     averages[i].narrow(axis, 0, len(keep)).copy_(kept)
 
-    def _tensors(self) -> list[tuple[str, Tensor, int]]:
+    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        if not self.wants_task_gradient:
+            return parameter.grad
+        assert self.run.task_gradient is not None
+        return self.run.task_gradient(parameter)
+
+    def _tensors(self) -> list[tuple[str, nn.Parameter, int]]:
         """Module, parameter and axis of slices, in the order of the averages."""
         return [(name, p, axis) for name, adapter in self.run.adapters.items() for p, axis in adapter.update.sliced()]
 
@@ -96,7 +122,7 @@ class Chance(Scorer):
         }
 
 
-SCORERS: dict[str, Callable[[Run], Scorer]] = {
+SCORERS: dict[str, Callable[..., Scorer]] = {
     "sensitivity": Sensitivity,
     "exact": Ablation,
     "first-order": AblationEstimate,
@@ -105,12 +131,41 @@ SCORERS: dict[str, Callable[[Run], Scorer]] = {
 }
 
 
-def scorer_named(name: str, run: Run) -> Scorer:
-    """The scorer of that name for a run.
+@dataclass(frozen=True)
+class ScoredAllocation(Allocation):
+    """An allocation that decides by scores. `scores` names the scorer, see `SCORERS`; the other fields are options of
+    scorers, each of those that take it: `beta1`, `beta2`, `scores_on` of "sensitivity", `scoring_rows` of "exact" and
+    "first-order", `scoring_memory` of "exact"."""
+
+    scores: str
+    beta1: float = 0.85
+    beta2: float = 0.85
+    scores_on: Literal["total", "task"] = "total"
+    scoring_rows: int = SCORING_ROWS
+    scoring_memory: float | None = None
+
+    def scorer(self, run: Run) -> Scorer:
+        """The scorer as set.
+
+        Raises:
+            AllocationError: no such scorer, it needs what the run lacks, or has no use for an option that was set.
+        """
+        defaults = {field.name: field.default for field in fields(ScoredAllocation) if field.name != "scores"}
+        given = {name: getattr(self, name) for name in defaults}
+        return scorer_named(self.scores, run, **{n: value for n, value in given.items() if value != defaults[n]})
+
+
+def scorer_named(name: str, run: Run, **options: Any) -> Scorer:
+    """The scorer of that name for a run, with options that it takes.
 
     Raises:
-        AllocationError: no such scorer, or it needs what the run lacks.
+        AllocationError: no such scorer, it needs what the run lacks, or has no use for an option.
     """
     if name not in SCORERS:
         raise AllocationError(f"scores={name!r}: must be one of {', '.join(SCORERS)}")
-    return SCORERS[name](run)
+    taken = [option for option in inspect.signature(SCORERS[name]).parameters if option != "run"]
+    if unused := [option for option in options if option not in taken]:
+        raise AllocationError(
+            f"scores={name!r} has no use for {', '.join(unused)}; it takes {', '.join(taken) or 'no options'}"
+        )
+    return SCORERS[name](run, **options)

@@ -176,10 +176,15 @@ def read(path: str | os.PathLike[str]) -> Saved:
             d_out, d_in = entry["shape"]
             if not (math.isfinite(entry["scale"]) and _is_count(entry["start_rank"])):
                 raise ValueError(f"scale {entry['scale']} or start_rank of {at}")
+            settled = entry.get("settled", False)  # records were written without it
+            if not isinstance(settled, bool):
+                raise TypeError(f"settled of {at}")
             with torch.device("meta"):
                 update = method.parametrisation(d_in, d_out, **entry["sizes"])
             dropout = noted_dropout(entry["dropout"], entry["dropout_kind"], folder / RECORD)
-            adapter = Adapter(update, scale=entry["scale"], dropout=dropout, start_rank=entry["start_rank"])
+            adapter = Adapter(
+                update, scale=entry["scale"], dropout=dropout, start_rank=entry["start_rank"], settled=settled
+            )
             if entry["frozen_start"]:
                 adapter.freeze_start()
             adapters[at] = adapter
