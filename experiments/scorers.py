@@ -31,10 +31,6 @@ from lorafamily.batch import first_rows, loss_of
 from lorafamily.history import Decision
 from lorafamily.names import modules_per_block
 from lorafamily.placement import placement_of
-<<<<<<< HEAD
-from lorafamily.training.session import SCORING_ROWS
-=======
->>>>>>> alloc
 from report import as_text
 from tasks import Task, TaskError, find
 

@@ -81,6 +81,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             StateError: the Trainer trains another model; ranks would change where its engine holds on to tensors (DDP,
                 FSDP, DeepSpeed); the checkpoint was written without this callback, or is of other adapters.
             AllocationError: the method's schedule does not fit the run.
+            TrainingError: the optimiser cannot train adapters.
 
         The first batch raises TargetError where targets that somebody named have no effect; others are left out.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,29 +70,3 @@ class Run:
     def unsliced(self) -> int:
         """Trainable adapter numbers that belong to no slice, and stay whatever is dropped: LoRA²'s outer factors."""
         return sum(a.trainable() - a.rank * a.update.slice_cost for a in self.adapters.values())
-
-
-class TaskGradients:
-    """The task's gradients, kept from before a penalty's are added to them; a `Run.task_gradient`.
-
-    A loop calls `keep` after the backward of the task's loss, then adds the penalty's gradient; if it clips, it calls
-    `scale` with the factor.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[nn.Parameter, Tensor | None] = {}
-
-    def keep(self, adapters: Iterable[Adapter]) -> None:
-        """Copy the present gradients of all tensors that have slices; those of the step before are forgotten."""
-        parameters = [parameter for adapter in adapters for parameter, _ in adapter.update.sliced()]
-        self._kept = {p: None if p.grad is None else p.grad.detach().clone() for p in parameters}
-
-    def scale(self, factor: float) -> None:
-        """Multiply what was kept, as clipping does with the gradients."""
-        for gradient in self._kept.values():
-            if gradient is not None:
-                gradient.mul_(factor)
-
-    def __call__(self, parameter: nn.Parameter) -> Tensor | None:
-        """What was kept of a parameter's gradient; None where it had none."""
-        return self._kept[parameter]

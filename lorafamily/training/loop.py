@@ -10,16 +10,16 @@ from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorafamily.adapter import Adapter
-from lorafamily.batch import LossFn, loss_of, to_device
-from lorafamily.errors import DataError, LoraFamilyError, TrainingError
+from lorafamily.batch import LossFn, LossOver, loss_of, refuse_one_batch, to_device, weigher
+from lorafamily.errors import LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.penalty import orthogonality_error
 from lorafamily.placement import Placement, noted, refuse_merged
-from lorafamily.training.batches import Batches
+from lorafamily.training.batches import Batches, mean_loss
 from lorafamily.training.board import Setting
 from lorafamily.training.checkpoints import Checkpoints, Resume
 from lorafamily.training.execution import (
@@ -60,6 +60,7 @@ def train(
     floor: float = 0.0,
     optimizer: Optimizer | None = None,
     loss_fn: LossFn | None = None,
+    loss_over: LossOver = "auto",
     accumulate: int = 1,
     max_grad_norm: float | None = 1.0,
     validation: Iterable[Any] | None = None,
@@ -74,6 +75,7 @@ def train(
     seed: int | None = None,
     skip_nonfinite: int = 0,
     check_gradients: bool = True,
+    again: bool = False,
     progress: bool = True,
     on_step: Callable[[Step], None] | None = None,
     log_dir: str | os.PathLike[str] | None = None,
@@ -84,7 +86,8 @@ def train(
     """Train whatever has `requires_grad`: the active adapters and what was named beside them, or a plain model.
 
     Runs where the model is. Penalty and rank allocation are those of the adapters' method. Started by `torchrun`, each
-    process takes its rows of every batch, and the numbers are those of one process.
+    process takes its rows of every batch, or the batches that a DistributedSampler gives it, and the numbers are those
+    of one process.
 
     Optimisation:
         data: batches, iterable again and again (a DataLoader, a list). A mapping goes to the model as keywords, a
@@ -100,7 +103,10 @@ def train(
         floor: share of the peak below which rates do not fall.
         optimizer: instead of AdamW: an optimiser, or a function from what trains, see `Trained`, to one.
         loss_fn: function from model and batch to the task loss.
-        accumulate: batches per optimiser step, averaged.
+        loss_over: what a batch's loss is a mean over, by which batches and processes count: "tokens" (the labels that
+            are not -100), "rows", or a function from a batch to a number. "auto": the tokens where there are `labels`,
+            and with a `loss_fn` the rows.
+        accumulate: batches per optimiser step, which together count as one large batch.
         max_grad_norm: gradients are scaled down to this norm, over all trained parameters; 0 or None: they are not.
 
     Evaluation:
@@ -119,6 +125,7 @@ def train(
             were; None: they go on from where they are.
         skip_nonfinite: steps in a row that are skipped where the loss or a gradient is not finite, before the run ends.
         check_gradients: refuse to go on where adapters get no gradient in the first steps.
+        again: let ranks move once more that an earlier run settled; unless asked, they stay.
         progress: show a bar with loss, steps per second and total rank, and one while ranks are scored.
         on_step: called with every step's `Step`, for a logger of your own.
 
@@ -132,11 +139,12 @@ def train(
             too; "never": begin, and refuse a folder that has checkpoints.
 
     Raises:
-        DataError: no batches, no loss from them, or keys that the model does not take.
+        DataError: no batches, no loss from them, keys that the model does not take, or processes that draw other
+            batches without dividing the data.
         AllocationError: the method's rank schedule does not fit the run.
         StateError: the adapters are merged, or none is active; the folder is another run's.
         FileError: a checkpoint cannot be written or read.
-        TrainingError: nothing to train, a setting that would have no effect or makes no sense, an adapter without
+        TrainingError: nothing to train, an optimiser that cannot (LBFGS), a setting that would have no effect or makes no sense, an adapter without
             gradient, a number that is not finite, or a frozen weight that changed.
         TargetError: a layer that somebody named as a target only has its weight read, so that its adapter is without
             effect.
@@ -162,7 +170,10 @@ def train(
         raise TrainingError(f"max_grad_norm={max_grad_norm!r}: must be a positive norm; 0 or None for no clipping")
     with contextlib.ExitStack() as around:
         around.enter_context(seeded(seed, device))
-        batches = Batches(data, device)
+        batches = Batches(data, device, processes)
+        if validation is not None:
+            refuse_one_batch(validation, "validation")
+        weigh = weigher(loss_over, model, loss_fn)
         optim = made(model, optimizer, lr, head_lr, weight_decay)
         rates = Rates(optim, schedule, total, warmup, floor)
         session = Session(
@@ -172,7 +183,9 @@ def train(
             validation=validation,
             loss_fn=loss_fn,
             seed=seed or 0,
+            loss_over=loss_over,
             check_gradients=check_gradients,
+            again=again,
             around=Surroundings(
                 precision=in_precision,
                 scaler=scaler if scaler.is_enabled() else None,
@@ -184,15 +197,15 @@ def train(
         )
         runner = cast(nn.Module, torch.compile(model)) if compile else model
 
+        def in_evaluation(batch: Any) -> Tensor:
+            return loss_of(model, to_device(batch, device), loss_fn)
+
         def metrics() -> dict[str, float]:
             with evaluating(model, device), torch.no_grad(), in_precision():
                 if evaluate is not None:
                     return _numbers(evaluate(model))
                 assert validation is not None
-                losses = [loss_of(model, to_device(batch, device), loss_fn).item() for batch in validation]
-                if not losses:
-                    raise DataError("validation gave no batch; it is empty, or an iterator that is used up")
-                return {"loss": sum(losses) / len(losses)}
+                return {"loss": mean_loss(validation, in_evaluation, weigh, processes)}
 
         settings: dict[str, Setting] = {"lr": rates.peaks[0], "steps": total, "schedule": _named(schedule)}
         settings |= {"warmup": warmup, "floor": floor, "accumulate": accumulate, "seed": -1 if seed is None else seed}
@@ -223,18 +236,18 @@ def train(
             for step in range(begun + 1, total + 1):
                 started = time.perf_counter()
                 rates.set(step)
-                task_loss = 0.0
-                for _ in range(accumulate):
-                    batch, share = processes.rows(next(batches))
+                losses = []
+                for batch, share in batches.draw(accumulate, weigh):
                     batch = to_device(batch, device)
                     if step == begun + 1 and loss_fn is None:
                         check_keys(model, batch)
                     with in_precision():
                         loss = share * loss_of(runner, batch, loss_fn)
-                    session.task_backward(loss / accumulate)
-                    task_loss += loss.item() / accumulate
+                    session.task_backward(loss)
+                    losses.append(loss.detach().reshape(()))
                 trained = state.trained()
                 processes.add_up_gradients(trained)
+                task_loss = sum(torch.stack(losses).tolist())  # read once: each reading waits for the device
                 task_loss, stop = processes.add_up([task_loss, float(signals.received is not None)])
                 penalty = session.add_penalty()
                 scaler.unscale_(optim)

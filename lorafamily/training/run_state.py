@@ -162,7 +162,11 @@ class RunState:
                 parameters[name].copy_(value)
             for name, value in state["buffers"].items():
                 buffers[name].copy_(value)
+        decays = [group.get("weight_decay") for group in session.optimizer.param_groups]
         session.optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(session.optimizer.param_groups, decays, strict=True):
+            if decay is not None:
+                group["weight_decay"] = decay  # what is asked for now, with resume="anyway"
         self.rates.restore(state["rates"])
         self.scaler.load_state_dict(state["scaler"])
         session.load_state_dict(state["session"])

@@ -26,19 +26,18 @@ from torch.utils.hooks import RemovableHandle
 from lorafamily.allocation.allocator import Allocator, Fixed
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
-from lorafamily.batch import LossFn, first_rows, loss_of, to_device
+from lorafamily.batch import LossFn, LossOver, gather_rows, loss_of, to_device, weigher
 from lorafamily.deploy.folder import listed
 from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
 from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
 from lorafamily.reading import Reads, leave_out
-from lorafamily.training.batches import Batches
+from lorafamily.training.around_steps import AroundSteps, steppers
 from lorafamily.training.execution import evaluating
 from lorafamily.training.guards import CUT, FrozenBuffers, silence
 from lorafamily.training.processes import Processes
 from lorafamily.training.state import seed_all
 
-SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples
 PATIENCE = (
     10  # steps in which something of every kind must have got a gradient: layers may be dropped, experts unvisited
 )
@@ -72,6 +71,7 @@ def session(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     seed: int = 0,
     check_gradients: bool = True,
+    again: bool = False,
 ) -> Session:
     """Everything that the active adapters' method does during training, for a loop of one's own.
 
@@ -85,6 +85,7 @@ def session(
         autocast: makes the context in which the loop computes its forwards, for scoring.
         seed: of the numbers that new ranks start from, and of the scoring batch.
         check_gradients: refuse to go on where adapters get no gradient from the task.
+        again: whether ranks that an earlier run settled may move once more.
 
     Raises:
         StateError: no adapter is active, one is merged, or ranks would change where something (DDP, FSDP, DeepSpeed)
@@ -103,6 +104,7 @@ def session(
         seed=seed,
         check_gradients=check_gradients,
         around=around,
+        again=again,
     )
 
 
@@ -123,6 +125,8 @@ class Session:
         seed: int,
         check_gradients: bool,
         around: Surroundings,
+        loss_over: LossOver = "auto",
+        again: bool = False,
         start: Mapping[str, int] | None = None,
     ):
         """`start`: ranks when the run began, where the adapters are beyond that already."""
@@ -133,16 +137,19 @@ class Session:
         refuse_merged(state)
         self.placement: Placement | None = None if state is None else placement_of(self.owner)
         self.adapters = {} if self.placement is None else self.placement.adapters
-        self.optimizer = inner_optimizer(optimizer)
+        self.optimizer = next(iter(steppers(optimizer)), optimizer)
         self.method = None if self.placement is None else self.placement.method
         self.steps_done = 0
         self.decisions: list[Decision] = []
         self.left_out: list[str] = []
         self._validation = validation
-        self._check_gradients = check_gradients
+        self._check_gradients, self._again = check_gradients, again
         self._penalised = self._stepped = False
         self._own_gradient = False  # whether what arrives at a parameter now is the penalty's
         self._task: dict[nn.Parameter, Tensor] = {}
+        self._scored: dict[int, list[tuple[Any, float]]] = {}
+        self._weigh = weigher(loss_over, model, loss_fn)
+        AroundSteps(optimizer, self.adapters)  # no empty tensor is stepped; decay pulls to ΔW = 0
         if self.placement is not None:
             refuse_untold(self.owner, self.placement)
             self._check_held()
@@ -237,7 +244,7 @@ class Session:
         if self._buffers is not None and self.steps_done in (1, self.run.steps):
             self._buffers.put_back()
         self._check_reached()
-        decision = self.allocator.step(self.steps_done)
+        decision = self.allocator.step(self.steps_done, observe=self._stepped and self._finite())
         if decision is not None:
             self.decisions.append(decision)
             self._listen()
@@ -310,8 +317,7 @@ class Session:
     @property
     def _apart(self) -> bool:
         """Whether the task's gradient is wanted apart from the penalty's."""
-        scorer = self.allocator.scorer
-        return scorer is not None and getattr(scorer, "wants_task_gradient", False)
+        return self.allocator.wants_task_gradient
 
     def _run(self, steps: int) -> Run:
         sizing = None if self.placement is None else self.placement.sizing
@@ -324,6 +330,8 @@ class Session:
             limit=None if sizing is None else sizing.budget,
             rank_limit=None if sizing is None else sizing.rank_budget,
             start=self.start,
+            again=self._again,
+            task_gradient=self._task.get,
             optimizer=self.optimizer,
             validation_loss=None if self._validation is None else self._validation_loss,
             progress=self.around.progress,
@@ -336,16 +344,20 @@ class Session:
         allocation = Fixed() if self.method is None else self.method.allocation
         return allocation.begin(self.run)
 
-    @functools.cached_property
-    def _scoring_batch(self) -> Any:
-        assert self._validation is not None
-        seed_all(self.seed)  # the same batch after resuming, whatever the loader draws; `evaluating` undoes it
-        return to_device(first_rows(next(Batches(self._validation, self.device)), SCORING_ROWS), self.device)
+    def _scoring_rows(self, rows: int) -> list[tuple[Any, float]]:
+        """The first rows of the validation data, as batches and what each counts."""
+        if rows not in self._scored:
+            assert self._validation is not None
+            seed_all(self.seed)  # the same rows after resuming, whatever the loader draws; `evaluating` undoes it
+            pieces = gather_rows(self._validation, rows, self._weigh)
+            self._scored[rows] = [(to_device(piece, self.device), share) for piece, share in pieces]
+        return self._scored[rows]
 
-    def _validation_loss(self) -> Tensor:
-        """The task loss on one fixed batch of validation data, in eval mode."""
+    def _validation_loss(self, rows: int) -> Tensor:
+        """The task loss on a fixed number of rows of validation data, in eval mode."""
         with evaluating(self.model, self.device), self.around.precision():
-            return loss_of(self.model, self._scoring_batch, self.loss_fn)
+            pieces = self._scoring_rows(rows)
+            return torch.stack([share * loss_of(self.model, piece, self.loss_fn) for piece, share in pieces]).sum()
 
     def _beside(self) -> dict[str, nn.Parameter]:
         return {} if self.placement is None else {at: self.owner.get_parameter(at) for at in self.placement.parked}
@@ -371,6 +383,14 @@ class Session:
         if not loss.requires_grad and not emptied:
             raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
         return loss.requires_grad
+
+    def _finite(self) -> bool:
+        """Whether the gradients of this step are, where a scorer is about to average them; a scaler skips others."""
+        scorer = self.allocator.scorer
+        if self.around.scaler is None or scorer is None or not scorer.observes:
+            return True
+        gradients = [p.grad for a in self.adapters.values() for p in a.update.parameters() if p.grad is not None]
+        return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
     def _after_optimizer(self, *_: Any) -> None:
         self._stepped = True
@@ -443,20 +463,6 @@ class Session:
             self.model.register_forward_pre_hook(begin),
             self.model.register_forward_hook(end, always_call=True),
         ]
-
-
-def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser inside what `accelerate`, Lightning or a Trainer wraps it in.
-
-    Raises:
-        TrainingError: it is none of torch's.
-    """
-    inner = optimizer
-    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
-        inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TrainingError(f"optimizer is a {type(optimizer).__name__}; a torch.optim.Optimizer is needed")
-    return inner
 
 
 def _kind(at: str) -> str:
