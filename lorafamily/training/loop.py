@@ -144,8 +144,8 @@ def train(
         AllocationError: the method's rank schedule does not fit the run.
         StateError: the adapters are merged, or none is active; the folder is another run's.
         FileError: a checkpoint cannot be written or read.
-        TrainingError: nothing to train, an optimiser that cannot (LBFGS), a setting that would have no effect or makes no sense, an adapter without
-            gradient, a number that is not finite, or a frozen weight that changed.
+        TrainingError: nothing to train, an optimiser that cannot (LBFGS), a setting that would have no effect or makes
+            no sense, an adapter without gradient, a number that is not finite, or a frozen weight that changed.
         TargetError: a layer that somebody named as a target only has its weight read, so that its adapter is without
             effect.
         Interrupted: a signal asked the run to stop, and it has saved.
@@ -209,6 +209,7 @@ def train(
 
         settings: dict[str, Setting] = {"lr": rates.peaks[0], "steps": total, "schedule": _named(schedule)}
         settings |= {"warmup": warmup, "floor": floor, "accumulate": accumulate, "seed": -1 if seed is None else seed}
+        settings |= {"loss over": loss_over if isinstance(loss_over, str) else "a function", "again": int(again)}
         settings |= {"head lr": rates.peaks[-1], "weight decay": optim.param_groups[0].get("weight_decay", 0.0)}
         settings |= {"precision": precision, "max gradient norm": clip, **_about(session.placement)}
         finite = FiniteNumbers(max(skip_nonfinite, SCALING_LIMIT if scaler.is_enabled() else 0))

@@ -285,6 +285,10 @@ class Session:
         with torch.no_grad():
             for at, value in state.get("beside", {}).items():
                 self._beside()[at].copy_(value)
+        if self.allocator.settled and not state["allocator"]["settled"]:  # back to where ranks could move
+            self._again = True
+            self.run = self._run(self.run.steps)
+            self.allocator = self._begin()
         self.allocator.restore(state["allocator"])
         self.run.generator.set_state(state["generator"].cpu())
         self.decisions = [Decision(**decision) for decision in state["decisions"]]
