@@ -66,11 +66,12 @@ class PruneAndGrower(Allocator):
             )
 
     def step(self, step: int) -> Decision | None:
-        if not self.settled:
-            self.scorer.observe()
+        if self.settled:  # and stays so where the run is made longer, which moves the rounds
+            return None
+        self.scorer.observe()
+        self.settled = step >= max(self.rounds)
         if step not in self.rounds:
             return None
-        self.settled = step == max(self.rounds)
         scores = self.scores()
         lost, threshold = self._lowest(scores)
         for name, dropped in lost.items():

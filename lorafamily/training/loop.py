@@ -203,7 +203,7 @@ def train(
     state = RunState(model, placement, settings, run, allocator, optim, scaler, batches, finite, processes, seed)
     state.seed_by_process()
     measure_frames = max(1, total // 100)  # steps between looks at the frames, where there are any
-    with FolderLock(checkpoints.run_folder if processes.first else None):
+    with FolderLock(checkpoints.log_folder if processes.first else None):
         found = checkpoints.to_go_on_from(resume)
         if found is not None:
             allocator = state.go_on_from(found, resume)
