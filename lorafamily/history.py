@@ -101,5 +101,5 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; without weights that are kept in memory."""
-        plain = {name: own and own.plain() for name, own in (("best", self.best), ("last", self.last))}
-        return dataclasses.asdict(dataclasses.replace(self, **plain))
+        best, last = (weights and weights.plain() for weights in (self.best, self.last))
+        return dataclasses.asdict(dataclasses.replace(self, best=best, last=last))

@@ -141,7 +141,7 @@ def _generators(data: Any) -> list[torch.Generator]:
 
 
 def fingerprint(batch: Any) -> str:
-    """A short text that differs where batches differ: in kinds, shapes or values (of large tensors, a part of these)."""
+    """A short text that differs where batches differ: in kinds, shapes or values (of a large tensor a part of them)."""
     told = hashlib.sha256()
     _tell(batch, told)
     return told.hexdigest()[:16]

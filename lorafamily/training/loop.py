@@ -111,7 +111,7 @@ def train(
             when SIGTERM or Ctrl-C asks the run to stop: it finishes its step, saves, and ends the process with code 75.
         keep: of checkpoints, the last so many stay, and the best.
         resume: "auto": go on from the newest checkpoint in `log_dir`, if there is one; "anyway": with other settings
-            too; "never": begin, and refuse a folder that has checkpoints.
+            too, such as more steps; "never": begin, and refuse a folder that has checkpoints or a run's record.
         skip_nonfinite: steps in a row that are skipped where the loss or a gradient is not finite, before the run ends.
         progress: show a bar with loss, steps per second and total rank, and one while ranks are scored.
         check_gradients: after the first backward, refuse to go on where an adapter got no gradient.

@@ -179,13 +179,13 @@ class RunState:
         self.processes.check_same(self.trained_now(), step)
         folder = f"checkpoints/{name_of(step)}" if checkpoints.folder is not None else None
         for name in ("best", "last"):
-            noted = getattr(self.history, name)
-            if noted is not None and noted.step == step:
-                setattr(self.history, name, dataclasses.replace(noted, folder=folder))
+            weights = getattr(self.history, name)
+            if weights is not None and weights.step == step:
+                setattr(self.history, name, dataclasses.replace(weights, folder=folder))
         tree = self.to_save()
         if self.processes.first:
-            name = None if self.placement is None else self.placement.name
-            checkpoints.write(step, self.model, name, tree, self.best[1] or None)
+            adapters = None if self.placement is None else self.placement.name
+            checkpoints.write(step, self.model, adapters, tree, self.best[1] or None)
         self.processes.add_up([0.0])  # nobody goes on, or ends, before it is there
 
     def to_save(self) -> dict[str, Any]:
@@ -229,8 +229,7 @@ class RunState:
         own_optimizer, other_metric = self._check(found, resume)
         kept = None
         if self.keep_best and not other_metric and (best := state["best"][1]):
-            at = found if best == state["step"] else of_step(found, best)
-            kept = Kept.read(at, self.model)
+            kept = Kept.read(found if best == state["step"] else of_step(found, best), self.model)
         self.batches.restore(state["batches"], other=resume == "anyway")
         with torch.no_grad():
             if self.placement is not None and found.adapters is not None:
