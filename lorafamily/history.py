@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,31 @@ class Evaluation:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a step are. `metrics`: of the evaluation after that step, if there was one. `folder`: of the
+    checkpoint, within `log_dir`, such as "checkpoints/step-00000200"; `lorafamily.load(model, log_dir / folder)` reads
+    it; None where none was written. `tensors`: copies on the CPU by the names of a saved adapter's file, where they
+    were asked for; their shapes have the ranks.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    folder: str | None = None
+    tensors: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def plain(self) -> Weights:
+        """Without the tensors."""
+        return dataclasses.replace(self, tensors=None)
+
+
 @dataclass
 class History:
     """The record that `train` returns.
 
     `seconds`: time in training steps, without evaluation and logging. `ranks_start`, `ranks_end`: slices by module.
-    `stopped`: why the run ended; `skipped`: steps not made because a number was not finite.
+    `stopped`: why the run ended; `skipped`: steps not made because a number was not finite. `best`: the weights of the
+    best evaluation since the allocation settled, None without one; `last`: those at the end, which the model has.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -64,6 +86,8 @@ class History:
     seconds: float = 0.0
     stopped: str = ""
     skipped: int = 0
+    best: Weights | None = None
+    last: Weights | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -76,5 +100,6 @@ class History:
         return [sum(w) / len(w) for i in range(len(losses)) if (w := losses[max(0, i + 1 - window) : i + 1])]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
+        """Plain data for JSON; without weights that are kept in memory."""
+        best, last = (weights and weights.plain() for weights in (self.best, self.last))
+        return dataclasses.asdict(dataclasses.replace(self, best=best, last=last))

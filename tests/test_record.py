@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lorafamily
 from conftest import data, every_method, few_rounds, tiny
 from groups import Group
 from lorafamily import cli
-from lorafamily.history import Decision
-from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap
+from lorafamily.history import Decision, History, Step
+from lorafamily.insight import figures
+from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap, small_grids
 from lorafamily.insight.record import pictures, read_decisions, read_steps
+from lorafamily.training import board
 from plots import allocation
 
 PICTURES = {"rank-by-layer.png", "rank-history.png", "course.png"}
@@ -69,7 +76,8 @@ def test_a_damaged_record_is_refused_with_its_line(tmp_path):
         lorafamily.ranks_at(tmp_path, 3)
 
 
-def test_tensorboard_shows_the_run(tmp_path):
+def test_tensorboard_shows_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(board, "SHARE", 1e9)  # as in a long run
     model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
     history = lorafamily.train(model, data(), steps=40, validation=data(1), log_dir=tmp_path, progress=False)
     shown = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "scalars": 0, "histograms": 0}).Reload()
@@ -85,7 +93,7 @@ def test_tensorboard_shows_the_run(tmp_path):
     )
     changes = [d for d in history.decisions if d.before != d.after]
     assert len(changes) > 5
-    assert [event.step for event in shown.Images("rank/by layer")] == [0, *(d.step for d in changes)]
+    assert [event.step for event in shown.Images("rank/by layer")] == [d.step for d in changes]
     assert [event.step for event in shown.Images("rank/history")] == [40]
     assert [event.step for event in shown.Images("rank/scores at decisions")] == [40]
     tags = [tag for kind in ("scalars", "images", "histograms") for tag in shown.Tags()[kind]]
@@ -176,10 +184,118 @@ def test_one_stack_has_one_panel_and_no_name():
     assert [label.get_text() for label in start.get_xticklabels()] == ["0", "1", "2", "3", "–"]
 
 
-def test_a_picture_of_very_many_modules_is_still_drawn():
-    """matplotlib refuses more than 65,536 pixels; at 32 a row and module that is 2,048 modules."""
-    figure = rank_heatmap({f"experts.{i}.layers.0.w": 1 for i in range(900)}, None, "title")
-    assert figure.dpi * max(figure.get_size_inches()) <= 60_000
+MANY = {
+    "experts": [f"layers.{i}.experts.{e}.{k}" for i in range(8) for e in range(80) for k in ("gate", "up", "down")],
+    "a sequence": [f"net.{i}" for i in range(2000)],
+    "blocks": [f"blocks.{i}.{k}" for i in range(500) for k in "qkvo"],
+    "stacks": [f"experts.{i}.layers.{j}.w" for i in range(900) for j in range(2)],
+    "all of it": [
+        f"s{'abcdefghij'[i % 10]}.blocks.{i // 10}.x{j}{'abcde'[j % 5]}" for i in range(900) for j in range(9)
+    ],
+}
+
+
+def artists(figure) -> int:
+    return len(figure.findobj())
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_a_picture_of_very_many_modules_has_some_hundred_rows(kind):
+    names = MANY[kind]
+    start, now = {name: 2 + i % 7 for i, name in enumerate(names)}, {name: i % 5 for i, name in enumerate(names)}
+    grids = small_grids(names, [start, now])
+    rows, columns = (
+        sum(len(own[0].kinds) for own in grids.values()),
+        max(len(own[0].layers) for own in grids.values()),
+    )
+    assert rows <= figures.ROWS
+    assert columns <= figures.COLUMNS
+    assert len(grids) <= figures.STACKS
+    for number, ranks in enumerate((start, now)):  # nothing is lost: every module is in one cell
+        assert sum(own[number].total for own in grids.values()) == sum(ranks.values())
+    cells = sum(int((grids[at][0].ranks >= 0).sum()) for at in grids)
+    figure = rank_heatmap(start, now, "title")
+    assert f"{len(names):,} modules in {cells:,} cells" in figure.get_suptitle()
+    many = [Decision(0, {}, start, "start"), *(Decision(i, start, now, "cut") for i in range(1, 1001))]
+    steps = [Step(i, 1.0, 0.0, 0.1, 1.0, 1000 - i // 50, 9) for i in range(1, 30_001)]
+    drawn = pictures(many, steps)
+    assert "decision that changed ranks (1000 in all)" in str(
+        [t.get_text() for t in drawn["rank-history"].findobj(Text)]
+    )
+    for name, picture in drawn.items():
+        assert artists(picture) < 6_000, name
+        assert max(len(line.get_xdata()) for line in picture.findobj(Line2D)) <= figures.POINTS, name
+        assert picture.dpi * max(picture.get_size_inches()) < 6_000, name
+
+
+def test_a_cell_is_the_mean_of_the_modules_it_stands_for():
+    names = [f"layers.{i}.experts.{e}.{k}" for i in range(130) for e in range(50) for k in ("up", "down")]
+    ranks = {name: i % 11 for i, name in enumerate(names)}
+    (grid,) = small_grids(names, [ranks])[""]
+    assert grid.kinds == ["experts.*.up", "experts.*.down"]
+    assert (grid.layers[0], grid.layers[-1]) == ("0–2", "128–129")
+    own = [rank for name, rank in ranks.items() if name.endswith("down") and name.split(".")[1] in ("0", "1", "2")]
+    assert grid.ranks[1, 0] == pytest.approx(sum(own) / len(own))
+
+
+class Clock:
+    """Time as it is said to go by."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "slow", [0.3, 40.0]
+)  # seconds that a picture takes, as with some and with thousands of modules
+def test_pictures_take_at_most_two_hundredths_of_a_run(slow, tmp_path, monkeypatch):
+    clock, drawn = Clock(), []
+
+    def draw(*arguments):
+        clock.now += slow
+        drawn.append(clock.now)
+        return Figure()
+
+    monkeypatch.setattr(board, "rank_heatmap", draw)
+    monkeypatch.setattr(board, "pixels", lambda figure: np.zeros((4, 4, 3), np.uint8))
+    start = Decision(0, {}, {"layers.0.q": 4, "layers.1.q": 4}, "start")
+    shown = board.Board(tmp_path, start, 4, allowance=board.Allowance(clock))
+    shares = []
+    for step in range(1, 3001):  # a second each, with a decision that changes ranks after every one
+        clock.now += 1.0
+        decision = Decision(
+            step, {"layers.0.q": step % 4, "layers.1.q": 4}, {"layers.0.q": (step + 1) % 4, "layers.1.q": 4}, ""
+        )
+        shown.step(Step(step, 1.0, 0.0, 0.1, 1.0, 8, 99), decision)
+        shares.append(len(drawn) * slow / clock.now)
+    assert len(drawn) == round(shown.allowance.spent / slow)
+    assert 3 / slow < len(drawn)  # and they are drawn, where there is time
+    assert max(shares[1000:]) <= 0.02 + (slow > 1) * 0.02  # the first one's time cannot be known
+    assert shares[-1] <= 0.02
+    # Every change is in the record and the curves; the last one is drawn at the end.
+    expected = len(drawn) + (not shown.shown)
+    shown.close(History(), {}, {"rank-by-layer": Figure()})
+    assert len(drawn) == expected
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert [event.step for event in events.Scalars("rank by kind/q")] == list(range(3001))
+    assert [event.step for event in events.Images("rank/by layer")][-1] == 3000
+
+
+def test_a_short_run_draws_each_picture_once_at_its_end(tmp_path, monkeypatch):
+    calls = []
+    draw = FigureCanvasAgg.draw
+    monkeypatch.setattr(FigureCanvasAgg, "draw", lambda canvas: calls.append(1) or draw(canvas))
+    model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0, interval=1)
+    history = lorafamily.train(model, data(), steps=40, log_dir=tmp_path, progress=False)
+    changes = [d for d in history.decisions if d.before != d.after]
+    assert len(changes) > 5
+    assert len(calls) == len(list(tmp_path.glob("*.png"))) == 4
+    assert read_decisions(tmp_path)[1:] == history.decisions
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in shown.Images("rank/by layer")] == [changes[-1].step]
 
 
 def test_a_comparison_draws_a_line_of_panels_for_every_stack():

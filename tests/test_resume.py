@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +25,12 @@ import lorafamily
 from conftest import METHODS, data, few_rounds, tiny, tokens
 from lorafamily.history import Decision, Step
 from lorafamily.insight.record import Record
-from lorafamily.training import log
+from lorafamily.placement import placement_of
+from lorafamily.training import log, loop, run_state
 from lorafamily.training.board import Board
+from lorafamily.training.folder_lock import FolderLock
 from lorafamily.training.interrupt import EXIT_CODE, Interrupted
+from lorafamily.training.schedule import lr_factor
 from lorafamily.training.state import random_state, set_random_state
 
 STEPS = 20
@@ -36,7 +40,7 @@ STEPS = 20
 def without_pictures(monkeypatch):
     """They take most of the time, and nothing here looks at them."""
     monkeypatch.setattr(log, "pictures_of", lambda decisions, steps: {})
-    monkeypatch.setattr(Board, "_ranks", lambda board, decision: None)
+    monkeypatch.setattr(Board, "_ranks", lambda board: None)
 
 
 def loader() -> DataLoader:
@@ -223,6 +227,210 @@ def test_other_settings_can_be_accepted(tmp_path):
     with pytest.warns(UserWarning, match="with other settings: steps was 20, is 6"):
         history = train(model_of("lora"), tmp_path, steps=6, resume="anyway")
     assert [step.step for step in history.steps] == [1, 2, 3, 4, 5, 6]
+
+
+class TwoLayers(torch.nn.Module):
+    """So small that a run of some steps costs nothing."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)
+        self.norm = torch.nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return SimpleNamespace(loss=(self.head(self.norm(self.b(torch.tanh(self.a(x))))) - 1).square().mean())
+
+
+def small(method: str = "lora", **options) -> TwoLayers:
+    options = {"rank": 3, "targets": ["^a$", "^b$"], "also_train": ["head", "norm"], **options}
+    return lorafamily.apply(TwoLayers(), method, seed=0, **options)
+
+
+def points(batches: int = 3, seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"x": torch.randn(4, 6, generator=generator)} for _ in range(batches)]
+
+
+def run_small(model, folder=None, *, batches=None, **options):
+    settings = {"steps": 12, "lr": 1e-2, "progress": False, "log_dir": folder, **options}
+    return lorafamily.train(model, points() if batches is None else batches, **settings)
+
+
+PRUNED = {"warmup": 0, "final": 4, "interval": 2}
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_a_second_run_does_not_write_over_the_first_one_s_record(method, tmp_path):
+    run_small(small(method), tmp_path)
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"steps.jsonl", "allocation.jsonl"} < written.keys()
+    with pytest.raises(
+        lorafamily.StateError, match=r"has the record of an earlier run \(steps\.jsonl\).*another log_dir"
+    ):
+        run_small(small(method), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
+    # As where its checkpoints were removed, or it was killed before the first: what it left is kept beside.
+    for number in (1, 2):
+        run_small(small(method), tmp_path, save_every=100, resume="auto", steps=8)
+        earlier = {path.name: path.read_bytes() for path in (tmp_path / f"earlier-{number}").iterdir()}
+        assert earlier == written
+        shutil.rmtree(tmp_path / "checkpoints")
+        written = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        assert len(written["steps.jsonl"].splitlines()) == 8
+
+
+def test_a_run_that_made_no_step_leaves_nothing_in_the_way(tmp_path):
+    with pytest.raises(lorafamily.DataError):
+        run_small(small(), tmp_path, batches=[{"y": torch.zeros(4, 6)}])
+    assert list(tmp_path.iterdir()) == []
+    run_small(small(), tmp_path)
+
+
+def test_a_folder_without_checkpoints_has_one_run_at_a_time_too(tmp_path):
+    with FolderLock(tmp_path), pytest.raises(lorafamily.StateError, match="another run is writing there"):
+        run_small(small(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "alora"])
+def test_a_run_that_was_done_can_be_made_longer(method, tmp_path):
+    options = {"adalora": PRUNED, "alora": {"rounds": 4, "warmup": 0.25, "interval": 0.125, "drop": 1}}.get(method, {})
+    settings = {"save_every": 5, "validation": points(1)}
+    first = run_small(small(method, **options), tmp_path, steps=16, **settings)
+    with pytest.raises(lorafamily.StateError, match="steps was 16, is 40"):
+        run_small(small(method, **options), tmp_path, steps=40, resume="auto", **settings)
+    with pytest.warns(
+        UserWarning, match=r"steps was 16, is 40\. The learning rate .* of step 17 in a schedule of 40 steps"
+    ):
+        history = run_small(small(method, **options), tmp_path, steps=40, resume="anyway", **settings)
+    assert (len(history.steps), history.stopped) == (40, "all 40 steps done")
+    assert history.steps[:16] == first.steps
+    assert history.decisions == first.decisions  # settled, and stays so: ALoRA's later rounds are at other steps now
+    assert history.ranks_end == first.ranks_end
+    assert history.steps[16].lr == pytest.approx(1e-2 * lr_factor(17, 40, 0.06, "linear"))
+    assert [evaluation.step for evaluation in history.evaluations] == [16, 40]
+    again = run_small(small(method, **options), tmp_path, steps=40, resume="anyway", **settings)
+    assert without_time(again) == without_time(history)
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_run_cannot_be_made_shorter_than_it_is(steps, tmp_path):
+    stopping = {"patience": 1, "evaluate_every": 2, "evaluate": lambda model: {"loss": 1.0}}
+    stopped = run_small(small(), tmp_path, save_every=1, **stopping)
+    assert len(stopped.steps) == 4
+    if steps > 4:  # it had stopped by itself, and is over for as many steps as it had
+        assert run_small(small(), tmp_path, save_every=1, resume="anyway", **stopping).stopped == stopped.stopped
+        return
+    with pytest.raises(lorafamily.StateError, match=r"^steps=3: the run of .*step-00000004 has made 4 steps and"):
+        run_small(small(), tmp_path, save_every=1, steps=steps, resume="anyway", **stopping)
+
+
+def adam(**options):
+    return lambda parameters: torch.optim.Adam(parameters, **options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5)}, "optimizer was Adam, is SGD"),
+        ({"optimizer": adam(betas=(0.8, 0.9))}, r"optimizer's betas was \(0\.9, 0\.999\), is \(0\.8, 0\.9\)"),
+        ({"optimizer": adam(eps=1e-4, lr=0.5)}, r"eps was 1e-08, is 0\.0001; optimizer's lr was 0\.001, is 0\.5"),
+        ({"batches": points(5)}, "length of the data was 3, is 5"),
+        ({"batches": points(seed=2)}, "first batch of the data is another"),
+        ({"batches": points(1)}, "length of the data was 3, is 1; first batch|length of the data was 3, is 1"),
+    ],
+)
+def test_another_optimiser_and_other_data_are_named(changed, message, tmp_path):
+    run_small(small(), tmp_path, save_every=8, optimizer=adam(), steps=8)
+    settings = {"save_every": 8, "optimizer": adam(), **changed}
+    with pytest.raises(lorafamily.StateError, match=message):
+        run_small(small(), tmp_path, resume="auto", steps=8, **settings)
+    used = []
+    if "optimizer" in changed:
+        settings["optimizer"] = lambda p: used.append(changed["optimizer"](p)) or used[0]
+    with pytest.warns(UserWarning, match=message):
+        history = run_small(small(), tmp_path, resume="anyway", steps=10, **settings)
+    assert len(history.steps) == 10
+    if used:  # what was given now is what it worked with, not what the checkpoint had
+        fresh = changed["optimizer"]([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+        assert {k: v for k, v in used[0].param_groups[0].items() if k not in ("params", "lr")} == {
+            k: v for k, v in fresh.items() if k not in ("params", "lr")
+        }
+
+
+def watching(monkeypatch, **options):
+    """`train` with a RunState that watches a metric and keeps the best weights; they are restored at the end."""
+    states = []
+
+    class Watching(run_state.RunState):
+        def __post_init__(self):
+            for name, value in options.items():
+                setattr(self, name, value)
+            super().__post_init__()
+            states.append(self)
+
+    monkeypatch.setattr(loop, "RunState", Watching)
+    return states
+
+
+@pytest.mark.parametrize("where", ["memory", "folder", "resumed"])
+@pytest.mark.parametrize("method", ["full", "olora", "adalora"])
+def test_the_best_weights_come_back_to_the_last_bit(method, where, tmp_path, monkeypatch):
+    seen = {}
+
+    def evaluate(model):
+        step = 2 * (len(seen) + 1)
+        seen[step] = {name: value.clone() for name, value in model.state_dict().items()}
+        return {"accuracy": {10: 0.9}.get(step, step / 100)}
+
+    def fresh():
+        return (
+            TwoLayers() if method == "full" else small(method, **(PRUNED | {"final": 5} if method == "adalora" else {}))
+        )
+
+    states = watching(monkeypatch, monitor="accuracy", mode="max", keep_best=True)
+    settings = {"evaluate": evaluate, "evaluate_every": 2, "check_gradients": False}
+    settings |= {} if where == "memory" else {"save_every": 4, "keep": 1}
+    folder, model = (None if where == "memory" else tmp_path), fresh()
+    history = run_small(model, folder, steps=14, **settings)
+    if where == "resumed":
+        model = fresh()
+        history = run_small(model, folder, steps=14, resume="auto", **settings)
+    assert (history.best.step, history.best.metrics) == (10, {"accuracy": 0.9})
+    assert history.best.folder == (None if where == "memory" else "checkpoints/step-00000010")
+    assert (history.last.step, history.last.metrics) == (14, {"accuracy": 0.14})
+    last = {name: value.clone() for name, value in model.state_dict().items()}
+    states[-1].restore_best()
+    restored = model.state_dict()
+    assert restored.keys() == seen[10].keys()
+    assert all(torch.equal(value, seen[10][name]) for name, value in restored.items())
+    assert any(not torch.equal(value, last[name]) for name, value in restored.items())
+    trained = {p for group in states[-1].optimizer.param_groups for p in group["params"]}
+    assert trained == {p for p in model.parameters() if p.requires_grad}
+    assert json.dumps(history.to_dict())  # plain, without the tensors
+    if method != "full":
+        assert history.ranks_end == {at: placement_of(model).adapters[at].rank for at in ("a", "b")}
+        assert all(
+            torch.equal(history.last.tensors[f"head.{name}"], last[f"head.{name}"]) for name in ("weight", "bias")
+        )
+    if folder is not None and method != "full":
+        loaded = lorafamily.load(TwoLayers(), folder / history.best.folder)
+        assert torch.equal(loaded.eval()(**points(1)[0]).loss, model.eval()(**points(1)[0]).loss)
+
+
+def test_best_weights_that_were_not_kept_are_not_given(tmp_path, monkeypatch):
+    states = watching(monkeypatch)
+    history = run_small(small(), validation=points(1))
+    assert history.best.step == history.last.step == 12
+    with pytest.raises(lorafamily.StateError, match="was not asked to"):
+        states[-1].restore_best()
+    watching(monkeypatch, monitor="f1")
+    with pytest.raises(lorafamily.TrainingError, match='monitor watches "f1", but evaluate gave loss'):
+        run_small(small(), validation=points(1))
+    watching(monkeypatch, mode="most")
+    with pytest.raises(lorafamily.TrainingError, match="mode='most': must be \"min\""):
+        run_small(small())
 
 
 CHILD = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,8 @@ class Sensitivity(Scorer):
             if not 0 <= value < 1:
                 raise AllocationError(f"{name}={value!r}: must be in [0, 1)")
         self.beta1, self.beta2 = beta1, beta2
+        ends = accumulate(len(adapter.update.slices) for adapter in run.adapters.values())
+        self.first = dict(zip(run.adapters, [0, *ends], strict=False))  # module -> place of its first tensor
         self.average = [torch.zeros_like(parameter) for _, parameter, _ in self._tensors()]
         self.uncertainty = [torch.zeros_like(parameter) for _, parameter, _ in self._tensors()]
 
@@ -79,12 +82,12 @@ class Sensitivity(Scorer):
 
     @torch.no_grad()
     def follow(self, name: str, keep: Int[Tensor, " n"], add: int) -> None:
-        for i, (owner, parameter, axis) in enumerate(self._tensors()):
-            if owner == name:
-                for averages in (self.average, self.uncertainty):
-                    kept = averages[i].index_select(axis, keep.to(parameter.device))
-                    averages[i] = torch.zeros_like(parameter)
-                    averages[i].narrow(axis, 0, len(keep)).copy_(kept)
+        # Not over all tensors: every module is followed when the pattern settles, and a model may have thousands.
+        for i, (parameter, axis) in enumerate(self.run.adapters[name].update.sliced(), self.first[name]):
+            for averages in (self.average, self.uncertainty):
+                kept = averages[i].index_select(axis, keep.to(parameter.device))
+                averages[i] = torch.zeros_like(parameter)
+                averages[i].narrow(axis, 0, len(keep)).copy_(kept)
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
         if not self.wants_task_gradient:

@@ -5,9 +5,11 @@ Colours are Okabe and Ito's and the map cividis, which colour-blind readers tell
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,17 +18,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from lorafamily.history import Decision, Step
 from lorafamily.insight.costs import UNITS, Memory, in_units
-from lorafamily.names import OUTSIDE, by_stack, kind_labels, place_of
+from lorafamily.names import OUTSIDE, Place, by_stack, kind_labels, place_of
 
+T = TypeVar("T")
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 KEPT, DROPPED, MARK = "#0072B2", "#D55E00", "#444444"
 SIDE_BY_SIDE = 8
 """Layers up to which two grids stand beside each other; wider ones stand one above the other."""
-HIGHEST = 60_000
-"""Pixels; matplotlib draws no more than 65,536 in a row or column."""
+ROWS, COLUMNS, STACKS = 96, 64, 6
+"""What a picture has at most: rows in all its panels together (of start and now each), columns, stacks. Of a larger
+model a cell stands for several modules."""
+NUMBERED = 1200
+"""Cells up to which the rank is written in each; a text costs a hundred times what a cell costs."""
+POINTS, AREAS = 400, 32
+"""Steps that a curve or a stack of areas has at most, and areas."""
 
 
 def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray]:
@@ -45,44 +54,112 @@ def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndar
     return kinds, ["–" if layer is None else str(layer) for layer in layers], grid
 
 
-def rank_by_kind(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Total rank of each kind of matrix, over all layers of its stack; see `kind_labels`."""
+def rank_by_kind(ranks: Mapping[str, int], labels: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Total rank of each kind of matrix, over all layers of its stack. `labels`: of every module, `kind_labels` where
+    there are none; whoever asks often passes them."""
     totals: dict[str, int] = {}
-    for name, kind in kind_labels(ranks).items():
+    for name, kind in (kind_labels(ranks) if labels is None else labels).items():
         totals[kind] = totals.get(kind, 0) + ranks[name]
     return totals
+
+
+def area_labels(names: Iterable[str]) -> dict[str, str]:
+    """`kind_labels` with `AREAS` different ones at most, alike kinds together."""
+    labels = kind_labels(names)
+    together = merged(list(dict.fromkeys(labels.values())), AREAS)
+    return {name: together[kind] for name, kind in labels.items()}
+
+
+def merged(labels: Sequence[str], most: int) -> dict[str, str]:
+    """For each label the one under which it is shown, `most` different ones at most: where there are more, those that
+    differ in numbers alone are one (`experts.*.up`), and of what is still too many neighbours are (`a … d`)."""
+    if len(labels) <= most:
+        return {label: label for label in labels}
+    shown = {label: re.sub(r"\d+", "*", label) for label in labels}
+    kinds = list(dict.fromkeys(shown.values()))
+    if 1 < len(kinds) <= most:
+        return shown
+    if len(kinds) == 1:
+        shown, kinds = {label: label for label in labels}, list(labels)
+    runs = [kinds[i * len(kinds) // most : (i + 1) * len(kinds) // most] for i in range(most)]
+    name = {kind: run[0] if len(run) == 1 else f"{run[0]} … {run[-1]}" for run in runs for kind in run}
+    return {label: name[kind] for label, kind in shown.items()}
+
+
+class Grid(NamedTuple):
+    """`ranks`: (kinds, layers), nan where no module is; `total`: of all modules."""
+
+    kinds: list[str]
+    layers: list[str]
+    ranks: np.ndarray
+    total: int
+
+
+def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> dict[str, list[Grid]]:
+    """By stack one grid for each of the patterns in `shown`, within `ROWS`, `COLUMNS` and `STACKS`: where the
+    model has more, a cell is the mean over the modules it stands for."""
+    stacks = by_stack(names)
+    alike = merged(list(stacks), STACKS)
+    places: dict[str, dict[str, Place]] = {}
+    for stack, own in stacks.items():
+        for name in own:
+            places.setdefault(alike[stack], {})[name] = place_of(name)
+    grids: dict[str, list[Grid]] = {}
+    for stack, of in places.items():
+        kinds = list(dict.fromkeys(kind for _, _, kind in of.values()))
+        rows = merged(kinds, max(4, ROWS // len(places)))
+        layers = sorted({layer for _, layer, _ in of.values()}, key=lambda layer: (layer is None, layer))
+        labels = ["–" if layer is None else str(layer) for layer in layers]
+        wide = min(COLUMNS, len(layers))
+        column = {layer: i * wide // len(layers) for i, layer in enumerate(layers)}
+        chunks = [[labels[i] for i, layer in enumerate(layers) if column[layer] == at] for at in range(wide)]
+        heads = [chunk[0] if len(chunk) == 1 else f"{chunk[0]}–{chunk[-1]}" for chunk in chunks]
+        named = list(dict.fromkeys(rows[kind] for kind in kinds))
+        index = {kind: named.index(rows[kind]) for kind in kinds}
+        cells = np.array([(index[kind], column[layer]) for _, layer, kind in of.values()])
+        modules = np.zeros((len(named), wide))
+        np.add.at(modules, tuple(cells.T), 1)
+        grids[stack] = []
+        for ranks in shown:
+            total = np.zeros_like(modules)
+            np.add.at(total, tuple(cells.T), [ranks[name] for name in of])
+            mean = np.divide(total, modules, out=np.full_like(total, np.nan), where=modules > 0)
+            grids[stack].append(Grid(named, heads, mean, int(total.sum())))
+    return grids
 
 
 def rank_heatmap(
     start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
 ) -> Figure:
     """Layers × kinds of matrix with the rank in every cell, at the start and now, on one colour scale. A model with
-    several stacks, such as an encoder and a decoder, has a panel for each, with its own kinds and layers.
+    several stacks, such as an encoder and a decoder, has a panel for each, with its own kinds and layers. Of a model
+    with more than `ROWS` kinds or `COLUMNS` layers a cell shows the mean of several modules, and the title says so.
 
     `now`: None shows the start alone. `highest`: top of the colour scale, else the largest rank there is.
     """
     shown = {"start": start} if now is None else {"start": start, "now": now}
-    stacks = by_stack(start)
-    grids = {
-        stack: {when: rank_grid({name: ranks[name] for name in names}) for when, ranks in shown.items()}
-        for stack, names in stacks.items()
-    }
-    largest = max(float(max(ranks.values())) for ranks in shown.values())
+    grids = small_grids(list(start), list(shown.values()))
+    cells = sum(int((~np.isnan(own[0].ranks)).sum()) for own in grids.values())
+    if cells < len(start):
+        title += f"\n{len(start):,} modules in {cells:,} cells, each the mean of those it stands for"
+    largest = max(float(np.nanmax(grid)) for own in grids.values() for _, _, grid, _ in own)
     top = max(1.0, largest) if highest is None else max(1, highest)
-    longest = max(len(layers) for own in grids.values() for _, layers, _ in own.values())
+    longest = max(len(layers) for own in grids.values() for _, layers, _, _ in own)
     beside = longest <= SIDE_BY_SIDE
-    tall = [len(own["start"][0]) for own in grids.values() for _ in (shown if not beside else ["start"])]
+    tall = [len(own[0][0]) for own in grids.values() for _ in (shown if not beside else ["start"])]
     wide = len(shown) if beside else 1
-    room = 2.2 if len(stacks) == 1 else max(2.2, 0.08 * len(f"{max(stacks, key=len)}, start: 1234 in all"))
-    size = (3.0 + wide * max(room, 0.45 * longest), 1.1 + sum(0.7 + 0.32 * kinds for kinds in tall))
-    figure = Figure(figsize=size, dpi=min(100, HIGHEST / max(size)), layout="constrained")
+    numbers = cells * len(shown) <= NUMBERED
+    row, column = (0.32, 0.45) if numbers else (0.18, 0.2)
+    room = 2.2 if len(grids) == 1 else max(2.2, 0.08 * len(f"{max(grids, key=len)}, start: 1234 in all"))
+    size = (3.0 + wide * max(room, column * longest), 1.3 + sum(0.7 + row * kinds for kinds in tall))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     panels = figure.subplots(len(tall), wide, squeeze=False, gridspec_kw={"height_ratios": tall}).flat
     for stack, own in grids.items():
-        for number, (when, (kinds, layers, grid)) in enumerate(own.items()):
+        for number, (when, (kinds, layers, grid, total)) in enumerate(zip(shown, own, strict=True)):
             axes = next(panels)
             named = kinds if number == 0 or not beside else [""] * len(kinds)
-            image = draw_grid(axes, named, layers, grid, top, longest)
-            said = f"{when}: {int(np.nansum(grid))} in all"
+            image = draw_grid(axes, named, layers, grid, top, longest, numbers)
+            said = f"{when}: {total} in all"
             axes.set_title(f"{stack}, {said}" if stack else said, fontsize=9, loc="left" if stack else "center")
             if stack == OUTSIDE:
                 axes.set_xticks([]), axes.set_xlabel("")
@@ -94,11 +171,18 @@ def rank_heatmap(
 
 
 def draw_grid(
-    axes: Axes, kinds: list[str], layers: list[str], grid: np.ndarray, top: float, columns: int = 0
+    axes: Axes,
+    kinds: list[str],
+    layers: list[str],
+    grid: np.ndarray,
+    top: float,
+    columns: int = 0,
+    numbers: bool = True,
 ) -> AxesImage:
     """Fill axes with a grid of ranks, each written in its cell, on a colour scale from 0 to `top`.
 
     `columns`: how many layers the axes have room for, so that in panels of several stacks cells are of one width.
+    `numbers`: whether there is room for ranks in cells and a label at every column.
     """
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
     axes.set_xlabel("layer", fontsize=8)
@@ -108,25 +192,33 @@ def draw_grid(
         axes.spines["right"].set_position(("data", end))  # forgets the labels of the ticks: these come after it
         axes.spines[["top", "bottom"]].set_bounds(-0.5, end)
         axes.xaxis.label.set_x(len(layers) / columns / 2)
-    axes.set_xticks(range(len(layers)), layers, fontsize=8)
+    apart = 1 if numbers and max(map(len, layers)) < 5 else 2 if numbers else max(1, max(map(len, layers)) // 2)
+    axes.set_xticks(range(0, len(layers), apart), layers[::apart], fontsize=8)
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    for (row, column), rank in np.ndenumerate(grid):
+    for (row, column), rank in np.ndenumerate(grid) if numbers else ():
         if not np.isnan(rank):
             shade = "black" if rank > 0.55 * top else "white"
-            axes.text(column, row, f"{rank:.3g}", ha="center", va="center", color=shade, fontsize=7)
+            text = axes.text(column, row, f"{rank:.3g}", ha="center", va="center", color=shade, fontsize=7)
+            text.set_in_layout(False)  # it is inside its cell, and measuring it costs more than drawing it
     return image
 
 
 def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
-    """Rank by kind of matrix against step, stacked, with a mark above every decision that changed something.
+    """Rank by kind of matrix against step, stacked, with a mark above every decision that changed something; of more
+    than `POINTS` decisions some, spread evenly, and of more than `AREAS` kinds alike ones together.
 
     The first of the decisions is the start.
     """
-    kinds = list(rank_by_kind(decisions[0].after))
+    changed = thinned([d for d in decisions[1:] if d.before != d.after])
+    changes = sum(d.before != d.after for d in decisions[1:])
+    decisions = thinned(decisions)
+    shown_as = area_labels(decisions[0].after)
+    ranks = [rank_by_kind(decision.after, shown_as) for decision in decisions]
+    kinds = list(ranks[0])
     figure = Figure(figsize=(8.4, max(4.6, 1.0 + 0.18 * len(kinds))), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     steps = [decision.step for decision in decisions] + [last_step]
-    by_kind = np.array([[rank_by_kind(d.after)[kind] for d in [*decisions, decisions[-1]]] for kind in kinds])
+    by_kind = np.array([[at[kind] for at in [*ranks, ranks[-1]]] for kind in kinds])
     colours, hatches = cycle(COLOURS), [""] * len(COLOURS) + ["//"] * len(COLOURS) + [".."] * len(COLOURS)
     areas = axes.stackplot(
         steps,
@@ -139,7 +231,6 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
     )
     for area, hatch in zip(areas, cycle(hatches)):
         area.set_hatch(hatch)
-    changed = [d for d in decisions[1:] if d.before != d.after]
     total = by_kind.sum(0)
     axes.plot(
         [d.step for d in changed],
@@ -148,7 +239,7 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
         marker="v",
         color=MARK,
         markersize=4,
-        label=f"decision that changed ranks ({len(changed)} in all)",
+        label=f"decision that changed ranks ({changes} in all)",
     )
     axes.set_xlim(0, max(last_step, 1))
     axes.set_ylim(0, 1.08 * max(1, int(total.max())))
@@ -160,6 +251,13 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
+
+
+def thinned(entries: Sequence[T]) -> list[T]:
+    """At most `POINTS` of them, spread evenly, with the first and the last."""
+    if len(entries) <= POINTS:
+        return list(entries)
+    return [entries[round(i)] for i in np.linspace(0, len(entries) - 1, POINTS)]
 
 
 def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure | None:
@@ -191,7 +289,9 @@ def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure |
 
 
 def course(steps: Sequence[Step]) -> Figure:
-    """Total rank, trainable numbers and, where frames should be orthonormal, their error, against step."""
+    """Total rank, trainable numbers and, where frames should be orthonormal, their error, against step; of more than
+    `POINTS` steps some, spread evenly."""
+    steps = thinned(steps)
     measured = [(step.step, step.orthogonality) for step in steps if step.orthogonality is not None]
     curves: dict[str, tuple[list[int], Sequence[float]]] = {
         "rank slices in use": ([s.step for s in steps], [s.rank for s in steps]),
@@ -250,12 +350,16 @@ def memory_bars(ways: Mapping[str, Memory], title: str) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Draw the figure into a file."""
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
+    if path.suffix == ".png":
+        Image.fromarray(pixels(figure)).save(path)
+    else:
+        figure.savefig(path)
 
 
 def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
-    """The figure drawn."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    """The figure drawn; asked a second time it is not drawn again."""
+    canvas = figure.canvas
+    if not isinstance(canvas, FigureCanvasAgg):  # matplotlib's own before the first time
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

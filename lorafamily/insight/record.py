@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from lorafamily.history import Decision, Step
 from lorafamily.insight import figures
 
 DECISIONS, STEPS = "allocation.jsonl", "steps.jsonl"
+EVENTS = "events.out.tfevents.*"  # TensorBoard's
+PICTURES = ("rank-by-layer", "rank-history", "scores", "course")
 
 
 class Record:
@@ -44,6 +47,31 @@ class Record:
     def close(self) -> None:
         self._decisions.close()
         self._steps.close()
+
+
+def recorded(folder: Path) -> bool:
+    """Whether the record of a run is there; one that made no step leaves none."""
+    steps = folder / STEPS
+    return steps.is_file() and steps.stat().st_size > 0
+
+
+def set_aside(folder: Path) -> Path:
+    """Move the record of an earlier run, its events and pictures too, into the first free of `earlier-1`, `earlier-2`…
+
+    Raises:
+        FileError: it cannot be moved.
+    """
+    number = next(number for number in count(1) if not (folder / f"earlier-{number}").exists())
+    place = folder / f"earlier-{number}"
+    pictures = [folder / f"{name}.png" for name in PICTURES]
+    try:
+        place.mkdir()
+        for path in (folder / STEPS, folder / DECISIONS, *folder.glob(EVENTS), *pictures):
+            if path.exists():
+                path.rename(place / path.name)
+    except OSError as error:
+        raise FileError(f"{place}: cannot keep the record of an earlier run there ({error})") from error
+    return place
 
 
 def ranks_at(folder: str | os.PathLike[str], step: int) -> dict[str, int]:

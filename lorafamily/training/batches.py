@@ -36,6 +36,8 @@ class Batches:
         self.divided = False if processes is None else _is_divided(data, processes)
         self._compared = processes is None or processes.world == 1 or self.divided
         self.round = self.taken = 0
+        self.first = ""  # fingerprint of the round's first batch
+        self._same: Any = None
         self._iterator: Iterator[Any] | None = None
         self._random = random_state(device)
         self._begun: dict[str, Any] = {}  # random states when the present round began
@@ -76,6 +78,9 @@ class Batches:
         assert self._iterator is not None
         for batch in self._iterator:
             self.taken += 1
+            if self.taken == 1 and batch is not self._same:
+                self.first = fingerprint(batch)
+                self._same = batch if isinstance(self.data, (list, tuple)) else None  # a list of one: each step a round
             return batch
         if not self.taken:
             raise DataError(
@@ -92,14 +97,37 @@ class Batches:
                 holder.set_epoch(self.round)
         self._iterator = iter(self.data)
 
+    def length(self) -> int | None:
+        """Batches a round, where the data says so."""
+        with suppress(TypeError):  # a DataLoader on a stream has a `__len__` and no length
+            return len(self.data) if isinstance(self.data, Sized) else None
+        return None
+
     def state(self) -> dict[str, Any]:
         """Where the data is: batches taken of which round, and what the order of that round was drawn from."""
         among = self.processes.world if self.processes is not None and self.divided else 1
-        place = {"round": self.round, "taken": self.taken, "divided among": among}
-        return {**place, "begun": self._begun, "random": self._random}
+        place = {"round": self.round, "taken": self.taken, "first": self.first, "length": self.length()}
+        return {**place, "divided among": among, "begun": self._begun, "random": self._random}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def differences(self, state: Mapping[str, Any]) -> list[str]:
+        """In what the data is another than that of `state`: its length, and the first batch of the round, drawn again
+        as it was drawn then. Empty where it is the same."""
+        found = []
+        if (then := state["length"]) != (now := self.length()):
+            found.append(f"length of the data was {then}, is {now}")
+        if state["taken"]:
+            before = [generator.get_state() for generator in _generators(self.data)]
+            self._go_to_round(state)
+            for generator, own in zip(_generators(self.data), before, strict=True):
+                generator.set_state(own)  # whether the run goes on is not yet said
+            if self.first != state["first"]:
+                found.append("first batch of the data is another (or follows from no random generator)")
+        return found
+
+    def restore(self, state: Mapping[str, Any], other: bool = False) -> None:
         """Go to where the data was; the batches of the round that were taken then are read again and dropped.
+
+        `other`: it is known to be other data; where it has no such place, a new round begins.
 
         Raises:
             DataError: there are fewer batches than were taken, or they were divided among another number of processes.
@@ -109,17 +137,26 @@ class Batches:
             raise DataError(f"the run's data was divided among {then} processes by its sampler, and is now among {now}")
         self.round, self.taken = state["round"], 0
         if state["taken"]:
+            self._go_to_round(state)
             with self._own_random():
-                set_random_state(state["begun"], self.device)
-                for generator, own in zip(_generators(self.data), state["begun"]["own"], strict=True):
-                    generator.set_state(own)
-                self._begin()
-                assert self._iterator is not None
-                for _ in islice(self._iterator, state["taken"]):
+                for _ in islice(self._iterator or (), state["taken"] - 1):
                     self.taken += 1
-            if self.taken < state["taken"]:
+            if self.taken < state["taken"] and not other:
                 raise DataError(f"the run had taken {state['taken']} batches of a round, and now one has {self.taken}")
+            if self.taken < state["taken"]:
+                self.round, self.taken, self._iterator = self.round + 1, 0, None
         self._random = state["random"]
+
+    def _go_to_round(self, state: Mapping[str, Any]) -> None:
+        """Begin the round of `state` as it began then, and take its first batch."""
+        self.round, self.taken, self.first = state["round"], 0, ""
+        with self._own_random():
+            set_random_state(state["begun"], self.device)
+            for generator, own in zip(_generators(self.data), state["begun"]["own"], strict=False):
+                generator.set_state(own)
+            self._begin()
+            for batch in islice(self._iterator or (), 1):
+                self.taken, self.first = 1, fingerprint(batch)
 
     @contextmanager
     def _own_random(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from torch import nn
 from lorafamily.deploy import files
 from lorafamily.deploy.folder import read_record, read_sealed_tensors, write_sealed
 from lorafamily.errors import FileError, StateError
+from lorafamily.insight.record import STEPS, recorded
 from lorafamily.training.state import pack, unpack
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -48,7 +49,8 @@ class Checkpoints:
             )
         if keep < 1:
             raise StateError(f"keep={keep!r}: must be a number of checkpoints, at least 1")
-        self.run_folder = None if folder is None or every is None else Path(folder)
+        self.log_folder = None if folder is None else Path(folder)
+        self.run_folder = None if every is None else self.log_folder
         self.folder = self.run_folder and self.run_folder / "checkpoints"
         self.every, self.keep = every, keep
 
@@ -59,7 +61,8 @@ class Checkpoints:
         """The newest checkpoint, None where the run begins.
 
         Raises:
-            StateError: there is one, but nobody asked to go on, or asked without naming a folder.
+            StateError: there is one, or the record of an earlier run, but nobody asked to go on; or somebody asked
+                without naming a folder.
         """
         if resume not in ("never", "auto", "anyway"):
             raise StateError(f'resume={resume!r}: must be "never", "auto" or "anyway"')
@@ -69,6 +72,11 @@ class Checkpoints:
             raise StateError(
                 f'{self.run_folder} has checkpoints of an earlier run; resume="auto" goes on from {there[-1].name}, '
                 "another log_dir begins anew"
+            )
+        if resume == "never" and self.log_folder is not None and recorded(self.log_folder):
+            raise StateError(
+                f"{self.log_folder} has the record of an earlier run ({STEPS}), which this one would overwrite; give "
+                "another log_dir, or remove the record"
             )
         return self.newest()
 
@@ -104,7 +112,7 @@ class Checkpoints:
         """
         if self.folder is None:
             return
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder / name_of(step)
         beside = final.with_name(final.name + ".partial")
         try:
             shutil.rmtree(beside, ignore_errors=True)
@@ -122,13 +130,27 @@ class Checkpoints:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         for old in self._folders()[: -self.keep]:
-            if old.name != (None if best is None else f"step-{best:08d}"):
+            if old.name != (None if best is None else name_of(best)):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         if self.folder is None or not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def name_of(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def of_step(found: Checkpoint, step: int) -> Checkpoint:
+    """The checkpoint of another step of the same run.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    return _read(found.folder.with_name(name_of(step)))
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -9,15 +9,19 @@ from pathlib import Path
 
 from lorafamily.errors import FileError
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.insight.record import Record, draw
+from lorafamily.insight.record import Record, draw, recorded, set_aside
 from lorafamily.insight.record import pictures as pictures_of
 from lorafamily.training.board import Board, Setting
 from lorafamily.training.session import Session
 
 
 class Log:
-    """Of one run, from where its history ends; does nothing without a folder. It begins with the first step, since the
-    first batch may show that some adapters have no effect."""
+    """Of one run, from where its history ends; does nothing without a folder.
+
+    It begins with the first step, since the first batch may show that some adapters have no effect, and a run without
+    a step leaves nothing. A run that begins where an earlier one was recorded (and died before its first checkpoint, or
+    had its checkpoints removed) moves that record aside.
+    """
 
     def __init__(self, folder: str | os.PathLike[str] | None, history: History, session: Session):
         self.folder = None if folder is None else Path(folder)
@@ -27,6 +31,8 @@ class Log:
     def begin(self) -> None:
         """Open the files, if they are not."""
         if self.folder is not None and self.record is None:
+            if not self.history.steps and recorded(self.folder):
+                set_aside(self.folder)
             self.start = Decision(0, {}, dict(self.session.start), "start")
             self.record = Record(self.folder, [self.start, *self.history.decisions], self.history.steps)
             grows = self.session.allocator.grows

@@ -69,6 +69,7 @@ def train(
     monitor: str = "loss",
     mode: Literal["min", "max"] = "min",
     patience: int | None = None,
+    restore_best: bool = False,
     precision: Precision = "auto",
     compile: bool = False,
     checkpoint_activations: bool = False,
@@ -115,6 +116,8 @@ def train(
         evaluate_every: optimiser steps between evaluations; None: only at the end.
         monitor, mode: the metric that `patience` and the best checkpoint go by, and whether low or high is good.
         patience: stop after so many evaluations without a better one, counted once the allocation is settled.
+        restore_best: end with the weights of the best evaluation, ranks included, and not with the last; `History` has
+            both.
 
     Execution:
         precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; "float16" scales the loss;
@@ -136,7 +139,7 @@ def train(
             when SIGTERM or Ctrl-C asks the run to stop: it finishes its step, saves, and ends the process with code 75.
         keep: of checkpoints, the last so many stay, and the best.
         resume: "auto": go on from the newest checkpoint in `log_dir`, if there is one; "anyway": with other settings
-            too; "never": begin, and refuse a folder that has checkpoints.
+            too, such as more steps; "never": begin, and refuse a folder that has checkpoints or a run's record.
 
     Raises:
         DataError: no batches, no loss from them, keys that the model does not take, or processes that draw other
@@ -155,7 +158,7 @@ def train(
     if not trained:
         raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")
     evaluates = evaluate is not None or validation is not None
-    _check_evaluation(evaluates, evaluate_every, patience, mode)
+    _check_evaluation(evaluates, evaluate_every, patience, restore_best)
     total = total_steps(data, steps, epochs, accumulate)
     device = trained[0].device
     precision = cast(Precision, chosen_precision(precision, device))
@@ -213,14 +216,18 @@ def train(
         settings |= {"head lr": rates.peaks[-1], "weight decay": optim.param_groups[0].get("weight_decay", 0.0)}
         settings |= {"precision": precision, "max gradient norm": clip, **_about(session.placement)}
         finite = FiniteNumbers(max(skip_nonfinite, SCALING_LIMIT if scaler.is_enabled() else 0))
-        state = RunState(model, session, settings, rates, scaler, batches, finite, processes, seed)
+        state = RunState(
+            model, session, settings, rates, scaler, batches, finite, processes, seed, monitor, mode, restore_best
+        )
         state.seed_by_process()
-        around.enter_context(FolderLock(checkpoints.run_folder if processes.first else None))
+        around.enter_context(FolderLock(checkpoints.log_folder if processes.first else None))
         found = checkpoints.to_go_on_from(resume)
         if found is not None:
             state.go_on_from(found, resume)
         history = state.history
         if history.stopped:
+            if restore_best:
+                state.restore_best()
             return history  # that run was done
         log = Log(log_dir if processes.first else None, history, session)
         measure_frames = max(1, total // 100)  # steps between looks at the frames, where there are any
@@ -289,12 +296,16 @@ def train(
                 if step == total:
                     history.stopped = f"all {total} steps done"
                 elif patience is not None and state.since_best >= patience:
-                    history.stopped = f"no lower validation loss in {patience} evaluations"
+                    history.stopped = (
+                        f"no {'lower' if mode == 'min' else 'higher'} validation {monitor} in {patience} evaluations"
+                    )
                 if history.stopped:
                     state.check_end()
                 if checkpoints.due(step) or (checkpoints.run_folder and (improved or history.stopped or stop)):
                     state.save(checkpoints)
                 if history.stopped:
+                    if restore_best:
+                        state.restore_best()
                     break
                 if stop:
                     raise Interrupted(f"stopped by a signal after step {step} of {total}; saved in {log_dir}")
@@ -310,7 +321,7 @@ def train(
     return history
 
 
-def _check_evaluation(evaluates: bool, every: int | None, patience: int | None, mode: str) -> None:
+def _check_evaluation(evaluates: bool, every: int | None, patience: int | None, restore_best: bool) -> None:
     """Refuse what would have no effect."""
     for name, value in (("evaluate_every", every), ("patience", patience)):
         if value is None:
@@ -321,8 +332,8 @@ def _check_evaluation(evaluates: bool, every: int | None, patience: int | None, 
             raise TrainingError(f"{name}={value!r} has no effect: nothing is evaluated; give validation or evaluate")
     if patience is not None and every is None:
         raise TrainingError(f"patience={patience!r} has no effect: evaluation is at the end only; give evaluate_every")
-    if mode not in ("min", "max"):
-        raise TrainingError(f'mode={mode!r}: must be "min" or "max"')
+    if restore_best and not evaluates:
+        raise TrainingError("restore_best=True has no effect: nothing is evaluated; give validation or evaluate")
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
