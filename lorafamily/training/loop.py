@@ -265,6 +265,7 @@ def train(
                 else:
                     optim.zero_grad(set_to_none=True)
                 scaler.update()
+                rate = optim.param_groups[0]["lr"]
                 rates.after()
                 decision = session.step()
                 optim.zero_grad(set_to_none=True)
@@ -274,7 +275,7 @@ def train(
                     step=step,
                     loss=task_loss,
                     penalty=penalty,
-                    lr=optim.param_groups[0]["lr"],
+                    lr=rate,
                     gradient=norm,
                     rank=sum(session.allocator.ranks.values()),
                     trainable=sum(parameter.numel() for parameter in state.trained()),
