@@ -13,18 +13,23 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafamily
+from lorafamily import layers
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.allocation.run import Run
+from lorafamily.functional import adapted_linear
 from lorafamily.placement import placement_of
 from lorafamily.site import sites_in
 from lorafamily.targets import match
@@ -32,6 +37,7 @@ from lorafamily.targets import match
 FLOOR, FROZEN, KEPT = "frozen floor", "frozen model", "inputs kept, no update"
 DENSE, FULL = "lora2, dense product", "full fine-tuning"
 PLAIN = "plain formulation"
+FACTORED = "factored"  # the fast path without folding the update into W
 BESIDE = (FLOOR, FROZEN, KEPT, DENSE, FULL)  # what is neither ours nor peft's
 Batch = dict[str, Tensor]
 Make = Callable[[nn.Module], nn.Module]
@@ -68,7 +74,7 @@ class Measured:
 def steps(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
     """A training step of every variant against the frozen floor."""
     variants = trained_variants(setting)
-    made = {name: _Trained(make(copy.deepcopy(base)), batch, PLAIN not in name) for name, make in variants.items()}
+    made = {name: _Trained(make(copy.deepcopy(base)), batch, name) for name, make in variants.items()}
     for variant in made.values():
         variant.step()
         variant.step()
@@ -81,14 +87,14 @@ def forwards(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
     """A forward in inference of every variant, merged and not, against the frozen model."""
     made = {name: make(copy.deepcopy(base)).eval() for name, make in served_variants(setting).items()}
 
-    def forward(model: nn.Module) -> Callable[[], None]:
+    def forward(name: str, model: nn.Module) -> Callable[[], None]:
         def run() -> None:
-            with torch.no_grad():
+            with torch.no_grad(), computed_as(name):
                 model(**batch)
 
         return run
 
-    runs = {name: forward(model) for name, model in made.items()}
+    runs = {name: forward(name, model) for name, model in made.items()}
     for run in runs.values():
         run()
     return _interleaved(runs, setting)
@@ -132,11 +138,22 @@ def _peak(run: Callable[[], None], device: str) -> float:
     return measured.peak / 2**20
 
 
+@contextmanager
+def computed_as(variant: str) -> Iterator[None]:
+    """Inside the block adapted layers compute as the variant's name says."""
+    factored = partial(adapted_linear, folded=False)
+    with ExitStack() as how:
+        how.enter_context(lorafamily.fast_path(PLAIN not in variant))
+        if FACTORED in variant:
+            how.enter_context(mock.patch.object(layers, "adapted_linear", factored))
+        yield
+
+
 class _Trained:
     """A model that trains on one batch, with penalty and the allocator's bookkeeping."""
 
-    def __init__(self, model: nn.Module, batch: Batch, fast: bool):
-        self.model, self.batch, self.steps, self.fast = model.train(), batch, 0, fast
+    def __init__(self, model: nn.Module, batch: Batch, name: str):
+        self.model, self.batch, self.steps, self.name = model.train(), batch, 0, name
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
         self.penalty: Callable[[], Tensor] | None = None
@@ -161,7 +178,7 @@ class _Trained:
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *state)) / 2**20
 
     def step(self) -> None:
-        with lorafamily.fast_path(self.fast):
+        with computed_as(self.name):
             self._loss().backward()
         if self.penalty is not None:
             self.penalty().backward()
@@ -183,7 +200,8 @@ def trained_variants(setting: Setting) -> dict[str, Make]:
         found[f"lora, {drops}"] = _ours("lora", setting, dropout=setting.dropout)
         found[f"lora, {drops} of features"] = _ours("lora", setting, dropout=setting.dropout, dropout_kind="features")
         found[f"lora, {drops}, {PLAIN}"] = _ours("lora", setting, dropout=setting.dropout)
-    found[f"lora, {PLAIN}"] = _ours("lora", setting)
+    for how in (PLAIN, FACTORED):
+        found[f"lora, {how}"] = _ours("lora", setting)
     found[KEPT] = _keeping
     if "lora2" in setting.methods:
         found[DENSE] = lambda model: _dense(_ours("lora2", setting)(model))
@@ -201,6 +219,7 @@ def served_variants(setting: Setting) -> dict[str, Make]:
     for method in setting.methods:
         found[method] = _ours(method, setting)
         found[f"{method}, merged"] = _merged(_ours(method, setting))
+    found[f"lora, {FACTORED}"] = _ours("lora", setting)
     if _has_peft():
         found["peft"] = _theirs(setting)
         found["peft, merged"] = lambda model: cast(Any, _theirs(setting)(model)).merge_and_unload()

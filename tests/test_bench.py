@@ -28,14 +28,14 @@ def test_every_variant_is_measured(tmp_path, capsys):
     assert list(rows) == [
         *("frozen floor", "lora", "olora", "alora", "lora2", "adalora"),
         *("lora, dropout 0.1", "lora, dropout 0.1 of features"),
-        *("lora, dropout 0.1, plain formulation", "lora, plain formulation"),
+        *("lora, dropout 0.1, plain formulation", "lora, plain formulation", "lora, factored"),
         *("inputs kept, no update", "lora2, dense product"),
         *("peft", "peft, dropout 0.1", "full fine-tuning"),
     ]
     assert rows["frozen floor"]["ratio"] == 1.0
     assert all(row["memory"] > 0 for row in rows.values())
     forwards = {row["variant"]: row for row in told["forwards"]["small"]}
-    assert {"frozen model", "lora", "lora, merged", "peft", "peft, merged"} < forwards.keys()
+    assert {"frozen model", "lora", "lora, factored", "lora, merged", "peft", "peft, merged"} < forwards.keys()
     for name, row in (rows | forwards).items():
         assert name in table
         assert 0 < row["low"] <= row["ratio"] <= row["high"]
@@ -74,8 +74,9 @@ def test_a_wrong_gradient_is_noticed(monkeypatch):
     """The checks of the GPU script can fail."""
     from lorafamily import functional
 
-    down = functional._down
+    down, folded = functional._down, functional._folded
     monkeypatch.setattr(functional, "_down", lambda rows, V, mask: 1.5 * down(rows, V, mask))
+    monkeypatch.setattr(functional, "_folded", lambda W, U, V, scale: folded(W, U, V, 1.5 * scale))
     output, gradients = bench_gpu._against_float64("lora", "cpu", torch.float32, 1e-4)
     assert not output.holds
     assert not gradients.holds

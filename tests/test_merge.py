@@ -100,7 +100,8 @@ def test_the_difference_that_merging_makes(dtype, merged):
         lorafamily.unmerge(model)
     model.train()
     assert lorafamily.merge_difference(model, batch) == expected
-    assert 0 < expected < 40 * torch.finfo(dtype).eps  # logits of size one: some roundings of the weights and of sums
+    assert expected < 40 * torch.finfo(dtype).eps  # logits of size one: some roundings of the weights and of sums
+    assert expected > 0 or dtype == torch.float32  # with so many tokens the forward itself forms W + ΔW in float32
     assert model.training
     assert state_of(model).merged is merged
     lorafamily.unmerge(model)
