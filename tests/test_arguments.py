@@ -165,8 +165,8 @@ REFUSED = [
     ({"precision": "int8"}, "precision='int8'"),
     ({"save_every": 5}, "needs log_dir"),
     ({"resume": "always"}, "resume='always'"),
-    ({"data": batch()}, "one batch"),
-    ({"validation": batch()}, "one batch"),
+    ({"data": batch()}, "must be batches"),
+    ({"validation": batch()}, "must be batches"),
 ]
 
 
@@ -194,10 +194,10 @@ def test_an_lr_scheduler_of_an_optimiser_given():
 
 
 def test_a_seed_leaves_everybody_s_generators_alone():
+    model = lorafamily.apply(Classifier(), "lora", rank=3, targets="blocks", also_train="head", seed=0)
     torch.manual_seed(3)
     np.random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    model = lorafamily.apply(Classifier(), "lora", rank=3, targets="blocks", also_train="head", seed=0)
     lorafamily.train(model, [batch()], steps=2, seed=5, progress=False)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()

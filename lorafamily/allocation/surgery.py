@@ -46,7 +46,7 @@ def levels(optimizer: Any) -> Iterator[Any]:
             continue
         seen.add(id(level))
         yield level
-        for value in vars(level).values():
+        for value in getattr(level, "__dict__", {}).values():
             inside = value if isinstance(value, list | tuple) else (value,)
             waiting += [inner for inner in inside if isinstance(inner, torch.optim.Optimizer)]
 

@@ -32,7 +32,7 @@ from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
 from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
 from lorafamily.reading import Reads, leave_out
-from lorafamily.training.around_steps import AroundSteps, steppers
+from lorafamily.training.around_steps import AroundSteps, check_optimizer, steppers
 from lorafamily.training.execution import evaluating
 from lorafamily.training.guards import CUT, FrozenBuffers, silence
 from lorafamily.training.processes import Processes
@@ -137,7 +137,8 @@ class Session:
         refuse_merged(state)
         self.placement: Placement | None = None if state is None else placement_of(self.owner)
         self.adapters = {} if self.placement is None else self.placement.adapters
-        self.optimizer = next(iter(steppers(optimizer)), optimizer)
+        check_optimizer(optimizer)
+        self.optimizer = steppers(optimizer)[0]
         self.method = None if self.placement is None else self.placement.method
         self.steps_done = 0
         self.decisions: list[Decision] = []
