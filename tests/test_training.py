@@ -425,7 +425,7 @@ def test_recomputed_activations_change_nothing(method):
         ({"steps": 5, "validation": []}, lorafamily.DataError, "validation gave no batch"),
         ({"steps": 5, "data": [(torch.ones(1),)], "loss_fn": None}, lorafamily.DataError, "without a loss"),
         (
-            {"steps": 5, "evaluate": lambda m: {"accuracy": 1.0}, "patience": 1},
+            {"steps": 5, "evaluate": lambda m: {"accuracy": 1.0}, "patience": 1, "evaluate_every": 1},
             lorafamily.TrainingError,
             'patience watches "loss"',
         ),
