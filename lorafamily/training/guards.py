@@ -18,14 +18,14 @@ from lorafamily.errors import DataError, NonFiniteError, TrainingError
 CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 
 
-def depends(loss: Tensor, adapters: Mapping[str, Any], beside: Mapping[str, Tensor]) -> bool:
-    """Whether the loss has gradients to give. It must, unless an allocation ended at rank 0 everywhere and nothing
-    trains beside.
+def depends(loss: Tensor, adapters: Mapping[str, Any], extra_trained: Mapping[str, Tensor]) -> bool:
+    """Whether the loss has gradients to give. It must, unless an allocation ended at rank 0 everywhere and no other
+    parameters train.
 
     Raises:
         TrainingError: it has none, and something would train.
     """
-    emptied = adapters and not beside and not any(adapter.rank for adapter in adapters.values())
+    emptied = adapters and not extra_trained and not any(adapter.rank for adapter in adapters.values())
     if not loss.requires_grad and not emptied:
         raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
     return loss.requires_grad

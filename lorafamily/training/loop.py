@@ -176,7 +176,7 @@ def train(
             return {"loss": sum(losses) / len(losses)}
 
     adapters = {} if placement is None else placement.adapters
-    beside = {} if placement is None else placement.parked
+    extra_trained = {} if placement is None else placement.parked
     run = Run(
         model=model,
         adapters=adapters,
@@ -243,7 +243,7 @@ def train(
                             check_keys(model, batch)
                         with in_precision(), reads or contextlib.nullcontext():
                             loss = share * loss_of(runner, batch, loss_fn)
-                        if guards.depends(loss, adapters, beside):
+                        if guards.depends(loss, adapters, extra_trained):
                             scaler.scale(loss / accumulate).backward()
                         if reads is not None and placement is not None:
                             if leave_out(owner, placement, reads.without_effect(), optim):
@@ -257,7 +257,7 @@ def train(
                         if buffers is not None:
                             buffers.put_back()
                         if check_gradients:
-                            guards.check_gradients(adapters, {at: owner.get_parameter(at) for at in beside})
+                            guards.check_gradients(adapters, {at: owner.get_parameter(at) for at in extra_trained})
                     processes.add_up_gradients(trained)
                     loss_sum, stop = processes.add_up([loss_sum, float(signals.received is not None)])
                     if penalty is not None:
