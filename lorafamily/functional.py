@@ -193,8 +193,7 @@ def _gradients_with_graph(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by the plain formulation, whose gradients can be taken again."""
     x, U, V = (tensor.view_as(tensor) for tensor in (x, U, V))  # not what x was made of, which may be the same factors
-    kept = x if mask is None else mask.applied(x)
-    y = F.linear(x, W.to(x.dtype)) + scale * F.linear(F.linear(kept, V), U)
+    y = F.linear(x, W.to(x.dtype)) + scale * F.linear(F.linear(x if mask is None else mask.applied(x), V), U)
     wanted = [tensor for tensor in (x, U, V) if tensor.requires_grad]
     found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, gradient, create_graph=True), strict=True))
     gx, gU, gV = (found.get(id(tensor)) for tensor in (x, U, V))
