@@ -213,7 +213,8 @@ def train(
         settings: dict[str, Setting] = {"lr": rates.peaks[0], "steps": total, "schedule": _named(schedule)}
         settings |= {"warmup": warmup, "floor": floor, "accumulate": accumulate, "seed": -1 if seed is None else seed}
         settings |= {"loss over": loss_over if isinstance(loss_over, str) else "a function", "again": int(again)}
-        settings |= {"head lr": rates.peaks[-1], "weight decay": optim.param_groups[0].get("weight_decay", 0.0)}
+        settings |= {"weight decay": optim.param_groups[0].get("weight_decay", 0.0)}
+        settings |= {"head lr": rates.peaks[-1]} if optimizer is None else {}
         settings |= {"precision": precision, "max gradient norm": clip, **_about(session.placement)}
         finite = FiniteNumbers(max(skip_nonfinite, SCALING_LIMIT if scaler.is_enabled() else 0))
         state = RunState(
