@@ -7,8 +7,11 @@ BIN := .venv/bin
 compare: .venv/compare-ready
 	$(BIN)/python experiments/compare.py
 
+# A process of the tests has one thread unless told otherwise, and threads that wait leave the core to others.
+test: export OMP_NUM_THREADS ?= 1
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: .venv/test-ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .
