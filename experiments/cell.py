@@ -125,6 +125,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
                 task.training(cell.seed),
                 steps=training.steps,
                 lr=cell.lr,
+                head_lr=cell.lr,  # one rate for all that trains, the one the grid varies
                 weight_decay=training.weight_decay,
                 warmup=training.warmup,
                 validation=task.validation(),

@@ -124,7 +124,8 @@ def _trained(task: Task, settings: Settings, seed: int) -> Run:
     """Plain LoRA after training, as a run on the scoring batch that `train` would use."""
     model, head = task.model(seed)
     lorafamily.apply(model, "lora", rank=settings.rank, also_train=head, seed=seed)
-    lorafamily.train(model, task.training(seed), steps=settings.steps, lr=settings.lr, seed=seed, progress=False)
+    rates = {"lr": settings.lr, "head_lr": settings.lr}
+    lorafamily.train(model, task.training(seed), steps=settings.steps, seed=seed, progress=False, **rates)
     model.eval()
     batch = next(iter(task.validation()))
     return Run(
@@ -183,7 +184,13 @@ def _bookkeeping(task: Task, settings: Settings, method: str) -> tuple[int, floa
     timed = Timed(placement.method.allocation)
     placement.method = placement.method.but(allocation=timed)
     history = lorafamily.train(
-        model, task.training(0), steps=settings.observed_steps, lr=settings.lr, seed=0, progress=False
+        model,
+        task.training(0),
+        steps=settings.observed_steps,
+        lr=settings.lr,
+        head_lr=settings.lr,
+        seed=0,
+        progress=False,
     )
     with_scores = history.seconds / settings.observed_steps
     return scored, with_scores, with_scores - sum(timed.spent) / settings.observed_steps

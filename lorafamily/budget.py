@@ -49,7 +49,8 @@ def solve(
     the slices that its allocation leaves and all that belongs to no slice (LoRA²'s outer factors).
 
     Raises:
-        BudgetError: more than one given, not a positive number, or too small for one rank a module.
+        BudgetError: more than one given, not a positive number, or too small for one rank a module; `budget_at` without
+            a budget.
     """
     given = {"budget": budget, "rank": rank, "rank_budget": rank_budget}
     given = {name: value for name, value in given.items() if value is not None}
@@ -60,6 +61,8 @@ def solve(
         )
     if budget_at not in ("peak", "end"):
         raise BudgetError(f'budget_at={budget_at!r}: must be "peak" (never exceeded) or "end" (held after pruning)')
+    if budget_at == "end" and budget is None and rank_budget is None:
+        raise BudgetError('budget_at="end" has no effect without budget or rank_budget: a rank is that of the start')
     share = method.allocation.end_share() if budget_at == "end" else 1.0
     largest = max(min(shape) for shape in shapes.values())
 

@@ -17,7 +17,7 @@ from lorafamily.beside import base_values, movable_buffers
 from lorafamily.budget import Sizing, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
-from lorafamily.errors import TargetError
+from lorafamily.errors import MethodError, TargetError
 from lorafamily.layers import onloaded
 from lorafamily.method import Method
 from lorafamily.parts import Fused, Target
@@ -167,6 +167,8 @@ def choose(
     model = check_can_place(model, name)
     chosen = find(method).with_options(**method_options)
     drops = Dropout(dropout, dropout_kind)
+    if dropout_kind != "entries" and not dropout:
+        raise MethodError(f"dropout_kind={dropout_kind!r} has no effect without dropout, which is {dropout!r}")
     matched = targeting.match(model, targets, fused, exclude)
     by_default = targeting.by_default(targets)
     if example is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from types import SimpleNamespace
 
@@ -203,6 +204,237 @@ def test_a_seed_leaves_everybody_s_generators_alone():
     assert (np.random.get_state()[1] == before[1]).all()
     lorafamily.train(model, [batch()], steps=2, progress=False)  # dropout draws from where they are
     assert not torch.equal(torch.get_rng_state(), before[0])
+
+
+def looped(method: str = "adalora", **given):
+    """Four steps of a loop of one's own; the session, the numbers and whether its contexts were entered."""
+    options = {"warmup": 0, "final": 1, "interval": 1} if method == "adalora" else {"scores": "exact", "rounds": 1}
+    options |= {} if method == "adalora" else {"warmup": 1, "interval": 1, "drop": 1}
+    model = given.pop("model", None) or lorafamily.apply(
+        Classifier().eval(), method, rank=3, targets="blocks", also_train="head", seed=0, **options
+    )
+    optimizer = given.pop("optimizer", None) or torch.optim.SGD(lorafamily.parameter_groups(model, lr=0.1))
+    session = lorafamily.session(model, optimizer, **{"steps": 4} | given)
+    for step in range(4):
+        session.backward(model(**batch(step)).loss)
+        optimizer.step()
+        session.step()
+        optimizer.zero_grad()
+    return session, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def scored_with(validation=None, **given) -> list:
+    session, _ = looped("alora", validation=[batch(9)] if validation is None else validation, **given)
+    return [decision.scores for decision in session.decisions]
+
+
+class Entered(contextlib.AbstractContextManager):
+    times = 0
+
+    def __exit__(self, *_):
+        Entered.times += 1
+
+
+def entered_while_scoring() -> bool:
+    Entered.times = 0
+    return bool(scored_with(autocast=Entered)) and Entered.times > 0
+
+
+def settled_session(**given) -> bool:
+    model = looped()[0].model
+    return bool(looped(model=model, **given)[0].decisions)
+
+
+def silent_part(**given) -> bool:
+    """A run in which one kind of layer takes no part in the loss."""
+    model = Classifier()
+    model.unused = nn.Linear(8, 8)
+    lorafamily.apply(model, "lora", rank=3, targets=["blocks", "unused"], seed=0)
+    try:
+        looped(model=model, **given)
+    except lorafamily.TrainingError as error:
+        return "unused" not in str(error)
+    return True
+
+
+SESSION_EFFECTS = {
+    "model": lambda: looped()[0].decisions != [],
+    "optimizer": lambda: looped()[1].numel() > 0,
+    "steps": lambda: looped(steps=4)[0].decisions != looped(steps=400)[0].decisions,
+    "validation": lambda: scored_with([batch(9)]) != scored_with([batch(10)]),
+    "loss_fn": lambda: scored_with() != scored_with(loss_fn=lambda model, batch: 3 * model(**batch).loss),
+    "scaler": lambda: scaled_gradient() == pytest.approx(8 * scaled_gradient(scaled=False), rel=1e-5),
+    "autocast": entered_while_scoring,
+    "seed": lambda: scored_with(shuffled()) == scored_with(shuffled()) != scored_with(shuffled(), seed=1),
+    "check_gradients": lambda: not silent_part() and silent_part(check_gradients=False),
+    "again": lambda: settled_session(again=True) and not settled_session(),
+}
+
+
+def shuffled():
+    return torch.utils.data.DataLoader(Rows(), batch_size=8, shuffle=True)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        return {"x": batch(row)["x"][0], "y": batch(row)["y"][0]}
+
+
+def scaled_gradient(scaled: bool = True) -> float:
+    model = lorafamily.apply(Classifier().eval(), "lora", rank=3, targets="blocks", seed=0)
+    optimizer = torch.optim.SGD(lorafamily.parameter_groups(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    lorafamily.session(model, optimizer, steps=1, scaler=scaler).backward(model(**batch()).loss)
+    return sum(float(p.grad.norm()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", [*inspect.signature(lorafamily.session).parameters])
+def test_every_argument_of_session_has_an_effect(name):
+    assert SESSION_EFFECTS[name]()
+
+
+SESSION_REFUSED = [
+    ({"steps": 0}, lorafamily.TrainingError, "steps=0"),
+    ({"steps": True}, lorafamily.TrainingError, "steps=True"),
+    ({"method": "alora"}, lorafamily.AllocationError, "validation"),
+    ({"model": Classifier()}, lorafamily.StateError, "no adapter|has no adapters"),
+    ({"optimizer": 1}, lorafamily.TrainingError, "int"),
+    ({"optimizer": torch.optim.SGD(Classifier().parameters())}, lorafamily.TrainingError, "does not hold"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), SESSION_REFUSED, ids=lambda given: str(given)[:20])
+def test_what_a_session_cannot_work_with_is_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        looped(**given)
+
+
+def applied(method: str = "lora", model=None, **given):
+    settings = {"rank": 3, "targets": "blocks", "seed": 0} | given
+    return lorafamily.apply(Classifier() if model is None else model, method, **settings)
+
+
+def ranks(**given) -> list[int]:
+    return [adapter.rank for adapter in placement_of(applied(**given)).adapters.values()]
+
+
+def at(**given) -> list[str]:
+    return [*placement_of(applied(**given)).adapters]
+
+
+def trains(**given) -> list[str]:
+    return [name for name, p in applied(**given).named_parameters() if p.requires_grad and "down" not in name]
+
+
+def numbers(**given) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in applied(**given).parameters() if p.requires_grad])
+
+
+def reading(model=None):
+    """A model that reads a weight without calling its layer."""
+
+    class Reading(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.read = nn.Linear(8, 8)
+
+        def forward(self, x, y):
+            return super().forward(F.linear(x, self.read.weight), y)
+
+    return Reading()
+
+
+def warned(**given) -> bool:
+    with pytest.warns(UserWarning, match="read") as seen:
+        applied(model=reading(), targets=None, **given)
+    return bool(seen)
+
+
+APPLY_EFFECTS = {
+    "model": lambda: at() == ["blocks.0", "blocks.1", "blocks.2"],
+    "method": lambda: (
+        placement_of(applied("olora")).spec == "olora" and not torch.equal(numbers(), numbers(method="olora"))
+    ),
+    "budget": lambda: sum(ranks(rank=None, budget=3 * 16 * 2)) == 6,
+    "rank": lambda: ranks(rank=2) == [2, 2, 2],
+    "rank_budget": lambda: ranks(rank=None, rank_budget=12) == [4, 4, 4],
+    "budget_at": lambda: (
+        sum(ranks(method="adalora", rank=None, budget=200, budget_at="end"))
+        > sum(ranks(method="adalora", rank=None, budget=200))
+    ),
+    "targets": lambda: at(targets=r"blocks\.1") == ["blocks.1"],
+    "exclude": lambda: at(exclude=r"blocks\.1") == ["blocks.0", "blocks.2"],
+    "fused": lambda: "blocks.0.k" in at(fused={"blocks": ["q", "k"]}),
+    "example": lambda: warned(example=batch()),
+    "also_train": lambda: (
+        applied(also_train="head").head.weight.requires_grad and not applied().head.weight.requires_grad
+    ),
+    "dropout": lambda: dropped(dropout=0.5) and not dropped(),
+    "dropout_kind": lambda: (
+        placement_of(applied(dropout=0.5, dropout_kind="features")) is not None and features_dropped()
+    ),
+    "name": lambda: placement_of(applied(name="mine")).name == "mine",
+    "seed": lambda: not torch.equal(numbers(seed=0), numbers(seed=1)) and torch.equal(numbers(seed=0), numbers(seed=0)),
+    "method_options": lambda: placement_of(applied(alpha=7)).method.options()["alpha"] == 7,
+}
+
+
+def perturbed(**given):
+    model = applied(**given).train()
+    with torch.no_grad():
+        for adapter in placement_of(model).adapters.values():
+            for parameter in adapter.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+    return model
+
+
+def dropped(**given) -> bool:
+    """Whether two passes through an adapted layer differ."""
+    layer, x = perturbed(**given).blocks[0], batch()["x"]
+    return not torch.equal(layer(x), layer(x))
+
+
+def features_dropped() -> bool:
+    """The mask is the same for every row: rows that are equal stay equal."""
+    rows = batch()["x"][:1].expand(8, 8)
+    whole = perturbed(dropout=0.5, dropout_kind="features").blocks[0](rows)
+    entries = perturbed(dropout=0.5, dropout_kind="entries").blocks[0](rows)
+    return bool((whole - whole[0]).abs().max() < 1e-5 < (entries - entries[0]).abs().max())
+
+
+@pytest.mark.parametrize("name", [*inspect.signature(lorafamily.apply).parameters])
+def test_every_argument_of_apply_has_an_effect(name):
+    assert APPLY_EFFECTS[name]()
+
+
+APPLY_REFUSED = [
+    ({"method": "lorra"}, "lorra"),
+    ({"rank": 3, "budget": 200}, "both given"),
+    ({"rank": 0}, "rank=0"),
+    ({"rank": None, "budget": 3}, "budget"),
+    ({"rank": None, "budget": -3}, "budget"),
+    ({"budget_at": "end"}, "budget_at"),
+    ({"budget_at": "start"}, "budget_at"),
+    ({"targets": "nothing"}, "nothing"),
+    ({"exclude": "nothing"}, "nothing"),
+    ({"fused": {"nothing": ["q", "k"]}}, "nothing"),
+    ({"fused": {"blocks": ["q", "k", "v"]}}, "blocks"),
+    ({"also_train": "nothing"}, "nothing"),
+    ({"dropout": 1.0}, "dropout"),
+    ({"dropout": 0.1, "dropout_kind": "rows"}, "dropout_kind|rows"),
+    ({"dropout_kind": "features"}, "dropout_kind|no effect"),
+    ({"name": "a.b"}, "name"),
+    ({"alhpa": 3}, "alhpa"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), APPLY_REFUSED, ids=[str(given)[:40] for given, _ in APPLY_REFUSED])
+def test_what_apply_cannot_do_or_would_ignore_is_refused(given, message):
+    with pytest.raises(lorafamily.LoraFamilyError, match=message):
+        applied(**given)
 
 
 SIGNATURES = {
