@@ -124,8 +124,9 @@ def _trained(task: Task, settings: Settings, seed: int) -> Run:
     """Plain LoRA after training, as a run on the scoring batch that `train` would use."""
     model, head = task.model(seed)
     lorafamily.apply(model, "lora", rank=settings.rank, also_train=head, seed=seed)
-    rates = {"lr": settings.lr, "head_lr": settings.lr}
-    lorafamily.train(model, task.training(seed), steps=settings.steps, seed=seed, progress=False, **rates)
+    lorafamily.train(
+        model, task.training(seed), steps=settings.steps, lr=settings.lr, head_lr=settings.lr, seed=seed, progress=False
+    )
     model.eval()
     batch = next(iter(task.validation()))
     return Run(

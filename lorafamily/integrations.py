@@ -11,14 +11,19 @@ state, so that it is there wherever the Trainer resumes from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import GradientState  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorafamily.adapter import Adapter
+from lorafamily.allocation.allocator import Fixed
 from lorafamily.deploy import files
 from lorafamily.errors import StateError
 from lorafamily.history import Decision
@@ -64,6 +69,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         self.start = self._ranks()
         self.session: Session | None = None
         self._hooks: list[RemovableHandle] = []
+        self._ddp_may_lose_some = self._resizes and _leave_to_session(model, self.placement.adapters)
         # The Trainer loads a checkpoint into the model before it calls back; ranks must fit by then.
         model.register_load_state_dict_pre_hook(self._fit_ranks)
 
@@ -71,6 +77,23 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     def decisions(self) -> list[Decision]:
         """Every change of the allocation so far."""
         return [] if self.session is None else self.session.decisions
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Look at how the Trainer will put DDP around the model.
+
+        Raises:
+            StateError: DDP would wait for the gradient of a tensor that a decision replaces.
+        """
+        finds = args.ddp_find_unused_parameters
+        if (
+            _under_ddp(args)
+            and self._ddp_may_lose_some
+            and not (not args.gradient_checkpointing if finds is None else finds)
+        ):
+            raise StateError(
+                "only adapters train, and their ranks change: DDP must allow for tensors that are gone; pass "
+                "TrainingArguments(ddp_find_unused_parameters=True)"
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -108,11 +131,15 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             loss_fn=None,
             seed=self.seed,
             check_gradients=self.check_gradients,
-            around=Surroundings(scaler=getattr(optimizer, "scaler", None), compiled=args.torch_compile),
+            around=Surroundings(
+                scaler=getattr(optimizer, "scaler", None),
+                compiled=args.torch_compile,
+                last_backward=_last_backward if _under_ddp(args) and self._resizes else None,
+            ),
             start=None if begun is None else begun["start"],
         )
-        engine = "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else None
-        if engine is not None and not self.session.allocator.settled:
+        engine = _sharding(args)
+        if engine is not None and self._resizes:
             raise StateError(f"{engine} holds on to the tensors it was given, and this method changes their size")
         if begun is not None:
             self.session.load_state_dict(begun)
@@ -145,6 +172,10 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
             files.save(self.model, folder, self.placement.name)
 
+    @property
+    def _resizes(self) -> bool:
+        return not isinstance(self.placement.method.allocation, Fixed)
+
     def _ranks(self) -> dict[str, int]:
         return {at: adapter.rank for at, adapter in self.placement.adapters.items()}
 
@@ -170,6 +201,40 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
                 replaced = adapter.take(tensors)
                 if self.session is not None:
                     self.session.exchange(replaced)
+
+
+def _leave_to_session(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
+    """Tell DDP, which the Trainer will put around the model, not to hold on to the adapters' tensors: it would wait for
+    gradients of tensors that are gone. The session averages theirs.
+
+    DDP takes no model without a parameter of its own to train. Where nothing else trains it gets the smallest of the
+    adapters', which it may lose: whether it must allow for that.
+    """
+    own = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ignored = {name for name, p in model.named_parameters() if id(p) in own}
+    alone = trained.keys() <= ignored
+    if alone:
+        ignored.discard(min(trained, key=lambda name: trained[name].numel()))
+    before = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*before, *sorted(ignored)])
+    return alone
+
+
+def _under_ddp(args: TrainingArguments) -> bool:
+    return args.world_size > 1 and _sharding(args) is None
+
+
+def _sharding(args: TrainingArguments) -> str | None:
+    """The engine that cuts tensors into pieces and keeps them."""
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        return "DeepSpeed"
+    return "FSDP" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else None
+
+
+def _last_backward() -> bool:
+    """Whether the Trainer is at the last batch of an optimiser step."""
+    return bool(GradientState().sync_gradients)
 
 
 def _taken_out(optimizer: Any) -> dict[str, Any] | None:

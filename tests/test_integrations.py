@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lorafamily
@@ -26,11 +32,13 @@ def samples(n: int = 40) -> list[dict]:
     return [{"input_ids": row, "labels": int(row[0]) % 3} for row in rows]
 
 
-def adapted(method: str, **options) -> nn.Module:
+def adapted(method: str, double: bool = False, **given) -> nn.Module:
     schedule = {"warmup": 4, "final": 8, "interval": 3} if method in ("lora2", "adalora") else {}
-    return lorafamily.apply(
-        model_of("bert"), method, rank=3, also_train="classifier", seed=0, **schedule, **few_rounds(method), **options
-    )
+    model = model_of("bert")
+    if double:
+        model.double().apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else None)
+    options = {"rank": 3, "also_train": "classifier", "seed": 0} | schedule | few_rounds(method) | given
+    return lorafamily.apply(model, method, **options)
 
 
 def trainer_of(model: nn.Module, folder, **changes) -> tuple:
@@ -127,3 +135,56 @@ def test_what_cannot_be_is_refused(tmp_path):
     other, _ = trainer_of(other, tmp_path / "plain", max_steps=4)
     with pytest.raises(lorafamily.StateError, match="of a run with other adapters"):
         other.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
+
+
+DDP = """
+import json, os, sys
+import torch, transformers
+import lorafamily
+from lorafamily.integrations import LoraFamilyCallback
+from test_integrations import adapted, samples
+
+method, head, folder = sys.argv[1], sys.argv[2] == "head", sys.argv[3]
+world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+model = adapted(method, double=True, also_train="classifier" if head else None, seed=rank)  # the first process's counts
+batch = {key: torch.stack([torch.as_tensor(s[key]) for s in samples(8)]) for key in ("input_ids", "labels")}
+callback = LoraFamilyCallback(model, validation=[batch])
+args = transformers.TrainingArguments(
+    output_dir=folder, max_steps=20, per_device_train_batch_size=8 // world, learning_rate=5e-3, report_to="none",
+    disable_tqdm=True, use_cpu=True, logging_steps=100, save_strategy="no", average_tokens_across_devices=False,
+)
+trainer = transformers.Trainer(model, args, train_dataset=samples(), callbacks=[callback])
+trainer.train()
+if rank == 0:
+    lorafamily.save(model, folder)
+    print("ranks", json.dumps(callback.decisions[-1].after))
+"""
+
+
+@pytest.mark.parametrize(("method", "head"), [("adalora", "alone"), ("alora", "head")])
+def test_two_processes_under_ddp_train_what_one_does_while_ranks_change(method, head, tmp_path):
+    """DDP does not know the tensors that a decision makes; the session averages their gradients."""
+    (tmp_path / "program.py").write_text(DDP)
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent / "experiments", here.parent)))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    told = []
+    for n in (1, 2):
+        command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * (n > 1))]
+        command += [str(tmp_path / "program.py"), method, head, str(tmp_path / str(n))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told += [line for line in done.stdout.splitlines() if line.startswith("ranks")]
+    assert told[0] == told[1]
+    one, two = (load_file(tmp_path / str(n) / "adapter.safetensors") for n in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)  # sums of 4 + 4 rows instead of 8, 20 steps
+
+
+def test_ddp_that_cannot_lose_a_tensor_is_refused(tmp_path, monkeypatch):
+    model = adapted("adalora", also_train=None)
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
+    with pytest.raises(lorafamily.StateError, match="ddp_find_unused_parameters=True"):
+        trainer_of(model, tmp_path, ddp_find_unused_parameters=False)
+    trainer_of(adapted("adalora"), tmp_path, ddp_find_unused_parameters=False)  # the head is DDP's
+    trainer_of(adapted("lora", also_train=None), tmp_path, ddp_find_unused_parameters=False)  # nothing is replaced

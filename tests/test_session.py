@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import data, few_rounds, tiny
 from lorafamily.placement import placement_of
+from lorafamily.training.processes import Processes
 from lorafamily.training.schedule import lr_factor
 
 STEPS = 24
@@ -270,3 +271,20 @@ def test_parameter_groups_and_roles():
     assert {name: lora2.role(name) for name, _ in lora2.named_parameters()} == {
         **{"A": "down", "B": "down", "E": "gate", "aa": "up", "bb": "up"}
     }
+
+
+def test_gradients_are_laid_out_as_the_parameters_are():
+    """Fused optimisers walk through both side by side; the penalty's gradient of P comes out transposed."""
+    model = adapted("adalora")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model), fused=True)
+    session = lorafamily.session(model, optimizer, steps=STEPS)
+    assert session.add_penalty() > 0
+    given = [p for p in tensors(model).values() if p.grad is not None]
+    assert given
+    assert all(p.grad.stride() == p.stride() for p in given)
+    processes = Processes(torch.device("cpu"))
+    processes.world, processes._exchange = 2, lambda exchange: None
+    for parameter in given:
+        parameter.grad = parameter.grad.t().contiguous().t() if parameter.dim() == 2 else parameter.grad
+    processes.add_up_gradients(given)
+    assert all(p.grad.stride() == p.stride() for p in given)

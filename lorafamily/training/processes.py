@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lorafamily.batch import batch_axes, cut_rows
 from lorafamily.errors import DataError, TrainingError
@@ -120,7 +120,7 @@ class Processes:
             anywhere, *pieces = flat.split([len(own), *(parameter.numel() for parameter in own)])
             for parameter, piece, some in zip(own, pieces, anywhere.tolist(), strict=True):
                 if some:
-                    parameter.grad = piece.view_as(parameter)
+                    give_gradient(parameter, piece.view_as(parameter))
 
     def agreed(self, value: T) -> T:
         """What the first process has: decisions must be the same everywhere, to the last bit."""
@@ -161,6 +161,12 @@ class Processes:
                 f"process {self.rank} of {self.world} lost the others, one of which has probably died (its own message "
                 f"says why): {str(error).splitlines()[0]}"
             ) from error
+
+
+def give_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Set `parameter.grad`, laid out in memory as the parameter is, as autograd does: fused optimisers walk through
+    both side by side and mix up the entries of a gradient with other strides, without a word."""
+    parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 def _take_gpu(device: torch.device) -> None:

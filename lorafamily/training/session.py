@@ -35,7 +35,7 @@ from lorafamily.reading import Reads, leave_out
 from lorafamily.training.around_steps import AroundSteps, check_optimizer, steppers
 from lorafamily.training.execution import evaluating
 from lorafamily.training.guards import CUT, FrozenBuffers, silence
-from lorafamily.training.processes import Processes
+from lorafamily.training.processes import Processes, give_gradient
 from lorafamily.training.state import seed_all
 
 PATIENCE = (
@@ -48,14 +48,16 @@ class Surroundings:
     """What a loop knows and a session asks for; the defaults are right in a plain loop.
 
     `precision()`: the context of a forward. `scaler`: float16's. `agreed(value)`: what the first of several processes
-    has. `reduces`: whether the loop adds up the gradients of new tensors over processes. `progress`: show a bar while
-    ranks are scored.
+    has. `reduces`: whether the loop adds up the gradients of new tensors over processes. `last_backward()`: where DDP
+    leaves the adapters' gradients to the session, whether a backward is a step's last, after which they are averaged.
+    `progress`: show a bar while ranks are scored.
     """
 
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     scaler: torch.amp.GradScaler | None = None
     agreed: Callable[[Any], Any] | None = None
     reduces: bool = False
+    last_backward: Callable[[], bool] | None = None
     progress: bool = False
     compiled: bool = False
 
@@ -146,7 +148,8 @@ class Session:
         self._validation = validation
         self._check_gradients, self._again = check_gradients, again
         self._penalised = self._stepped = False
-        self._own_gradient = False  # whether what arrives at a parameter now is the penalty's
+        self._own_gradient = False  # whether what arrives at a parameter now is the penalty's, or a scorer's
+        self._averaging = False  # whether the backward under way ends with an average over processes
         self._task: dict[nn.Parameter, Tensor] = {}
         self._scored: dict[int, list[tuple[Any, float]]] = {}
         self._weigh = weigher(loss_over, model, loss_fn)
@@ -157,7 +160,8 @@ class Session:
         self.start = dict(start or {name: adapter.rank for name, adapter in self.adapters.items()})
         self.run = self._run(steps)
         self.allocator = self._begin()
-        if not self.allocator.settled and not around.reduces and (engine := _holds_on(model, optimizer)):
+        engine = None if self.allocator.settled or around.reduces else _holds_on(model, optimizer)
+        if engine is not None and (engine != "DDP" or around.last_backward is None):
             raise StateError(
                 f"{engine} holds on to the tensors it was given, and this method changes their size; use "
                 "lorafamily.train under torchrun, or a method with fixed ranks"
@@ -165,6 +169,8 @@ class Session:
         self._buffers = None if self.placement is None else FrozenBuffers(self.owner)
         self._unreached = {*self.adapters, *self._beside()} if check_gradients else set()
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        if around.last_backward is not None:
+            self._same_start()
         self._listen()
         if self.placement is not None and not around.compiled:
             self._watch()
@@ -225,8 +231,10 @@ class Session:
             gradients = torch.autograd.grad(self._scaled(term), own, allow_unused=True)
             self._own_gradient = False
             for parameter, gradient in zip(own, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                if gradient is not None and parameter.grad is None:
+                    give_gradient(parameter, gradient)
+                elif gradient is not None:
+                    parameter.grad.add_(gradient)
         return float(term.detach())
 
     def step(self) -> Decision | None:
@@ -245,7 +253,9 @@ class Session:
         if self._buffers is not None and self.steps_done in (1, self.run.steps):
             self._buffers.put_back()
         self._check_reached()
+        self._own_gradient = True
         decision = self.allocator.step(self.steps_done, observe=self._stepped and self._finite())
+        self._own_gradient = False
         if decision is not None:
             self.decisions.append(decision)
             self._listen()
@@ -405,7 +415,7 @@ class Session:
     def _listen(self) -> None:
         wanted: dict[nn.Parameter, str] = {}
         for at, adapter in self.adapters.items():
-            if self._apart or at in self._unreached:
+            if self._apart or at in self._unreached or self.around.last_backward is not None:
                 wanted |= {p: at for p in adapter.update.parameters() if p.requires_grad and p.numel()}
         wanted |= {p: at for at, p in self._beside().items() if at in self._unreached and p.requires_grad}
         for parameter in self._hooks.keys() - wanted.keys():
@@ -418,12 +428,28 @@ class Session:
     def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor) -> None:
         if self._own_gradient:
             return
+        if self.around.last_backward is not None and not self._averaging and self.around.last_backward():
+            self._averaging = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward is done
         if at in self._unreached and (at not in self.adapters or bool(gradient.any())):
             self._unreached.discard(at)
         if self._apart:
             scale = 1.0 if self.around.scaler is None else self.around.scaler.get_scale()
             before = self._task.get(parameter)
             self._task[parameter] = gradient / scale if before is None else before + gradient / scale
+
+    def _average(self) -> None:
+        """Of the adapters' gradients over processes, as DDP does with those that it was given."""
+        self._averaging = False
+        processes = Processes(self.device)
+        parameters = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
+        processes.add_up_gradients(parameters)
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], processes.world)
+
+    def _same_start(self) -> None:
+        for adapter in self.adapters.values():
+            for parameter in adapter.parameters():
+                dist.broadcast(parameter.data, 0)
 
     def _check_reached(self) -> None:
         """Layers may be dropped and experts unvisited, so one batch proves little: of every kind of layer something
