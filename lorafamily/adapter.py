@@ -272,6 +272,20 @@ class Adapter(nn.Module):
             self.start.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
         return self.update.resize(keep, new)
 
+    def differs_in_rank(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these are, by the names of `state_dict()`, the tensors of this adapter at another rank."""
+        along = {p: axis for update in (self.update, self.start) if update is not None for p, axis in update.sliced()}
+        present, given = set(), set()
+        for name, parameter in self.named_parameters():
+            shape, axis = list(tensors[name].shape), along.get(parameter)
+            if axis is not None and axis < len(shape):
+                given.add(shape[axis])
+                present.add(parameter.shape[axis])
+                shape[axis] = parameter.shape[axis]
+            if shape != list(parameter.shape):
+                return False
+        return len(given) == 1 and given != present
+
     def take(self, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Have these tensors from now on, by the names of `state_dict()`, whatever their rank; returns which parameter
         each one replaced."""

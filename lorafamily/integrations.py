@@ -30,7 +30,7 @@ from lorafamily.history import Decision
 from lorafamily.placement import noted, placement_of, refuse_merged, state_of
 from lorafamily.reading import leave_out
 from lorafamily.site import base_parameters
-from lorafamily.training.session import Session, Surroundings
+from lorafamily.training.session import Session, Surroundings, fit_ranks
 
 FOLDER = KEY = "lorafamily"
 
@@ -70,6 +70,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         self.session: Session | None = None
         self._hooks: list[RemovableHandle] = []
         self._ddp_may_lose_some = self._resizes and _leave_to_session(model, self.placement.adapters)
+        self._absent = False  # whether what was last loaded into the model had nothing of the adapters
         # The Trainer loads a checkpoint into the model before it calls back; ranks must fit by then.
         model.register_load_state_dict_pre_hook(self._fit_ranks)
 
@@ -139,16 +140,23 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             start=None if begun is None else begun["start"],
         )
         engine = _sharding(args)
-        if engine is not None and self._resizes:
+        if engine is not None and not self.session.allocator.settled:
             raise StateError(f"{engine} holds on to the tensors it was given, and this method changes their size")
         if begun is not None:
+            if not self._absent:  # they came with the model, and may be of another precision there
+                begun = {key: value for key, value in begun.items() if key not in ("adapters", "beside")}
             self.session.load_state_dict(begun)
+        self._absent = False
         self._hooks.append(self.session.optimizer.register_state_dict_post_hook(self._put_in))
         if self.adapters_only:
             self._hooks.append(self.model._register_state_dict_hook(_without_base))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Leave the model and the optimiser as they are without a Trainer."""
+        if self._absent and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            best = files.read(Path(state.best_model_checkpoint) / FOLDER)
+            for at, adapter in self.placement.adapters.items():
+                adapter.take(best.adapters[at].state_dict())
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -182,25 +190,30 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     def _put_in(self, optimizer: Any, state: dict[str, Any]) -> None:
         assert self.session is not None
         groups = [dict(group) for group in state["param_groups"]]
-        groups[0][KEY] = self.session.state_dict(adapters=False)
+        groups[0][KEY] = self.session.state_dict()
         state["param_groups"] = groups
 
     def _fit_ranks(self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Give the adapters the sizes of the tensors that are about to be loaded, and leave out those without any."""
+        """Give the adapters the sizes of the tensors that are about to be loaded, and leave out those without any.
+
+        Without any adapter in them they are of a model that was built anew from its files, as sentence-transformers
+        does it, and nothing is said of the adapters. Those stay until `on_train_begin` or `on_train_end` has them.
+        """
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         known = {at: prefix + names[id(next(a.parameters()))] for at, a in self.placement.adapters.items()}
         gone = [at for at, name in known.items() if name not in state_dict]
+        self._absent = len(gone) == len(known)
+        if self._absent:
+            own = {id(p) for adapter in self.placement.adapters.values() for p in adapter.parameters()}
+            state_dict.update({prefix + name: p.data for name, p in module.named_parameters() if id(p) in own})
+            return
         if self.placement.by_default and len(gone) < len(known):  # it has adapters, without those that it left out
             if self.session is None:
                 leave_out(self.model, self.placement, gone)
             else:
                 self.session.leave_out(gone)
-        for adapter in self.placement.adapters.values():
-            tensors = {n: state_dict.get(prefix + names[id(p)], p.data) for n, p in adapter.named_parameters()}
-            if any(tensors[name].shape != p.shape for name, p in adapter.named_parameters()):
-                replaced = adapter.take(tensors)
-                if self.session is not None:
-                    self.session.exchange(replaced)
+        if self.session is None:  # which does it itself
+            fit_ranks(module, self.placement.adapters, state_dict, prefix)
 
 
 def _leave_to_session(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:

@@ -6,6 +6,7 @@ The note hangs on the sites of the adapted layers, so that it is found through w
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.allocation.allocator import Fixed
 from lorafamily.beside import base_values, movable_buffers, swap
 from lorafamily.budget import Sizing
 from lorafamily.errors import StateError
@@ -42,6 +44,8 @@ class Placement:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     by_default: bool = False
     """Whether nobody named the targets, so that one without effect may be left out."""
+    had_session: bool = False
+    """Whether a session was made for it, here or before it was saved."""
 
     def trainable(self) -> int:
         """Trainable adapter numbers at the present ranks; what trains beside them is not counted."""
@@ -179,6 +183,22 @@ def refuse_untold(model: nn.Module, placement: Placement) -> None:
             f"{', '.join(names[:3])}{' and more' if names[3:] else ''} would train, and be lost, since adapter "
             f'"{placement.name}" does not know of it: name it in apply(..., also_train="{names[0]}"), or set '
             "requires_grad to False"
+        )
+
+
+def warn_of_no_session(placement: Placement) -> None:
+    """Say that adapters were trained in a loop that did nothing of what their method does besides."""
+    method = placement.method
+    if placement.had_session or (isinstance(method.allocation, Fixed) and method.penalty is None):
+        return
+    if any(adapter.norm() > 0 for adapter in placement.adapters.values()):  # ΔW is zero until it is trained
+        without = [] if isinstance(method.allocation, Fixed) else ["rank allocation"]
+        without += [] if method.penalty is None else ["penalty"]
+        warnings.warn(
+            f'adapter "{placement.name}" was trained without the {" and ".join(without)} of its method, '
+            f"{placement.spec}: its loop had no lorafamily.session, and lorafamily.train or LoraFamilyCallback, which "
+            "make one, did not run",
+            stacklevel=3,
         )
 
 

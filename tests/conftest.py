@@ -51,6 +51,7 @@ def data(batches: int = 4) -> list[dict[str, Tensor]]:
 def perturb_(model: nn.Module, seed: int = 1, size: float = 0.5) -> nn.Module:
     """Move every trainable adapter tensor off its start: at the start ΔW = 0 and any merge would pass."""
     generator = torch.Generator().manual_seed(seed)
+    placement_of(model).had_session = True  # a stand-in for training with all that the method does
     for adapter in placement_of(model).adapters.values():
         for parameter in adapter.update.parameters():
             noise = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(generator=generator)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorafamily
-from conftest import logits, perturb_, tiny
+from conftest import data, logits, perturb_, tiny
 from embedded import ByteDecoder
 from lorafamily.deploy.folder import write_sealed
 
@@ -149,3 +149,32 @@ def test_file_size_follows_the_ranks(tmp_path):
         sizes.append((folder / "adapter.safetensors").stat().st_size)
     # Per rank and float32: twelve modules of 16 + 16 (attention) and 16 + 64 (MLP) numbers, two blocks.
     assert sizes[1] - sizes[0] == pytest.approx(2 * 4 * 2 * (4 * 32 + 2 * 80), rel=0.02)  # the header grows a little
+
+
+def trained(method: str, session: bool, steps: int = 24):
+    model = lorafamily.apply(tiny().train(), method, rank=3, seed=0)
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-3))
+    held = lorafamily.session(model, optimizer, steps=24, validation=data(1)) if session else None
+    for step in range(steps):
+        loss = model(**data()[step % 4]).loss
+        loss.backward() if held is None else held.backward(loss)
+        optimizer.step()
+        if held is not None:
+            held.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("method", ["lora2", "alora", "adalora", "svd"])
+def test_training_without_what_the_method_does_is_said_when_it_is_saved(method, tmp_path):
+    missing = {"alora": "rank allocation", "svd": "penalty"}.get(method, "rank allocation and penalty")
+    model = trained(method, session=False, steps=2)
+    for write in (lorafamily.save, lorafamily.export_peft):
+        with pytest.warns(UserWarning, match=f'"default" was trained without the {missing} of its method, {method}'):
+            write(model, tmp_path / "it")
+    # Warnings are errors here. Nothing is lacking in these:
+    lorafamily.save(trained(method, session=False, steps=0), tmp_path / "untrained")
+    lorafamily.save(trained("lora", session=False, steps=2), tmp_path / "lora")
+    lorafamily.save(trained("olora", session=False, steps=2), tmp_path / "olora")
+    lorafamily.save(trained(method, session=True, steps=1), tmp_path / "begun")
+    lorafamily.save(lorafamily.load(tiny(), tmp_path / "it"), tmp_path / "it-again")  # was said of it before

@@ -288,3 +288,59 @@ def test_gradients_are_laid_out_as_the_parameters_are():
         parameter.grad = parameter.grad.t().contiguous().t() if parameter.dim() == 2 else parameter.grad
     processes.add_up_gradients(given)
     assert all(p.grad.stride() == p.stride() for p in given)
+
+
+SETTLED = STEPS - 6  # after which the importances' slices are really gone, not only off
+
+
+def trained_a_while(method: str, steps: int = SETTLED):
+    model = adapted(method)
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=5e-3))
+    session = lorafamily.session(model, optimizer, steps=STEPS, validation=batches())
+    for step in range(steps):
+        session.backward(model(**batches()[step % 4]).loss)
+        optimizer.step()
+        session.step()
+        optimizer.zero_grad()
+    return model, optimizer, session
+
+
+@pytest.mark.parametrize("method", ["lora2", "adalora", "olora+alora"])
+def test_the_models_state_dict_may_be_loaded_first(method):
+    """As accelerate does it: the model's, the optimiser's, and what was registered last."""
+    whole, _, _ = trained_a_while(method, STEPS)
+    half, of_half, session_of_half = trained_a_while(method)
+    assert any(a.rank != a.start_rank for a in placement_of(half).adapters.values())
+    saved = copy.deepcopy([half.state_dict(), of_half.state_dict(), session_of_half.state_dict()])
+    model, optimizer, session = trained_a_while(method, 0)
+    for one, state in zip((nn.Sequential(model)[0], optimizer, session), saved, strict=True):
+        one.load_state_dict(state)
+    for step in range(SETTLED, STEPS):
+        session.backward(model(**batches()[step % 4]).loss)
+        optimizer.step()
+        session.step()
+        optimizer.zero_grad()
+    same(whole, model, 0)
+
+
+def test_a_session_that_was_left_behind_by_its_model_is_refused():
+    half, _, _ = trained_a_while("adalora")
+    model, optimizer, session = trained_a_while("adalora", 0)
+    model.load_state_dict(half.state_dict())
+    session.backward(model(**batches()[0]).loss)
+    optimizer.step()
+    with pytest.raises(lorafamily.StateError, match="adapters of other ranks, and the session did not"):
+        session.step()
+
+
+def test_a_state_dict_that_differs_in_more_than_ranks_is_refused_by_torch():
+    model, _, _ = trained_a_while("adalora", 0)
+    state = model.state_dict()
+    name = next(name for name in state if name.endswith("update.P"))
+    state[name] = torch.zeros(len(state[name]) + 1, 2)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(state)
+    other = copy.deepcopy(model)  # has no session: nothing would follow there
+    half, _, _ = trained_a_while("adalora")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(half.state_dict())

@@ -39,6 +39,7 @@ from lorafamily.placement import (
     placement_of,
     refuse_untold,
     targets_of,
+    warn_of_no_session,
 )
 from lorafamily.registry import find
 from lorafamily.site import base_parameters
@@ -52,7 +53,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """Write the adapters of one name (default: the active ones), with what was trained beside them, into a folder.
 
     Ranks may differ between modules and may be zero. Saving what was loaded writes the same bytes. Each file is
-    written beside its place and renamed into it. Returns the folder.
+    written beside its place and renamed into it. Warns of adapters that were trained without what their method does in
+    training, since no session was made for them. Returns the folder.
 
     `hash_base`: note hashes of the adapted weights too, so that loading onto other weights of the same shapes is
     refused; it reads all of them once.
@@ -63,6 +65,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """
     placement = placement_of(model, name)
     refuse_untold(model, placement)
+    warn_of_no_session(placement)
     owner, state = noted(model)
     assert state is not None
     targets = targets_of(owner)
@@ -237,6 +240,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     both = {**parameters, **buffers}
     beside = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.beside.items()}
     placement = Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, {})
+    placement.had_session = True  # or `save` has said that it had none
     placement.parked = {at: value for at, value in beside.items() if at in parameters}
     placement.buffers = {at: value for at, value in beside.items() if at in buffers}
     place(owner, placement, targets)

@@ -32,6 +32,7 @@ from lorafamily.placement import (
     placement_of,
     refuse_untold,
     targets_of,
+    warn_of_no_session,
 )
 from lorafamily.site import NAME, base_parameters
 
@@ -92,6 +93,7 @@ def export_peft(
     """
     placement = placement_of(model, name)
     refuse_untold(model, placement)
+    warn_of_no_session(placement)
     model, _ = noted(model)
     targets = targets_of(model)
     factors, scales = _by_layer(placement.adapters, targets)

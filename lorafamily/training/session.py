@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Allocator, Fixed
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
@@ -175,6 +177,12 @@ class Session:
         if self.placement is not None and not around.compiled:
             self._watch()
         self.optimizer.register_step_post_hook(self._after_optimizer)
+        self._behind = False  # whether the model went on to other ranks and the session was not told
+        if self.placement is not None:
+            self.placement.had_session = True
+            if self.owner not in _SESSIONS:
+                self.owner.register_load_state_dict_pre_hook(_before_loading)
+            _SESSIONS[self.owner] = weakref.ref(self)
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +212,8 @@ class Session:
     def penalty(self) -> Tensor:
         """The method's penalty, for a loop that calls `backward` itself: add it to the loss once a step.
 
-        Zero for a method without one.
+        Zero for a method without one. In the sum the task's gradient cannot be told from the penalty's, so an adapter
+        that the task does not reach goes unnoticed; `backward` tells them apart.
 
         Raises:
             TrainingError: ranks are scored on the task's gradient alone, which then cannot be told apart.
@@ -243,7 +252,13 @@ class Session:
 
         Raises:
             TrainingError: the penalty is in no gradient, or adapters got none in the first steps.
+            StateError: the model was given a state dict of other ranks, and the session not the one that goes with it.
         """
+        if self._behind:
+            raise StateError(
+                "the model went on from a state dict with adapters of other ranks, and the session did not: load the "
+                "session's state of then too (session.load_state_dict, accelerator.register_for_checkpointing(session))"
+            )
         if self.method is not None and self.method.penalty is not None and not self._penalised:
             raise TrainingError(
                 "the gradient of this step lacks the method's penalty: call session.backward(loss) instead of "
@@ -283,7 +298,8 @@ class Session:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another session was. Ranks, in the model and in the optimiser, become those of then; load the
-        optimiser's own state afterwards.
+        optimiser's own state afterwards. Loading the model's state dict before makes the ranks fit as well, and then
+        the optimiser's state may come first.
 
         Raises:
             StateError: it is of a run with other adapters, or other ranks at the start.
@@ -304,6 +320,7 @@ class Session:
         self.run.generator.set_state(state["generator"].cpu())
         self.decisions = [Decision(**decision) for decision in state["decisions"]]
         self.steps_done, self._unreached = state["steps done"], set(state["unreached"])
+        self._behind = False
         self._listen()
 
     def exchange(self, replaced: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
@@ -469,7 +486,7 @@ class Session:
         if self._unreached and last:
             warnings.warn(
                 f"no batch of the run reached {len(self._unreached)} of {len(self.adapters)} adapters: "
-                f"{listed(sorted(self._unreached))}. They are what they were at the start",
+                f"{listed(sorted(self._unreached))}. Nothing of the task is in them",
                 stacklevel=3,
             )
 
@@ -494,6 +511,35 @@ class Session:
             self.model.register_forward_pre_hook(begin),
             self.model.register_forward_hook(end, always_call=True),
         ]
+
+
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+"""The newest session of a model that adapters were placed in."""
+
+
+def fit_ranks(
+    model: nn.Module, adapters: Mapping[str, Adapter], state_dict: Mapping[str, Tensor], prefix: str = ""
+) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Give adapters the ranks of a state dict that is about to be loaded into their model; which parameters replaced
+    which. What differs in more than its rank is left to torch to refuse."""
+    names = {id(parameter): prefix + name for name, parameter in model.named_parameters()}
+    replaced = []
+    for adapter in adapters.values():
+        at = {name: names[id(parameter)] for name, parameter in adapter.named_parameters()}
+        if all(name in state_dict for name in at.values()):
+            tensors = {own: state_dict[name] for own, name in at.items()}
+            if adapter.differs_in_rank(tensors):
+                replaced += adapter.take(tensors)
+    return replaced
+
+
+def _before_loading(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Frameworks load the model first. A function of the module, which pickles, and does nothing for copies."""
+    session = _SESSIONS.get(model, lambda: None)()
+    if session is not None and (replaced := fit_ranks(model, session.adapters, state_dict, prefix)):
+        session.exchange(replaced)
+        session._behind = True
+        session._listen()
 
 
 def _kind(at: str) -> str:
