@@ -52,7 +52,7 @@ def loss_fn(model, batch):
 
 history = lorafamily.train(
     model, loader, steps=50, lr=1e-2, loss_fn=loss_fn, validation=[{"bytes": tokens()}], evaluate_every=25,
-    log_dir=folder, save_every=100, resume="auto", progress=False,
+    log_dir=folder, save_every=100, resume="auto", seed=0, progress=False,
 )
 assert rank or all(p.grad is None for p in model.parameters())
 if rank == 0:
