@@ -21,6 +21,7 @@ from lorafamily.errors import TargetError
 from lorafamily.layers import onloaded
 from lorafamily.method import Method
 from lorafamily.parts import Fused, Target
+from lorafamily.patterns import by_layer
 from lorafamily.placement import (
     Model,
     ModelState,
@@ -46,7 +47,7 @@ def apply(
     method: str = "lora",
     *,
     budget: float | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
@@ -67,8 +68,8 @@ def apply(
             the model inside is adapted.
         method: a name from `lorafamily.methods()`, or names joined by "+" that differ on their axes.
         budget: trainable adapter numbers (not bytes); the largest rank that fits is chosen.
-        rank: of every module, capped by the layer's size (LoRA²: the outer width k). At most one of `budget`, `rank`
-            and `rank_budget` is given; with none it is the method's default rank.
+        rank: of every module, capped by the layer's size (LoRA²: the outer width k); or ranks by layer, see below. At
+            most one of `budget`, `rank` and `rank_budget` is given; with none it is the method's default rank.
         rank_budget: rank slices of all modules together (LoRA²: its singular values), whatever they cost.
         budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
         targets: layers to adapt: None or "all-linear" (without output head, pooler, the routers of experts and what
@@ -89,6 +90,12 @@ def apply(
         name: of this set of adapters; a model can hold several, the one placed last is active.
         seed: of the random start; None draws one from torch's global generator.
         **method_options: options of the method, such as `alpha`; an unknown one is refused with a list of those known.
+
+    By layer: `rank`, `alpha` and the method's own sizes (LoRA²'s `inner_rank`) also take a mapping. A key that is a
+    target's full name, as in what `ranks_at` gives, stands for that layer alone; others are regular expressions, of
+    which the first that is found in a name counts. A last key ".*" is for all other layers; without it their rank is
+    0 (nothing is computed there, and an allocation that grows may change that), and alpha and sizes the method's own. A
+    key that decides no layer is refused.
 
     Raises:
         MethodError, TargetError, BudgetError, StateError: see the message; the model is untouched.
@@ -138,10 +145,22 @@ class Choice:
         """An adapter for every layer, as if that had its weight on another device (on "meta" nothing is drawn) or in
         another dtype."""
         built = {}
+        # Of no slices there is no alpha/r: a layer that begins without is scaled like the one with the most.
+        most_slices = max(
+            self.method.at(path).slices(w.shape[1], w.shape[0], self.sizing.rank_of(path))
+            for path, target in self.targets.items()
+            for w in [target.weight]
+        )
         for path, target in self.targets.items():
             with onloaded(target.layer):
                 weight = target.weight.to(device=device, dtype=dtype)
-                built[path] = self.method.build(weight, self.sizing.rank, dropout=self.dropout, generator=generator)
+                built[path] = self.method.at(path).build(
+                    weight,
+                    self.sizing.rank_of(path),
+                    dropout=self.dropout,
+                    generator=generator,
+                    scaled_as=most_slices,
+                )
         return built
 
 
@@ -150,7 +169,7 @@ def choose(
     method: str = "lora",
     *,
     budget: float | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
@@ -173,6 +192,9 @@ def choose(
         matched = _with_effect(model, matched, example, by_default)
     beside = match_beside(model, also_train, matched)
     shapes = {path: (w.shape[1], w.shape[0]) for path, target in matched.items() for w in [target.weight]}
+    own = find(method).options()
+    by_name = {option: by_layer(value, shapes, option, own[option]) for option, value in chosen.layered.items()}
+    chosen = chosen.with_options(**by_name)
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
     return Choice(model, name, method, chosen, sizing, matched, beside, drops, by_default)
 

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,9 @@ from lorafamily.allocation.allocator import Allocation, Fixed
 from lorafamily.dropout import Dropout
 from lorafamily.errors import MethodError
 
-Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
-"""Of the start rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023, arXiv:2312.03732)."""
+Scaling = Literal["alpha/r", "alpha/sqrt(r)", "alpha"]
+"""Of the layer's own start rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023,
+arXiv:2312.03732); "alpha" is one scale for all layers, whatever their ranks."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Method:
     """A named point in the space of low-rank methods.
 
     `alpha` and `scaling` give s, see `scale`. `parametrisation_options` override the parametrisation's own sizes.
+    `alpha` and these sizes are one number for all layers, or numbers by layer; `at` is then the method of one layer.
     `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
     method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
     """
@@ -70,10 +72,10 @@ class Method:
     allocation: Allocation = Fixed()
     penalty: Penalty | None = None
     scaling: Scaling = "alpha/r"
-    alpha: float = 16.0
+    alpha: float | Mapping[str, float] = 16.0
     rank: int = 8
     """Used where neither a rank nor a budget is asked for."""
-    parametrisation_options: Mapping[str, int] = field(default_factory=dict)
+    parametrisation_options: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
     claimed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -138,11 +140,29 @@ class Method:
                 own = {f.name: options[f.name] for f in fields(part) if f.name in options}
                 changes[axis] = replace(part, **own)
         method = replace(self, **changes)
-        method.scale(rank=1)  # refuses a bad alpha or scaling now, not in the middle of placing adapters
+        alphas = options.get("alpha", self.alpha)
+        for alpha in alphas.values() if isinstance(alphas, Mapping) else [alphas]:
+            replace(method, alpha=alpha).scale(rank=1)  # refuses it now, not in the middle of placing adapters
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise MethodError(f"{name}={value!r}: must be a whole number of at least 1")
+            least = 0 if isinstance(value, Mapping) else 1
+            for size in value.values() if isinstance(value, Mapping) else [value]:
+                if not isinstance(size, int) or isinstance(size, bool) or size < least:
+                    raise MethodError(f"{name}={value!r}: must be a whole number of at least {least}")
         return method
+
+    @property
+    def layered(self) -> dict[str, Mapping[str, Any]]:
+        """Options that are given by layer."""
+        options = {"alpha": self.alpha, **self.parametrisation_options}
+        return {name: value for name, value in options.items() if isinstance(value, Mapping)}
+
+    def at(self, layer: str) -> Method:
+        """The method of one layer, by full name."""
+        if not self.layered:
+            return self
+        own = {name: value[layer] for name, value in self.layered.items()}
+        sizes = {name: own.get(name, value) for name, value in self.parametrisation_options.items()}
+        return replace(self, alpha=own.get("alpha", self.alpha), parametrisation_options=sizes)
 
     def with_slices(self, n: int) -> tuple[Method, int]:
         """The method and the rank at which every module starts with n slices."""
@@ -150,18 +170,20 @@ class Method:
         return (self, n) if by == "rank" else (self.with_options(**{by: n}), self.rank)
 
     def scale(self, rank: int) -> float:
-        """s for a module that starts with `rank` slices.
+        """s for a layer that starts with `rank` slices.
 
         Raises:
             MethodError: an alpha that is no positive number, or an unknown scaling.
         """
         if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha <= 0:
-            raise MethodError(f"alpha={self.alpha!r}: must be a positive, finite number")
+            raise MethodError(f"alpha={self.alpha!r}: must be a positive, finite number, or such numbers by layer")
         if self.scaling == "alpha/r":
             return self.alpha / rank
         if self.scaling == "alpha/sqrt(r)":
             return self.alpha / math.sqrt(rank)
-        raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r" or "alpha/sqrt(r)"')
+        if self.scaling == "alpha":
+            return float(self.alpha)
+        raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r", "alpha/sqrt(r)" or "alpha"')
 
     def _parts(self) -> list[Initialisation | Allocation | Penalty]:
         """The axes whose settings are options."""
@@ -172,9 +194,14 @@ class Method:
         return self.parametrisation.count(d_in, d_out, **self.capped(d_in, d_out, rank))
 
     def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:
-        """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway."""
+        """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway; at rank 0
+        all of them are 0."""
         sizes = {"rank": rank, **self.parametrisation_options}
-        return {name: min(size, d_in, d_out) for name, size in sizes.items()}
+        return {name: min(cast(int, size), d_in, d_out) if rank else 0 for name, size in sizes.items()}
+
+    def slices(self, d_in: int, d_out: int, rank: int) -> int:
+        """Rank slices that a layer starts with."""
+        return self.capped(d_in, d_out, rank)[self.parametrisation.sliced_by]
 
     def build(
         self,
@@ -183,17 +210,24 @@ class Method:
         *,
         dropout: Dropout,
         generator: torch.Generator,
+        scaled_as: int = 1,
     ) -> Adapter:
-        """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is."""
+        """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is.
+
+        `scaled_as`: the number of slices that gives s where the layer starts with none, and may get some later.
+        """
         d_out, d_in = weight.shape
         dtype = torch.promote_types(weight.dtype, torch.float32)
         home = torch.device("meta" if weight.is_meta else "cpu")  # drawn on the CPU: the same numbers for every device
         with home:
             update = self.parametrisation(d_in, d_out, **self.capped(d_in, d_out, rank)).to(dtype)
-        adapter = Adapter(update, scale=self.scale(update.rank), dropout=dropout)
+        adapter = Adapter(update, scale=self.scale(update.rank or scaled_as), dropout=dropout)
         if not weight.is_meta:
             with torch.no_grad(), home:
-                self.initialisation(update, weight.detach(), generator)
+                if update.capacity:
+                    self.initialisation(update, weight.detach(), generator)
+                else:
+                    update.reset(generator)
         if self.initialisation.frozen_start:
             adapter.freeze_start()
         return adapter.to(weight.device)

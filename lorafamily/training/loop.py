@@ -366,6 +366,7 @@ def _about(placement: Placement | None) -> dict[str, Setting]:
     sizing, options = placement.sizing, placement.method.options()
     about = {"method": placement.spec, "start rank": sizing.rank, "budget at": sizing.budget_at, **options}
     about |= {"budget": sizing.budget or 0, "rank budget": sizing.rank_budget or 0}
+    about |= dict.fromkeys(placement.method.layered, "by layer")
     return {name: value if isinstance(value, (int, float)) else str(value) for name, value in about.items()}
 
 
