@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,25 +135,27 @@ def check_rank_budget(rank_budget: int) -> None:
         raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of rank slices, at least 1")
 
 
-def highest(worth: Mapping[str, Tensor], costs: Mapping[str, int], budget: float) -> dict[str, int]:
+def highest(worth: Mapping[str, Tensor], cost: Callable[[str, int], int], budget: float) -> dict[str, int]:
     """How many slices every module gets if those of all modules are taken in falling order of worth, while they fit
     into a budget; of equal ones those of earlier modules.
 
-    `worth`: by module (n,), falling; `costs`: of one slice of each. What does not fit is passed over and later ones are
-    tried, so that less than the cheapest slice left out remains.
+    `worth`: by module (n,), falling; `cost(module, n)`: of its first n slices. What does not fit is passed over and
+    later ones are tried, so that less than the cheapest slice left out remains.
 
     Raises:
         BudgetError: the budget is less than the cheapest slice.
     """
-    if budget < min(costs.values()):
-        raise BudgetError(f"budget {budget:,.0f} is too small: the cheapest slice costs {min(costs.values()):,}")
+    cheapest = min(cost(name, 1) for name in worth)
+    if budget < cheapest:
+        raise BudgetError(f"budget {budget:,.0f} is too small: the cheapest slice costs {cheapest:,}")
     names = [name for name, values in worth.items() for _ in values]
     order = torch.cat([values.double() for values in worth.values()]).argsort(descending=True, stable=True)
     ranks, room = dict.fromkeys(worth, 0), budget
-    for i in order.tolist():
-        if costs[names[i]] <= room:
-            ranks[names[i]] += 1
-            room -= costs[names[i]]
+    for name in (names[i] for i in order.tolist()):
+        more = cost(name, ranks[name] + 1) - cost(name, ranks[name])
+        if more <= room:
+            ranks[name] += 1
+            room -= more
     return ranks
 
 

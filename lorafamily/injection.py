@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -12,14 +12,16 @@ from torch import nn
 
 from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
-from lorafamily.batch import call, to_device
+from lorafamily.batch import LossFn, call, to_device
 from lorafamily.beside import base_values, movable_buffers
 from lorafamily.budget import Sizing, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
-from lorafamily.errors import TargetError
+from lorafamily.errors import MethodError, TargetError
+from lorafamily.evidence import Evidence, LayerEvidence
+from lorafamily.gathering import gathered, weights_of
 from lorafamily.layers import onloaded
-from lorafamily.method import Method
+from lorafamily.method import FromEvidence, Method, Room
 from lorafamily.parts import Fused, Target
 from lorafamily.patterns import by_layer
 from lorafamily.placement import (
@@ -54,6 +56,9 @@ def apply(
     exclude: targeting.Targets = None,
     fused: Fused | None = None,
     example: Any = None,
+    data: Any = None,
+    loss_fn: LossFn | None = None,
+    evidence: Evidence | None = None,
     also_train: str | Sequence[str] | None = None,
     dropout: float = 0.0,
     dropout_kind: DropoutKind = "entries",
@@ -84,6 +89,10 @@ def apply(
         example: a batch as `train` takes it, which the model is run on once. Layers whose weights it reads without
             calling them, so that an adapter would have no effect, are then left out with a warning, or refused where
             `targets` name them; without an example `train` finds them in its first batch.
+        data: batches as `train` takes them, for a method that looks at data before it starts ("eva", "gora"); no other
+            takes them. The first `evidence_batches` of them are run, in eval mode; processes must be given the same.
+        loss_fn: as `train` takes it, for these batches.
+        evidence: what `gather` found, in the place of `data`.
         also_train: regular expressions for parameters that train too, such as a task head; saved along, counted apart.
         dropout: probability with which an entry of an adapter's input is dropped in training.
         dropout_kind: "entries", each on its own; or "features", for the whole batch: it costs nothing.
@@ -98,7 +107,7 @@ def apply(
     key that decides no layer is refused.
 
     Raises:
-        MethodError, TargetError, BudgetError, StateError: see the message; the model is untouched.
+        MethodError, TargetError, BudgetError, StateError, DataError: see the message; the model is untouched.
     """
     choice = choose(
         model,
@@ -118,8 +127,129 @@ def apply(
         **method_options,
     )
     drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+    choice = _informed(choice, data, loss_fn, evidence, rank, drawn)
     put(choice, choice.build(torch.Generator().manual_seed(drawn)))
     return model
+
+
+def gather(
+    model: nn.Module,
+    method: str,
+    data: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    **chosen: Any,
+) -> Evidence:
+    """What a method looks at before training, to be saved, and used by `apply(evidence=...)` any number of times.
+
+    It fits the same targets, and methods that want no more: the same or fewer directions of inputs, which follow from
+    the rank or the budget. The model is left as it is.
+
+    Args:
+        model, method, data, loss_fn: as `apply` takes them.
+        seed: of the decomposition of wide layers' inputs, which is randomised.
+        **chosen: what else `apply` takes to choose layers and sizes, such as `budget` and `targets`.
+
+    Raises:
+        MethodError, TargetError, BudgetError, StateError, DataError: as `apply`.
+    """
+    return _gathered(choose(model, method, **chosen), data, loss_fn, seed)
+
+
+def _gathered(choice: Choice, data: Any, loss_fn: LossFn | None, seed: int) -> Evidence:
+    start = choice.method.initialisation
+    if not isinstance(start, FromEvidence):
+        raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out data and evidence')
+    with disabled(choice.model):
+        return gathered(
+            choice.model,
+            choice.targets,
+            start.wants,
+            start.directions(choice.sizing.rank),
+            data,
+            batches=start.evidence_batches,
+            loss_fn=loss_fn,
+            seed=seed,
+        )
+
+
+def _informed(
+    choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, rank: Any, seed: int
+) -> Choice:
+    """The choice with evidence, and with the ranks that follow from it where none were given by layer.
+
+    Raises:
+        MethodError: evidence is wanted and there is none, or the other way round, or it does not fit.
+    """
+    start = choice.method.initialisation
+    if not isinstance(start, FromEvidence):
+        if unused := [name for name, value in (("data", data), ("evidence", evidence)) if value is not None]:
+            raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out {unused[0]}')
+        if loss_fn is not None:
+            raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out loss_fn')
+        return choice
+    if data is not None and evidence is not None:
+        raise MethodError("data and evidence are both given; evidence is what data gave, so give one")
+    if data is None and loss_fn is not None:
+        raise MethodError("loss_fn is for data, and there is none")
+    if all(target.weight.is_meta for target in choice.targets.values()):
+        return choice  # of nothing nothing can be computed, ranks neither
+    if data is None and evidence is None:
+        raise MethodError(
+            f'method "{choice.spec}" looks at {" and ".join(start.wants)} before training: pass data=batches, as train '
+            "takes them, or evidence=lorafamily.gather(...)"
+        )
+    if evidence is None:
+        evidence = _gathered(choice, data, loss_fn, seed)
+    _check_evidence(choice, start, evidence)
+    layers = {path: evidence.layers[path] for path in choice.targets}
+    choice = replace(choice, evidence=layers, alike=choice.sizing.rank if start.one_scale else None)
+    if isinstance(rank, Mapping):
+        return choice
+    shapes = {path: (w.shape[1], w.shape[0]) for path, target in choice.targets.items() for w in [target.weight]}
+    sizing, method = choice.sizing, choice.method
+
+    def parameters(layer: str, rank: int) -> int:
+        return method.at(layer).count(*shapes[layer], rank)
+
+    def slices(layer: str, rank: int) -> int:
+        return rank
+
+    if sizing.budget is not None:
+        # With budget_at="end" the start is larger: what equal ranks begin with.
+        limit, cost = max(sizing.budget, sizing.start) if sizing.budget_at == "end" else sizing.budget, parameters
+    else:
+        limit, cost = sum(min(sizing.rank, *shape) for shape in shapes.values()), slices
+        limit = sizing.rank_budget or limit
+    exact = sizing.budget is not None or sizing.rank_budget is not None
+    ranks = start.ranks(layers, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
+    begins = sum(parameters(layer, rank) for layer, rank in ranks.items())
+    return replace(choice, sizing=replace(sizing, ranks=ranks, rank=max(ranks.values()), start=begins))
+
+
+def _check_evidence(choice: Choice, start: FromEvidence, evidence: Evidence) -> None:
+    """Refuse evidence of other layers, or of less.
+
+    Raises:
+        MethodError: it does not fit.
+    """
+    if not isinstance(evidence, Evidence):
+        raise MethodError(f"evidence is a {type(evidence).__name__}; it must be what lorafamily.gather returned")
+    for path, target in choice.targets.items():
+        layer, (d_out, d_in) = evidence.layers.get(path), target.weight.shape
+        if layer is None:
+            raise MethodError(f"evidence has nothing of {path}; gather it with the same targets")
+        if "gradients" in start.wants and (layer.gradient is None or tuple(layer.gradient.shape) != (d_out, d_in)):
+            raise MethodError(f"evidence has no gradient of {path} in its shape, {d_out} × {d_in}; gather it anew")
+        if "inputs" in start.wants:
+            k = min(start.directions(choice.sizing.rank), d_in)
+            shape = (0, d_in) if layer.directions is None else tuple(layer.directions.shape)
+            if shape[0] < k or shape[1] != d_in:
+                raise MethodError(
+                    f"evidence has {shape[0]} directions of {shape[1]} inputs of {path}, and {k} of {d_in} are needed; "
+                    "gather it at the largest rank or budget that it is for"
+                )
 
 
 @dataclass(frozen=True)
@@ -138,6 +268,9 @@ class Choice:
     beside: dict[str, nn.Parameter]
     dropout: Dropout
     by_default: bool
+    evidence: Mapping[str, LayerEvidence] | None = None
+    alike: int | None = None
+    """Slices that give the scale of all layers; None: each layer's own."""
 
     def build(
         self, generator: torch.Generator, device: str | None = None, dtype: torch.dtype | None = None
@@ -153,13 +286,17 @@ class Choice:
         )
         for path, target in self.targets.items():
             with onloaded(target.layer):
+                own = self.method.at(path)
+                rank = self.sizing.rank_of(path)
                 weight = target.weight.to(device=device, dtype=dtype)
-                built[path] = self.method.at(path).build(
+                built[path] = own.build(
                     weight,
-                    self.sizing.rank_of(path),
+                    rank,
                     dropout=self.dropout,
                     generator=generator,
-                    scaled_as=most_slices,
+                    scaled_as=self.alike
+                    or (None if own.slices(weight.shape[1], weight.shape[0], rank) else most_slices),
+                    evidence=None if self.evidence is None else self.evidence[path],
                 )
         return built
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -17,6 +17,7 @@ from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.allocator import Allocation, Fixed
 from lorafamily.dropout import Dropout
 from lorafamily.errors import MethodError
+from lorafamily.evidence import LayerEvidence, Wanted
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)", "alpha"]
 """Of the layer's own start rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023,
@@ -30,11 +31,79 @@ class Initialisation(ABC):
     frozen_start: ClassVar[bool] = False
     """Whether U V is not zero at the start, so that the adapter must subtract a frozen copy of it."""
 
+    def freezes(self) -> bool:
+        """`frozen_start`, where that is a setting."""
+        return self.frozen_start
+
     @abstractmethod
     def __call__(
         self, update: Parametrisation, weight: Float[Tensor, "d_out d_in"], generator: torch.Generator
     ) -> None:
         """Fill `update`; `weight` is read, never changed; `generator` lives on the CPU."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What start ranks that follow from evidence may come to.
+
+    `shapes`: (d_in, d_out) by layer; `rank`: what every layer has if all have the same; `limit`: of all layers
+    together, in trainable numbers where the budget is in those, else in slices; `cost(layer, rank)`: what counts
+    against it. `exact`: whether somebody set the limit; else it is what the same rank everywhere comes to.
+    `weight(layer)`: W.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    rank: int
+    limit: float
+    cost: Callable[[str, int], int]
+    exact: bool
+    weight: Callable[[str], Tensor]
+
+    def largest(self, layer: str) -> int:
+        """The rank beyond which a layer cannot gain anything."""
+        return min(self.shapes[layer])
+
+
+@dataclass(frozen=True)
+class FromEvidence(Initialisation):
+    """A start, and start ranks, from data that is looked at first; see `evidence.py`.
+
+    `evidence_batches`: how many of `apply`'s data to look at, at most.
+    """
+
+    wants: ClassVar[tuple[Wanted, ...]]
+    """What must be gathered: "inputs", "gradients"."""
+    one_scale: ClassVar[bool] = False
+    """Whether the scale is that of equal ranks in all layers, or of each layer's own."""
+
+    evidence_batches: int = 64
+
+    def __post_init__(self) -> None:
+        n = self.evidence_batches
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise MethodError(f"evidence_batches={n!r}: must be a whole number of at least 1")
+
+    def directions(self, rank: int) -> int:
+        """How many directions of the inputs it needs, where equal ranks would be `rank`."""
+        return rank
+
+    def ranks(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, int]:
+        """The rank that every layer starts with; the same for all unless overridden."""
+        return dict.fromkeys(evidence, room.rank)
+
+    @abstractmethod
+    def start(
+        self,
+        update: Parametrisation,
+        weight: Float[Tensor, "d_out d_in"],
+        generator: torch.Generator,
+        evidence: LayerEvidence,
+        scale: float,
+    ) -> None:
+        """Fill `update`, as `__call__` of other starts; ΔW will be `scale` times U V."""
+
+    def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
+        raise MethodError(f"{type(self).__name__} starts from evidence: apply(..., data=batches)")
 
 
 @dataclass(frozen=True)
@@ -210,25 +279,29 @@ class Method:
         *,
         dropout: Dropout,
         generator: torch.Generator,
-        scaled_as: int = 1,
+        scaled_as: int | None = None,
+        evidence: LayerEvidence | None = None,
     ) -> Adapter:
         """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is.
 
-        `scaled_as`: the number of slices that gives s where the layer starts with none, and may get some later.
+        `scaled_as`: the number of slices that gives s, where not those the layer starts with; it may start with none,
+        and get some later. `evidence`: what a start that wants some gets.
         """
         d_out, d_in = weight.shape
         dtype = torch.promote_types(weight.dtype, torch.float32)
         home = torch.device("meta" if weight.is_meta else "cpu")  # drawn on the CPU: the same numbers for every device
         with home:
             update = self.parametrisation(d_in, d_out, **self.capped(d_in, d_out, rank)).to(dtype)
-        adapter = Adapter(update, scale=self.scale(update.rank or scaled_as), dropout=dropout)
+        adapter = Adapter(update, scale=self.scale(scaled_as or update.rank), dropout=dropout)
         if not weight.is_meta:
             with torch.no_grad(), home:
-                if update.capacity:
-                    self.initialisation(update, weight.detach(), generator)
-                else:
+                if not update.capacity:
                     update.reset(generator)
-        if self.initialisation.frozen_start:
+                elif evidence is not None and isinstance(self.initialisation, FromEvidence):
+                    self.initialisation.start(update, weight.detach(), generator, evidence, adapter.scale)
+                else:
+                    self.initialisation(update, weight.detach(), generator)
+        if self.initialisation.freezes():
             adapter.freeze_start()
         return adapter.to(weight.device)
 

@@ -158,9 +158,9 @@ class Cut:
             return kept
         if self.budget is not None:
             worth = {at: S.square() / costs[at] for at, S in values.items()}
-            return highest(worth, costs, self.budget)
+            return highest(worth, lambda at, n: n * costs[at], self.budget)
         assert self.rank_budget is not None
-        return highest(values, dict.fromkeys(values, 1), self.rank_budget)
+        return highest(values, lambda at, n: n, self.rank_budget)
 
 
 def compressed(adapters: Mapping[str, Adapter], cut: Cut) -> tuple[Method, Sizing, dict[str, Adapter], Compression]:

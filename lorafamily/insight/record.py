@@ -88,6 +88,7 @@ def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[st
 
     Raises:
         FileError: neither is there, or it is damaged, or a step of a saved adapter was asked for.
+        MethodError: the saved adapter's method is not installed.
     """
     if (Path(folder) / SAVED).is_file() and not (Path(folder) / DECISIONS).is_file():
         if step is not None:

@@ -54,6 +54,7 @@ def train(
     epochs: float | None = None,
     lr: float | None = None,
     head_lr: float | None = None,
+    up_lr: float | None = None,
     weight_decay: float | None = None,
     warmup: float = 0.06,
     schedule: Schedule = "linear",
@@ -97,6 +98,7 @@ def train(
         lr: peak learning rate of the adapters, 0.001 unless said. In runs of some hundred steps LoRA² and AdaLoRA want
             about ten times LoRA's, OLoRA a tenth.
         head_lr: of what trains beside the adapters; None: ten times `lr`, but no more than 0.01.
+        up_lr: of the tensors that make U; None: `lr`. LoRA+ (Hayou et al. 2024) takes about 16 times `lr`.
         weight_decay: of AdamW, 0 unless said.
         warmup: a fraction of the run, or a whole number of steps, in which rates rise to their peak.
         schedule: how they go on: "linear" and "cosine" to 0, "constant", or a function from the step (from 1) to the
@@ -177,7 +179,7 @@ def train(
         if validation is not None:
             refuse_one_batch(validation, "validation")
         weigh = weigher(loss_over, model, loss_fn)
-        optim = made(model, optimizer, lr, head_lr, weight_decay)
+        optim = made(model, optimizer, lr, head_lr, up_lr, weight_decay)
         rates = Rates(optim, schedule, total, warmup, floor)
         session = Session(
             model,
