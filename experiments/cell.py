@@ -15,12 +15,15 @@ from torch import nn
 
 import lorafamily
 from lorafamily.batch import to_device
-from tasks import Task
+from lorafamily.registry import find as find_method
+from tasks import Task, TaskError
 
 FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this process writes files and talks; under torchrun there are others."""
 NONE, FULL = "none", "full"
 """What is compared beside adapters: nothing adapted (a new task head still trains), everything trained."""
+TRAIN_BUDGET = "train_budget"
+"""Of any method, as an option: train with this budget, then cut to the cell's, as in lora:train_budget=160e3."""
 ALL = "all"
 """Targets: every linear layer but the head."""
 MATRICES = {
@@ -81,6 +84,13 @@ class Training:
 
     def options_of(self, method: str) -> dict[str, Any]:
         """Options set for a method: for the parts that it is made of, then its own."""
+        return {name: value for name, value in self._all_options(method).items() if name != TRAIN_BUDGET}
+
+    def train_budget(self, method: str) -> float | None:
+        """The budget to train with where the cell's is only cut to afterwards, None where it is trained with."""
+        return self._all_options(method).get(TRAIN_BUDGET)
+
+    def _all_options(self, method: str) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         for part in method.partition(":")[0].split("+"):
             merged |= self.options.get(part, {})
@@ -108,7 +118,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
     model.to(training.device)
     adapts = cell.method not in (NONE, FULL)
     if adapts:
-        adapt(model, head, cell, training)
+        adapt(model, head, cell, training, task.training(cell.seed))
     elif cell.method == NONE:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
@@ -141,6 +151,12 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
             failed = str(error)
     peak = memory.read()
     after = history.metrics or before
+    cut_error, ranks_end = None, history.ranks_end
+    if adapts and not failed and training.train_budget(cell.method) is not None:
+        assert cell.size is not None
+        report = lorafamily.compress(model, budget=cell.size.value)
+        cut_error, ranks_end = report.error, {row.module: row.rank_after for row in report}
+        after = task.evaluate(model.eval())
     row: dict[str, Any] = {
         **{"key": cell.key, "method": cell.method, "targets": cell.targets, "lr": cell.lr, "seed": cell.seed},
         **{by: cell.size.value if cell.size and cell.size.by == by else None for by in ("budget", "rank")},
@@ -155,7 +171,8 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
         "beside": 0,
         "trainable": trainable,
         "ranks_start": history.ranks_start,
-        "ranks_end": history.ranks_end,
+        "ranks_end": ranks_end,
+        "cut_error": cut_error,
         "file_bytes": None,
         "merge_difference": None,
     }
@@ -178,11 +195,16 @@ def forget_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training) -> None:
-    """Put the cell's adapters into a model."""
+def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training, data: Any = None) -> None:
+    """Put the cell's adapters into a model. `data`: for methods that look at some first; None on the meta device."""
     assert cell.size is not None
     assert cell.targets is not None
     sizing: dict[str, Any] = {cell.size.by: cell.size.value}
+    if (larger := training.train_budget(cell.method)) is not None:
+        if cell.size.by != "budget" or larger < cell.size.value:
+            raise TaskError(f"{cell.method} at {cell.size}: {TRAIN_BUDGET} needs a budget, no larger than itself")
+        sizing = {"budget": larger}
+    looks = isinstance(find_method(cell.method.partition(":")[0]).initialisation, lorafamily.FromEvidence)
     lorafamily.apply(
         model,
         cell.method.partition(":")[0],
@@ -191,6 +213,7 @@ def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training) ->
         also_train=head,
         dropout=training.dropout,
         seed=cell.seed,
+        data=data if looks else None,
         **sizing,
         **training.options_of(cell.method),
     )

@@ -48,7 +48,8 @@ class Compare:
     """folder of <task>/{train,validation}.jsonl.gz, none to take it from the hub; text: a file"""
     methods: tuple[str, ...] = (NONE, FULL, "lora", "olora", "alora", "lora2", "adalora")
     """any of lorafamily.methods(), joined by + to combine, with options of their own as in alora:scores=exact,rounds=4;
-    none: no adaptation (a task head still trains); full: all"""
+    lora:train_budget=160e3 trains with that and is then cut to the budget, once through all layers; none: no adaptation
+    (a task head still trains); full: all"""
     budgets: tuple[str, ...] = ("80e3", "10e3")
     """trainable adapter numbers, each exceeded at no step, NUMBER for all or METHOD=NUMBER; on the embedded model 80e3
     is LoRA at rank 8, 10e3 rank 1"""

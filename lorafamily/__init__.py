@@ -25,16 +25,17 @@ from lorafamily.errors import (
     TargetError,
     TrainingError,
 )
+from lorafamily.evidence import Evidence, LayerEvidence
 from lorafamily.functional import fast_path
 from lorafamily.history import History
-from lorafamily.injection import apply, disabled, remove, switch
+from lorafamily.injection import apply, disabled, gather, remove, switch
 from lorafamily.insight import analysis
 from lorafamily.insight.costs import Plan
 from lorafamily.insight.plan import plan
 from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
-from lorafamily.method import Initialisation, Method, Penalty
+from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
 from lorafamily.registry import methods
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.loop import train
@@ -47,10 +48,13 @@ __all__ = [
     "AllocationError",
     "BudgetError",
     "DataError",
+    "Evidence",
     "FileError",
+    "FromEvidence",
     "History",
     "Initialisation",
     "Interrupted",
+    "LayerEvidence",
     "LayerKind",
     "LoraFamilyError",
     "Method",
@@ -59,6 +63,7 @@ __all__ = [
     "Parametrisation",
     "Penalty",
     "Plan",
+    "Room",
     "Session",
     "Sizing",
     "StateError",
@@ -73,6 +78,7 @@ __all__ = [
     "disabled",
     "export_peft",
     "fast_path",
+    "gather",
     "import_loralib",
     "import_peft",
     "load",

@@ -1,4 +1,4 @@
-"""Parameters ↔ ranks: the largest start, the same for every module, that fits a budget.
+"""Parameters ↔ ranks: the largest start, the same for every module, that fits a budget, or ranks given by layer.
 
 A budget is in trainable numbers or in rank slices, never in both: a slice of a wide layer costs more numbers.
 """
@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lorafamily.errors import BudgetError
 from lorafamily.method import Method
+from lorafamily.patterns import by_layer
 
 Shapes = Mapping[str, tuple[int, int]]
 """Module name -> (d_in, d_out)."""
@@ -23,7 +27,8 @@ class Sizing:
     """What was asked for and what it comes to.
 
     `budget`: trainable adapter numbers, not bytes; `rank_budget`: rank slices of all modules together; each None where
-    something else was asked for. `rank`: of every module at the start; `start`: trainable numbers at the start.
+    something else was asked for. `rank`: of every module at the start, the largest where they differ; `start`:
+    trainable numbers at the start; `ranks`: by module where they were not all to be the same.
     """
 
     budget: int | None
@@ -31,6 +36,11 @@ class Sizing:
     rank: int
     start: int
     rank_budget: int | None = None
+    ranks: Mapping[str, int] | None = None
+
+    def rank_of(self, module: str) -> int:
+        """The rank that a module starts with, before its own size caps it."""
+        return self.rank if self.ranks is None else self.ranks[module]
 
 
 def solve(
@@ -38,7 +48,7 @@ def solve(
     shapes: Shapes,
     *,
     budget: float | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
 ) -> tuple[Method, Sizing]:
@@ -67,20 +77,25 @@ def solve(
     largest = max(min(shape) for shape in shapes.values())
 
     def cost(at_rank: int) -> int:
-        return sum(method.count(d_in, d_out, at_rank) for d_in, d_out in shapes.values())
+        return sum(method.at(name).count(*shape, at_rank) for name, shape in shapes.items())
 
+    if isinstance(rank, Mapping):
+        ranks = ranks_by_module(rank, shapes)
+        start = sum(method.at(name).count(*shape, ranks[name]) for name, shape in shapes.items())
+        return method, Sizing(None, budget_at, max(ranks.values()), start, None, ranks)
     if rank_budget is not None:
+        if (by := method.parametrisation.sliced_by) in method.layered:
+            raise BudgetError(f"rank_budget={rank_budget!r} and {by} by layer both say how many slices; give one")
         each = _slices_each(rank_budget, len(shapes), share, largest)
         method, rank = method.with_slices(each)
         return method, Sizing(None, budget_at, rank, cost(rank), rank_budget)
     if budget is None:
         rank = method.rank if rank is None else rank
         if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-            raise BudgetError(f"rank={rank!r}: must be a whole number of at least 1")
+            raise BudgetError(f"rank={rank!r}: must be a whole number of at least 1, or whole numbers by layer")
         return method, Sizing(None, budget_at, int(rank), cost(int(rank)))
 
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not math.isfinite(budget) or budget <= 0:
-        raise BudgetError(f"budget={budget!r}: must be a positive number of trainable parameters, such as 0.17e6")
+    check_budget(budget)
 
     def counted(at_rank: int) -> float:
         """What the budget counts: the start, or with a share of the slices gone the end."""
@@ -101,12 +116,59 @@ def solve(
     return method, Sizing(math.floor(budget), budget_at, low, cost(low))
 
 
-def _left(method: Method, shapes: Shapes, rank: int, share: float) -> float:
+def check_budget(budget: float | None) -> None:
+    """Refuse what is no budget of trainable numbers.
+
+    Raises:
+        BudgetError: it is no positive, finite number.
+    """
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not math.isfinite(budget) or budget <= 0:
+        raise BudgetError(f"budget={budget!r}: must be a positive number of trainable parameters, such as 0.17e6")
+
+
+def check_rank_budget(rank_budget: int) -> None:
+    """Refuse what is no budget of rank slices.
+
+    Raises:
+        BudgetError: it is no whole number from 1 on.
+    """
+    if isinstance(rank_budget, bool) or not isinstance(rank_budget, numbers.Integral) or rank_budget < 1:
+        raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of rank slices, at least 1")
+
+
+def highest(worth: Mapping[str, Tensor], cost: Callable[[str, int], int], budget: float) -> dict[str, int]:
+    """How many slices every module gets if those of all modules are taken in falling order of worth, while they fit
+    into a budget; of equal ones those of earlier modules.
+
+    `worth`: by module (n,), falling; `cost(module, n)`: of its first n slices. What does not fit is passed over and
+    later ones are tried, so that less than the cheapest slice left out remains.
+
+    Raises:
+        BudgetError: the budget is less than the cheapest slice.
+    """
+    cheapest = min(cost(name, 1) for name in worth)
+    if budget < cheapest:
+        raise BudgetError(f"budget {budget:,.0f} is too small: the cheapest slice costs {cheapest:,}")
+    names = [name for name, values in worth.items() for _ in values]
+    order = torch.cat([values.double() for values in worth.values()]).argsort(descending=True, stable=True)
+    ranks, room = dict.fromkeys(worth, 0), budget
+    for name in (names[i] for i in order.tolist()):
+        more = cost(name, ranks[name] + 1) - cost(name, ranks[name])
+        if more <= room:
+            ranks[name] += 1
+            room -= more
+    return ranks
+
+
+def _left(of_all: Method, shapes: Shapes, rank: int, share: float) -> float:
     """Trainable numbers when a share of all slices is left of a start at `rank`, each of average cost; never less than
     with one slice, unless none is to be left."""
     whole = slices = sliced = 0
-    by = method.parametrisation.sliced_by
-    for d_in, d_out in shapes.values():
+    by = of_all.parametrisation.sliced_by
+    for name, (d_in, d_out) in shapes.items():
+        method = of_all.at(name)
         sizes = method.capped(d_in, d_out, rank)
         without = method.parametrisation.count(d_in, d_out, **{**sizes, by: 0})
         whole += without
@@ -115,10 +177,26 @@ def _left(method: Method, shapes: Shapes, rank: int, share: float) -> float:
     return whole + (max(share, 1 / slices) * sliced if share else 0)
 
 
+def ranks_by_module(given: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
+    """The rank of every module, from ranks by name or pattern (see `by_layer`), capped by its size; 0 where nothing
+    was said.
+
+    Raises:
+        BudgetError: a rank that is no whole number from 0 on, or none above 0.
+        TargetError: a key without effect.
+    """
+    for key, rank in given.items():
+        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 0:
+            raise BudgetError(f'rank["{key}"]={rank!r}: must be a whole number of at least 0')
+    ranks = by_layer(given, shapes, "rank", 0)
+    if not any(ranks.values()):
+        raise BudgetError(f"rank={dict(given)!r} leaves all {len(shapes)} matched layers at rank 0; give one a rank")
+    return {name: min(int(rank), *shapes[name]) for name, rank in ranks.items()}
+
+
 def _slices_each(rank_budget: int, modules: int, share: float, largest: int) -> int:
     """Slices of every module at the start, within a budget of slices for all."""
-    if isinstance(rank_budget, bool) or not isinstance(rank_budget, numbers.Integral) or rank_budget < 1:
-        raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of rank slices, at least 1")
+    check_rank_budget(rank_budget)
     allowed = rank_budget / share if share else math.inf
     if allowed < modules:
         raise BudgetError(

@@ -16,7 +16,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from lorafamily.deploy.checkpoint import FOLDER, entries_of, merge_checkpoint
-from lorafamily.deploy.combine import compressed
+from lorafamily.deploy.combine import Cut, compressed
 from lorafamily.deploy.files import Saved, load, read, write
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN
@@ -76,16 +76,24 @@ def merge(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Write an adapter as plain LoRA of lower rank, the best there is for every layer."""
+    """Write an adapter as plain LoRA of lower rank, the best there is for every layer or for all together."""
     saved = read(given.adapter)
-    method, sizing, adapters, report = compressed(saved.adapters, given.rank, given.energy)
+    method, sizing, adapters, report = compressed(
+        saved.adapters, Cut(given.rank, given.energy, given.budget, given.rank_budget)
+    )
     record = saved.record | {"method": PLAIN}
     write(replace(saved, record=record, method=method, sizing=sizing, adapters=adapters), given.out)
     rows = [asdict(row) for row in report]
     worst = max(report, key=lambda row: row.error)
     before, after = sum(row.rank_before for row in report), sum(row.rank_after for row in report)
     error = f"largest error ‖ΔW − ΔW′‖ / ‖ΔW‖ {worst.error:.1%} ({worst.module})"
-    return {"out": str(given.out), "modules": rows}, f"{given.out}: total rank {before} → {after}; {error}"
+    if given.rank is None and given.energy is None:  # cut through all layers at once
+        error += f", {report.error:.1%} in all"
+    return {
+        "out": str(given.out),
+        "modules": rows,
+        "error": report.error,
+    }, f"{given.out}: total rank {before} → {after}; {error}"
 
 
 def export(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -132,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     amount = smaller.add_mutually_exclusive_group(required=True)
     amount.add_argument("--rank", type=int, help="of every layer at most")
     amount.add_argument("--energy", type=float, help="share of every layer's ‖ΔW‖² to keep at least")
+    amount.add_argument("--budget", type=float, help="trainable adapter numbers in all; see lorafamily.compress")
+    amount.add_argument("--rank-budget", type=int, help="rank slices in all")
     exporting = converting("export", export, out="folder for peft's files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
     exporting.add_argument("--layout", choices=("peft", "serving"), default="peft", help="see lorafamily.export_peft")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -12,15 +12,18 @@ from torch import nn
 
 from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
-from lorafamily.batch import call, to_device
+from lorafamily.batch import LossFn, call, to_device
 from lorafamily.beside import base_values, movable_buffers
 from lorafamily.budget import Sizing, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
 from lorafamily.errors import MethodError, TargetError
+from lorafamily.evidence import Evidence, LayerEvidence
+from lorafamily.gathering import gathered, weights_of
 from lorafamily.layers import onloaded
-from lorafamily.method import Method
+from lorafamily.method import FromEvidence, Method, Room
 from lorafamily.parts import Fused, Target
+from lorafamily.patterns import by_layer
 from lorafamily.placement import (
     Model,
     ModelState,
@@ -46,13 +49,16 @@ def apply(
     method: str = "lora",
     *,
     budget: float | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
     exclude: targeting.Targets = None,
     fused: Fused | None = None,
     example: Any = None,
+    data: Any = None,
+    loss_fn: LossFn | None = None,
+    evidence: Evidence | None = None,
     also_train: str | Sequence[str] | None = None,
     dropout: float = 0.0,
     dropout_kind: DropoutKind = "entries",
@@ -67,8 +73,8 @@ def apply(
             the model inside is adapted.
         method: a name from `lorafamily.methods()`, or names joined by "+" that differ on their axes.
         budget: trainable adapter numbers (not bytes); the largest rank that fits is chosen.
-        rank: of every module, capped by the layer's size (LoRA²: the outer width k). At most one of `budget`, `rank`
-            and `rank_budget` is given; with none it is the method's default rank.
+        rank: of every module, capped by the layer's size (LoRA²: the outer width k); or ranks by layer, see below. At
+            most one of `budget`, `rank` and `rank_budget` is given; with none it is the method's default rank.
         rank_budget: rank slices of all modules together (LoRA²: its singular values), whatever they cost.
         budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
         targets: layers to adapt: None or "all-linear" (without output head, pooler, the routers of experts and what
@@ -83,6 +89,10 @@ def apply(
         example: a batch as `train` takes it, which the model is run on once. Layers whose weights it reads without
             calling them, so that an adapter would have no effect, are then left out with a warning, or refused where
             `targets` name them; without an example `train` finds them in its first batch.
+        data: batches as `train` takes them, for a method that looks at data before it starts ("eva", "gora"); no other
+            takes them. The first `evidence_batches` of them are run, in eval mode; processes must be given the same.
+        loss_fn: as `train` takes it, for these batches.
+        evidence: what `gather` found, in the place of `data`.
         also_train: regular expressions for parameters that train too, such as a task head; saved along, counted apart.
         dropout: probability with which an entry of an adapter's input is dropped in training.
         dropout_kind: "entries", each on its own; or "features", for the whole batch: it costs nothing.
@@ -90,8 +100,14 @@ def apply(
         seed: of the random start; None draws one from torch's global generator.
         **method_options: options of the method, such as `alpha`; an unknown one is refused with a list of those known.
 
+    By layer: `rank`, `alpha` and the method's own sizes (LoRA²'s `inner_rank`) also take a mapping. A key that is a
+    target's full name, as in what `ranks_at` gives, stands for that layer alone; others are regular expressions, of
+    which the first that is found in a name counts. A last key ".*" is for all other layers; without it their rank is
+    0 (nothing is computed there, and an allocation that grows may change that), and alpha and sizes the method's own. A
+    key that decides no layer is refused.
+
     Raises:
-        MethodError, TargetError, BudgetError, StateError: see the message; the model is untouched.
+        MethodError, TargetError, BudgetError, StateError, DataError: see the message; the model is untouched.
     """
     choice = choose(
         model,
@@ -111,8 +127,129 @@ def apply(
         **method_options,
     )
     drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+    choice = _informed(choice, data, loss_fn, evidence, rank, drawn)
     put(choice, choice.build(torch.Generator().manual_seed(drawn)))
     return model
+
+
+def gather(
+    model: nn.Module,
+    method: str,
+    data: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    **chosen: Any,
+) -> Evidence:
+    """What a method looks at before training, to be saved, and used by `apply(evidence=...)` any number of times.
+
+    It fits the same targets, and methods that want no more: the same or fewer directions of inputs, which follow from
+    the rank or the budget. The model is left as it is.
+
+    Args:
+        model, method, data, loss_fn: as `apply` takes them.
+        seed: of the decomposition of wide layers' inputs, which is randomised.
+        **chosen: what else `apply` takes to choose layers and sizes, such as `budget` and `targets`.
+
+    Raises:
+        MethodError, TargetError, BudgetError, StateError, DataError: as `apply`.
+    """
+    return _gathered(choose(model, method, **chosen), data, loss_fn, seed)
+
+
+def _gathered(choice: Choice, data: Any, loss_fn: LossFn | None, seed: int) -> Evidence:
+    start = choice.method.initialisation
+    if not isinstance(start, FromEvidence):
+        raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out data and evidence')
+    with disabled(choice.model):
+        return gathered(
+            choice.model,
+            choice.targets,
+            start.wants,
+            start.directions(choice.sizing.rank),
+            data,
+            batches=start.evidence_batches,
+            loss_fn=loss_fn,
+            seed=seed,
+        )
+
+
+def _informed(
+    choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, rank: Any, seed: int
+) -> Choice:
+    """The choice with evidence, and with the ranks that follow from it where none were given by layer.
+
+    Raises:
+        MethodError: evidence is wanted and there is none, or the other way round, or it does not fit.
+    """
+    start = choice.method.initialisation
+    if not isinstance(start, FromEvidence):
+        if unused := [name for name, value in (("data", data), ("evidence", evidence)) if value is not None]:
+            raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out {unused[0]}')
+        if loss_fn is not None:
+            raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out loss_fn')
+        return choice
+    if data is not None and evidence is not None:
+        raise MethodError("data and evidence are both given; evidence is what data gave, so give one")
+    if data is None and loss_fn is not None:
+        raise MethodError("loss_fn is for data, and there is none")
+    if all(target.weight.is_meta for target in choice.targets.values()):
+        return choice  # of nothing nothing can be computed, ranks neither
+    if data is None and evidence is None:
+        raise MethodError(
+            f'method "{choice.spec}" looks at {" and ".join(start.wants)} before training: pass data=batches, as train '
+            "takes them, or evidence=lorafamily.gather(...)"
+        )
+    if evidence is None:
+        evidence = _gathered(choice, data, loss_fn, seed)
+    _check_evidence(choice, start, evidence)
+    layers = {path: evidence.layers[path] for path in choice.targets}
+    choice = replace(choice, evidence=layers, alike=choice.sizing.rank if start.one_scale else None)
+    if isinstance(rank, Mapping):
+        return choice
+    shapes = {path: (w.shape[1], w.shape[0]) for path, target in choice.targets.items() for w in [target.weight]}
+    sizing, method = choice.sizing, choice.method
+
+    def parameters(layer: str, rank: int) -> int:
+        return method.at(layer).count(*shapes[layer], rank)
+
+    def slices(layer: str, rank: int) -> int:
+        return rank
+
+    if sizing.budget is not None:
+        # With budget_at="end" the start is larger: what equal ranks begin with.
+        limit, cost = max(sizing.budget, sizing.start) if sizing.budget_at == "end" else sizing.budget, parameters
+    else:
+        limit, cost = sum(min(sizing.rank, *shape) for shape in shapes.values()), slices
+        limit = sizing.rank_budget or limit
+    exact = sizing.budget is not None or sizing.rank_budget is not None
+    ranks = start.ranks(layers, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
+    begins = sum(parameters(layer, rank) for layer, rank in ranks.items())
+    return replace(choice, sizing=replace(sizing, ranks=ranks, rank=max(ranks.values()), start=begins))
+
+
+def _check_evidence(choice: Choice, start: FromEvidence, evidence: Evidence) -> None:
+    """Refuse evidence of other layers, or of less.
+
+    Raises:
+        MethodError: it does not fit.
+    """
+    if not isinstance(evidence, Evidence):
+        raise MethodError(f"evidence is a {type(evidence).__name__}; it must be what lorafamily.gather returned")
+    for path, target in choice.targets.items():
+        layer, (d_out, d_in) = evidence.layers.get(path), target.weight.shape
+        if layer is None:
+            raise MethodError(f"evidence has nothing of {path}; gather it with the same targets")
+        if "gradients" in start.wants and (layer.gradient is None or tuple(layer.gradient.shape) != (d_out, d_in)):
+            raise MethodError(f"evidence has no gradient of {path} in its shape, {d_out} × {d_in}; gather it anew")
+        if "inputs" in start.wants:
+            k = min(start.directions(choice.sizing.rank), d_in)
+            shape = (0, d_in) if layer.directions is None else tuple(layer.directions.shape)
+            if shape[0] < k or shape[1] != d_in:
+                raise MethodError(
+                    f"evidence has {shape[0]} directions of {shape[1]} inputs of {path}, and {k} of {d_in} are needed; "
+                    "gather it at the largest rank or budget that it is for"
+                )
 
 
 @dataclass(frozen=True)
@@ -131,6 +268,9 @@ class Choice:
     beside: dict[str, nn.Parameter]
     dropout: Dropout
     by_default: bool
+    evidence: Mapping[str, LayerEvidence] | None = None
+    alike: int | None = None
+    """Slices that give the scale of all layers; None: each layer's own."""
 
     def build(
         self, generator: torch.Generator, device: str | None = None, dtype: torch.dtype | None = None
@@ -138,10 +278,26 @@ class Choice:
         """An adapter for every layer, as if that had its weight on another device (on "meta" nothing is drawn) or in
         another dtype."""
         built = {}
+        # Of no slices there is no alpha/r: a layer that begins without is scaled like the one with the most.
+        most_slices = max(
+            self.method.at(path).slices(w.shape[1], w.shape[0], self.sizing.rank_of(path))
+            for path, target in self.targets.items()
+            for w in [target.weight]
+        )
         for path, target in self.targets.items():
             with onloaded(target.layer):
+                own = self.method.at(path)
+                rank = self.sizing.rank_of(path)
                 weight = target.weight.to(device=device, dtype=dtype)
-                built[path] = self.method.build(weight, self.sizing.rank, dropout=self.dropout, generator=generator)
+                built[path] = own.build(
+                    weight,
+                    rank,
+                    dropout=self.dropout,
+                    generator=generator,
+                    scaled_as=self.alike
+                    or (None if own.slices(weight.shape[1], weight.shape[0], rank) else most_slices),
+                    evidence=None if self.evidence is None else self.evidence[path],
+                )
         return built
 
 
@@ -150,7 +306,7 @@ def choose(
     method: str = "lora",
     *,
     budget: float | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,
@@ -175,6 +331,9 @@ def choose(
         matched = _with_effect(model, matched, example, by_default)
     beside = match_beside(model, also_train, matched)
     shapes = {path: (w.shape[1], w.shape[0]) for path, target in matched.items() for w in [target.weight]}
+    own = find(method).options()
+    by_name = {option: by_layer(value, shapes, option, own[option]) for option, value in chosen.layered.items()}
+    chosen = chosen.with_options(**by_name)
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
     return Choice(model, name, method, chosen, sizing, matched, beside, drops, by_default)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,11 @@ from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.allocator import Allocation, Fixed
 from lorafamily.dropout import Dropout
 from lorafamily.errors import MethodError
+from lorafamily.evidence import LayerEvidence, Wanted
 
-Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
-"""Of the start rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023, arXiv:2312.03732)."""
+Scaling = Literal["alpha/r", "alpha/sqrt(r)", "alpha"]
+"""Of the layer's own start rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023,
+arXiv:2312.03732); "alpha" is one scale for all layers, whatever their ranks."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,79 @@ class Initialisation(ABC):
     frozen_start: ClassVar[bool] = False
     """Whether U V is not zero at the start, so that the adapter must subtract a frozen copy of it."""
 
+    def freezes(self) -> bool:
+        """`frozen_start`, where that is a setting."""
+        return self.frozen_start
+
     @abstractmethod
     def __call__(
         self, update: Parametrisation, weight: Float[Tensor, "d_out d_in"], generator: torch.Generator
     ) -> None:
         """Fill `update`; `weight` is read, never changed; `generator` lives on the CPU."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What start ranks that follow from evidence may come to.
+
+    `shapes`: (d_in, d_out) by layer; `rank`: what every layer has if all have the same; `limit`: of all layers
+    together, in trainable numbers where the budget is in those, else in slices; `cost(layer, rank)`: what counts
+    against it. `exact`: whether somebody set the limit; else it is what the same rank everywhere comes to.
+    `weight(layer)`: W.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    rank: int
+    limit: float
+    cost: Callable[[str, int], int]
+    exact: bool
+    weight: Callable[[str], Tensor]
+
+    def largest(self, layer: str) -> int:
+        """The rank beyond which a layer cannot gain anything."""
+        return min(self.shapes[layer])
+
+
+@dataclass(frozen=True)
+class FromEvidence(Initialisation):
+    """A start, and start ranks, from data that is looked at first; see `evidence.py`.
+
+    `evidence_batches`: how many of `apply`'s data to look at, at most.
+    """
+
+    wants: ClassVar[tuple[Wanted, ...]]
+    """What must be gathered: "inputs", "gradients"."""
+    one_scale: ClassVar[bool] = False
+    """Whether the scale is that of equal ranks in all layers, or of each layer's own."""
+
+    evidence_batches: int = 64
+
+    def __post_init__(self) -> None:
+        n = self.evidence_batches
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise MethodError(f"evidence_batches={n!r}: must be a whole number of at least 1")
+
+    def directions(self, rank: int) -> int:
+        """How many directions of the inputs it needs, where equal ranks would be `rank`."""
+        return rank
+
+    def ranks(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, int]:
+        """The rank that every layer starts with; the same for all unless overridden."""
+        return dict.fromkeys(evidence, room.rank)
+
+    @abstractmethod
+    def start(
+        self,
+        update: Parametrisation,
+        weight: Float[Tensor, "d_out d_in"],
+        generator: torch.Generator,
+        evidence: LayerEvidence,
+        scale: float,
+    ) -> None:
+        """Fill `update`, as `__call__` of other starts; ΔW will be `scale` times U V."""
+
+    def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
+        raise MethodError(f"{type(self).__name__} starts from evidence: apply(..., data=batches)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +131,7 @@ class Method:
     """A named point in the space of low-rank methods.
 
     `alpha` and `scaling` give s, see `scale`. `parametrisation_options` override the parametrisation's own sizes.
+    `alpha` and these sizes are one number for all layers, or numbers by layer; `at` is then the method of one layer.
     `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
     method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
     """
@@ -70,10 +141,10 @@ class Method:
     allocation: Allocation = Fixed()
     penalty: Penalty | None = None
     scaling: Scaling = "alpha/r"
-    alpha: float = 16.0
+    alpha: float | Mapping[str, float] = 16.0
     rank: int = 8
     """Used where neither a rank nor a budget is asked for."""
-    parametrisation_options: Mapping[str, int] = field(default_factory=dict)
+    parametrisation_options: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
     claimed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -138,11 +209,29 @@ class Method:
                 own = {f.name: options[f.name] for f in fields(part) if f.name in options}
                 changes[axis] = replace(part, **own)
         method = replace(self, **changes)
-        method.scale(rank=1)  # refuses a bad alpha or scaling now, not in the middle of placing adapters
+        alphas = options.get("alpha", self.alpha)
+        for alpha in alphas.values() if isinstance(alphas, Mapping) else [alphas]:
+            replace(method, alpha=alpha).scale(rank=1)  # refuses it now, not in the middle of placing adapters
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise MethodError(f"{name}={value!r}: must be a whole number of at least 1")
+            least = 0 if isinstance(value, Mapping) else 1
+            for size in value.values() if isinstance(value, Mapping) else [value]:
+                if not isinstance(size, int) or isinstance(size, bool) or size < least:
+                    raise MethodError(f"{name}={value!r}: must be a whole number of at least {least}")
         return method
+
+    @property
+    def layered(self) -> dict[str, Mapping[str, Any]]:
+        """Options that are given by layer."""
+        options = {"alpha": self.alpha, **self.parametrisation_options}
+        return {name: value for name, value in options.items() if isinstance(value, Mapping)}
+
+    def at(self, layer: str) -> Method:
+        """The method of one layer, by full name."""
+        if not self.layered:
+            return self
+        own = {name: value[layer] for name, value in self.layered.items()}
+        sizes = {name: own.get(name, value) for name, value in self.parametrisation_options.items()}
+        return replace(self, alpha=own.get("alpha", self.alpha), parametrisation_options=sizes)
 
     def with_slices(self, n: int) -> tuple[Method, int]:
         """The method and the rank at which every module starts with n slices."""
@@ -150,18 +239,20 @@ class Method:
         return (self, n) if by == "rank" else (self.with_options(**{by: n}), self.rank)
 
     def scale(self, rank: int) -> float:
-        """s for a module that starts with `rank` slices.
+        """s for a layer that starts with `rank` slices.
 
         Raises:
             MethodError: an alpha that is no positive number, or an unknown scaling.
         """
         if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha <= 0:
-            raise MethodError(f"alpha={self.alpha!r}: must be a positive, finite number")
+            raise MethodError(f"alpha={self.alpha!r}: must be a positive, finite number, or such numbers by layer")
         if self.scaling == "alpha/r":
             return self.alpha / rank
         if self.scaling == "alpha/sqrt(r)":
             return self.alpha / math.sqrt(rank)
-        raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r" or "alpha/sqrt(r)"')
+        if self.scaling == "alpha":
+            return float(self.alpha)
+        raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r", "alpha/sqrt(r)" or "alpha"')
 
     def _parts(self) -> list[Initialisation | Allocation | Penalty]:
         """The axes whose settings are options."""
@@ -172,9 +263,14 @@ class Method:
         return self.parametrisation.count(d_in, d_out, **self.capped(d_in, d_out, rank))
 
     def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:
-        """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway."""
+        """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway; at rank 0
+        all of them are 0."""
         sizes = {"rank": rank, **self.parametrisation_options}
-        return {name: min(size, d_in, d_out) for name, size in sizes.items()}
+        return {name: min(cast(int, size), d_in, d_out) if rank else 0 for name, size in sizes.items()}
+
+    def slices(self, d_in: int, d_out: int, rank: int) -> int:
+        """Rank slices that a layer starts with."""
+        return self.capped(d_in, d_out, rank)[self.parametrisation.sliced_by]
 
     def build(
         self,
@@ -183,18 +279,29 @@ class Method:
         *,
         dropout: Dropout,
         generator: torch.Generator,
+        scaled_as: int | None = None,
+        evidence: LayerEvidence | None = None,
     ) -> Adapter:
-        """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is."""
+        """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is.
+
+        `scaled_as`: the number of slices that gives s, where not those the layer starts with; it may start with none,
+        and get some later. `evidence`: what a start that wants some gets.
+        """
         d_out, d_in = weight.shape
         dtype = torch.promote_types(weight.dtype, torch.float32)
         home = torch.device("meta" if weight.is_meta else "cpu")  # drawn on the CPU: the same numbers for every device
         with home:
             update = self.parametrisation(d_in, d_out, **self.capped(d_in, d_out, rank)).to(dtype)
-        adapter = Adapter(update, scale=self.scale(update.rank), dropout=dropout)
+        adapter = Adapter(update, scale=self.scale(scaled_as or update.rank), dropout=dropout)
         if not weight.is_meta:
             with torch.no_grad(), home:
-                self.initialisation(update, weight.detach(), generator)
-        if self.initialisation.frozen_start:
+                if not update.capacity:
+                    update.reset(generator)
+                elif evidence is not None and isinstance(self.initialisation, FromEvidence):
+                    self.initialisation.start(update, weight.detach(), generator, evidence, adapter.scale)
+                else:
+                    self.initialisation(update, weight.detach(), generator)
+        if self.initialisation.freezes():
             adapter.freeze_start()
         return adapter.to(weight.device)
 

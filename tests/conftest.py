@@ -16,7 +16,8 @@ from lorafamily.placement import placement_of
 SHARED = Path(__file__).parents[2] / "shared"
 COMBINATIONS = ["adalora+olora", "lora2+olora", "olora+alora", "rslora+alora"]
 PARTS = {"svd", "pruning", "dual-plane"}  # of AdaLoRA and LoRA², which run every line of theirs
-METHODS = [*sorted(lorafamily.methods().keys() - PARTS), *COMBINATIONS]
+INFORMED = {"eva", "gora"}  # they look at data first: tests/test_evidence.py
+METHODS = [*sorted(lorafamily.methods().keys() - PARTS - INFORMED), *COMBINATIONS]
 
 every_method = pytest.mark.parametrize("method", METHODS)
 

@@ -17,6 +17,9 @@ from lorafamily.training.checkpoints import Checkpoints
 ALIGNED = 64  # bytes; what torch's allocator gives on a CPU
 
 
+SHORT = {"warmup": 0, "final": 1, "interval": 1}  # a schedule for three steps
+
+
 def off(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, tensor in tensors.items() if tensor.numel() and tensor.data_ptr() % ALIGNED]
 
@@ -54,14 +57,14 @@ def test_an_adapter_of_peft_s(saved, tmp_path):
 
 def test_a_run_that_goes_on(tmp_path):
     settings = {"lr": 1e-2, "log_dir": tmp_path, "save_every": 3, "progress": False}
-    lorafamily.train(lorafamily.apply(tiny(), "adalora", rank=3, seed=0), data(), steps=3, **settings)
+    lorafamily.train(lorafamily.apply(tiny(), "adalora", rank=3, seed=0, **SHORT), data(), steps=3, **settings)
     at = Checkpoints(tmp_path, 3, 2).to_go_on_from("auto")
     assert at is not None
     assert off(load_file(at.folder / "state.safetensors"))
     held = [leaf for leaf in torch.utils._pytree.tree_leaves(at.state) if isinstance(leaf, torch.Tensor)]
     assert held
     assert not off(dict(enumerate(held)))
-    model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
+    model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0, **SHORT)
     lorafamily.train(model, data(), steps=3, resume="auto", **settings)
     assert not off(trained(model))
 

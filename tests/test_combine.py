@@ -87,6 +87,52 @@ def test_compression_is_the_truncated_svd(method):
     assert lorafamily.summary(model).method == "lora"
 
 
+@pytest.mark.parametrize("what", ["budget", "rank_budget"])
+@every_method
+def test_a_cut_through_all_layers_is_the_global_cut_of_dense_svds(method, what):
+    """Layers of two shapes, one of them pruned to nothing, another pruned, one with ten times the update."""
+    model = lorafamily.apply(tiny(dtype=torch.float64), method, rank=4, seed=0)
+    none, fewer, large, *_ = placement_of(perturb_(model)).adapters.values()
+    none.resize(torch.arange(0))
+    fewer.resize(torch.tensor([1, 2]))
+    large.scale *= 10
+    before = deltas(model, "default")
+    costs = {at: sum(delta.shape) if what == "budget" else 1 for at, delta in before.items()}
+    assert len({tuple(delta.shape) for delta in before.values()}) > 1
+    amount = 1_200 if what == "budget" else 17
+    svds = {at: torch.linalg.svd(delta, full_matrices=False) for at, delta in before.items()}
+    values = [(float(s), at) for at, (_, S, _) in svds.items() for s in S if s > 1e-12 * S[0]]
+    kept, room = dict.fromkeys(before, 0), amount
+    worth = (lambda s, at: s**2 / costs[at]) if what == "budget" else (lambda s, at: s)
+    for _, at in sorted(values, key=lambda value: -worth(*value)):
+        if costs[at] <= room:
+            kept[at], room = kept[at] + 1, room - costs[at]
+    report = lorafamily.compress(model, **{what: amount})
+    after = deltas(model, "default")
+    dropped = 0.0
+    for row in report:
+        U, S, V = svds[row.module]
+        n = kept[row.module]
+        assert row.rank_after == placement_of(model).adapters[row.module].rank == n
+        assert_close(after[row.module], (U[:, :n] * S[:n]) @ V[:n], rtol=1e-8, atol=1e-8 * float(S[0] + 1e-300))
+        dropped += float(S[n:].square().sum())
+    whole = sum(float(S.square().sum()) for _, S, _ in svds.values())
+    assert report.error == pytest.approx((dropped / whole) ** 0.5, rel=1e-8)
+    assert 0.01 < report.error < 1
+    summary = lorafamily.summary(model)
+    spent = summary.parameters if what == "budget" else summary.rank
+    assert amount - min(costs.values()) < spent <= amount
+    assert summary.unused == amount - spent
+    assert len(set(kept.values())) > 2
+
+
+def test_what_rounding_left_is_no_slice_of_a_global_cut():
+    model = lorafamily.apply(tiny(), "lora", rank=8, seed=0)  # ΔW = 0
+    report = lorafamily.compress(model, budget=1e4)
+    assert {row.rank_after for row in report} == {0}
+    assert report.error == 0
+
+
 def test_compression_to_an_energy_keeps_just_enough():
     model = lorafamily.apply(tiny(dtype=torch.float64), "lora", rank=8, seed=0)
     perturb_(model)
@@ -114,12 +160,28 @@ def test_compression_to_an_energy_keeps_just_enough():
         ({"rank": True}, "rank=True"),
         ({"energy": 0.0}, "energy=0.0"),
         ({"energy": 1.5}, "energy=1.5"),
+        ({"rank": 2, "budget": 1e4}, "rank=2, budget=10000.0: give one of them"),
         ({"rank": 2, "name": "b"}, 'no adapter named "b"'),
     ],
 )
 def test_a_compression_that_cannot_be_is_refused(given, message):
     model = lorafamily.apply(tiny(), "lora", rank=4)
     with pytest.raises(lorafamily.StateError, match=message):
+        lorafamily.compress(model, **given)
+    assert lorafamily.summary(model).rank == 48
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"budget": 10}, "budget 10 is too small: the cheapest slice costs 32"),
+        ({"budget": -1}, "budget=-1: must be a positive number"),
+        ({"rank_budget": 0}, "rank_budget=0: must be a whole number"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(given, message):
+    model = lorafamily.apply(tiny(), "lora", rank=4)
+    with pytest.raises(lorafamily.BudgetError, match=message):
         lorafamily.compress(model, **given)
     assert lorafamily.summary(model).rank == 48
 

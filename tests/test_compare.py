@@ -75,6 +75,25 @@ def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
     assert by_method["none"]["metric"] > by_method["lora"]["metric"]
 
 
+def test_what_is_cut_after_training_and_what_looks_at_data_first(tmp_path):
+    larger = "lora:train_budget=20e3"
+    compare.main(small(tmp_path, seeds=1, budgets=("10e3",), methods=("lora", larger, "eva", "gora")))
+    done = {row["method"]: row for row in rows(tmp_path / "embedded")}
+    assert all(row["failed"] is None and row["trainable"] <= 10_000 for row in done.values())
+    cut = done[larger]
+    assert sum(cut["ranks_start"].values()) == 2 * sum(done["lora"]["ranks_start"].values())
+    assert len(set(cut["ranks_end"].values())) > 1
+    assert 0 < cut["cut_error"] < 1
+    assert done["lora"]["cut_error"] is None
+    assert cut["metric"] != cut["curve"][-1][1]  # measured after the cut
+    saved = tmp_path / "embedded" / "cells" / cut["key"] / "adapter"
+    assert lorafamily.ranks_at(saved) == cut["ranks_end"]
+    for looked in ("eva", "gora"):
+        assert done[looked]["ranks_start"] == done[looked]["ranks_end"]
+        assert len(set(done[looked]["ranks_end"].values())) > 1
+    assert larger in (tmp_path / "embedded" / "report.md").read_text()
+
+
 def test_finished_cells_are_read_back_and_only_missing_ones_run(tmp_path, monkeypatch):
     settings = small(tmp_path, seeds=1, budgets=("10e3",), methods=("none", "lora"))
     compare.main(settings)
@@ -164,6 +183,7 @@ def test_several_learning_rates_are_said_in_the_report(tmp_path):
         ({"model": "bert"}, "--task code adapts the embedded model"),
         ({"methods": ("lora3",)}, 'no method named "lora3"'),
         ({"methods": ()}, "nothing to compare"),
+        ({"methods": ("lora:train_budget=5e3",)}, "train_budget needs a budget, no larger than itself"),
         ({"budgets": ("100",)}, "budget 100 is too small"),
         ({"options": ("alora",)}, "must be METHOD.OPTION=VALUE"),
         ({"options": ("lora.gamma=1",)}, "unknown option gama|unknown option gamma"),

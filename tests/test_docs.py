@@ -22,7 +22,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lorafamily
-from conftest import data, logits, perturb_, tiny, tokens
+from conftest import INFORMED, data, logits, perturb_, tiny, tokens
 from lorafamily import cli, errors, layers, registry
 from lorafamily.allocation import scores
 from lorafamily.allocation.run import Run
@@ -129,6 +129,26 @@ def test_the_start_with_orthonormal_rows_has_them_for_every_parametrisation(exte
                 assert gram[0, 0].item() == pytest.approx(4, rel=1e-5)
 
 
+def test_the_start_from_data_has_its_directions_and_ranks(extended):
+    evidence = lorafamily.gather(tiny(), "steepest", data(2))
+    model = tiny()
+    base = logits(model)
+    lorafamily.apply(model, "steepest", budget=4_000, data=data(2), seed=0)
+    assert torch.equal(logits(model), base)
+    adapters = placement_of(model).adapters
+    values = {name: torch.linalg.svdvals(of.gradient) for name, of in evidence.layers.items()}
+    least = min(float(values[name][a.rank - 1]) for name, a in adapters.items() if a.rank)
+    for name, adapter in adapters.items():
+        # A slice that did not fit into the rest any more may be worth more than the last that did.
+        assert int((values[name] > least).sum()) - adapter.rank in (0, 1, -1)
+        _, V = adapter.factors()
+        gradient = evidence.layers[name].gradient
+        assert_close((gradient @ V.T).norm(dim=0), values[name][: adapter.rank], rtol=1e-4, atol=1e-5)
+    assert len({adapter.rank for adapter in adapters.values()}) > 2
+    with pytest.raises(lorafamily.MethodError, match='"steepest" looks at gradients before training'):
+        lorafamily.apply(tiny(), "steepest", budget=4_000)
+
+
 def test_cutting_once_keeps_the_highest_scores_and_the_budgets(extended):
     model = lorafamily.apply(tiny(), "cut", rank_budget=24, budget_at="end", seed=0)
     history = lorafamily.train(model, data(), steps=20, lr=1e-2, progress=False)
@@ -164,7 +184,7 @@ def test_the_penalty_is_the_size_of_the_updates(extended):
 
 
 def test_the_kind_of_layer_carries_every_method(extended):
-    for method in lorafamily.methods():
+    for method in sorted(lorafamily.methods().keys() - INFORMED):
         model = nn.Sequential(extended["Multiplied"](7, 5, c=0.5)).double().requires_grad_(False)
         extended["check"](method, model, torch.randn(3, 7, dtype=torch.float64), "kind")
 

@@ -50,6 +50,11 @@ class DualPlane(Parametrisation):
         return self.A.shape[0]
 
     @property
+    def largest_rank(self) -> int:
+        """More slices than the outer width cannot raise the rank of ΔW."""
+        return min(self.width, self.d_in, self.d_out)
+
+    @property
     def capacity(self) -> int:
         return min(self.width, self.rank)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.beside import trained_beside
-from lorafamily.budget import Sizing
+from lorafamily.budget import Sizing, check_budget, check_rank_budget, highest
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
 from lorafamily.errors import StateError
 from lorafamily.method import Method
@@ -60,66 +61,131 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress` did to one layer. `error`: ‖ΔW − ΔW′‖_F / ‖ΔW‖_F, 0 where ΔW is zero."""
+    """What `compress` did to one layer. `norm`: ‖ΔW‖_F before; `error`: ‖ΔW − ΔW′‖_F / ‖ΔW‖_F, 0 where ΔW is zero."""
 
     module: str
     rank_before: int
     rank_after: int
+    norm: float
     error: float
 
 
+class Compression(list[Compressed]):
+    """What `compress` did, by layer."""
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − ΔW′‖_F / ‖ΔW‖_F, the ΔW of all layers taken together; 0 where they are zero."""
+        whole = math.hypot(*(row.norm for row in self))
+        return math.hypot(*(row.error * row.norm for row in self)) / whole if whole else 0.0
+
+
 def compress(
-    model: nn.Module, name: str | None = None, *, rank: int | None = None, energy: float | None = None
-) -> list[Compressed]:
-    """Replace an adapter (default: the active one) in place by plain LoRA of the best lower rank; reports by layer.
+    model: nn.Module,
+    name: str | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: float | None = None,
+    rank_budget: int | None = None,
+) -> Compression:
+    """Replace an adapter (default: the active one) in place by plain LoRA of lower rank, the best there is; reports by
+    layer, and the error in all.
 
     The singular values of U V come from the QR factors of U and V, an m × m matrix; no d_out × d_in one is formed.
+
+    Two of the arguments cut every layer for itself, two cut once through the singular values σ of all layers together:
+    what is left then goes where ΔW needs it, after training, as PARA (arXiv:2604.27796) and LoRA-Squeeze
+    (arXiv:2602.10993) do.
 
     Args:
         rank: of every layer at most.
         energy: share of ‖ΔW‖²_F that every layer keeps at least, in (0, 1]; the rank follows from it.
+        budget: trainable adapter numbers of all layers. The σ² / (d_in + d_out) highest stay: what a number is worth,
+            since a slice of a wide layer costs more of them. One that does not fit into the rest is passed over.
+        rank_budget: rank slices of all layers; the σ highest stay.
 
     Raises:
-        StateError: unknown name, a merged model, or not just one of `rank` and `energy`.
+        StateError: unknown name, a merged model, or not just one of the four.
+        BudgetError: a budget that is no positive number, or less than the cheapest slice.
     """
     placement = placement_of(model, name)
     refuse_merged(state_of(model))
-    method, sizing, adapters, report = compressed(placement.adapters, rank, energy)
+    method, sizing, adapters, report = compressed(placement.adapters, Cut(rank, energy, budget, rank_budget))
     placement.spec, placement.method, placement.sizing = PLAIN, method, sizing
     _exchange(model, placement, adapters)
     return report
 
 
-def compressed(
-    adapters: Mapping[str, Adapter], rank: int | None, energy: float | None
-) -> tuple[Method, Sizing, dict[str, Adapter], list[Compressed]]:
+@dataclass(frozen=True)
+class Cut:
+    """Where to cut the singular values, see `compress`.
+
+    Raises:
+        StateError: not just one is given, or it is out of its range.
+        BudgetError: it is no budget.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    budget: float | None = None
+    rank_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            said = ", ".join(f"{name}={value!r}" for name, value in (given or vars(self)).items())
+            raise StateError(f"{said}: give one of them")
+        rank, energy = self.rank, self.energy
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise StateError(f"rank={rank!r}: must be a whole number of at least 1")
+        if energy is not None and not 0 < energy <= 1:
+            raise StateError(f"energy={energy!r}: must be a share in (0, 1]")
+        check_budget(self.budget)
+        if self.rank_budget is not None:
+            check_rank_budget(self.rank_budget)
+
+    def __call__(self, values: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, int]:
+        """How many singular values every layer keeps. `values`: in falling order, without those that are rounding;
+        `costs`: trainable numbers of one slice."""
+        if self.rank is not None:
+            return {at: min(self.rank, len(S)) for at, S in values.items()}
+        if self.energy is not None:
+            kept = {}
+            for at, S in values.items():
+                left = S.square().flip(0).cumsum(0).flip(0)  # left[i]: energy of what falls if i values are kept
+                kept[at] = int((left > (1 - self.energy) * left[:1]).sum())
+            return kept
+        if self.budget is not None:
+            worth = {at: S.square() / costs[at] for at, S in values.items()}
+            return highest(worth, lambda at, n: n * costs[at], self.budget)
+        assert self.rank_budget is not None
+        return highest(values, lambda at, n: n, self.rank_budget)
+
+
+def compressed(adapters: Mapping[str, Adapter], cut: Cut) -> tuple[Method, Sizing, dict[str, Adapter], Compression]:
     """Plain LoRA adapters in the place of others, see `compress`.
 
     Raises:
-        StateError: not just one of `rank` and `energy`, or out of its range.
+        BudgetError: less than the cheapest slice.
     """
-    if (rank is None) == (energy is None):
-        raise StateError(f"rank={rank!r}, energy={energy!r}: give one of them")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise StateError(f"rank={rank!r}: must be a whole number of at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise StateError(f"energy={energy!r}: must be a share in (0, 1]")
-    factors, report = {}, []
+    decomposed = {at: adapter.svd() for at, adapter in adapters.items()}
+    real = {at: S[S[:1] * 1e-12 < S] for at, (_, S, _) in decomposed.items()}
+    kept = cut(real, {at: a.update.d_in + a.update.d_out for at, a in adapters.items()})
+    factors, report = {}, Compression()
     for at, adapter in adapters.items():
-        Q, S, K = adapter.svd()
-        kept = len(S) if rank is None else rank
-        if energy is not None:
-            left = S.square().flip(0).cumsum(0).flip(0)  # left[i]: energy of what falls if i values are kept
-            kept = int((left > (1 - energy) * left[:1]).sum())
-        kept = min(kept, int((S[:1] * 1e-12 < S).sum())) if S.any() else 0
-        error = float(S[kept:].norm() / S.norm()) if S.any() else 0.0
-        root, dtype = S[:kept].sqrt(), next(adapter.update.parameters()).dtype
-        factors[at] = (Q[:, :kept] * root).to(dtype), (root[:, None] * K[:kept]).to(dtype)
-        report.append(Compressed(at, adapter.rank, kept, error))
+        (Q, S, K), n = decomposed[at], kept[at]
+        norm = float(S.norm())
+        error = float(S[n:].norm()) / norm if norm else 0.0
+        root, dtype = S[:n].sqrt(), next(adapter.update.parameters()).dtype
+        factors[at] = (Q[:, :n] * root).to(dtype), (root[:, None] * K[:n]).to(dtype)
+        report.append(Compressed(at, adapter.rank, n, norm, error))
     largest = max([1, *(row.rank_after for row in report)])
     dropout = next(iter(adapters.values())).dropout  # of all of them
     method, made = plain_adapters(factors, dict.fromkeys(factors, 1.0), dropout=dropout, options={"alpha": largest})
-    return method, sizing_of(made, largest), made, report
+    sizing = sizing_of(made, largest)
+    budget = None if cut.budget is None else math.floor(cut.budget)
+    return method, replace(sizing, budget=budget, rank_budget=cut.rank_budget), made, report
 
 
 def _exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:

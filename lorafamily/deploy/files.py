@@ -153,7 +153,8 @@ def _contents(saved: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:
     modules = {at: {**saved.modules[at], "rank": a.rank, **a.state()} for at, a in saved.adapters.items()}
     record = saved.record | {
         "options": saved.method.options(),
-        "sizing": dataclasses.asdict(saved.sizing),
+        # Without `ranks` where there are none, as records were before ranks could be given by layer.
+        "sizing": {k: v for k, v in dataclasses.asdict(saved.sizing).items() if k != "ranks" or v is not None},
         "also_trained": {at: list(value.shape) for at, value in saved.beside.items()},
         "modules": modules,
     }
@@ -248,12 +249,17 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
 
 
 def _sizing(
-    budget: int | None, budget_at: Literal["peak", "end"], rank: int, start: int, rank_budget: int | None
+    budget: int | None,
+    budget_at: Literal["peak", "end"],
+    rank: int,
+    start: int,
+    rank_budget: int | None,
+    ranks: dict[str, int] | None = None,
 ) -> Sizing:
-    counts = [rank, start, *(given for given in (budget, rank_budget) if given is not None)]
+    counts = [rank, start, *(given for given in (budget, rank_budget) if given is not None), *(ranks or {}).values()]
     if budget_at not in ("peak", "end") or not all(_is_count(count) for count in counts):
         raise ValueError("sizing")
-    return Sizing(budget, budget_at, rank, start, rank_budget)
+    return Sizing(budget, budget_at, rank, start, rank_budget, ranks)
 
 
 def _is_count(value: Any) -> bool:

@@ -114,7 +114,7 @@ def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
     first = plans[0]
     rows = [[*COLUMNS]]
     for plan in plans:
-        rows.append(_row(plan.use, first.full, f"{plan.sizing.rank}", f"{plan.rank:,}"))
+        rows.append(_row(plan.use, first.full, _rank(plan.sizing), f"{plan.rank:,}"))
     rows.append(_row(first.full, first.full))
     rows.append(_row(first.floor, first.full))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -127,6 +127,11 @@ def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
     head = [f"{first.model}: {first.base_parameters:,} parameters; adapted: {_layers(first)}"]
     notes = [f"  {note}" for note in first.assumptions]
     return "\n".join([*head, lines[0], rule, *lines[1:-2], rule, *lines[-2:], rule, *refused, *notes])
+
+
+def _rank(sizing: Sizing) -> str:
+    """Of every layer; the smallest and the largest where they differ."""
+    return f"{sizing.rank}" if sizing.ranks is None else f"{min(sizing.ranks.values())}–{sizing.rank}"
 
 
 def _layers(plan: Plan) -> str:

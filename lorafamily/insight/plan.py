@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -39,7 +39,7 @@ def plan(
     states: torch.dtype | None = None,
     checkpoint_activations: bool = False,
     budget: float | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
     targets: targeting.Targets = None,

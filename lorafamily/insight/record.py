@@ -16,6 +16,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lorafamily.deploy.files import RECORD as SAVED
+from lorafamily.deploy.files import read
 from lorafamily.errors import FileError
 from lorafamily.history import Decision, Step
 from lorafamily.insight import figures
@@ -74,15 +76,27 @@ def set_aside(folder: Path) -> Path:
     return place
 
 
-def ranks_at(folder: str | os.PathLike[str], step: int) -> dict[str, int]:
-    """The rank of every module after `step` optimiser steps of a recorded run; 0 is the start.
+def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, int]:
+    """The rank slices of every module after `step` optimiser steps of a recorded run, or those of a saved adapter.
+
+    `apply(model, method, rank=ranks_at(folder))` starts with just these (LoRA²: `inner_rank=ranks_at(folder)`, and
+    `rank` the outer width).
+
+    Args:
+        folder: `log_dir` of a run, or what `save` wrote.
+        step: 0 is the start, None the end. A saved adapter has no steps.
 
     Raises:
-        FileError: no record there, or it is damaged.
+        FileError: neither is there, or it is damaged, or a step of a saved adapter was asked for.
+        MethodError: the saved adapter's method is not installed.
     """
+    if (Path(folder) / SAVED).is_file() and not (Path(folder) / DECISIONS).is_file():
+        if step is not None:
+            raise FileError(f"{folder} is a saved adapter and has the ranks of its end alone; leave out step={step}")
+        return {at: adapter.rank for at, adapter in read(folder).adapters.items()}
     ranks: dict[str, int] = {}
     for decision in read_decisions(folder):
-        if decision.step <= step:
+        if step is None or decision.step <= step:
             ranks = decision.after
     return ranks
 

@@ -54,6 +54,7 @@ def train(
     epochs: float | None = None,
     lr: float | None = None,
     head_lr: float | None = None,
+    up_lr: float | None = None,
     weight_decay: float | None = None,
     warmup: float = 0.06,
     schedule: Schedule = "linear",
@@ -97,6 +98,7 @@ def train(
         lr: peak learning rate of the adapters, 0.001 unless said. In runs of some hundred steps LoRA² and AdaLoRA want
             about ten times LoRA's, OLoRA a tenth.
         head_lr: of what trains beside the adapters; None: ten times `lr`, but no more than 0.01.
+        up_lr: of the tensors that make U; None: `lr`. LoRA+ (Hayou et al. 2024) takes about 16 times `lr`.
         weight_decay: of AdamW, 0 unless said.
         warmup: a fraction of the run, or a whole number of steps, in which rates rise to their peak.
         schedule: how they go on: "linear" and "cosine" to 0, "constant", or a function from the step (from 1) to the
@@ -177,7 +179,7 @@ def train(
         if validation is not None:
             refuse_one_batch(validation, "validation")
         weigh = weigher(loss_over, model, loss_fn)
-        optim = made(model, optimizer, lr, head_lr, weight_decay)
+        optim = made(model, optimizer, lr, head_lr, up_lr, weight_decay)
         rates = Rates(optim, schedule, total, warmup, floor)
         session = Session(
             model,
@@ -366,6 +368,7 @@ def _about(placement: Placement | None) -> dict[str, Setting]:
     sizing, options = placement.sizing, placement.method.options()
     about = {"method": placement.spec, "start rank": sizing.rank, "budget at": sizing.budget_at, **options}
     about |= {"budget": sizing.budget or 0, "rank budget": sizing.rank_budget or 0}
+    about |= dict.fromkeys(placement.method.layered, "by layer")
     return {name: value if isinstance(value, (int, float)) else str(value) for name, value in about.items()}
 
 

@@ -58,13 +58,15 @@ def parameter_groups(
         weight_decay: of all groups.
 
     Raises:
-        TrainingError: nothing trains.
+        TrainingError: nothing trains, or nothing that `up_lr` is for.
     """
     trained = Trained(model)
     if not trained:
         raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")
     beside = trained.head if len(trained.head) < len(trained) else []  # of a plain model nothing is beside anything
     ups = trained.up if up_lr is not None else []
+    if up_lr is not None and not ups:
+        raise TrainingError(f"up_lr={up_lr!r}: no adapter trains here, so that nothing makes U; leave it out")
     rates = [(trained.others(beside, ups), lr), (ups, up_lr), (beside, default_head_lr(lr, head_lr))]
     return [{"params": list(own), "lr": rate, "weight_decay": weight_decay} for own, rate in rates if own]
 
@@ -78,21 +80,27 @@ Optimizer = torch.optim.Optimizer | Callable[[Trained], torch.optim.Optimizer]
 
 
 def made(
-    model: nn.Module, optimizer: Optimizer | None, lr: float | None, head_lr: float | None, weight_decay: float | None
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    lr: float | None,
+    head_lr: float | None,
+    up_lr: float | None,
+    weight_decay: float | None,
 ) -> torch.optim.Optimizer:
     """AdamW, or the optimiser that somebody gave or knows how to make.
 
     Raises:
         TrainingError: rates beside an optimiser that has its own, or what is given is no optimiser.
     """
-    for name, value in (("lr", lr), ("head_lr", head_lr), ("weight_decay", weight_decay)):
+    for name, value in (("lr", lr), ("head_lr", head_lr), ("up_lr", up_lr), ("weight_decay", weight_decay)):
         if value is not None and optimizer is not None:
             raise TrainingError(f"{name}={value!r} and optimizer=...: the optimiser has its own; set it there")
         if value is not None and not float(value) >= 0:
             raise TrainingError(f"{name}={value!r}: must be zero or positive")
     if optimizer is None:
         rates = {"lr": LR if lr is None else float(lr), "weight_decay": float(weight_decay or 0.0)}
-        groups = parameter_groups(model, **rates, head_lr=None if head_lr is None else float(head_lr))
+        own = {name: float(rate) for name, rate in (("head_lr", head_lr), ("up_lr", up_lr)) if rate is not None}
+        groups = parameter_groups(model, **rates, **own)
         device = groups[0]["params"][0].device
         return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     found = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(Trained(model))

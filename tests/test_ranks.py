@@ -1,0 +1,178 @@
+"""Ranks given by layer: a pattern that a run found trains anew, shuffled or edited."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import lorafamily
+from conftest import data, every_method, few_rounds, logits, perturb_, tiny
+from lorafamily.placement import placement_of
+
+STEPS = 40
+SOME = {"blocks.0.attention.query": 5, r"blocks\.1.*mlp": 2, "attention": 3}
+
+
+def ranks_of(model) -> dict[str, int]:
+    return {at: adapter.rank for at, adapter in placement_of(model).adapters.items()}
+
+
+def by_size(method: str) -> str:
+    """The size that counts slices."""
+    return "inner_rank" if "lora2" in method.split("+") else "rank"
+
+
+def shuffled(ranks: dict[str, int], model) -> dict[str, int]:
+    """The same ranks, exchanged between layers of one shape."""
+    shapes: dict[tuple, list[str]] = {}
+    for at in ranks:
+        shapes.setdefault(tuple(model.get_submodule(at).weight.shape), []).append(at)
+    generator = random.Random(1)
+    moved = {}
+    for names in shapes.values():
+        values = [ranks[name] for name in names]
+        generator.shuffle(values)
+        moved |= dict(zip(names, values, strict=True))
+    return moved
+
+
+@pytest.mark.parametrize(("method", "anew"), [("alora", "lora"), ("adalora", "svd"), ("lora2", "dual-plane")])
+def test_a_pattern_that_a_run_found_trains_anew(method, anew, tmp_path):
+    model = lorafamily.apply(tiny(), method, rank=4, seed=0, **few_rounds(method))
+    lorafamily.train(model, data(), steps=STEPS, lr=1e-2, validation=data(1), log_dir=tmp_path / "run", progress=False)
+    lorafamily.save(model, tmp_path / "saved")
+    found, recorded = ranks_of(model), lorafamily.summary(model).parameters
+    assert len(set(found.values())) > 1
+    assert lorafamily.ranks_at(tmp_path / "run", STEPS) == lorafamily.ranks_at(tmp_path / "run") == found
+    assert lorafamily.ranks_at(tmp_path / "saved") == found
+    size = by_size(method)
+    width = {"rank": 4} if size == "inner_rank" else {}
+    again = lorafamily.apply(tiny(), anew, **{size: found}, **width)
+    assert ranks_of(again) == found
+    assert lorafamily.summary(again).parameters == lorafamily.plan(tiny(), anew, **{size: found}, **width).use.adapters
+    assert lorafamily.summary(again).parameters == recorded
+    other = shuffled(found, tiny())
+    assert other != found
+    moved = lorafamily.apply(tiny(), anew, **{size: other}, **width)
+    assert ranks_of(moved) == other
+    assert lorafamily.summary(moved).parameters == recorded
+    history = lorafamily.train(moved, data(), steps=3, progress=False)
+    assert history.ranks_end == other
+
+
+def test_names_come_before_patterns_and_of_patterns_the_first_counts():
+    model = lorafamily.apply(tiny(), "lora", rank=SOME)
+    for at, rank in ranks_of(model).items():
+        expected = 5 if at == "blocks.0.attention.query" else 3 if "attention" in at else 2 if "blocks.1" in at else 0
+        assert rank == expected, at
+    plan = lorafamily.plan(tiny(), "lora", rank=SOME)
+    assert plan.use.adapters == lorafamily.summary(model).parameters == placement_of(model).sizing.start
+    assert " 0–5 " in str(plan)
+    everything = ranks_of(lorafamily.apply(tiny(), "lora", rank={**SOME, ".*": 1}))
+    assert min(everything.values()) == 1
+    assert max(ranks_of(lorafamily.apply(tiny(), "lora", rank={".*": 99})).values()) == 16  # the layer's size
+
+
+@every_method
+def test_ranks_by_layer_live_through_everything(method, tmp_path):
+    size = by_size(method)
+    model = tiny(dtype=torch.float64)
+    base = logits(model)
+    lorafamily.apply(model, method, **{size: SOME if size == "rank" else {**SOME, ".*": 0}}, seed=0)
+    start = ranks_of(model)
+    assert 0 in start.values()
+    assert torch.equal(logits(model), base)
+    lorafamily.save(perturb_(model), tmp_path / "a")
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 0.1
+    back = lorafamily.load(tiny(dtype=torch.float64), tmp_path / "a")
+    assert torch.equal(logits(back), adapted)
+    assert placement_of(back).sizing == placement_of(model).sizing
+    lorafamily.save(back, tmp_path / "b")
+    for file in ("adapter.json", "adapter.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert_close(logits(lorafamily.merge(model)), adapted)
+    lorafamily.unmerge(model)
+    lorafamily.remove(model)
+    lorafamily.apply(model, method, **{size: SOME if size == "rank" else {**SOME, ".*": 0}}, **few_rounds(method))
+    history = lorafamily.train(model, data(), steps=STEPS, validation=data(1), progress=False)
+    assert history.ranks_start == start
+    assert lorafamily.remove(model) is model
+    assert torch.equal(logits(model), base)
+
+
+def test_an_allocation_goes_on_from_the_ranks_given_and_can_grow_a_layer_without():
+    model = lorafamily.apply(tiny(), "alora", rank=SOME, seed=0, scores="random", rounds=2, drop=9)
+    history = lorafamily.train(model, data(), steps=STEPS, validation=data(1), seed=0, progress=False)
+    assert sum(history.ranks_end.values()) == sum(history.ranks_start.values())
+    grown = [at for at, rank in history.ranks_end.items() if rank and not history.ranks_start[at]]
+    assert grown
+    adapter = placement_of(model).adapters[grown[0]]
+    assert adapter.scale == 16 / 5  # as the layer with the most slices
+
+
+def test_alpha_and_the_scale_by_layer():
+    options = {"rank": {".*query": 4, ".*": 2}, "alpha": {"blocks.0": 8, ".*query": 4.0}}
+    model = lorafamily.apply(tiny(), "lora", **options)
+    for at, adapter in placement_of(model).adapters.items():
+        alpha = 8 if "blocks.0" in at else 4 if at.endswith("query") else 16
+        assert adapter.scale == alpha / (4 if at.endswith("query") else 2)
+    one = lorafamily.apply(tiny(), "lora", rank=SOME, alpha=2, scaling="alpha")
+    assert {adapter.scale for adapter in placement_of(one).adapters.values()} == {2.0}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers is about to rename
+def test_an_export_has_the_ranks_and_scales_given(tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    model = BertModel(config).double().eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    lorafamily.apply(model, "lora", rank={"query": 4, r"layer\.1.*value": 2}, alpha={"query": 8, ".*": 2}, seed=0)
+    perturb_(model)
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        adapted = model(ids).last_hidden_state
+    folder = lorafamily.export_peft(model, tmp_path / "peft")
+    base = BertModel(config).double().eval()
+    base.load_state_dict(state)
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(base, folder)(ids).last_hidden_state
+    assert_close(theirs, adapted, rtol=1e-5, atol=1e-5)  # the file is in float32
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"rank": {"quary": 2}}, lorafamily.TargetError, r'rank\["quary"\] matches none of the 12 adapted layers'),
+        ({"rank": {"(": 2}}, lorafamily.TargetError, r'rank\["\("\]: no layer of that name, and no regular'),
+        ({"rank": {".*": 2, "query": 4}}, lorafamily.TargetError, r'rank\["query"\] has no effect.*narrow ones first'),
+        ({"rank": {3: 2}}, lorafamily.TargetError, "rank has the key 3"),
+        ({"rank": {"query": -1}}, lorafamily.BudgetError, r'rank\["query"\]=-1: must be a whole number'),
+        ({"rank": {"query": 2.0}}, lorafamily.BudgetError, r'rank\["query"\]=2.0: must be a whole number'),
+        ({"rank": {"query": 0}}, lorafamily.BudgetError, "leaves all 12 matched layers at rank 0"),
+        ({"rank": {}}, lorafamily.BudgetError, "leaves all 12 matched layers at rank 0"),
+        ({"rank": {"query": 2}, "budget": 1e4}, lorafamily.BudgetError, "both given"),
+        ({"alpha": {"query": 0}}, lorafamily.MethodError, "alpha=0: must be a positive"),
+        ({"alpha": {"quary": 1}}, lorafamily.TargetError, r'alpha\["quary"\] matches none'),
+        ({"alpha": {}, "scaling": "r"}, lorafamily.MethodError, 'must be "alpha/r", "alpha/sqrt'),
+        ({"method": "lora2", "inner_rank": {"query": -1}}, lorafamily.MethodError, "inner_rank={'query': -1}"),
+        ({"method": "lora2", "inner_rank": {"query": 1}, "rank_budget": 50}, lorafamily.BudgetError, "both say how"),
+    ],
+)
+def test_what_cannot_be_by_layer_is_refused_and_nothing_is_changed(given, error, message):
+    model = tiny()
+    with pytest.raises(error, match=message):
+        lorafamily.apply(model, **given)
+    assert not [name for name, _ in model.named_modules() if "lorafamily" in name]
+
+
+def test_a_saved_adapter_has_no_steps(tmp_path):
+    lorafamily.save(lorafamily.apply(tiny(), "lora", rank=2), tmp_path)
+    with pytest.raises(lorafamily.FileError, match="ranks of its end alone; leave out step=3"):
+        lorafamily.ranks_at(tmp_path, 3)
