@@ -35,6 +35,7 @@ from lorafamily.placement import (
     state_of,
     targets_of,
 )
+from lorafamily.quantised import quantised_layers
 from lorafamily.reading import Reads, check_left_out
 from lorafamily.registry import find
 from lorafamily.site import keep_padding, site_on
@@ -140,8 +141,13 @@ class Choice:
         built = {}
         for path, target in self.targets.items():
             with onloaded(target.layer):
-                weight = target.weight.to(device=device, dtype=dtype)
-                built[path] = self.method.build(weight, self.sizing.rank, dropout=self.dropout, generator=generator)
+                like = (target.held.dtype if target.held.is_floating_point() else torch.float32) if dtype is None else dtype
+                built[path] = self.method.build(  # a quantised weight's value is gone with the call
+                    target.weight if device is None else torch.empty(target.shape, dtype=like, device=device),
+                    self.sizing.rank,
+                    dropout=self.dropout,
+                    generator=generator,
+                )
         return built
 
 
@@ -172,7 +178,7 @@ def choose(
     if example is not None:
         matched = _with_effect(model, matched, example, by_default)
     beside = match_beside(model, also_train, matched)
-    shapes = {path: (w.shape[1], w.shape[0]) for path, target in matched.items() for w in [target.weight]}
+    shapes = {path: (d_in, d_out) for path, target in matched.items() for d_out, d_in in [target.shape]}
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
     return Choice(model, name, method, chosen, sizing, matched, beside, drops, by_default)
 
@@ -193,7 +199,7 @@ def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_
     Raises:
         TargetError: somebody named one that is without effect, or none is left.
     """
-    device = next(iter(matched.values())).weight.device
+    device = next(iter(matched.values())).held.device
     buffers = {at: buffer.clone() for at, buffer in movable_buffers(model).items()}
     with Reads(matched) as reads, evaluating(model, device), torch.no_grad():
         call(model, to_device(example, device))
@@ -213,8 +219,11 @@ def match_beside(
         TargetError: a pattern that matches no parameter, or one that matches such a weight.
     """
     beside = targeting.match_parameters(model, patterns)
-    weights = {id(target.kind.weight(target.layer)): path for path, target in adapted.items()}
+    weights = {id(target.held): path for path, target in adapted.items()}
+    packed = {id(layer._parameters["weight"]) for _, layer, _ in quantised_layers(model)}
     for name, parameter in beside.items():
+        if id(parameter) in packed:
+            raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")
         if id(parameter) in weights:
             raise TargetError(
                 f"also_train names {name}, the weight of a layer that gets an adapter ({weights[id(parameter)]}); "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +51,16 @@ class Placement:
 @dataclass
 class ModelState:
     """What lorafamily notes of a model: placements by name, the active one, which base parameters trained before, and
-    while a placement is merged the original weights by module name (None for those that were not kept)."""
+    while a placement is merged the original weights by module name (None for those that were not kept), the quantised
+    layers that others stand in for, what transformers noted of them, and ‖error‖ of layers quantised again."""
 
     trained_before: dict[str, bool]
     placements: dict[str, Placement] = field(default_factory=dict)
     active: str | None = None
     originals: dict[str, Tensor | None] | None = None
+    replaced: dict[str, nn.Module] = field(default_factory=dict)
+    noted_quantised: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
 
     @property
     def merged(self) -> bool:
