@@ -35,7 +35,7 @@ from lorafamily.placement import (
     state_of,
     targets_of,
 )
-from lorafamily.quantised import quantised_layers
+from lorafamily.quantised import packed_parameters
 from lorafamily.reading import Reads, check_left_out
 from lorafamily.registry import find
 from lorafamily.site import keep_padding, site_on
@@ -141,7 +141,11 @@ class Choice:
         built = {}
         for path, target in self.targets.items():
             with onloaded(target.layer):
-                like = (target.held.dtype if target.held.is_floating_point() else torch.float32) if dtype is None else dtype
+                like = (
+                    (target.held.dtype if target.held.is_floating_point() else torch.float32)
+                    if dtype is None
+                    else dtype
+                )
                 built[path] = self.method.build(  # a quantised weight's value is gone with the call
                     target.weight if device is None else torch.empty(target.shape, dtype=like, device=device),
                     self.sizing.rank,
@@ -220,7 +224,7 @@ def match_beside(
     """
     beside = targeting.match_parameters(model, patterns)
     weights = {id(target.held): path for path, target in adapted.items()}
-    packed = {id(layer._parameters["weight"]) for _, layer, _ in quantised_layers(model)}
+    packed = packed_parameters(model)
     for name, parameter in beside.items():
         if id(parameter) in packed:
             raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")

@@ -19,15 +19,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorafamily.layers import LayerKind, kind_of, register_layer_kind
 from lorafamily.errors import StateError
+from lorafamily.layers import LayerKind, kind_of, register_layer_kind
 from lorafamily.names import join
 from lorafamily.site import NAME, Front, base_parameters
 
 _ADAPTED = "adapted are bitsandbytes' Linear4bit (nf4, fp4) and Linear8bitLt, and torchao's weight-only int8"
 _OTHERS = {
     **{"hqq": "HQQ", "quanto": "quanto", "optimum": "quanto", "gptqmodel": "GPTQ", "auto_gptq": "GPTQ", "awq": "AWQ"},
-    **{"eetq": "EETQ", "aqlm": "AQLM", "vptq": "VPTQ", "spqr_quant": "SpQR", "compressed_tensors": "compressed-tensors"},
+    **{
+        "eetq": "EETQ",
+        "aqlm": "AQLM",
+        "vptq": "VPTQ",
+        "spqr_quant": "SpQR",
+        "compressed_tensors": "compressed-tensors",
+    },
 }
 """What quantises otherwise, by the package its layers or weights come from."""
 
@@ -67,6 +73,11 @@ class Quantised(LayerKind):
     @abstractmethod
     def requantised(self, module: Any, weight: Float[Tensor, "d_out d_in"]) -> nn.Module:
         """A layer like this one, its weight quantised from another with the same settings."""
+
+    def forget(self, module: Any) -> None:
+        """Let go of the weight; the layer keeps its settings and shape."""
+        old = module.weight
+        module._parameters["weight"] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype, device="meta"), False)
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,10 @@ class _FourBit(Quantised):
         at = torch.bucketize(W / factors.clamp_min(torch.finfo(torch.float32).tiny), between)
         return error[at] * factors**2
 
+    def forget(self, module: Any) -> None:
+        super().forget(module)
+        module.quant_state = None
+
     def requantised(self, module: Any, weight: Float[Tensor, "d_out d_in"]) -> nn.Module:
         new, old, state = _shell(module), module.weight, _state(module)
         settings = {"blocksize": old.blocksize, "compress_statistics": old.compress_statistics}
@@ -163,9 +178,13 @@ class _EightBit(Quantised):
         new.weight = type(module.weight)(cpu, requires_grad=False, has_fp16_weights=False).to(weight.device)
         return new
 
+    def forget(self, module: Any) -> None:
+        super().forget(module)
+        module.state.CB = module.state.SCB = None
+
     def _scale(self, module: Any) -> Tensor | None:
-        scale: Tensor | None = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-        return scale
+        scale: Tensor | None = getattr(module.weight, "SCB", None)
+        return module.state.SCB if scale is None else scale
 
 
 class _TorchAO(Quantised):
@@ -194,11 +213,14 @@ class _TorchAO(Quantised):
 
     def rounding(self, module: Any) -> Float[Tensor, "d_out d_in"]:
         shape, scale = self.shape(module), getattr(module.weight, "scale", None)
-        if scale is None or scale.ndim != 2 or any(size % blocks for size, blocks in zip(shape, scale.shape)):
+        if scale is None or scale.ndim != 2 or shape[0] % len(scale) or shape[1] % scale.shape[1]:
             return torch.full((1, 1), math.nan).expand(shape)  # a format whose steps are not known here
         for axis, size in enumerate(shape):
             scale = scale.repeat_interleave(size // scale.shape[axis], axis)
         return scale.float() ** 2 / 12
+
+    def forget(self, module: Any) -> None:
+        module.to("meta")  # of the same class there, by which the layer is known
 
     def requantised(self, module: Any, weight: Float[Tensor, "d_out d_in"]) -> nn.Module:
         old, granularity = module.weight, sys.modules["torchao.quantization.granularity"]
@@ -331,6 +353,41 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def packed_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that hold quantised weights, and cannot train."""
+    return {id(layer._parameters["weight"]) for _, layer, _ in quantised_layers(model)}
+
+
+class _ByKernel(torch.autograd.Function):
+    """x Wᵀ as kernels on a CPU compute it: W is dequantised for the product, and for its gradient again or still."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int], keeps: bool) -> Tensor:
+        W = x.new_empty(shape)
+        ctx.shape, ctx.W = shape, W if keeps else None
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient @ (gradient.new_empty(ctx.shape) if ctx.W is None else ctx.W), None, None
+
+
+def stand_in(kind: Quantised, layer: Any, dtype: torch.dtype | None) -> nn.Linear:
+    """A layer on the meta device that takes the memory in a training step that a quantised one takes."""
+    shape, bias = kind.shape(layer), layer.bias
+    new = nn.Linear(
+        shape[1], shape[0], bias is not None, device="meta", dtype=dtype or (bias.dtype if bias is not None else None)
+    )
+    keeps = isinstance(kind, _TorchAO)
+
+    def forward(input: Tensor) -> Tensor:
+        y: Tensor = _ByKernel.apply(input, shape, keeps)
+        return y if new.bias is None else y + new.bias
+
+    new.forward = forward  # type: ignore[method-assign]
+    return new.requires_grad_(False)
+
+
 def check_replacement(model: nn.Module, adapted: str | None, dtype: torch.dtype | None, again: bool) -> None:
     """Whether quantised layers can be merged as asked; `adapted`: one that carries an adapter, None where none does.
 
@@ -388,9 +445,11 @@ def exchange(model: nn.Module, at: str, new: nn.Module, keep: str = "device") ->
     if NAME in vars(old):
         vars(new)[NAME] = vars(old)[NAME]
     if keep == "device":  # of the model, which may have moved since
-        new.to(old.weight.device)
-    else:
-        old.to("cpu" if keep == "cpu" else "meta")
+        new.to(old.get_parameter("weight").device)
+    elif keep == "cpu":
+        old.to("cpu")
+    elif isinstance(kind := kind_of(old), Quantised):
+        kind.forget(old)
     return old
 
 

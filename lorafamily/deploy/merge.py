@@ -80,7 +80,8 @@ def merge(
             changes[_replaceable(path, targets[path])].append((path, targets[path], adapter))
     for _, site in sites_in(owner):
         site.step_aside()
-    state.originals = originals = {}
+    originals: dict[str, Tensor | None] = {}
+    state.originals = originals
     try:
         for parameter, of in changes.items():  # one by one: all merged weights at once would be a second model
             merged = changed_weight(parameter.data, [(target.kind, adapter) for _, target, adapter in of])

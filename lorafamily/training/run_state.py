@@ -72,8 +72,8 @@ class RunState:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def base_now(self) -> dict[str, int]:
-        """Fingerprints of the frozen base weights, of quantised ones with what they are scaled by; of a sharded one those
-        of all its pieces together."""
+        """Fingerprints of the frozen base weights, of quantised ones with their scales; of a sharded one those of all
+        its pieces together."""
         own = [(name, p) for name, p in tensors_of(self.model).items() if not p.requires_grad]
         found = fingerprints(own)
         if sharded := [name for name, p in own if hasattr(p, "to_local")]:
