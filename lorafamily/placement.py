@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lorafamily.budget import Sizing
 from lorafamily.errors import StateError
 from lorafamily.method import Method
 from lorafamily.parts import Target
+from lorafamily.quantised import Replaced
 from lorafamily.site import Site, base_parameters, keep_padding, site_for, sites_in
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,16 +52,13 @@ class Placement:
 @dataclass
 class ModelState:
     """What lorafamily notes of a model: placements by name, the active one, which base parameters trained before, and
-    while a placement is merged the original weights by module name (None for those that were not kept), the quantised
-    layers that others stand in for, what transformers noted of them, and ‖error‖ of layers quantised again."""
+    while a placement is merged the original weights by module name (None for those that were not kept)."""
 
     trained_before: dict[str, bool]
     placements: dict[str, Placement] = field(default_factory=dict)
     active: str | None = None
     originals: dict[str, Tensor | None] | None = None
-    replaced: dict[str, nn.Module] = field(default_factory=dict)
-    noted_quantised: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lost: dict[str, float] = field(default_factory=dict)
+    quantised: Replaced = field(default_factory=Replaced)
 
     @property
     def merged(self) -> bool:

@@ -12,7 +12,7 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -413,6 +413,16 @@ def check_replacement(model: nn.Module, adapted: str | None, dtype: torch.dtype 
                 + (f"has a forward of its own on the instance ({forward!r})" if at else "is a quantised layer itself")
                 + ", so no other layer can take its place"
             )
+
+
+@dataclass
+class Replaced:
+    """Of a merged model: `layers`: the quantised ones, by name, that others stand in for; `noted`: what transformers
+    said of them; `lost`: ‖error‖ by adapter where W + ΔW was quantised again."""
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    noted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
 
 
 def plain_layer(kind: Quantised, layer: Any, weight: Float[Tensor, "d_out d_in"], dtype: torch.dtype) -> nn.Module:

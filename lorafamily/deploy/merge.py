@@ -21,6 +21,7 @@ from lorafamily.parts import Target
 from lorafamily.placement import Model, ModelState, Placement, noted, placement_of, targets_of
 from lorafamily.quantised import (
     Quantised,
+    Replaced,
     check_replacement,
     exchange,
     forget_quantised,
@@ -93,14 +94,15 @@ def merge(
             if own or dequantise:
                 W = changed_weight(kind.weight(layer), [(target.kind, adapter) for _, target, adapter in own])
                 new = plain_layer(kind, layer, W, dequantise) if dequantise else kind.requantised(layer, W)
-                lost = (kind.weight(new) - W).cpu() if requantise else None
-                state.replaced[at] = exchange(owner, at, new, keep)
-                state.lost |= {path: float(t.kind.matrix(lost).norm()) for path, t, _ in own if lost is not None}
+                state.quantised.layers[at] = exchange(owner, at, new, keep)
+                if requantise:
+                    lost = kind.weight(new) - W
+                    state.quantised.lost |= {path: float(t.kind.matrix(lost).norm()) for path, t, _ in own}
                 originals |= dict.fromkeys([path for path, _, _ in own] if keep == "none" else [])
         if dequantise:
-            state.noted_quantised = forget_quantised(owner)
+            state.quantised.noted = forget_quantised(owner)
     except BaseException as error:
-        if keep == "none" and (originals or state.replaced):
+        if keep == "none" and (originals or state.quantised.layers):
             raise StateError(
                 f'merging failed in the middle ({error}), and with keep="none" nothing can be undone: load the base '
                 "again"
@@ -108,8 +110,8 @@ def merge(
         _undo(owner, state)
         raise
     keep_padding(owner)
-    if state.lost:
-        _say_lost(placement, state.lost)
+    if state.quantised.lost:
+        _say_lost(placement, state.quantised.lost)
     return model
 
 
@@ -143,9 +145,9 @@ def unmerge(model: Model) -> Model:
 
 
 def _undo(owner: nn.Module, state: ModelState) -> None:
-    for at, layer in state.replaced.items():
+    for at, layer in state.quantised.layers.items():
         exchange(owner, at, layer)
-    remember_quantised(owner, state.noted_quantised)
+    remember_quantised(owner, state.quantised.noted)
     targets = targets_of(owner)
     _put_back(state.originals or {}, targets)
     for placement in state.placements.values():
@@ -155,7 +157,7 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
     for _, site in sites_in(owner):
         site.stand()
     keep_padding(owner)
-    state.originals, state.replaced, state.lost, state.noted_quantised = None, {}, {}, {}
+    state.originals, state.quantised = None, Replaced()
 
 
 @torch.no_grad()
