@@ -55,21 +55,21 @@ def base() -> nn.Module:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=8192, **SIZES, tie_word_embeddings=False, dtype=torch.bfloat16)
+    config = transformers.LlamaConfig(vocab_size=8192, **SIZES, tie_word_embeddings=False, dtype=torch.float32)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model = transformers.LlamaForCausalLM(config)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            weight = torch.randn(layer.weight.shape, dtype=torch.bfloat16) / layer.in_features**0.5
+            weight = torch.randn(layer.weight.shape) / layer.in_features**0.5
             with torch.device("meta"):
-                new = Linear4bit(layer.in_features, layer.out_features, False, torch.bfloat16)
+                new = Linear4bit(layer.in_features, layer.out_features, False, torch.float32)
             new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new)
             new.to("cpu")  # which quantises
             model.set_submodule(name, new)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                value = torch.randn(parameter.shape, dtype=torch.bfloat16) * 0.02
+                value = torch.randn(parameter.shape) * 0.02
                 module._parameters[name] = nn.Parameter(value.abs().sign() if value.ndim == 1 else value)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.train().requires_grad_(False)
@@ -132,7 +132,13 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {"lorafamily": [], "peft": []}
     for _ in range(ROUNDS):
         for by, found in rows.items():
-            done = subprocess.run([sys.executable, __file__, by], check=True, capture_output=True, text=True)
+            returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            command = [
+                sys.executable,
+                __file__,
+                by,
+            ]  # glibc gives freed tensors back then, so that what is left is used
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=returned)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     first = rows["lorafamily"][0]
     print(

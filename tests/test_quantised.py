@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -520,6 +522,39 @@ def test_samples_are_routed_and_copies_compute_the_same(base):
         assert_near(outputs(model), torch.stack(wanted))
     lorafamily.switch(model, "b")
     assert torch.equal(outputs(copy.deepcopy(model)), outputs(model))
+
+
+@pytest.mark.filterwarnings("ignore")  # Trainer's own, of many kinds
+def test_a_trainer_trains_it_once_told(base, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    from lorafamily.integrations import LoraFamilyCallback
+
+    model = base("llama", "nf4")
+    lorafamily.apply(model, "adalora", rank=4, seed=0, interval=0.1)
+    stored, before = bits(model), lorafamily.summary(model).rank
+    settings = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_steps": 12, "save_strategy": "no"}
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), **settings)
+    samples = [{"input_ids": row, "labels": row} for row in IDS]
+    given = {"args": args, "train_dataset": samples, "callbacks": [LoraFamilyCallback(model)]}
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(model, **given)
+    model.is_quantized = False
+    transformers.Trainer(model, **given).train()
+    assert lorafamily.summary(model).rank < before
+    assert same(bits(model), stored)
+
+
+def test_the_page_runs(base, checkpoints, tmp_path, monkeypatch):
+    """docs/quantised.md, on a small model and for few steps."""
+    base("llama", "nf4")  # or skip
+    page = (Path(__file__).parents[1] / "docs" / "quantised.md").read_text()
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+    monkeypatch.chdir(tmp_path)
+    scope = {"folder": checkpoints["llama"], "batches": [batch("llama")]}
+    with pytest.warns(UserWarning, match="quantising W"):
+        exec(code.replace("1e6", "8e3").replace("steps=1000", "steps=4"), scope)
+    assert "lost" in str(lorafamily.summary(scope["model"]))
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
 
 
 def test_neither_library_is_imported_by_itself():
