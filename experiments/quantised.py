@@ -1,10 +1,10 @@
 """What a training step on a 4-bit base takes, beside peft on the same base.
 
 A LLaMA of random weights is quantised to nf4 and adapted, by lorafamily or by peft, at one rank on all linear layers.
-Every measurement is a process of its own, in turn, and repeated: its peak is that of the step alone, what the step
+Every measurement is a process of its own, in turn: its peak is that of the step alone, what the step
 holds beyond the quantised model, as the operating system counts it.
 
-    python experiments/quantised.py
+    OMP_NUM_THREADS=1 python experiments/quantised.py
 """
 
 from __future__ import annotations
