@@ -1,8 +1,8 @@
 """What a training step on a 4-bit base takes, beside peft on the same base.
 
 A LLaMA of random weights is quantised to nf4 and adapted, by lorafamily or by peft, at one rank on all linear layers.
-Every measurement is a process of its own, in turn: its peak is that of the step alone, what the step
-holds beyond the quantised model, as the operating system counts it.
+Every measurement is a process of its own, in turn. Its peak is the most memory that the operating system gave it in a
+step; of that the step's share is what it did not have before the step.
 
     OMP_NUM_THREADS=1 python experiments/quantised.py
 """
