@@ -51,7 +51,7 @@ def gathered(
     """
     refuse_one_batch(data)
     wants = set(wants)
-    device = next(iter(targets.values())).weight.device
+    device = next(iter(targets.values())).held.device
     inputs = Inputs(targets, directions) if "inputs" in wants else None
     gradients = Gradients(targets) if "gradients" in wants else None
     weigh = weigher("auto", model, loss_fn)
@@ -141,7 +141,7 @@ class Inputs:
         """Of a layer that is adapted by parts one of these; all have its inputs."""
         self.layers = {self.at[id(target.layer)]: target.layer for target in targets.values()}
         self.targets = targets
-        self.k = {at: min(directions, target.weight.shape[1]) for at, target in targets.items()}
+        self.k = {at: min(directions, target.shape[1]) for at, target in targets.items()}
         self.found: dict[str, Principal] = {}
         self.same: dict[str, str] = {}
         self.masks: dict[tuple[int, ...], Tensor] = {}

@@ -38,6 +38,7 @@ from lorafamily.placement import (
     state_of,
     targets_of,
 )
+from lorafamily.quantised import packed_parameters
 from lorafamily.reading import Reads, check_left_out
 from lorafamily.registry import find
 from lorafamily.site import keep_padding, site_on
@@ -193,7 +194,7 @@ def _informed(
         raise MethodError("data and evidence are both given; evidence is what data gave, so give one")
     if data is None and loss_fn is not None:
         raise MethodError("loss_fn is for data, and there is none")
-    if all(target.weight.is_meta for target in choice.targets.values()):
+    if all(target.held.is_meta for target in choice.targets.values()):
         return choice  # of nothing nothing can be computed, ranks neither
     if data is None and evidence is None:
         raise MethodError(
@@ -207,7 +208,7 @@ def _informed(
     choice = replace(choice, evidence=layers, alike=choice.sizing.rank if start.one_scale else None)
     if isinstance(rank, Mapping):
         return choice
-    shapes = {path: (w.shape[1], w.shape[0]) for path, target in choice.targets.items() for w in [target.weight]}
+    shapes = {path: (d_in, d_out) for path, target in choice.targets.items() for d_out, d_in in [target.shape]}
     sizing, method = choice.sizing, choice.method
 
     def parameters(layer: str, rank: int) -> int:
@@ -237,7 +238,7 @@ def _check_evidence(choice: Choice, start: FromEvidence, evidence: Evidence) -> 
     if not isinstance(evidence, Evidence):
         raise MethodError(f"evidence is a {type(evidence).__name__}; it must be what lorafamily.gather returned")
     for path, target in choice.targets.items():
-        layer, (d_out, d_in) = evidence.layers.get(path), target.weight.shape
+        layer, (d_out, d_in) = evidence.layers.get(path), target.shape
         if layer is None:
             raise MethodError(f"evidence has nothing of {path}; gather it with the same targets")
         if "gradients" in start.wants and (layer.gradient is None or tuple(layer.gradient.shape) != (d_out, d_in)):
@@ -279,23 +280,23 @@ class Choice:
         another dtype."""
         built = {}
         # Of no slices there is no alpha/r: a layer that begins without is scaled like the one with the most.
-        most_slices = max(
-            self.method.at(path).slices(w.shape[1], w.shape[0], self.sizing.rank_of(path))
+        slices = {
+            path: self.method.at(path).slices(d_in, d_out, self.sizing.rank_of(path))
             for path, target in self.targets.items()
-            for w in [target.weight]
-        )
+            for d_out, d_in in [target.shape]
+        }
         for path, target in self.targets.items():
             with onloaded(target.layer):
-                own = self.method.at(path)
-                rank = self.sizing.rank_of(path)
-                weight = target.weight.to(device=device, dtype=dtype)
-                built[path] = own.build(
-                    weight,
-                    rank,
+                held = target.held.dtype if target.held.is_floating_point() else torch.float32
+                like = held if dtype is None else dtype
+                built[path] = self.method.at(path).build(  # a quantised weight's value is gone with the call
+                    target.weight.to(dtype=dtype)
+                    if device is None
+                    else torch.empty(target.shape, dtype=like, device=device),
+                    self.sizing.rank_of(path),
                     dropout=self.dropout,
                     generator=generator,
-                    scaled_as=self.alike
-                    or (None if own.slices(weight.shape[1], weight.shape[0], rank) else most_slices),
+                    scaled_as=self.alike or (None if slices[path] else max(slices.values())),
                     evidence=None if self.evidence is None else self.evidence[path],
                 )
         return built
@@ -330,7 +331,7 @@ def choose(
     if example is not None:
         matched = _with_effect(model, matched, example, by_default)
     beside = match_beside(model, also_train, matched)
-    shapes = {path: (w.shape[1], w.shape[0]) for path, target in matched.items() for w in [target.weight]}
+    shapes = {path: (d_in, d_out) for path, target in matched.items() for d_out, d_in in [target.shape]}
     own = find(method).options()
     by_name = {option: by_layer(value, shapes, option, own[option]) for option, value in chosen.layered.items()}
     chosen = chosen.with_options(**by_name)
@@ -354,7 +355,7 @@ def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_
     Raises:
         TargetError: somebody named one that is without effect, or none is left.
     """
-    device = next(iter(matched.values())).weight.device
+    device = next(iter(matched.values())).held.device
     buffers = {at: buffer.clone() for at, buffer in movable_buffers(model).items()}
     with Reads(matched) as reads, evaluating(model, device), torch.no_grad():
         call(model, to_device(example, device))
@@ -374,8 +375,11 @@ def match_beside(
         TargetError: a pattern that matches no parameter, or one that matches such a weight.
     """
     beside = targeting.match_parameters(model, patterns)
-    weights = {id(target.kind.weight(target.layer)): path for path, target in adapted.items()}
+    weights = {id(target.held): path for path, target in adapted.items()}
+    packed = packed_parameters(model)
     for name, parameter in beside.items():
+        if id(parameter) in packed:
+            raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")
         if id(parameter) in weights:
             raise TargetError(
                 f"also_train names {name}, the weight of a layer that gets an adapter ({weights[id(parameter)]}); "

@@ -95,6 +95,15 @@ class LayerKind(ABC):
         except AttributeError:
             return cast(Tensor, module.weight)
 
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """(d_out, d_in) of the weight."""
+        d_out, d_in = self.matrix(self.weight(module)).shape
+        return d_out, d_in
+
+    def stored(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors that the weight follows from: itself, where it is not quantised."""
+        return {"weight": self.weight(module)}
+
     def stored_as(self, at: str) -> str:
         """The name of that parameter in a state dict, for a layer of the full name `at`."""
         return f"{at}.weight"

@@ -47,8 +47,18 @@ class Target:
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The weight's present value, a view where it is a parameter."""
+        """The weight's present value, a view where it is a parameter, a new tensor where it is quantised."""
         return self.kind.matrix(self.kind.weight(self.layer))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.kind.shape(self.layer)
+
+    @property
+    def held(self) -> Tensor:
+        """What the layer holds of the weight: the parameter, where there is one."""
+        return next(iter(self.kind.stored(self.layer).values()))
 
     @property
     def layer_kind(self) -> LayerKind:
@@ -107,14 +117,21 @@ class Rows(LayerKind):
         return module.get_parameter(self.held_in)
 
     def weight(self, module: nn.Module) -> Tensor:
-        return cast(Tensor, attrgetter(self.held_in)(module))
+        return self.of.weight(module)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        d_out, d_in = self.of.shape(module)
+        return d_out // self.period * self._place[1], d_in
+
+    def stored(self, module: nn.Module) -> dict[str, Tensor]:
+        return self.of.stored(module)
 
     def stored_as(self, at: str) -> str:
         return join(at.rpartition(".")[0], self.held_in)
 
     def described(self) -> dict[str, Any]:
-        parts = dict(self.sizes)
-        return {"kind": self.name, "of": self.of.name, "held_in": self.held_in, "parts": parts, "part": self.part}
+        of, parts = self.of.described()["kind"], dict(self.sizes)
+        return {"kind": self.name, "of": of, "held_in": self.held_in, "parts": parts, "part": self.part}
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,10 @@ class ReadRows(Rows):
     name = "read rows"
     additive = False
     by_sample = False
+    shape, stored = LayerKind.shape, LayerKind.stored
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return cast(Tensor, attrgetter(self.held_in)(module))
 
     def output(self, site: Site, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         read: dict[str, Tensor] = {}
@@ -174,7 +195,9 @@ def target_of_record(model: nn.Module, at: str, entry: Mapping[str, Any]) -> Tar
         fits = kind in _of_attention(layer)
     else:
         own = kind_of(layer)
-        fits = own == kind.of and _is_linear(layer) and len(Target(layer, kind.of).weight) % kind.period == 0
+        fits = own is not None and own.described() == kind.of.described() and _is_linear(layer)
+        kind = kind if own is None else replace(kind, of=own)  # quantised, perhaps, where the file's was not
+        fits = fits and kind.of.shape(layer)[0] % kind.period == 0
         fits = fits and (kind in standing if standing else not _taken(layer, dict(kind.sizes)))
     return Target(layer, kind) if fits else None
 
@@ -229,7 +252,7 @@ def _of_attention(layer: nn.MultiheadAttention) -> list[Rows]:
 def _declared(at: str, layer: nn.Module, given: Sequence[str] | Mapping[str, int]) -> list[Rows]:
     of = kind_of(layer)
     assert of is not None
-    rows = len(Target(layer, of).weight)
+    rows, _ = of.shape(layer)
     sizes = given if isinstance(given, Mapping) else dict.fromkeys(given, rows // max(1, len(given)))
     if isinstance(given, str) or not _are_sizes(sizes) or rows % sum(sizes.values()):
         raise TargetError(

@@ -21,6 +21,7 @@ from lorafamily.budget import Sizing
 from lorafamily.errors import StateError
 from lorafamily.method import Method
 from lorafamily.parts import Target
+from lorafamily.quantised import Replaced
 from lorafamily.site import Site, base_parameters, keep_padding, site_for, sites_in
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,6 +62,7 @@ class ModelState:
     placements: dict[str, Placement] = field(default_factory=dict)
     active: str | None = None
     originals: dict[str, Tensor | None] | None = None
+    quantised: Replaced = field(default_factory=Replaced)
 
     @property
     def merged(self) -> bool:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from lorafamily.errors import TargetError
-from lorafamily.layers import kind_named, kind_of, why_not
+from lorafamily.layers import kind_of, why_not
 from lorafamily.parts import Fused, Target, possible_targets
+from lorafamily.quantised import refused_layers
 from lorafamily.site import base_parameters
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -42,14 +43,15 @@ def match(
         TargetError: a target that matches no layer, or only layers that cannot carry an adapter, with the reason.
     """
     able = possible_targets(model, fused)
-    packed = _packed(model)
-    left_out = {} if exclude is None else _named(model, exclude, able | packed)
-    chosen = {name: target for name, target in _named(model, targets, able).items() if name not in left_out}
-    for name, target in _named(model, targets, packed).items() if packed and by_default(targets) else ():
-        if name not in left_out:
+    refused = {name: Target(layer, kind) for name, layer, kind in refused_layers(model)}
+    left_out = {} if exclude is None else _named(model, exclude, able | refused)
+    both = able if callable(targets) else able | refused  # a predicate is asked for what can carry one
+    chosen = {name: target for name, target in _named(model, targets, both).items() if name not in left_out}
+    for name, target in chosen.items():
+        if name in refused:
             raise TargetError(
-                f"{name} ({type(target.layer).__name__}) cannot carry an adapter: {why_not(target.layer)} "
-                f'(quantised?); leave it out with exclude="{name}"'
+                f"{name} ({type(target.layer).__name__}) cannot carry an adapter: {why_not(target.layer)}; or leave it "
+                f'out with exclude="{name}"'
             )
     if not chosen:
         without = "" if exclude is None else f" without exclude={exclude!r}"
@@ -62,17 +64,6 @@ def match(
 def by_default(targets: Targets) -> bool:
     """Whether nobody named layers, but at most a kind of them."""
     return targets is None or targets in ("all-linear", "attention")
-
-
-def _packed(model: nn.Module) -> dict[str, Target]:
-    """Linear layers whose weight is no plain floating-point matrix."""
-    linear = kind_named("linear")
-    assert linear is not None
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    weights = {name: module._parameters.get("weight") for name, module in layers.items()}
-    return {
-        name: Target(layers[name], linear) for name, w in weights.items() if w is not None and not w.is_floating_point()
-    }
 
 
 def _named(model: nn.Module, targets: Targets, able: dict[str, Target]) -> dict[str, Target]:

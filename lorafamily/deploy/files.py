@@ -41,6 +41,7 @@ from lorafamily.placement import (
     targets_of,
     warn_of_no_session,
 )
+from lorafamily.quantised import shapes_of
 from lorafamily.registry import find
 from lorafamily.site import base_parameters
 
@@ -95,12 +96,13 @@ def described(
     modules: dict[str, dict[str, Any]] = {}
     shared = _shared(model)
     for at, target in targets.items():
-        modules[at] = {**target.kind.described(), "shape": list(target.weight.shape)}
-        if len(names := shared.get(id(target.kind.weight(target.layer)), ())) > 1:
+        modules[at] = {**target.kind.described(), "shape": list(target.shape)}
+        if len(names := shared.get(id(target.held), ())) > 1:
             modules[at]["tied"] = names
         if originals is not None:
             original = originals.get(at)
-            modules[at]["weight_hash"] = _hash(target.kind.weight(target.layer) if original is None else original)
+            stored = target.kind.stored(target.layer)
+            modules[at]["weight_hash"] = _hash(*(stored.values() if original is None else [original]))
     record = {
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
@@ -236,7 +238,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
         )
     for at, adapter in saved.adapters.items():
         with onloaded(targets[at].layer):
-            adapter.to(targets[at].weight.device)
+            adapter.to(targets[at].held.device)
     parameters, buffers = base_parameters(owner), movable_buffers(owner)
     both = {**parameters, **buffers}
     beside = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.beside.items()}
@@ -267,13 +269,16 @@ def _is_count(value: Any) -> bool:
 
 
 def _shapes(model: nn.Module) -> str:
-    """A hash of the names and shapes of the base's parameters."""
-    lines = [f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(base_parameters(model).items())]
+    """A hash of the names and shapes of the base's parameters, quantised or not."""
+    lines = [f"{name} {shape}" for name, shape in sorted(shapes_of(model).items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
-def _hash(weight: Tensor) -> str:
-    return hashlib.sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
+def _hash(*stored: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in stored:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _shared(model: nn.Module) -> dict[int, list[str]]:
@@ -295,9 +300,9 @@ def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:
             wrong.append(f"{at} is missing, or cannot carry an adapter")
             continue
         targets[at] = target
-        if (shape := list(target.weight.shape)) != entry["shape"]:
+        if (shape := list(target.shape)) != entry["shape"]:
             wrong.append(f"{at} is {shape}, not {entry['shape']}")
-        elif "weight_hash" in entry and _hash(target.kind.weight(target.layer)) != entry["weight_hash"]:
+        elif "weight_hash" in entry and _hash(*target.kind.stored(target.layer).values()) != entry["weight_hash"]:
             wrong.append(f"{at} has other weights")
     own = {**base_parameters(model), **movable_buffers(model)}
     for at, value in saved.beside.items():

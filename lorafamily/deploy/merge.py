@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,25 +18,48 @@ from lorafamily.errors import StateError
 from lorafamily.layers import Acting
 from lorafamily.names import join
 from lorafamily.parts import Target
-from lorafamily.placement import Model, Placement, noted, placement_of, targets_of
+from lorafamily.placement import Model, ModelState, Placement, noted, placement_of, targets_of
+from lorafamily.quantised import (
+    Quantised,
+    Replaced,
+    check_replacement,
+    exchange,
+    forget_quantised,
+    plain_layer,
+    quantised_layers,
+    remember_quantised,
+)
 from lorafamily.site import keep_padding, sites_in
 
 
 @torch.no_grad()
-def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") -> Model:
+def merge(
+    model: Model,
+    *,
+    keep: Literal["device", "cpu", "none"] = "device",
+    dequantise: torch.dtype | None = None,
+    requantise: bool = False,
+) -> Model:
     """Fold the active adapters into their weights, W + ΔW, and leave nothing of them in the forward pass.
 
     ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. Merged modules have their own
     forward again, and `state_dict()` the base's names: `save_pretrained` writes an ordinary checkpoint. Merging what is
     merged changes nothing. `merge_difference` says how far the rounding moves the outputs.
 
+    A quantised base is merged one way or the other, never by itself; its layers wait for `unmerge` as they are.
+
     Args:
         keep: where the original weights wait, whose bits `unmerge` gives back: on their device, in CPU memory, or
             nowhere, with which merging is for good.
+        dequantise: ordinary layers of this dtype (best that of the rest of the model) stand in for all quantised ones,
+            those without adapter too: the model is an ordinary one then, and as large.
+        requantise: quantise W + ΔW again, with the settings of each layer. What that loses of ΔW, which may be most of
+            it, is said as a warning, and of every layer in `summary`.
 
     Raises:
         StateError: no adapter is active, an adapted weight is shared with another layer, which would change too, or it
-            is not there: computed from others (parametrised), or offloaded.
+            is not there: computed from others (parametrised), or offloaded; it is quantised, and neither `dequantise`
+            nor `requantise` given, or given where nothing is quantised.
     """
     if keep not in ("device", "cpu", "none"):
         raise StateError(f'keep={keep!r}: must be "device", "cpu" or "none"')
@@ -43,30 +69,60 @@ def merge(model: Model, *, keep: Literal["device", "cpu", "none"] = "device") ->
     if state.merged:
         return model
     targets = targets_of(owner)
+    quantised = {path: targets[path] for path in placement.adapters if isinstance(targets[path].layer_kind, Quantised)}
+    check_replacement(owner, next(iter(quantised), None), dequantise, requantise)
     _refuse_shared(owner, placement, targets)
     changes: dict[nn.Parameter, list[tuple[str, Target, Adapter]]] = defaultdict(list)
+    of_layer: dict[int, list[tuple[str, Target, Adapter]]] = defaultdict(list)
     for path, adapter in placement.adapters.items():
-        changes[_replaceable(path, targets[path])].append((path, targets[path], adapter))
+        if path in quantised:
+            of_layer[id(targets[path].layer)].append((path, targets[path], adapter))
+        else:
+            changes[_replaceable(path, targets[path])].append((path, targets[path], adapter))
+    for _, site in sites_in(owner):
+        site.step_aside()
     originals: dict[str, Tensor | None] = {}
+    state.originals = originals
     try:
         for parameter, of in changes.items():  # one by one: all merged weights at once would be a second model
             merged = changed_weight(parameter.data, [(target.kind, adapter) for _, target, adapter in of])
             kept = None if keep == "none" else parameter.data if keep == "device" else parameter.data.cpu()
             originals |= {path: kept for path, _, _ in of}
             parameter.data = merged
+        for at, layer, kind in [*quantised_layers(owner)] if dequantise or requantise else ():
+            own = of_layer[id(layer)]
+            if own or dequantise:
+                W = changed_weight(kind.weight(layer), [(target.kind, adapter) for _, target, adapter in own])
+                new = plain_layer(kind, layer, W, dequantise) if dequantise else kind.requantised(layer, W)
+                state.quantised.layers[at] = exchange(owner, at, new, keep)
+                if requantise:
+                    lost = kind.weight(new) - W
+                    state.quantised.lost |= {path: float(t.kind.matrix(lost).norm()) for path, t, _ in own}
+                originals |= dict.fromkeys([path for path, _, _ in own] if keep == "none" else [])
+        if dequantise:
+            state.quantised.noted = forget_quantised(owner)
     except BaseException as error:
-        if None in originals.values():
+        if keep == "none" and (originals or state.quantised.layers):
             raise StateError(
                 f'merging failed in the middle ({error}), and with keep="none" nothing can be undone: load the base '
                 "again"
             ) from error
-        _put_back(originals, targets)
+        _undo(owner, state)
         raise
-    for _, site in sites_in(owner):
-        site.step_aside()
     keep_padding(owner)
-    state.originals = originals
+    if state.quantised.lost:
+        _say_lost(placement, state.quantised.lost)
     return model
+
+
+def _say_lost(placement: Placement, lost: Mapping[str, float]) -> None:
+    shares = {path: error / (placement.adapters[path].norm() or math.inf) for path, error in lost.items()}
+    least, most = min(shares, key=lambda path: shares[path]), max(shares, key=lambda path: shares[path])
+    warnings.warn(
+        f"quantising W + ΔW again left an error of {shares[least]:.0%} to {shares[most]:.0%} of ‖ΔW‖ (the most in "
+        f"{most}); summary has every layer's, and dequantise=... loses none",
+        stacklevel=4,
+    )
 
 
 @torch.no_grad()
@@ -84,37 +140,47 @@ def unmerge(model: Model) -> Model:
             f'adapter "{state.active}" was merged with keep="none": the original weights are gone; load the base '
             'again, or merge with keep="cpu"'
         )
+    _undo(owner, state)
+    return model
+
+
+def _undo(owner: nn.Module, state: ModelState) -> None:
+    for at, layer in state.quantised.layers.items():
+        exchange(owner, at, layer)
+    remember_quantised(owner, state.quantised.noted)
     targets = targets_of(owner)
-    _put_back(state.originals, targets)
+    _put_back(state.originals or {}, targets)
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
-            like = targets[path].weight
+            like = targets[path].held
             adapter.to(like.device, torch.promote_types(next(adapter.parameters()).dtype, like.dtype))
     for _, site in sites_in(owner):
         site.stand()
     keep_padding(owner)
-    state.originals = None
-    return model
+    state.originals, state.quantised = None, Replaced()
 
 
 @torch.no_grad()
-def merge_difference(model: nn.Module, batch: Any) -> float:
+def merge_difference(
+    model: nn.Module, batch: Any, *, dequantise: torch.dtype | None = None, requantise: bool = False
+) -> float:
     """Largest difference that merging makes to the outputs on a batch, in eval mode; the model stays as it was.
 
     Of the logits where the model returns an object with `.logits`, of the tensor it returns otherwise; `batch` goes to
-    the model as in `train`.
+    the model as in `train`, `dequantise` and `requantise` to `merge`.
 
     Raises:
         StateError: no adapter is active, or merging is refused.
     """
     (_, state), training = noted(model), model.training
     merged = state is not None and state.merged
+    merging = partial(merge, dequantise=dequantise, requantise=requantise)
     model.eval()
     try:
-        both = [outputs_of(change(model), batch).float() for change in (unmerge, merge)]
+        both = [outputs_of(change(model), batch).float() for change in (unmerge, merging)]
     finally:
         model.train(training)
-        (merge if merged else unmerge)(model)
+        (merging if merged else unmerge)(model)
     return float((both[0] - both[1]).abs().max())
 
 

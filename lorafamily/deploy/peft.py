@@ -462,7 +462,7 @@ def _checked_factors(
         if U is None or V is None:
             wrong.append(f"{at}.lora_{'B' if U is None else 'A'} is missing")
             continue
-        d_out, d_in = targets[at].weight.shape
+        d_out, d_in = targets[at].shape
         groups = _groups(targets[at].layer)
         wanted = {"B": (U, (d_out, ranks[at] // groups)), "A": (V, (ranks[at], d_in * groups))}
         for letter, (factor, shape) in wanted.items():

@@ -47,7 +47,7 @@ def place_plain(
     on_device = {}
     for at, target in targets.items():
         if at in factors:
-            (U, V), device = factors[at], target.weight.device
+            (U, V), device = factors[at], target.held.device
             on_device[at] = U.to(device), V.to(device)
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
     parameters, buffers = base_parameters(owner), movable_buffers(owner)

@@ -95,18 +95,18 @@ def _route(site: Site, names: list[str], entry: Int[Tensor, " samples"]) -> Rout
     updates = [_update(site, name) for name in names]
     if not any(updates):
         return None
-    weight = site.kind.matrix(site.kind.weight(site.layer))
-    d_out, d_in = weight.shape
-    factors = [(weight.new_zeros(d_out, 0), weight.new_zeros(0, d_in))]
+    (d_out, d_in), held = site.kind.shape(site.layer), next(iter(site.kind.stored(site.layer).values()))
+    like = torch.empty(0, dtype=held.dtype if held.is_floating_point() else torch.float32, device=held.device)
+    factors = [(like.new_zeros(d_out, 0), like.new_zeros(0, d_in))]
     for update in updates:
         if update:
             U, V, scale = whole_update(update)
-            factors.append(((scale * U).to(weight), V.to(weight)))
+            factors.append(((scale * U).to(like), V.to(like)))
         else:
             factors.append(factors[0])
     most = max(len(V) for _, V in factors)
     Us, Vs = zip(*(padded(U, V, most) for U, V in factors), strict=True)
-    return Route(site.at, torch.stack(Us), torch.stack(Vs), entry.to(weight.device))
+    return Route(site.at, torch.stack(Us), torch.stack(Vs), entry.to(like.device))
 
 
 def _update(site: Site, name: str) -> Acting:

@@ -7,7 +7,7 @@ never of a d_out × d_in update. Axes: d_in, d_out of the weight; m = inner size
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
 from lorafamily.names import place_of
+from lorafamily.parts import Target
 from lorafamily.placement import noted, placement_of, refuse_merged, state_of, targets_of
 
 Side = Literal["down", "up"]
@@ -195,7 +196,7 @@ def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
 
 
 def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[Adapter, Float[Tensor, "d_out d_in"]]]:
-    """Adapter and base weight of every adapted layer, by full name.
+    """Adapter and base weight of every adapted layer, by full name; quantised weights are dequantised as one asks.
 
     Raises:
         StateError: as `norms`.
@@ -203,4 +204,19 @@ def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[A
     placement = placement_of(model, name)
     refuse_merged(state_of(model))
     targets = targets_of(noted(model)[0])
-    return {at: (adapter, targets[at].weight) for at, adapter in placement.adapters.items()}
+    return _Layers(placement.adapters, targets)
+
+
+@dataclass(frozen=True)
+class _Layers(Mapping[str, tuple[Adapter, Tensor]]):
+    adapters: Mapping[str, Adapter]
+    targets: Mapping[str, Target]
+
+    def __getitem__(self, at: str) -> tuple[Adapter, Tensor]:
+        return self.adapters[at], self.targets[at].weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.adapters)
+
+    def __len__(self) -> int:
+        return len(self.adapters)

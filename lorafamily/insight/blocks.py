@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorafamily.quantised import quantised_layers, stand_in
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -48,6 +50,9 @@ def copy_on_meta(
     for module in model.modules():
         if id(module) not in left_out:
             memo |= {id(tensor): on_meta(tensor, dtype) for tensor in _tensors(module) if id(tensor) not in memo}
+    for _, layer, kind in quantised_layers(model):
+        if id(layer) not in left_out:
+            memo[id(layer)] = stand_in(kind, layer, dtype)
     if blocks is not None:
         memo[id(blocks.of(model))] = nn.ModuleList(copy.deepcopy(block, memo) for block in kept)
     return copy.deepcopy(model, memo)

@@ -22,6 +22,7 @@ from lorafamily.insight.costs import FLOOR, FULL, Memory, Plan, Use
 from lorafamily.insight.tracing import Held, NotTracedError, Penalty, Ready, held_in_step
 from lorafamily.parts import Fused
 from lorafamily.placement import Placement
+from lorafamily.quantised import counts_of, packed_parameters, quantised_layers, tensors_of
 from lorafamily.site import base_parameters
 from lorafamily.training.guards import check_keys
 
@@ -130,7 +131,7 @@ class Planner:
         )
         return Plan(
             model=type(self.model).__name__,
-            base_parameters=sum(parameter.numel() for parameter in base_parameters(self.model).values()),
+            base_parameters=sum(counts_of(self.model).values()),
             sizing=choice.sizing,
             options=choice.method.options(),
             ranks={path: adapter.rank for path, adapter in adapters.items()},
@@ -144,15 +145,17 @@ class Planner:
     def full(self) -> Use:
         """Everything trains."""
 
-        def ready(model: nn.Module) -> None:
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
+        packed = packed_parameters(self.model)
+        names = {name for name, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in packed}
 
-        base = [self._as_planned(parameter) for parameter in base_parameters(self.model).values()]
-        trained = [parameter for parameter in base if parameter.is_floating_point()]
+        def ready(model: nn.Module) -> None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in names)
+
+        trained = [self._as_planned(p) for name, p in base_parameters(self.model).items() if name in names]
         memory = self._memory([], trained, self._held(ready, []))
         numbers = sum(parameter.numel() for parameter in trained)
-        return Use(FULL, 0, 0, numbers, {"weights": sum(parameter.nbytes for parameter in base)}, memory)
+        return Use(FULL, 0, 0, numbers, {"weights": sum(tensor.nbytes for tensor in self._base())}, memory)
 
     @cached_property
     def floor(self) -> Use:
@@ -167,13 +170,19 @@ class Planner:
         built = choice.build(torch.Generator(), "meta", self.dtype)
         return {path: adapter.to(self.factors) for path, adapter in built.items()}
 
+    def _base(self) -> list[Tensor]:
+        """The base's parameters as planned; quantised ones as what they are stored in, whatever dtype is planned."""
+        packed = {at for at, _, _ in quantised_layers(self.model)}
+        named = tensors_of(self.model).items()
+        return [t if name.partition(".weight")[0] in packed else self._as_planned(t) for name, t in named]
+
     def _as_planned(self, tensor: Tensor) -> Tensor:
         return on_meta(tensor, self.dtype)
 
     def _memory(self, added: Sequence[Tensor], trained: Sequence[Tensor], held: Held | None) -> Memory:
         """`added`: tensors beside the base's own; `trained`: those that have a gradient and states."""
-        base = [*self.model.parameters(), *self.model.buffers()]
-        weights = sum(self._as_planned(tensor).nbytes for tensor in base) + sum(tensor.nbytes for tensor in added)
+        base = [*self._base(), *(self._as_planned(buffer) for buffer in self.model.buffers())]
+        weights = sum(tensor.nbytes for tensor in [*base, *added])
         gradients = sum(tensor.nbytes for tensor in trained)
         states = sum(2 * t.numel() * (self.states or t.dtype).itemsize + COUNTER for t in trained)
         within = gradients if held is None else max(gradients, held.both)
@@ -198,7 +207,7 @@ class Planner:
             return None
 
     def _assumptions(self, trained: Sequence[Tensor]) -> tuple[str, ...]:
-        of_base = _dtypes([self._as_planned(parameter) for parameter in base_parameters(self.model).values()])
+        of_base = _dtypes(self._base())
         states = "as what trains" if self.states is None else str(self.states).removeprefix("torch.")
         said = [
             f"dtypes: weights {of_base}; what trains beside them {_dtypes(trained)}; gradients as what trains; AdamW's "

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorafamily.adapter import Adapter
+from lorafamily.parts import Target
 from lorafamily.placement import Placement, noted, placement_of, targets_of
+from lorafamily.quantised import Quantised, counts_of
 from lorafamily.site import base_parameters
 from lorafamily.targets import what_is
 
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted layer. `norm` is ‖ΔW‖_F; `parameters` are trainable numbers now."""
+    """One adapted layer. `norm` is ‖ΔW‖_F; `parameters` are trainable numbers now. Of quantised layers `step` is the
+    ‖·‖_F of what rounding to the base's levels takes from a weight, and `lost` that of what it took in
+    merge(requantise=True); a ΔW smaller than the step would hardly survive that."""
 
     module: str
     d_out: int
@@ -24,6 +29,8 @@ class Row:
     rank: int
     parameters: int
     norm: float
+    step: float | None = None
+    lost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,15 @@ class Summary:
     def __str__(self) -> str:
         width = max(len(row.module) for row in self.rows)
         head = f"{'module':<{width}}  {'d_out × d_in':>13}  {'rank':>9}  {'parameters':>10}  {'‖ΔW‖':>9}"
+        more = [name for name in ("step", "lost") if any(getattr(row, name) is not None for row in self.rows)]
+        head += "".join(f"  {name:>9}" for name in more)
         lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, "─" * len(head)]
         for row in self.rows:
             rank = f"{row.rank}" if row.rank == row.start_rank else f"{row.start_rank} → {row.rank}"
             lines.append(
                 f"{row.module:<{width}}  {f'{row.d_out} × {row.d_in}':>13}  {rank:>9}  {row.parameters:>10,}  "
                 f"{row.norm:>9.3g}"
+                + "".join(f"  {'–' if getattr(row, n) is None else f'{getattr(row, n):.3g}':>9}" for n in more)
             )
         lines.append("─" * len(head))
         share = self.parameters / self.base_parameters
@@ -104,9 +114,10 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         StateError: the model has no adapter of that name, or no active one.
     """
     placement = placement_of(model, name)
-    owner, _ = noted(model)
+    owner, state = noted(model)
     reached, not_reached = _coverage(owner, placement)
-    rows = tuple(_row(placement, path) for path in placement.adapters)
+    targets, lost = targets_of(owner), {} if state is None else state.quantised.lost
+    rows = tuple(_row(path, adapter, targets[path], lost.get(path)) for path, adapter in placement.adapters.items())
     tensors = [t for adapter in placement.adapters.values() for t in adapter.parameters()] + [
         *placement.parked.values()
     ]
@@ -115,7 +126,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         name=placement.name,
         method=placement.spec,
         rows=rows,
-        base_parameters=sum(p.numel() for p in base_parameters(owner).values()),
+        base_parameters=sum(counts_of(owner).values()),
         beside=sum(value.numel() for value in placement.parked.values()),
         budget=placement.sizing.budget,
         rank_budget=placement.sizing.rank_budget,
@@ -133,19 +144,29 @@ def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, in
     targets = targets_of(model)
     layers = [targets[at].layer for at in placement.adapters]
     adapted = {id(p) for layer in layers for p in layer.parameters(recurse=nn.utils.parametrize.is_parametrized(layer))}
-    adapted |= {id(targets[at].kind.weight(targets[at].layer)) for at in placement.adapters}
+    adapted |= {id(targets[at].held) for at in placement.adapters}
     reached, others = 0, Counter[str]()
-    kinds = what_is(model)
+    kinds, counts = what_is(model), counts_of(model)
     for name, parameter in base_parameters(model).items():
         if id(parameter) in adapted:
-            reached += parameter.numel()
+            reached += counts[name]
         else:
-            others[kinds(name)] += parameter.numel()
+            others[kinds(name)] += counts[name]
     return reached, dict(others)
 
 
-def _row(placement: Placement, path: str) -> Row:
-    adapter = placement.adapters[path]
-    update = adapter.update
-    parameters = adapter.trainable()
-    return Row(path, update.d_out, update.d_in, adapter.start_rank, adapter.rank, parameters, adapter.norm())
+def _row(path: str, adapter: Adapter, target: Target, lost: float | None) -> Row:
+    update, kind, step = adapter.update, target.layer_kind, None
+    if isinstance(kind, Quantised) and not target.held.is_meta:
+        step = float(target.kind.matrix(kind.rounding(target.layer)).sum().sqrt())
+    return Row(
+        path,
+        update.d_out,
+        update.d_in,
+        adapter.start_rank,
+        adapter.rank,
+        adapter.trainable(),
+        adapter.norm(),
+        step,
+        lost,
+    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.errors import AllocationError, StateError, TrainingError
 from lorafamily.history import Decision, Evaluation, History, Step, Weights
+from lorafamily.quantised import tensors_of
 from lorafamily.site import base_parameters
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, of_step
@@ -71,8 +72,9 @@ class RunState:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def base_now(self) -> dict[str, int]:
-        """Fingerprints of the frozen base weights; of a sharded one those of all its pieces together."""
-        own = [(name, p) for name, p in base_parameters(self.model).items() if not p.requires_grad]
+        """Fingerprints of the frozen base weights, of quantised ones with their scales; of a sharded one those of all
+        its pieces together."""
+        own = [(name, p) for name, p in tensors_of(self.model).items() if not p.requires_grad]
         found = fingerprints(own)
         if sharded := [name for name, p in own if hasattr(p, "to_local")]:
             pieces = self.processes.gathered({name: found[name] for name in sharded})
