@@ -415,8 +415,8 @@ class Session:
                 functools.partial(self._arrived, wanted[parameter], parameter)
             )
 
-    def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor) -> None:
-        if self._own_gradient:
+    def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor | None) -> None:
+        if self._own_gradient or gradient is None:  # None: of an expert that no token went to
             return
         if at in self._unreached and (at not in self.adapters or bool(gradient.any())):
             self._unreached.discard(at)
