@@ -84,7 +84,8 @@ def _model(given: Experts) -> nn.Module:
 def _frozen(given: Experts) -> nn.Module:
     """Gradients pass through the frozen model to its embeddings' outputs."""
     model = _model(given).requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    embeddings = model.get_submodule("model.embed_tokens")
+    embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     return model
 
 

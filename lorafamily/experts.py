@@ -157,8 +157,8 @@ def _factors(
         U = U * s[:, None, None]
     if p := of_experts[0][1].drops("entries"):
         V = V * F.dropout(V.new_ones(len(V), 1, V.shape[2]), p)
-    U, V = in_dtype(U, V, W.dtype)
-    return (V.mT, U) if of_experts[0][0].transposed else (U.mT, V)
+    U, V = in_dtype(U.mT, V, W.dtype)
+    return (V.mT, U.mT) if of_experts[0][0].transposed else (U, V)
 
 
 def _stacked(places: list[int], experts: int, most: int, *factors: Tensor) -> tuple[Tensor, Tensor]:

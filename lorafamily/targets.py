@@ -207,8 +207,8 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
             return "routers"
         if "Norm" in of:
             return "norms"
-        if own in expert_weights(module):
-            return "experts"
+        if weights := expert_weights(module):
+            return "experts" if own in weights else "scales and biases elsewhere"
         if kind_of(module) is not None:
             return f"other layers that can be adapted ({of})"
         if module.get_parameter(own).ndim < 2:

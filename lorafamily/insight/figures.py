@@ -22,7 +22,7 @@ from PIL import Image
 
 from lorafamily.history import Decision, Step
 from lorafamily.insight.costs import UNITS, Memory, in_units
-from lorafamily.names import OUTSIDE, Place, by_stack, kind_labels, place_of
+from lorafamily.names import OUTSIDE, Place, by_stack, expert_of, kind_labels, place_of
 
 T = TypeVar("T")
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
@@ -167,6 +167,57 @@ def rank_heatmap(
     beyond = largest > top  # a module that grew past the scale's top
     extend = "max" if beyond else "neither"
     figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9, extend=extend, aspect=20 * len(grids))
+    return figure
+
+
+def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
+    """By kind of matrix (`mlp.experts.*.up_proj`): labels of layers, of experts, and ranks as (layers, experts).
+
+    nan where a layer has no such expert; nothing where the model has none.
+    """
+    together: dict[str, list[tuple[int | None, int, float]]] = {}
+    experts = {name: found for name in ranks if (found := expert_of(name)) is not None}
+    labels = kind_labels(dict.fromkeys(of_all for of_all, _ in experts.values()))
+    for name, (of_all, index) in experts.items():
+        together.setdefault(labels[of_all], []).append((place_of(of_all).layer, index, ranks[name]))
+    grids = {}
+    for kind, cells in together.items():
+        layers = sorted({layer for layer, _, _ in cells}, key=lambda layer: (layer is None, layer))
+        wide = 1 + max(index for _, index, _ in cells)
+        grid = np.full((len(layers), wide), np.nan)
+        for layer, index, rank in cells:
+            grid[layers.index(layer), index] = rank
+        grids[kind] = ["–" if layer is None else str(layer) for layer in layers], [str(i) for i in range(wide)], grid
+    return grids
+
+
+def expert_heatmap(
+    start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
+) -> Figure | None:
+    """Layers × experts with the rank of each expert, one panel for each kind of matrix, at the start and now on one
+    colour scale; None for a model without experts. Arguments as of `rank_heatmap`."""
+    shown = {"start": start} if now is None else {"start": start, "now": now}
+    panels = [(kind, when, grid) for when, ranks in shown.items() for kind, grid in expert_grids(ranks).items()]
+    if not panels:
+        return None
+    panels.sort(key=lambda panel: panel[0])  # start above now, for each kind
+    largest = max(float(np.nanmax(grid)) for _, _, (_, _, grid) in panels)
+    top = max(1.0, largest) if highest is None else max(1, highest)
+    cells = sum(grid.size for _, _, (_, _, grid) in panels)
+    tall, wide = [len(layers) for _, _, (layers, _, _) in panels], max(len(own) for _, _, (_, own, _) in panels)
+    numbers = cells <= NUMBERED and wide <= 2 * COLUMNS
+    row, column = (0.32, 0.4) if numbers else (0.18, 0.1)
+    size = (2.5 + max(4.0, column * wide), 1.0 + sum(0.8 + row * layers for layers in tall))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": tall})[:, 0]
+    for axes, (kind, when, (layers, experts, grid)) in zip(all_axes, panels, strict=True):
+        image = draw_grid(axes, layers, experts, grid, top, numbers=numbers)
+        axes.set_title(f"{kind}, {when}: {int(np.nansum(grid))} in all", fontsize=9)
+        axes.set_xlabel("expert", fontsize=8)
+        axes.set_ylabel("layer", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    extend = "max" if largest > top else "neither"
+    figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9, extend=extend)
     return figure
 
 
