@@ -195,30 +195,49 @@ def expert_heatmap(
     start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
 ) -> Figure | None:
     """Layers × experts with the rank of each expert, one panel for each kind of matrix, at the start and now on one
-    colour scale; None for a model without experts. Arguments as of `rank_heatmap`."""
+    colour scale; None for a model without experts. Of many layers or experts a cell is the mean of neighbours.
+    Arguments as of `rank_heatmap`."""
     shown = {"start": start} if now is None else {"start": start, "now": now}
-    panels = [(kind, when, grid) for when, ranks in shown.items() for kind, grid in expert_grids(ranks).items()]
-    if not panels:
+    grids = {when: expert_grids(ranks) for when, ranks in shown.items()}
+    kinds = list(grids["start"])[:STACKS]
+    if not kinds:
         return None
-    panels.sort(key=lambda panel: panel[0])  # start above now, for each kind
-    largest = max(float(np.nanmax(grid)) for _, _, (_, _, grid) in panels)
+    if left := len(grids["start"]) - len(kinds):
+        title += f"\n{left} more kinds of matrix are not shown"
+    panels = []
+    for kind in kinds:
+        for when, own in grids.items():
+            layers, experts, grid = own[kind]
+            said = f"{kind}, {when}: {int(np.nansum(grid))} in all"
+            layers, grid = _in_chunks(layers, grid, max(4, ROWS // len(kinds)))
+            experts, turned = _in_chunks(experts, grid.T, 2 * COLUMNS)
+            panels.append((said, layers, experts, turned.T))
+    largest = max(float(np.nanmax(grid)) for *_, grid in panels)
     top = max(1.0, largest) if highest is None else max(1, highest)
-    cells = sum(grid.size for _, _, (_, _, grid) in panels)
-    tall, wide = [len(layers) for _, _, (layers, _, _) in panels], max(len(own) for _, _, (_, own, _) in panels)
-    numbers = cells <= NUMBERED and wide <= 2 * COLUMNS
+    tall, wide = [len(layers) for _, layers, _, _ in panels], max(len(experts) for _, _, experts, _ in panels)
+    numbers = sum(grid.size for *_, grid in panels) <= NUMBERED and wide <= COLUMNS
     row, column = (0.32, 0.4) if numbers else (0.18, 0.1)
     size = (2.5 + max(4.0, column * wide), 1.0 + sum(0.8 + row * layers for layers in tall))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     all_axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": tall})[:, 0]
-    for axes, (kind, when, (layers, experts, grid)) in zip(all_axes, panels, strict=True):
+    for axes, (said, layers, experts, grid) in zip(all_axes, panels, strict=True):
         image = draw_grid(axes, layers, experts, grid, top, numbers=numbers)
-        axes.set_title(f"{kind}, {when}: {int(np.nansum(grid))} in all", fontsize=9)
+        axes.set_title(said, fontsize=9)
         axes.set_xlabel("expert", fontsize=8)
         axes.set_ylabel("layer", fontsize=8)
     figure.suptitle(title, fontsize=10)
     extend = "max" if largest > top else "neither"
     figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9, extend=extend)
     return figure
+
+
+def _in_chunks(labels: list[str], grid: np.ndarray, most: int) -> tuple[list[str], np.ndarray]:
+    """At most so many rows: where there are more, the means of neighbouring ones."""
+    chunks = [chunk for chunk in np.array_split(np.arange(len(labels)), min(most, len(labels))) if len(chunk)]
+    said = [labels[c[0]] if len(c) == 1 else f"{labels[c[0]]}–{labels[c[-1]]}" for c in chunks]
+    sums = np.array([np.nansum(grid[c], 0) for c in chunks])
+    counts = np.array([(~np.isnan(grid[c])).sum(0) for c in chunks])
+    return said, np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def draw_grid(
