@@ -356,6 +356,28 @@ def test_a_slice_of_an_expert_that_was_never_visited_scores_as_one_without_use(s
         assert_close(of_unused, bare.expand_as(of_unused), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["adalora", "lora2"])
+def test_the_penalty_makes_no_use_of_an_expert_that_was_never_visited(method):
+    """These score on the total gradient, and the penalty has one for every adapter: it would count as importance."""
+    model = model_of("mixtral")
+    x = ids(1, 3)
+    schedule = {"warmup": 1, "final": 2, "interval": 1, "target": 0.5}
+    lorafamily.apply(model, method, rank=2, targets=r"experts\.\d+\.down", seed=0, **schedule)
+    visited = visits(model, x[:, :-1])  # nothing is predicted from the last token
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    session = lorafamily.session(model, optimizer, steps=6)
+    for _ in range(2):
+        session.backward(model(input_ids=x, labels=x).loss)
+        optimizer.step()
+        if session.steps_done == 1:
+            found = session.allocator.scores()
+        session.step()
+        optimizer.zero_grad()
+    for at, values in found.items():
+        layer, index, _ = at.rsplit(".", 2)
+        assert bool(values.any()) == (int(index) in visited[layer]), at
+
+
 def test_a_run_in_which_experts_stay_unvisited_is_not_refused():
     model = lorafamily.apply(model_of("mixtral"), rank=1, seed=0)
     batch = {"input_ids": ids(1, 3), "labels": ids(1, 3)}
