@@ -33,6 +33,9 @@ import tyro
 from torch import Tensor, nn
 
 import lorafamily
+from lorafamily.experts import Expert, expert_weights
+from lorafamily.parts import possible_targets
+from lorafamily.placement import placement_of
 from page import Heading, Part, Table, Text, markdown
 
 METHODS = ("lora", "olora", "alora", "lora2", "adalora")
@@ -451,11 +454,18 @@ def gradients_of(case: Case, *, training: bool) -> Gradients:
     # Modules are looked up now: what a layer's adapters are called in it is not for us to know.
     layers = {row.module: layer_of(model, row.module) for row in lorafamily.summary(model).rows}
     found = Gradients(list(layers))
+    stacked = {name for name, layer in layers.items() if expert_weights(layer)}
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(partial(_note, found.called, name))
+        if name not in stacked:
+            layer.register_forward_pre_hook(partial(_note, found.called, name))
     backward(model, case.batch)
+    adapters = placement_of(model).adapters
     for name, layer in layers.items():
-        gradients = [parameter.grad for parameter in layer.parameters() if parameter.requires_grad]
+        # The experts of a stack are one layer, so that of a single one only its gradients tell whether it was called.
+        inside = adapters[name] if name in stacked else layer
+        gradients = [parameter.grad for parameter in inside.parameters() if parameter.requires_grad]
+        if name in stacked and any(gradient is not None for gradient in gradients):
+            found.called.add(name)
         if any(gradient is None for gradient in gradients):
             found.none.append(name)
         elif not any(bool(gradient.count_nonzero()) for gradient in gradients if gradient is not None):
@@ -464,9 +474,10 @@ def gradients_of(case: Case, *, training: bool) -> Gradients:
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
-    """The layer of that name, or the one of which it is a part."""
+    """The layer of that name, or the one of which it is a part; an expert's name has two words."""
     modules = dict(model.named_modules())
-    return modules.get(name) or modules[name.rpartition(".")[0]]
+    layer, stack = name.rpartition(".")[0], ".".join(name.split(".")[:-2])
+    return modules.get(name) or modules.get(layer) or modules[stack]
 
 
 def _note(called: set[str], name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -677,7 +688,9 @@ def placed(base: nn.Module, targets: str | None) -> tuple[int, int, str]:
     model = lorafamily.apply(copy.deepcopy(base), "lora", rank=1, targets=targets, seed=0)
     rows = lorafamily.summary(model).rows
     adapted = {row.module for row in rows}
-    weights = {id(base.get_submodule(name).get_parameter("weight")): name for name in adapted if has_weight(base, name)}
+    weights = {id(base.get_submodule(name).get_parameter("weight")) for name in adapted if has_weight(base, name)}
+    possible = possible_targets(base)
+    weights |= {id(possible[name].parameter) for name in adapted if isinstance(possible[name].kind, Expert)}
     left: Counter[str] = Counter()
     for name, parameter in base.named_parameters():
         if parameter.ndim > 1 and id(parameter) not in weights:

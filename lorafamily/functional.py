@@ -37,9 +37,9 @@ def computed_in(x: Tensor) -> torch.dtype:
 
 
 def in_dtype(
-    U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "d_out r"], Float[Tensor, "r d_in"]]:
-    """The same U V in another dtype.
+    U: Float[Tensor, "*experts d_out r"], V: Float[Tensor, "*experts r d_in"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "*experts d_out r"], Float[Tensor, "*experts r d_in"]]:
+    """The same U V in another dtype; of one weight or of many.
 
     float16 has few numbers below 6e-5 and none below 6e-8, where LoRA²'s U is for many steps, a product of four small
     factors: A would get no gradient. V lends U a power of two then.

@@ -10,6 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -35,7 +36,9 @@ class LayerKind(ABC):
     linear: ClassVar[bool] = False
     """Whether `targets="all-linear"` takes such layers; others must be named."""
     additive: ClassVar[bool] = True
-    """Whether an adapter adds to the layer's own output, as all do but those of nn.MultiheadAttention."""
+    """Whether an adapter adds to the layer's own output, as all do but those of weights that the layer reads."""
+    in_place: ClassVar[bool] = False
+    """Whether `changed` writes into the weight that it gets, as it must where that has many parts."""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -111,6 +114,30 @@ class LayerKind(ABC):
     def described(self) -> dict[str, Any]:
         """What a file says of the kind."""
         return {"kind": self.name}
+
+
+class Part(LayerKind):
+    """The kind of a part of a layer: some rows of a weight, or one expert. A target says itself which part it is.
+
+    `held_in`: the parameter that has the part's weight; `part`: what the layer's site calls it.
+    """
+
+    held_in: str
+    part: str
+
+    @property
+    def path(self) -> str:
+        """The part's name in its layer, as users see it."""
+        return self.part
+
+    def matches(self, module: nn.Module) -> bool:
+        return False
+
+    def parameter(self, module: nn.Module) -> nn.Parameter:
+        return module.get_parameter(self.held_in)
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return cast(Tensor, attrgetter(self.held_in)(module))
 
 
 class _Known(LayerKind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from itertools import pairwise, takewhile
@@ -50,6 +51,16 @@ def place_of(name: str) -> Place:
 
 def _holds_blocks(word: str) -> bool:
     return word.endswith(("block", "blocks", "layer", "layers")) or word == "h"
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """`model.layers.0.mlp.experts.3.up_proj` -> ("model.layers.0.mlp.experts.*.up_proj", 3): what all experts of a
+    layer have together, and which one it is; None for what is in no list called `…experts`."""
+    match = _EXPERT.fullmatch(name)
+    return None if match is None else (f"{match[1]}.*.{match[3]}", int(match[2]))
+
+
+_EXPERT = re.compile(r"(.*experts)\.(\d+)\.(.+)")
 
 
 def modules_per_block(names: Iterable[str]) -> int:

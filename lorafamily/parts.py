@@ -1,4 +1,5 @@
-"""Adapters on some rows of a weight: on q and v of a fused qkv, on the packed projections of nn.MultiheadAttention.
+"""Adapters on parts of layers: on q and v of a fused qkv, on the packed projections of nn.MultiheadAttention, on single
+experts (`experts.py`).
 
 A part is named after its layer, `c_attn.q`, and carries adapters like any layer. Those of a linear layer become one
 update of the whole weight, whose up factor has zeros elsewhere. nn.MultiheadAttention reads its weights and calls no
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from lorafamily.dropout import feature_mask
 from lorafamily.errors import TargetError
-from lorafamily.layers import Acting, LayerKind, holding, kind_named, kind_of
+from lorafamily.experts import Expert, expert_kinds, is_expert_of
+from lorafamily.layers import Acting, LayerKind, Part, holding, kind_named, kind_of
 from lorafamily.names import join
 from lorafamily.site import WHOLE, Site, site_on
 
@@ -38,7 +40,7 @@ class Target:
 
     @property
     def part(self) -> str:
-        return self.kind.part if isinstance(self.kind, Rows) else WHOLE
+        return self.kind.part if isinstance(self.kind, Part) else WHOLE
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -67,12 +69,12 @@ class Target:
 
     def full_name(self, at: str) -> str:
         """Of the target in a model where the layer is called `at`."""
-        return at if self.part == WHOLE else join(at, self.part)
+        return join(at, self.kind.path) if isinstance(self.kind, Part) else at
 
 
 @dataclass(frozen=True)
-class Rows(LayerKind):
-    """The kind of one part. `of`: the layer's kind; `held_in`: its parameter; `sizes`: of all parts, in order."""
+class Rows(Part):
+    """The kind of some rows. `of`: the layer's kind; `held_in`: its parameter; `sizes`: of all parts, in order."""
 
     of: LayerKind
     held_in: str
@@ -81,9 +83,6 @@ class Rows(LayerKind):
 
     name = "rows"
     linear = True
-
-    def matches(self, module: nn.Module) -> bool:
-        return False  # a target says itself which kind it is of
 
     @property
     def period(self) -> int:
@@ -112,9 +111,6 @@ class Rows(LayerKind):
 
     def changed(self, weight: Tensor, U: Tensor, V: Tensor, scale: float) -> Tensor:
         return self.of.changed(weight, self.spread(U), V, scale)
-
-    def parameter(self, module: nn.Module) -> nn.Parameter:
-        return module.get_parameter(self.held_in)
 
     def weight(self, module: nn.Module) -> Tensor:
         return self.of.weight(module)
@@ -162,8 +158,8 @@ class ReadRows(Rows):
 def possible_targets(model: nn.Module, fused: Fused | None = None) -> dict[str, Target]:
     """Every weight of a model that can carry an adapter, by name and in the model's order.
 
-    Layers that are declared in `fused`, or that have adapters on parts already, and every nn.MultiheadAttention give
-    their parts. Adapters of others, `peft`'s, are no part of the model.
+    Layers that are declared in `fused`, or that have adapters on parts already, every nn.MultiheadAttention and every
+    layer of experts give their parts. Adapters of others, `peft`'s, are no part of the model.
 
     Raises:
         TargetError: a declaration that matches no linear layer, or does not fit one that it matches.
@@ -175,7 +171,9 @@ def possible_targets(model: nn.Module, fused: Fused | None = None) -> dict[str, 
         if id(module) in foreign:
             continue
         if (rows := divided.get(id(module))) is not None:
-            found |= {join(at, kind.part): Target(module, kind) for kind in rows}
+            found |= {join(at, kind.path): Target(module, kind) for kind in rows}
+        elif experts := list(expert_kinds(module)):
+            found |= {join(at, kind.path): Target(module, kind) for kind in experts}
         elif (kind := kind_of(module)) is not None:
             found[at] = Target(module, kind)
     return found
@@ -183,7 +181,14 @@ def possible_targets(model: nn.Module, fused: Fused | None = None) -> dict[str, 
 
 def target_of_record(model: nn.Module, at: str, entry: Mapping[str, Any]) -> Target | None:
     """The target that a file speaks of, where the model has a layer that it fits."""
-    kind, modules = kind_of_record(entry), dict(model.named_modules())
+    kind = kind_of_record(entry)
+    if isinstance(kind, Expert):
+        try:
+            experts = model.get_submodule(at.removesuffix(kind.path).removesuffix("."))
+        except AttributeError:
+            return None
+        return Target(experts, kind) if is_expert_of(kind, experts) else None
+    modules = dict(model.named_modules())
     if not isinstance(kind, Rows):
         own = kind_of(modules[at]) if at in modules else None
         return None if own is None else Target(modules[at], own)
@@ -210,6 +215,11 @@ def kind_of_record(entry: Mapping[str, Any]) -> LayerKind | None:
             if of is None or not isinstance(sizes, dict) or not _are_sizes(sizes) or part not in list(sizes):
                 return None
             return rows(of, str(entry.get("held_in")), tuple(sizes.items()), str(part))
+    if entry.get("kind") == Expert.name:
+        index, transposed = entry.get("index"), entry.get("transposed")
+        if not (isinstance(index, int) and index >= 0 and isinstance(transposed, bool)):
+            return None
+        return Expert(str(entry.get("held_in")), index, transposed)
     return kind_named(str(entry.get("kind")))
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from lorafamily.errors import TargetError
+from lorafamily.experts import Expert, expert_weights, why_no_experts
 from lorafamily.layers import kind_of, why_not
+from lorafamily.names import join
 from lorafamily.parts import Fused, Target, possible_targets
 from lorafamily.quantised import refused_layers
 from lorafamily.site import base_parameters
@@ -107,7 +109,8 @@ def _inside(model: nn.Module, linear: dict[str, Target]) -> dict[str, Target]:
     return {
         name: target
         for name, target in linear.items()
-        if not (heads(name, target.layer) or is_router(model, name) or is_of_a_kernel(model, name))
+        if isinstance(target.kind, Expert)
+        or not (heads(name, target.layer) or is_router(model, name) or is_of_a_kernel(model, name))
     }
 
 
@@ -149,7 +152,9 @@ def _searched(pattern: str, linear: dict[str, Target], able: dict[str, Target], 
     found = {name for name in linear if compiled.search(name)} or {name for name in able if compiled.search(name)}
     if not found:
         for name, module in model.named_modules():
-            if compiled.search(name) and (reason := why_not(module)) is not None:
+            reason = why_no_experts(module)
+            named = reason is not None and any(compiled.search(join(name, own)) for own in module._parameters)
+            if named or (compiled.search(name) and (reason := reason or why_not(module)) is not None):
                 raise TargetError(f'target "{pattern}": {name} cannot carry an adapter: {reason}')
         near = difflib.get_close_matches(pattern, able, n=3, cutoff=0.3)
         nearest = f"nearest: {', '.join(near)}; " if near else ""
@@ -193,6 +198,8 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
             return "routers"
         if "Norm" in of:
             return "norms"
+        if weights := expert_weights(module):
+            return "experts" if own in weights else "scales and biases elsewhere"
         if kind_of(module) is not None:
             return f"other layers that can be adapted ({of})"
         if module.get_parameter(own).ndim < 2:

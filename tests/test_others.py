@@ -698,7 +698,7 @@ def test_adapters_of_peft_are_no_targets():
                 "Qwen3MoeForCausalLM", config="Qwen3MoeConfig", num_experts=2, moe_intermediate_size=16, **EXPERTS
             ),
             {},
-            {"what no kind of layer covers (Qwen3MoeExperts, 3-D)", "routers", "embeddings", "norms", "output heads"},
+            {"routers", "embeddings", "norms", "output heads"},
         ),
         (causal, {"targets": ["wte", "c_attn"]}, {"embeddings", "norms", "other layers that can be adapted (Conv1D)"}),
         (causal, {"fused": {"c_attn": ["q", "k", "v"]}}, {"embeddings", "norms"}),

@@ -25,7 +25,9 @@ class Sensitivity(Scorer):
     With I = |w · ∂L/∂w|:   Ī ← β1 Ī + (1−β1) I,   Ū ← β2 Ū + (1−β2) |I − Ī|,   s(w) = Ī Ū.
     A slice scores the sum over its tensors of the mean s(w) of its entries: P, λ, Q in AdaLoRA; E, aa, B in LoRA².
     `scores_on`: L is the "total" loss, as the authors have it, so that what the penalty pulls at counts as important;
-    or that of the "task" alone.
+    or that of the "task" alone. A step in which no token came to an expert counts as gradient zero for its slices: one
+    never visited scores 0 and one rarely visited little, so that ranks follow use. The penalty's gradient is left out
+    there too, but where it is added before the task's, as in the Trainer of transformers: score on the "task" there.
     """
 
     def __init__(

@@ -204,6 +204,8 @@ def changed_weight(weight: Tensor, acting: Acting) -> Tensor:
     Sums are in float32 or higher, and rounded once.
     """
     changed = weight
+    if any(kind.in_place for kind, _ in acting):
+        changed = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for kind, adapter in acting:
         U, V = adapter.factors()
         high = torch.promote_types(torch.promote_types(changed.dtype, U.dtype), torch.float32)

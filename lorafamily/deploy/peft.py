@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.beside import movable_buffers, trained_beside
 from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
+from lorafamily.deploy.peft_experts import shared_out, stacked, stored
 from lorafamily.deploy.plain import noted_dropout, padded, place_plain
 from lorafamily.errors import FileError, StateError
+from lorafamily.experts import Expert
 from lorafamily.layers import Convolution, kind_of
 from lorafamily.parts import ReadRows, Rows, Target, possible_targets
 from lorafamily.placement import (
@@ -79,7 +81,8 @@ def export_peft(
     """Write the adapters of one name (default: the active ones) as a LoRA folder of `peft`; returns the folder.
 
     Every method becomes plain LoRA on the pristine base: a frozen start goes along as extra ranks, modules without
-    rank are left out, and what trained beside the adapters goes into `modules_to_save`.
+    rank are left out, and what trained beside the adapters goes into `modules_to_save`. Experts in 3-D parameters go
+    out as `target_parameters`, for which peft has one rank: lower ones are filled up with zeros.
 
     Args:
         layout: "peft": true ranks and scales, by pattern. "serving": what needs nothing but r, lora_alpha and the
@@ -96,22 +99,30 @@ def export_peft(
     warn_of_no_session(placement)
     model, _ = noted(model)
     targets = targets_of(model)
+    stacks = stacked(placement.adapters, targets)
     factors, scales = _by_layer(placement.adapters, targets)
     layers = {name: target.layer for at, target in targets.items() for name in [_layer_name(at, target)]}
-    largest = max(len(V) for _, V in factors.values())
+    largest = max([*(len(V) for _, V in factors.values()), *(V.shape[1] for _, V, _ in stacks.values())], default=0)
     if not largest:
         raise StateError(f'adapter "{placement.name}" has no rank left in any module: there is nothing to export')
     if layout == "peft":
         factors = {at: (U, V) for at, (U, V) in factors.items() if len(V)}
         scales = {at: scales[at] for at in factors}
         heads = _heads(model, placement)
-        config = _patterns({at: len(V) * _groups(layers[at]) for at, (_, V) in factors.items()}, scales)
-        config |= _addressed(model, sorted(factors)) | {"modules_to_save": sorted(heads) or None}
+        all_ranks = {at: len(V) * _groups(layers[at]) for at, (_, V) in factors.items()}
+        all_ranks |= {at: V.shape[1] for at, (_, V, _) in stacks.items()}
+        config = _patterns(all_ranks, scales | {at: scale for at, (*_, scale) in stacks.items()})
+        config |= _addressed(model, sorted(factors), sorted(stacks)) | {"modules_to_save": sorted(heads) or None}
     elif layout == "serving":
         if placement.parked:
             raise StateError(
                 f"servers load no trained {', '.join(placement.parked)}, only low-rank tensors; export with "
                 'layout="peft", or merge and save_pretrained'
+            )
+        if stacks:
+            raise StateError(
+                f"{', '.join(stacks)} hold experts in one parameter, which a file of plain layers cannot hold; export "
+                'with layout="peft", or merge and save_pretrained'
             )
         rank = _served_rank(largest, ranks)
         factors = {at: padded(scales[at] * U, V, rank) for at, (U, V) in factors.items()}
@@ -121,7 +132,7 @@ def export_peft(
     else:
         raise StateError(f'layout={layout!r}: must be "peft" or "serving"')
 
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"{PREFIX}{key}": value for key, value in stored(model, stacks).items()}
     for at, (U, V) in factors.items():
         tensors |= _stored(at, layers[at], U, V, layout)
     for at, values in heads.items():
@@ -149,14 +160,23 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
     config = read_json(folder / CONFIG, FOLDER)
     _check_config(config, folder / CONFIG)
     tensors = {key.removeprefix(PREFIX): v for key, v in read_tensors(folder / TENSORS, FOLDER).items()}
-    factors = _pairs(tensors)
-    ranks = {at: _by_pattern(config.get("rank_pattern"), at.removesuffix(INSIDE), config["r"]) for at in factors}
+    factors: dict[str, Any] = _pairs(tensors)
+    patterns, nominal = config.get("rank_pattern"), config["r"]
+    experts, parameter_of = shared_out(
+        owner,
+        config.get("target_parameters"),
+        factors,
+        lambda parameter: int(_by_pattern(patterns, parameter, nominal)),
+        folder / TENSORS,
+    )
+    named = {at: parameter_of.get(at, at.removesuffix(INSIDE)) for at in factors}
+    ranks = {at: _by_pattern(patterns, name, nominal) for at, name in named.items()}
     scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     scales = {}
     for at, rank in ranks.items():
-        alpha = _by_pattern(config.get("alpha_pattern"), at.removesuffix(INSIDE), config["lora_alpha"])
+        alpha = _by_pattern(config.get("alpha_pattern"), named[at], config["lora_alpha"])
         scales[at] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    targets = _whole_layers(owner) | _attention(owner, factors, ranks, scales, folder / TENSORS)
+    targets = _whole_layers(owner) | experts | _attention(owner, factors, ranks, scales, folder / TENSORS)
     return place_plain(
         model,
         name,
@@ -306,6 +326,8 @@ def _by_layer(
     scales: dict[str, float] = {}
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for at, adapter in adapters.items():
+        if isinstance(targets[at].kind, Expert):
+            continue
         kind, (U, V) = targets[at].kind, (factor.cpu() for factor in adapter.factors())
         if isinstance(kind, Rows):
             if kind.held_in not in ("weight", "in_proj_weight"):
@@ -352,7 +374,7 @@ def _pattern(at: str) -> str:
     return f"^{re.escape(at)}" + (r"(\.weight)?" if at.rpartition(".")[2] in NAMES_OF_EXPERTS else "")
 
 
-def _addressed(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+def _addressed(model: nn.Module, names: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
     """How peft finds the layers: as modules or, some of them in models of fused experts, as parameters.
 
     For such models peft takes a module of an expert's name for the experts of an older file, and lets its adapter go
@@ -362,7 +384,7 @@ def _addressed(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     taken = [name for name in names if fused and name.rpartition(".")[2] in NAMES_OF_EXPERTS]
     return {
         "target_modules": [name for name in names if name not in taken],
-        "target_parameters": [f"{name}.weight" for name in taken] or None,
+        "target_parameters": [*(f"{name}.weight" for name in taken), *experts] or None,
     }
 
 
@@ -379,7 +401,8 @@ def _short_names(model: nn.Module, factors: Mapping[str, Any]) -> list[str]:
 
 
 def _fixed(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Any]:
-    transposed = all(kind is not None and kind.name == "conv1d" for kind in map(kind_of, layers))
+    kinds = [kind_of(layer) for layer in layers]
+    transposed = bool(kinds) and all(kind is not None and kind.name == "conv1d" for kind in kinds)
     return {
         "peft_type": "LORA",
         "task_type": None,

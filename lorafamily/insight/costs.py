@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorafamily.budget import Sizing
-from lorafamily.names import by_stack, place_of
+from lorafamily.names import by_stack, expert_of, place_of
 
 FULL, FLOOR = "full fine-tuning", "frozen floor"
 
@@ -139,7 +139,7 @@ def _layers(plan: Plan) -> str:
     said = []
     for stack, names in by_stack(plan.ranks).items():
         often: dict[int, list[str]] = {}
-        for kind, count in Counter(place_of(name).kind for name in names).items():
+        for kind, count in Counter(place_of((expert_of(name) or (name,))[0]).kind for name in names).items():
             often.setdefault(count, []).append(kind)
         kinds = "; ".join(f"{count} × {', '.join(kinds)}" for count, kinds in often.items())
         said.append(f"{stack}: {kinds}" if stack else kinds)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from lorafamily.history import Decision, Step
 from lorafamily.insight.costs import UNITS, Memory, in_units
-from lorafamily.names import OUTSIDE, Place, by_stack, kind_labels, place_of
+from lorafamily.names import OUTSIDE, Place, by_stack, expert_of, kind_labels, place_of
 
 T = TypeVar("T")
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
@@ -168,6 +168,76 @@ def rank_heatmap(
     extend = "max" if beyond else "neither"
     figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9, extend=extend, aspect=20 * len(grids))
     return figure
+
+
+def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
+    """By kind of matrix (`mlp.experts.*.up_proj`): labels of layers, of experts, and ranks as (layers, experts).
+
+    nan where a layer has no such expert; nothing where the model has none.
+    """
+    together: dict[str, list[tuple[int | None, int, float]]] = {}
+    experts = {name: found for name in ranks if (found := expert_of(name)) is not None}
+    labels = kind_labels(dict.fromkeys(of_all for of_all, _ in experts.values()))
+    for name, (of_all, index) in experts.items():
+        together.setdefault(labels[of_all], []).append((place_of(of_all).layer, index, ranks[name]))
+    grids = {}
+    for kind, cells in together.items():
+        layers = sorted({layer for layer, _, _ in cells}, key=lambda layer: (layer is None, layer))
+        wide = 1 + max(index for _, index, _ in cells)
+        grid = np.full((len(layers), wide), np.nan)
+        for layer, index, rank in cells:
+            grid[layers.index(layer), index] = rank
+        grids[kind] = ["–" if layer is None else str(layer) for layer in layers], [str(i) for i in range(wide)], grid
+    return grids
+
+
+def expert_heatmap(
+    start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
+) -> Figure | None:
+    """Layers × experts with the rank of each expert, one panel for each kind of matrix, at the start and now on one
+    colour scale; None for a model without experts. Of many layers or experts a cell is the mean of neighbours.
+    Arguments as of `rank_heatmap`."""
+    shown = {"start": start} if now is None else {"start": start, "now": now}
+    grids = {when: expert_grids(ranks) for when, ranks in shown.items()}
+    kinds = list(grids["start"])[:STACKS]
+    if not kinds:
+        return None
+    if left := len(grids["start"]) - len(kinds):
+        title += f"\n{left} more kinds of matrix are not shown"
+    panels = []
+    for kind in kinds:
+        for when, own in grids.items():
+            layers, experts, grid = own[kind]
+            said = f"{kind}, {when}: {int(np.nansum(grid))} in all"
+            layers, grid = _in_chunks(layers, grid, max(4, ROWS // len(kinds)))
+            experts, turned = _in_chunks(experts, grid.T, 2 * COLUMNS)
+            panels.append((said, layers, experts, turned.T))
+    largest = max(float(np.nanmax(grid)) for *_, grid in panels)
+    top = max(1.0, largest) if highest is None else max(1, highest)
+    tall, wide = [len(layers) for _, layers, _, _ in panels], max(len(experts) for _, _, experts, _ in panels)
+    numbers = sum(grid.size for *_, grid in panels) <= NUMBERED and wide <= COLUMNS
+    row, column = (0.32, 0.4) if numbers else (0.18, 0.1)
+    size = (2.5 + max(4.0, column * wide), 1.0 + sum(0.8 + row * layers for layers in tall))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": tall})[:, 0]
+    for axes, (said, layers, experts, grid) in zip(all_axes, panels, strict=True):
+        image = draw_grid(axes, layers, experts, grid, top, numbers=numbers)
+        axes.set_title(said, fontsize=9)
+        axes.set_xlabel("expert", fontsize=8)
+        axes.set_ylabel("layer", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    extend = "max" if largest > top else "neither"
+    figure.colorbar(image, ax=figure.axes, label="rank", shrink=0.9, extend=extend)
+    return figure
+
+
+def _in_chunks(labels: list[str], grid: np.ndarray, most: int) -> tuple[list[str], np.ndarray]:
+    """At most so many rows: where there are more, the means of neighbouring ones."""
+    chunks = [chunk for chunk in np.array_split(np.arange(len(labels)), min(most, len(labels))) if len(chunk)]
+    said = [labels[c[0]] if len(c) == 1 else f"{labels[c[0]]}–{labels[c[-1]]}" for c in chunks]
+    sums = np.array([np.nansum(grid[c], 0) for c in chunks])
+    counts = np.array([(~np.isnan(grid[c])).sum(0) for c in chunks])
+    return said, np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def draw_grid(

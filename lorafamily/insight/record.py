@@ -24,7 +24,7 @@ from lorafamily.insight import figures
 
 DECISIONS, STEPS = "allocation.jsonl", "steps.jsonl"
 EVENTS = "events.out.tfevents.*"  # TensorBoard's
-PICTURES = ("rank-by-layer", "rank-history", "scores", "course")
+PICTURES = ("rank-by-layer", "rank-by-expert", "rank-history", "scores", "course")
 
 
 class Record:
@@ -111,7 +111,8 @@ def redraw(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def pictures(decisions: Sequence[Decision], steps: Sequence[Step]) -> dict[str, Figure]:
-    """A run's pictures: ranks at the start and at the end, their history, scores, and the course of the run."""
+    """A run's pictures: ranks at the start and at the end, also expert by expert where a model has experts, their
+    history, scores, and the course of the run."""
     start, end = decisions[0].after, decisions[-1].after
     if not start:
         return {}
@@ -119,6 +120,7 @@ def pictures(decisions: Sequence[Decision], steps: Sequence[Step]) -> dict[str, 
     changed = f"Rank by layer and matrix after {last} steps"
     found = {
         "rank-by-layer": figures.rank_heatmap(start, end, changed),
+        "rank-by-expert": figures.expert_heatmap(start, end, f"Rank by layer and expert after {last} steps"),
         "rank-history": figures.rank_history(decisions, last),
         "scores": figures.score_histograms(decisions),
         "course": figures.course(steps) if steps else None,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.experts import Expert
+from lorafamily.names import expert_of
 from lorafamily.parts import Target
 from lorafamily.placement import Placement, noted, placement_of, targets_of
 from lorafamily.quantised import Quantised, counts_of
@@ -35,9 +39,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Adapters of one name; prints as a table. `beside` counts what trains besides adapters, such as a task head;
-    `tensor_bytes` is what the tensors of a saved file take, frozen starts and what trains beside included; `reached`
-    and `not_reached` share out the base's parameters: those in adapted layers, and the others by what they are."""
+    """Adapters of one name; prints as a table, the experts of a layer in one line. `beside` counts what trains besides
+    adapters, such as a task head; `tensor_bytes` is what the tensors of a saved file take, frozen starts and what
+    trains beside included; `reached` and `not_reached` share out the base's parameters: those in adapted layers, and
+    the others by what they are."""
 
     name: str
     method: str
@@ -71,17 +76,19 @@ class Summary:
         return None if self.budget is None else self.budget - self.parameters
 
     def __str__(self) -> str:
-        width = max(len(row.module) for row in self.rows)
+        grouped = _grouped(self.rows)
+        width = max(map(len, grouped))
         head = f"{'module':<{width}}  {'d_out × d_in':>13}  {'rank':>9}  {'parameters':>10}  {'‖ΔW‖':>9}"
         more = [name for name in ("step", "lost") if any(getattr(row, name) is not None for row in self.rows)]
         head += "".join(f"  {name:>9}" for name in more)
         lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, "─" * len(head)]
-        for row in self.rows:
-            rank = f"{row.rank}" if row.rank == row.start_rank else f"{row.start_rank} → {row.rank}"
+        for module, rows in grouped.items():
+            began, now = _range([row.start_rank for row in rows]), _range([row.rank for row in rows])
+            rank = now if all(row.rank == row.start_rank for row in rows) else f"{began} → {now}"
             lines.append(
-                f"{row.module:<{width}}  {f'{row.d_out} × {row.d_in}':>13}  {rank:>9}  {row.parameters:>10,}  "
-                f"{row.norm:>9.3g}"
-                + "".join(f"  {'–' if getattr(row, n) is None else f'{getattr(row, n):.3g}':>9}" for n in more)
+                f"{module:<{width}}  {f'{rows[0].d_out} × {rows[0].d_in}':>13}  {rank:>9}  "
+                f"{sum(row.parameters for row in rows):>10,}  {math.hypot(*(row.norm for row in rows)):>9.3g}"
+                + "".join(f"  {_together([getattr(row, name) for row in rows]):>9}" for name in more)
             )
         lines.append("─" * len(head))
         share = self.parameters / self.base_parameters
@@ -104,6 +111,31 @@ class Summary:
         if self.beside:
             lines.append(f"trained beside the adapters, counted apart: {self.beside:,}")
         return "\n".join(lines)
+
+
+def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of a table: one a module, but one for all experts of a layer, whose indices stand in the name."""
+    groups: dict[str, list[Row]] = {}
+    indices: dict[str, list[int]] = {}
+    for row in rows:
+        together, index = expert_of(row.module) or (row.module, -1)
+        groups.setdefault(together, []).append(row)
+        indices.setdefault(together, []).append(index)
+    return {
+        name if indices[name] == [-1] else name.replace(".*.", f".{_range(indices[name])}."): own
+        for name, own in groups.items()
+    }
+
+
+def _together(norms: Sequence[float | None]) -> str:
+    """Of the rows of one line."""
+    known = [norm for norm in norms if norm is not None]
+    return f"{math.hypot(*known):.3g}" if known else "–"
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low}–{high}"
 
 
 @torch.no_grad()
@@ -141,17 +173,26 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
 
 def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, int]]:
     """How many of the base's parameters are in layers that the placement adapts, and what the others are in."""
-    targets = targets_of(model)
-    layers = [targets[at].layer for at in placement.adapters]
-    adapted = {id(p) for layer in layers for p in layer.parameters(recurse=nn.utils.parametrize.is_parametrized(layer))}
-    adapted |= {id(targets[at].held) for at in placement.adapters}
+    targets = {at: target for at, target in targets_of(model).items() if at in placement.adapters}
+    layers = {id(target.layer): target.layer for target in targets.values() if not isinstance(target.kind, Expert)}
+    adapted = {
+        id(p)
+        for layer in layers.values()
+        for p in layer.parameters(recurse=nn.utils.parametrize.is_parametrized(layer))
+    }
+    shares = Counter[int]()
+    for target in targets.values():
+        if isinstance(target.kind, Expert):
+            shares[id(target.parameter)] += math.prod(target.shape)
+        else:
+            adapted.add(id(target.held))
     reached, others = 0, Counter[str]()
     kinds, counts = what_is(model), counts_of(model)
     for name, parameter in base_parameters(model).items():
-        if id(parameter) in adapted:
-            reached += counts[name]
-        else:
-            others[kinds(name)] += counts[name]
+        inside = counts[name] if id(parameter) in adapted else shares[id(parameter)]
+        reached += inside
+        if inside < counts[name]:
+            others[kinds(name)] += counts[name] - inside
     return reached, dict(others)
 
 

@@ -99,7 +99,11 @@ class Board:
             else:
                 self._image("rank/by layer", drawn["rank-by-layer"], self.last.step)
         last = history.steps[-1] if history.steps else None
-        for tag, name in (("rank/history", "rank-history"), ("rank/scores at decisions", "scores")):
+        for tag, name in (
+            ("rank/by expert", "rank-by-expert"),
+            ("rank/history", "rank-history"),
+            ("rank/scores at decisions", "scores"),
+        ):
             if name in drawn and last is not None:
                 self._image(tag, drawn[name], last.step)
         final = {f"final/{name}": value for name, value in history.metrics.items()}

@@ -235,7 +235,11 @@ class Session:
         self._penalised = True
         term = penalty(self.adapters.values())
         if term.requires_grad:
-            own = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
+            # An expert that no token went to is left alone. Its penalty's gradient would count as importance, where
+            # ranks are scored on the total one, and it would keep ranks that nothing uses.
+            trained = [[p for p in a.update.parameters() if p.requires_grad] for a in self.adapters.values()]
+            used = [of for of in trained if any(p.grad is not None for p in of)] or trained
+            own = [p for of in used for p in of]
             self._own_gradient = True
             gradients = torch.autograd.grad(self._scaled(term), own, allow_unused=True)
             self._own_gradient = False
@@ -442,8 +446,8 @@ class Session:
                 functools.partial(self._arrived, wanted[parameter], parameter)
             )
 
-    def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor) -> None:
-        if self._own_gradient:
+    def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor | None) -> None:
+        if self._own_gradient or gradient is None:  # None: of an expert that no token went to
             return
         if self.around.last_backward is not None and not self._averaging and self.around.last_backward():
             self._averaging = True
