@@ -365,7 +365,7 @@ class WithHead(nn.Module):
 
 def test_a_parameter_without_gradient_is_named():
     model = lorafamily.apply(WithHead(), "lora", rank=2, targets="encoder", also_train=["head", "unused"])
-    with pytest.raises(lorafamily.TrainingError, match=r"2 of 4 parameters.*: unused\.weight; unused\.bias\."):
+    with pytest.raises(lorafamily.TrainingError, match=r"2 of 4 parameters.*: unused\.bias; unused\.weight\."):
         train(model, rows(8, 5))
 
 
@@ -869,8 +869,8 @@ def test_a_trainers_first_batch_shows_what_is_read(method, tmp_path):
     with pytest.warns(UserWarning, match=READS):
         trainer.train()
     adapters = placement_of(model).adapters
-    assert list(adapters) == list(callback.start) == ["first", "last"]
-    trained = {id(parameter) for group in callback.run.optimizer.param_groups for parameter in group["params"]}
+    assert list(adapters) == list(callback.session.start) == ["first", "last"]
+    trained = {id(parameter) for group in callback.session.optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(parameter) for a in adapters.values() for parameter in a.update.parameters()}
     if method == "adalora":
         assert list(callback.decisions[-1].after) == ["first", "last"]

@@ -23,6 +23,7 @@ class Run:
     mode, with the gates' gradients if gradients are on; None where the run has no validation data.
     `task_gradient(parameter)`: the gradient of the task's loss alone at the step just made, as `parameter.grad` but
     without a penalty's; None where nobody keeps it apart. `agreed(value)`: what the first of several processes has.
+    `reached(name)`: whether the task had a gradient for that adapter at the step just made.
     `start`: ranks by module when the run began, where the adapters are beyond that; None for those they have.
     `again`: whether ranks that an earlier run settled may move once more.
     """
@@ -35,6 +36,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     validation_loss: Callable[[int], Tensor] | None = None
     task_gradient: Callable[[nn.Parameter], Tensor | None] | None = None
+    reached: Callable[[str], bool] = lambda name: True
     generator: torch.Generator = field(default_factory=torch.Generator)
     progress: bool = False
     agreed: Callable[[Any], Any] = lambda value: value

@@ -25,9 +25,9 @@ class Sensitivity(Scorer):
     With I = |w · ∂L/∂w|:   Ī ← β1 Ī + (1−β1) I,   Ū ← β2 Ū + (1−β2) |I − Ī|,   s(w) = Ī Ū.
     A slice scores the sum over its tensors of the mean s(w) of its entries: P, λ, Q in AdaLoRA; E, aa, B in LoRA².
     `scores_on`: L is the "total" loss, as the authors have it, so that what the penalty pulls at counts as important;
-    or that of the "task" alone. A step in which no token came to an expert counts as gradient zero for its slices: one
-    never visited scores 0 and one rarely visited little, so that ranks follow use. The penalty's gradient is left out
-    there too, but where it is added before the task's, as in the Trainer of transformers: score on the "task" there.
+    or that of the "task" alone. A step in which the task has no gradient for an adapter, as where no token came to an
+    expert, counts as gradient zero for its slices, whatever the penalty pulls at: an expert that is never visited
+    scores 0 and one rarely visited little, so that ranks follow use.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class Sensitivity(Scorer):
     def observe(self) -> None:
         """Take in the gradients of the step just made; a tensor without one counts as gradient zero."""
         weights = [parameter.detach() for _, parameter, _ in self._tensors()]
-        found = [self._gradient(parameter) for _, parameter, _ in self._tensors()]
+        reached = {name: self.run.reached(name) for name in self.run.adapters}
+        found = [self._gradient(parameter) if reached[name] else None for name, parameter, _ in self._tensors()]
         gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
         importance = torch._foreach_abs(torch._foreach_mul(weights, gradients))
         torch._foreach_lerp_(self.average, importance, 1 - self.beta1)

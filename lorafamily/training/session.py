@@ -153,6 +153,7 @@ class Session:
         self._own_gradient = False  # whether what arrives at a parameter now is the penalty's, or a scorer's
         self._averaging = False  # whether the backward under way ends with an average over processes
         self._task: dict[nn.Parameter, Tensor] = {}
+        self._reached_now: set[str] = set()  # adapters that got a gradient from the task since the last step
         self._scored: dict[int, list[tuple[Any, float]]] = {}
         self._weigh = weigher(loss_over, model, loss_fn)
         AroundSteps(optimizer, self.adapters)  # no empty tensor is stepped; decay pulls to ΔW = 0
@@ -235,11 +236,10 @@ class Session:
         self._penalised = True
         term = penalty(self.adapters.values())
         if term.requires_grad:
-            # An expert that no token went to is left alone. Its penalty's gradient would count as importance, where
-            # ranks are scored on the total one, and it would keep ranks that nothing uses.
-            trained = [[p for p in a.update.parameters() if p.requires_grad] for a in self.adapters.values()]
-            used = [of for of in trained if any(p.grad is not None for p in of)] or trained
-            own = [p for of in used for p in of]
+            own = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
+            for at, adapter in self.adapters.items():  # after a backward; also where other processes' was added up
+                if any(p.grad is not None for p in adapter.update.parameters()):
+                    self._reached_now.add(at)
             self._own_gradient = True
             gradients = torch.autograd.grad(self._scaled(term), own, allow_unused=True)
             self._own_gradient = False
@@ -280,6 +280,7 @@ class Session:
             self._listen()
         self._penalised = self._stepped = False
         self._task.clear()
+        self._reached_now.clear()
         return decision
 
     def state_dict(self, *, adapters: bool = True) -> dict[str, Any]:
@@ -355,6 +356,12 @@ class Session:
         """Whether the task's gradient is wanted apart from the penalty's."""
         return self.allocator.wants_task_gradient
 
+    @property
+    def _tells_use(self) -> bool:
+        """Whether a scorer averages gradients that a penalty has a share in, also where the task has none."""
+        penalised = self.method is not None and self.method.penalty is not None
+        return penalised and self.allocator.scorer is not None and self.allocator.scorer.observes
+
     def _run(self, steps: int) -> Run:
         sizing = None if self.placement is None else self.placement.sizing
         together = dist.is_available() and dist.is_initialized()
@@ -368,6 +375,7 @@ class Session:
             start=self.start,
             again=self._again,
             task_gradient=self._task.get,
+            reached=lambda at: not self._tells_use or at in self._reached_now,
             optimizer=self.optimizer,
             validation_loss=None if self._validation is None else self._validation_loss,
             progress=self.around.progress,
@@ -436,7 +444,7 @@ class Session:
     def _listen(self) -> None:
         wanted: dict[nn.Parameter, str] = {}
         for at, adapter in self.adapters.items():
-            if self._apart or at in self._unreached or self.around.last_backward is not None:
+            if self._apart or self._tells_use or at in self._unreached or self.around.last_backward is not None:
                 wanted |= {p: at for p in adapter.update.parameters() if p.requires_grad and p.numel()}
         wanted |= {p: at for at, p in self._beside().items() if at in self._unreached and p.requires_grad}
         for parameter in self._hooks.keys() - wanted.keys():
@@ -452,6 +460,7 @@ class Session:
         if self.around.last_backward is not None and not self._averaging and self.around.last_backward():
             self._averaging = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward is done
+        self._reached_now.add(at)
         if at in self._unreached and (at not in self.adapters or bool(gradient.any())):
             self._unreached.discard(at)
         if self._apart:
