@@ -381,8 +381,24 @@ APPLY_EFFECTS = {
     ),
     "name": lambda: placement_of(applied(name="mine")).name == "mine",
     "seed": lambda: not torch.equal(numbers(seed=0), numbers(seed=1)) and torch.equal(numbers(seed=0), numbers(seed=0)),
+    "data": lambda: not torch.equal(numbers(method="eva", data=[batch(1)]), numbers(method="eva", data=[batch(2)])),
+    "loss_fn": lambda: (
+        not torch.equal(
+            numbers(method="gora", data=[batch(1)]), numbers(method="gora", data=[batch(1)], loss_fn=to_second_class)
+        )
+    ),
+    "evidence": lambda: torch.equal(
+        numbers(method="eva", data=[batch(1)]),
+        numbers(
+            method="eva", evidence=lorafamily.gather(Classifier(), "eva", [batch(1)], rank=3, targets="blocks", seed=0)
+        ),
+    ),
     "method_options": lambda: placement_of(applied(alpha=7)).method.options()["alpha"] == 7,
 }
+
+
+def to_second_class(model, batch) -> torch.Tensor:
+    return F.cross_entropy(model(**batch).logits, torch.ones_like(batch["y"]))
 
 
 def perturbed(**given):
@@ -431,6 +447,10 @@ APPLY_REFUSED = [
     ({"dropout_kind": "features"}, "dropout_kind|no effect"),
     ({"name": "a.b"}, "name"),
     ({"alhpa": 3}, "alhpa"),
+    ({"method": "eva"}, "pass data=batches"),
+    ({"data": [batch()]}, "data"),
+    ({"loss_fn": to_second_class}, "loss_fn"),
+    ({"method": "eva", "evidence": {}}, "evidence"),
 ]
 
 
