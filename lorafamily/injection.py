@@ -320,7 +320,11 @@ def choose(
     name: str = "default",
     **method_options: Any,
 ) -> Choice:
-    """What `apply` would do with the same arguments; it refuses what `apply` refuses, and changes nothing."""
+    """What `apply` would do with the same arguments; it refuses what `apply` refuses, and changes nothing.
+
+    Raises:
+        MethodError, TargetError, BudgetError, StateError: as `apply`.
+    """
     model = check_can_place(model, name)
     chosen = find(method).with_options(**method_options)
     drops = Dropout(dropout, dropout_kind)

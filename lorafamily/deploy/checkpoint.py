@@ -145,10 +145,10 @@ def _checked(saved: Saved, entries: Mapping[str, Entry], base: Path) -> dict[str
         if name not in entries:
             wrong.append(f"{name} is missing")
         elif entries[name].dtype not in DTYPES:
-            wrong.append(
-                f"{name} is stored as {entries[name].dtype}: quantised, there is nothing to add ΔW to. Merge into the "
-                "checkpoint it was quantised from, which the adapter fits, or load it and call "
-                "lorafamily.merge(model, dequantise=torch.bfloat16), then save_pretrained"
+            raise FileError(
+                f"{base}: {name} is stored as {entries[name].dtype}; merging needs plain floating-point weights. Where it "
+                "is quantised, merge into the checkpoint it was quantised from, which the adapter fits, or load it, call "
+                "lorafamily.merge(model, dequantise=torch.bfloat16) and save the model"
             )
         elif (shape := _as_matrix(kind, entries[name].shape)) != entry["shape"]:
             wrong.append(f"{name} is {shape} as (d_out, d_in), not {entry['shape']}")
