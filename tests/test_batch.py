@@ -225,8 +225,8 @@ def test_losses_weighed_are_the_loss_of_all_rows(make):
     assert len(set(weights)) > 1
     losses = [model(**piece).loss.item() for piece in pieces]
     mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
-    # Language models of transformers compute their loss in float32.
-    assert mean == pytest.approx(whole, rel=2e-7)
+    # Language models of transformers compute their loss in float32: sums over some rows and over all round otherwise.
+    assert mean == pytest.approx(whole, rel=1e-6)
     ((joined, share),) = gather_rows(pieces, 7)
     assert share == 1
     assert model(**joined).loss.item() == whole
@@ -241,7 +241,7 @@ def test_batches_padded_to_different_lengths_stay_apart_and_are_weighed():
     found = sum(share * model(**piece).loss.item() for piece, share in pieces)
     filled = {key: torch.nn.functional.pad(other[key], (0, 3), value=value) for key, value in FILL.items()}
     together = {key: torch.cat([one[key], filled[key], padded(2, 12)[key][:2]]) for key in one}
-    assert found == pytest.approx(model(**together).loss.item(), rel=2e-7)
+    assert found == pytest.approx(model(**together).loss.item(), rel=1e-6)
     with pytest.raises(lorafamily.DataError, match="no label counts in the 4 rows"):
         gather_rows([one | {"labels": torch.full((4, 12), -100)}], 10, lambda batch: loss_weight(batch, model))
 

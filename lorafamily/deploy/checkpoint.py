@@ -146,9 +146,9 @@ def _checked(saved: Saved, entries: Mapping[str, Entry], base: Path) -> dict[str
             wrong.append(f"{name} is missing")
         elif entries[name].dtype not in DTYPES:
             raise FileError(
-                f"{base}: {name} is stored as {entries[name].dtype}; merging needs plain floating-point weights. Where it "
-                "is quantised, merge into the checkpoint it was quantised from, which the adapter fits, or load it, call "
-                "lorafamily.merge(model, dequantise=torch.bfloat16) and save the model"
+                f"{base}: {name} is stored as {entries[name].dtype}; merging needs plain floating-point weights. Where "
+                "it is quantised, merge into the checkpoint it was quantised from, which the adapter fits, or load it, "
+                "call lorafamily.merge(model, dequantise=torch.bfloat16) and save the model"
             )
         elif (shape := _as_matrix(kind, entries[name].shape)) != entry["shape"]:
             wrong.append(f"{name} is {shape} as (d_out, d_in), not {entry['shape']}")
