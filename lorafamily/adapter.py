@@ -42,7 +42,7 @@ class Parametrisation(nn.Module, ABC):
     own_sizes: ClassVar[Mapping[str, int]] = {}
     """Sizes besides `rank`, with their defaults; options of every method that uses the parametrisation."""
     count: ClassVar[Callable[..., int]]
-    """Static: (d_in, d_out, rank, **own_sizes) -> trainable numbers, what a budget adds up."""
+    """Static: (d_in, d_out, rank, **own_sizes) -> trainable parameters, what a budget adds up."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
@@ -93,7 +93,7 @@ class Parametrisation(nn.Module, ABC):
 
     @property
     def slice_cost(self) -> int:
-        """Trainable numbers that one slice more or less makes."""
+        """Trainable parameters that one slice more or less makes."""
         return sum(
             math.prod(size for axis, size in enumerate(parameter.shape) if axis != along)
             for parameter, along in self.sliced()
@@ -239,7 +239,7 @@ class Adapter(nn.Module):
         return next(self.update.parameters()).device
 
     def trainable(self) -> int:
-        """Trainable numbers at the present size."""
+        """Trainable parameters at the present size."""
         return sum(parameter.numel() for parameter in self.update.parameters())
 
     @contextmanager

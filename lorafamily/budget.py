@@ -1,6 +1,6 @@
 """Parameters ↔ ranks: the largest start, the same for every module, that fits a budget, or ranks given by layer.
 
-A budget is in trainable numbers or in rank slices, never in both: a slice of a wide layer costs more numbers.
+A budget is in trainable parameters or in rank slices, never in both: a slice of a wide layer costs more numbers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Shapes = Mapping[str, tuple[int, int]]
 class Sizing:
     """What was asked for and what it comes to.
 
-    `budget`: trainable adapter numbers, not bytes; `rank_budget`: rank slices of all modules together; each None where
-    something else was asked for. `rank`: of every module at the start, the largest where they differ; `start`:
-    trainable numbers at the start; `ranks`: by module where they were not all to be the same.
+    `budget`: trainable adapter parameters, not bytes; `rank_budget`: rank slices of all modules together; each None
+    where something else was asked for. `rank`: of every module at the start, the largest where they differ; `start`:
+    trainable parameters at the start; `ranks`: by module where they were not all to be the same.
     """
 
     budget: int | None
@@ -117,7 +117,7 @@ def solve(
 
 
 def check_budget(budget: float | None) -> None:
-    """Refuse what is no budget of trainable numbers.
+    """Refuse what is no budget of trainable parameters.
 
     Raises:
         BudgetError: it is no positive, finite number.
@@ -163,8 +163,8 @@ def highest(worth: Mapping[str, Tensor], cost: Callable[[str, int], int], budget
 
 
 def _left(of_all: Method, shapes: Shapes, rank: int, share: float) -> float:
-    """Trainable numbers when a share of all slices is left of a start at `rank`, each of average cost; never less than
-    with one slice, unless none is to be left."""
+    """Trainable parameters when a share of all slices is left of a start at `rank`, each of average cost; never less
+    than with one slice, unless none is to be left."""
     whole = slices = sliced = 0
     by = of_all.parametrisation.sliced_by
     for name, (d_in, d_out) in shapes.items():

@@ -47,7 +47,7 @@ class Room:
     """What start ranks that follow from evidence may come to.
 
     `shapes`: (d_in, d_out) by layer; `rank`: what every layer has if all have the same; `limit`: of all layers
-    together, in trainable numbers where the budget is in those, else in slices; `cost(layer, rank)`: what counts
+    together, in trainable parameters where the budget is in those, else in slices; `cost(layer, rank)`: what counts
     against it. `exact`: whether somebody set the limit; else it is what the same rank everywhere comes to.
     `weight(layer)`: W.
     """
@@ -259,7 +259,7 @@ class Method:
         return [part for part in (self.initialisation, self.allocation, self.penalty) if part is not None]
 
     def count(self, d_in: int, d_out: int, rank: int) -> int:
-        """Trainable numbers of one adapter of this method at `rank`, capped by the layer's own size."""
+        """Trainable parameters of one adapter of this method at `rank`, capped by the layer's own size."""
         return self.parametrisation.count(d_in, d_out, **self.capped(d_in, d_out, rank))
 
     def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:

@@ -49,7 +49,7 @@ class Placement:
     """Whether a session was made for it, here or before it was saved."""
 
     def trainable(self) -> int:
-        """Trainable adapter numbers at the present ranks; what trains beside them is not counted."""
+        """Trainable adapter parameters at the present ranks; what trains beside them is not counted."""
         return sum(adapter.trainable() for adapter in self.adapters.values())
 
 

@@ -18,7 +18,7 @@ class Run:
     """What an allocator may know and touch.
 
     `adapters`: by name of their layer in `model`. `steps`: optimiser steps of the whole run. `limit`, `rank_limit`:
-    trainable adapter numbers and rank slices that must never be exceeded, None for no such limit.
+    trainable adapter parameters and rank slices that must never be exceeded, None for no such limit.
     `validation_loss(rows)`: the task loss on the first so many rows of the validation data, always the same, in eval
     mode, with the gates' gradients if gradients are on; None where the run has no validation data.
     `task_gradient(parameter)`: the gradient of the task's loss alone at the step just made, as `parameter.grad` but
@@ -66,9 +66,9 @@ class Run:
         )
 
     def trainable(self) -> int:
-        """Trainable adapter numbers now."""
+        """Trainable adapter parameters now."""
         return sum(adapter.trainable() for adapter in self.adapters.values())
 
     def unsliced(self) -> int:
-        """Trainable adapter numbers that belong to no slice, and stay whatever is dropped: LoRA²'s outer factors."""
+        """Trainable adapter parameters that belong to no slice, and stay whatever is dropped: LoRA²'s outer factors."""
         return sum(a.trainable() - a.rank * a.update.slice_cost for a in self.adapters.values())

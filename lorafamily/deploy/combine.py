@@ -101,8 +101,8 @@ def compress(
     Args:
         rank: of every layer at most.
         energy: share of ‖ΔW‖²_F that every layer keeps at least, in (0, 1]; the rank follows from it.
-        budget: trainable adapter numbers of all layers. The σ² / (d_in + d_out) highest stay: what a number is worth,
-            since a slice of a wide layer costs more of them. One that does not fit into the rest is passed over.
+        budget: trainable adapter parameters of all layers. The σ² / (d_in + d_out) highest stay: what a parameter is
+            worth, since a slice of a wide layer costs more of them. One that does not fit into the rest is passed over.
         rank_budget: rank slices of all layers; the σ highest stay.
 
     Raises:
@@ -147,7 +147,7 @@ class Cut:
 
     def __call__(self, values: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, int]:
         """How many singular values every layer keeps. `values`: in falling order, without those that are rounding;
-        `costs`: trainable numbers of one slice."""
+        `costs`: trainable parameters of one slice."""
         if self.rank is not None:
             return {at: min(self.rank, len(S)) for at, S in values.items()}
         if self.energy is not None:

@@ -22,7 +22,7 @@ from lorafamily.targets import what_is
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted layer. `norm` is ‖ΔW‖_F; `parameters` are trainable numbers now. Of quantised layers `step` is the
+    """One adapted layer. `norm` is ‖ΔW‖_F; `parameters` are trainable parameters now. Of quantised layers `step` is the
     ‖·‖_F of what rounding to the base's levels takes from a weight, and `lost` that of what it took in
     merge(requantise=True); a ΔW smaller than the step would hardly survive that."""
 
@@ -60,7 +60,7 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """Trainable adapter numbers now."""
+        """Trainable adapter parameters now."""
         return sum(row.parameters for row in self.rows)
 
     @property
@@ -70,7 +70,7 @@ class Summary:
 
     @property
     def unused(self) -> int | None:
-        """What is left of the budget, in trainable numbers or in rank slices; None where a rank was asked for."""
+        """What is left of the budget, in trainable parameters or in rank slices; None where a rank was asked for."""
         if self.rank_budget is not None:
             return self.rank_budget - self.rank
         return None if self.budget is None else self.budget - self.parameters
