@@ -73,7 +73,7 @@ def apply(
         model: any `nn.Module`; it comes back as the same object, computing what it computed before. Of a compiled one
             the model inside is adapted.
         method: a name from `lorafamily.methods()`, or names joined by "+" that differ on their axes.
-        budget: trainable adapter numbers (not bytes); the largest rank that fits is chosen.
+        budget: trainable adapter parameters (not bytes); the largest rank that fits is chosen.
         rank: of every module, capped by the layer's size (LoRA²: the outer width k); or ranks by layer, see below. At
             most one of `budget`, `rank` and `rank_budget` is given; with none it is the method's default rank.
         rank_budget: rank slices of all modules together (LoRA²: its singular values), whatever they cost.
@@ -208,7 +208,7 @@ def _informed(
     choice = replace(choice, evidence=layers, alike=choice.sizing.rank if start.one_scale else None)
     if isinstance(rank, Mapping):
         return choice
-    shapes = {path: (d_in, d_out) for path, target in choice.targets.items() for d_out, d_in in [target.shape]}
+    shapes = _shapes(choice.targets)
     sizing, method = choice.sizing, choice.method
 
     def parameters(layer: str, rank: int) -> int:
@@ -274,25 +274,22 @@ class Choice:
     """Slices that give the scale of all layers; None: each layer's own."""
 
     def build(
-        self, generator: torch.Generator, device: str | None = None, dtype: torch.dtype | None = None
+        self, generator: torch.Generator, *, meta: bool = False, dtype: torch.dtype | None = None
     ) -> dict[str, Adapter]:
-        """An adapter for every layer, as if that had its weight on another device (on "meta" nothing is drawn) or in
-        another dtype."""
+        """An adapter for every layer; with `meta` as if all weights were on the meta device, where nothing is drawn, in
+        another `dtype` perhaps."""
         built = {}
         # Of no slices there is no alpha/r: a layer that begins without is scaled like the one with the most.
         slices = {
-            path: self.method.at(path).slices(d_in, d_out, self.sizing.rank_of(path))
-            for path, target in self.targets.items()
-            for d_out, d_in in [target.shape]
+            path: self.method.at(path).slices(*shape, self.sizing.rank_of(path))
+            for path, shape in _shapes(self.targets).items()
         }
         for path, target in self.targets.items():
             with onloaded(target.layer):
                 held = target.held.dtype if target.held.is_floating_point() else torch.float32
-                like = held if dtype is None else dtype
+                planned = torch.empty(target.shape, dtype=dtype or held, device="meta")
                 built[path] = self.method.at(path).build(  # a quantised weight's value is gone with the call
-                    target.weight.to(dtype=dtype)
-                    if device is None
-                    else torch.empty(target.shape, dtype=like, device=device),
+                    planned if meta else target.weight,
                     self.sizing.rank_of(path),
                     dropout=self.dropout,
                     generator=generator,
@@ -335,12 +332,17 @@ def choose(
     if example is not None:
         matched = _with_effect(model, matched, example, by_default)
     beside = match_beside(model, also_train, matched)
-    shapes = {path: (d_in, d_out) for path, target in matched.items() for d_out, d_in in [target.shape]}
+    shapes = _shapes(matched)
     own = find(method).options()
     by_name = {option: by_layer(value, shapes, option, own[option]) for option, value in chosen.layered.items()}
     chosen = chosen.with_options(**by_name)
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
     return Choice(model, name, method, chosen, sizing, matched, beside, drops, by_default)
+
+
+def _shapes(targets: Mapping[str, Target]) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) by name."""
+    return {path: (d_in, d_out) for path, target in targets.items() for d_out, d_in in [target.shape]}
 
 
 def put(choice: Choice, adapters: Mapping[str, Adapter]) -> None:

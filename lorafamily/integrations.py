@@ -86,11 +86,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             StateError: DDP would wait for the gradient of a tensor that a decision replaces.
         """
         finds = args.ddp_find_unused_parameters
-        if (
-            _under_ddp(args)
-            and self._ddp_may_lose_some
-            and not (not args.gradient_checkpointing if finds is None else finds)
-        ):
+        finds = not args.gradient_checkpointing if finds is None else finds  # as the Trainer decides
+        if _under_ddp(args) and self._ddp_may_lose_some and not finds:
             raise StateError(
                 "only adapters train, and their ranks change: DDP must allow for tensors that are gone; pass "
                 "TrainingArguments(ddp_find_unused_parameters=True)"

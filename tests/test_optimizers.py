@@ -24,65 +24,61 @@ METHODS = {"adalora": {"rank": 4}, "alora": {"rank": 4}, "lora2": {"rank": 6, "i
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-class Lion(torch.optim.Optimizer):
+class PerParameter(torch.optim.Optimizer):
+    """An optimiser that treats one parameter after the other."""
+
+    def __init__(self, parameters, lr=1e-2):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, self.state[p], group["lr"])
+
+    def update(self, p, state, lr):
+        raise NotImplementedError
+
+
+class Lion(PerParameter):
     """Chen et al. 2023, arXiv:2302.06675."""
 
     def __init__(self, parameters, lr=1e-3):
-        super().__init__(parameters, {"lr": lr})
+        super().__init__(parameters, lr)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                    p.sub_(m.lerp(p.grad, 0.1).sign(), alpha=group["lr"])
-                    m.lerp_(p.grad, 0.01)
+    def update(self, p, state, lr):
+        m = state.setdefault("exp_avg", torch.zeros_like(p))
+        p.sub_(m.lerp(p.grad, 0.1).sign(), alpha=lr)
+        m.lerp_(p.grad, 0.01)
 
 
-class SM3(torch.optim.Optimizer):
+class SM3(PerParameter):
     """Anil et al. 2019, arXiv:1901.11150: one accumulator an axis, with names that do not tell which."""
 
-    def __init__(self, parameters, lr=1e-2):
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                for i in range(p.ndim) if not state else ():
-                    shape = [n if axis == i else 1 for axis, n in enumerate(p.shape)]
-                    state[f"accumulator_{i}"] = torch.zeros(shape)
-                v = p.grad.square()
-                for i in range(p.ndim):
-                    v = torch.minimum(v, state[f"accumulator_{i}"] + p.grad.square())
-                p.sub_(p.grad / (v.sqrt() + 1e-8), alpha=group["lr"])
-                for i in range(p.ndim):
-                    others = [axis for axis in range(p.ndim) if axis != i]
-                    state[f"accumulator_{i}"] = v.amax(others, keepdim=True) if others else v
+    def update(self, p, state, lr):
+        for i in range(p.ndim) if not state else ():
+            state[f"accumulator_{i}"] = torch.zeros([n if axis == i else 1 for axis, n in enumerate(p.shape)])
+        v = p.grad.square()
+        for i in range(p.ndim):
+            v = torch.minimum(v, state[f"accumulator_{i}"] + p.grad.square())
+        p.sub_(p.grad / (v.sqrt() + 1e-8), alpha=lr)
+        for i in range(p.ndim):
+            others = [axis for axis in range(p.ndim) if axis != i]
+            state[f"accumulator_{i}"] = v.amax(others, keepdim=True) if others else v
 
 
-class Shampoo(torch.optim.Optimizer):
+class Shampoo(PerParameter):
     """Gupta et al. 2018, arXiv:1802.09568: a matrix an axis, whose entries mix the slices."""
 
-    def __init__(self, parameters, lr=1e-2):
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state, g = self.state[p], p.grad.reshape(len(p), -1)
-                    if not state:
-                        state["preconditioner"] = 1e-3 * torch.eye(len(g))
-                    state["preconditioner"] += g @ g.T
-                    values, vectors = torch.linalg.eigh(state["preconditioner"])
-                    root = vectors @ torch.diag(values.clamp_min(1e-8) ** -0.5) @ vectors.T
-                    p.sub_((root @ g).view_as(p), alpha=group["lr"])
+    def update(self, p, state, lr):
+        g = p.grad.reshape(len(p), -1)
+        if not state:
+            state["preconditioner"] = 1e-3 * torch.eye(len(g))
+        state["preconditioner"] += g @ g.T
+        values, vectors = torch.linalg.eigh(state["preconditioner"])
+        root = vectors @ torch.diag(values.clamp_min(1e-8) ** -0.5) @ vectors.T
+        p.sub_((root @ g).view_as(p), alpha=lr)
 
 
 class Both(torch.optim.Optimizer):

@@ -167,7 +167,7 @@ class Planner:
         return Use(FLOOR, 0, 0, 0, {}, self._memory([], [], self._held(ready, [])))
 
     def _built(self, choice: Choice) -> dict[str, Adapter]:
-        built = choice.build(torch.Generator(), "meta", self.dtype)
+        built = choice.build(torch.Generator(), meta=True, dtype=self.dtype)
         return {path: adapter.to(self.factors) for path, adapter in built.items()}
 
     def _base(self) -> list[Tensor]:

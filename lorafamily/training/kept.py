@@ -47,10 +47,7 @@ class Kept:
     def put_into(self, model: nn.Module, adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer) -> None:
         """Give them back. Tensors of adapters are new parameters, which the optimiser takes without its old state."""
         for at, state in self.adapters.items():
-            for name, old in list(adapters[at].named_parameters()):
-                new = nn.Parameter(state[name].to(old.device, copy=True), requires_grad=old.requires_grad)
-                inside, _, own = name.rpartition(".")
-                setattr(adapters[at].get_submodule(inside), own, new)
+            for old, new in adapters[at].take(state):
                 exchange(optimizer, old, new)
                 optimizer.state.pop(old, None)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())

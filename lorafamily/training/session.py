@@ -147,6 +147,7 @@ class Session:
         self.steps_done = 0
         self.decisions: list[Decision] = []
         self.left_out: list[str] = []
+        self._processes = Processes(self.device) if dist.is_available() and dist.is_initialized() else None
         self._validation = validation
         self._check_gradients, self._again = check_gradients, again
         self._penalised = self._stepped = False
@@ -237,9 +238,9 @@ class Session:
         term = penalty(self.adapters.values())
         if term.requires_grad:
             own = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
-            for at, adapter in self.adapters.items():  # after a backward; also where other processes' was added up
-                if any(p.grad is not None for p in adapter.update.parameters()):
-                    self._reached_now.add(at)
+            if self._tells_use:  # after a backward; also where other processes' was added up
+                has_gradient = {p for p in own if p.grad is not None}
+                self._reached_now |= {at for at, a in self.adapters.items() if has_gradient & {*a.update.parameters()}}
             self._own_gradient = True
             gradients = torch.autograd.grad(self._scaled(term), own, allow_unused=True)
             self._own_gradient = False
@@ -359,12 +360,12 @@ class Session:
     @property
     def _tells_use(self) -> bool:
         """Whether a scorer averages gradients that a penalty has a share in, also where the task has none."""
+        scorer = None if self.allocator.settled else self.allocator.scorer
         penalised = self.method is not None and self.method.penalty is not None
-        return penalised and self.allocator.scorer is not None and self.allocator.scorer.observes
+        return penalised and scorer is not None and scorer.observes
 
     def _run(self, steps: int) -> Run:
         sizing = None if self.placement is None else self.placement.sizing
-        together = dist.is_available() and dist.is_initialized()
         run = Run(
             model=self.model,
             adapters=self.adapters,
@@ -379,7 +380,7 @@ class Session:
             optimizer=self.optimizer,
             validation_loss=None if self._validation is None else self._validation_loss,
             progress=self.around.progress,
-            agreed=self.around.agreed or (Processes(self.device).agreed if together else lambda value: value),
+            agreed=self.around.agreed or (self._processes.agreed if self._processes else lambda value: value),
         )
         run.generator.manual_seed(self.seed)
         return run
@@ -471,10 +472,10 @@ class Session:
     def _average(self) -> None:
         """Of the adapters' gradients over processes, as DDP does with those that it was given."""
         self._averaging = False
-        processes = Processes(self.device)
+        assert self._processes is not None
         parameters = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
-        processes.add_up_gradients(parameters)
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], processes.world)
+        self._processes.add_up_gradients(parameters)
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self._processes.world)
 
     def _same_start(self) -> None:
         for adapter in self.adapters.values():
