@@ -36,8 +36,8 @@ from cell import PeakMemory
 from embedded import ByteDecoder
 from lorafamily.deploy.files import RECORD, TENSORS
 from lorafamily.deploy.folder import write_sealed
+from lorafamily.fingerprints import fingerprints
 from lorafamily.training.checkpoints import Checkpoints
-from lorafamily.training.guards import fingerprints
 from report import as_text
 
 SLOWEST, MOST_MEMORY = 2.0, 1024.0

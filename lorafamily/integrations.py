@@ -12,6 +12,7 @@ state, so that it is there wherever the Trainer resumes from.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from lorafamily.history import Decision
 from lorafamily.placement import noted, placement_of, refuse_merged, state_of
 from lorafamily.reading import leave_out
 from lorafamily.site import base_parameters
-from lorafamily.training.session import Session, Surroundings, fit_ranks
+from lorafamily.training.session import Session, fit_ranks
+from lorafamily.training.surroundings import Surroundings
 
 FOLDER = KEY = "lorafamily"
 
@@ -154,6 +156,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             best = files.read(Path(state.best_model_checkpoint) / FOLDER)
             for at, adapter in self.placement.adapters.items():
                 adapter.take(best.adapters[at].state_dict())
+        self._check_best(state)
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -183,6 +186,20 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
 
     def _ranks(self) -> dict[str, int]:
         return {at: adapter.rank for at, adapter in self.placement.adapters.items()}
+
+    def _check_best(self, state: TrainerState) -> None:
+        """The Trainer may end with the weights of an evaluation from before the ranks were settled."""
+        assert self.session is not None
+        came_to, now = self.session.allocator.ranks, self._ranks()
+        if self.session.allocator.settled and now != came_to:
+            for adapter in self.placement.adapters.values():
+                adapter.settled = False
+            warnings.warn(
+                f"{state.best_model_checkpoint}, the best checkpoint, is from before the ranks were settled: the model "
+                f"has {self.placement.trainable():,} adapter parameters in {sum(now.values())} slices, and the run "
+                f"came to {sum(came_to.values())}. Evaluate only once they are settled (eval_delay), or train longer",
+                stacklevel=2,
+            )
 
     def _put_in(self, optimizer: Any, state: dict[str, Any]) -> None:
         assert self.session is not None

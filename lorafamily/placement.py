@@ -19,6 +19,7 @@ from lorafamily.allocation.allocator import Fixed
 from lorafamily.beside import base_values, movable_buffers, swap
 from lorafamily.budget import Sizing
 from lorafamily.errors import StateError
+from lorafamily.fingerprints import fingerprints
 from lorafamily.method import Method
 from lorafamily.parts import Target
 from lorafamily.quantised import Replaced
@@ -46,11 +47,18 @@ class Placement:
     by_default: bool = False
     """Whether nobody named the targets, so that one without effect may be left out."""
     had_session: bool = False
-    """Whether a session was made for it, here or before it was saved."""
+    """Whether a session was made for it here."""
+    as_read: dict[str, int] | None = None
+    """Fingerprints of its tensors where they came from a file."""
 
     def trainable(self) -> int:
         """Trainable adapter parameters at the present ranks; what trains beside them is not counted."""
         return sum(adapter.trainable() for adapter in self.adapters.values())
+
+    def fingerprints(self) -> dict[str, int]:
+        """Of the adapters' tensors, by name, dtype and shape: a cast one, or one of another rank, is another tensor."""
+        own = [(f"{at}: {name}", p) for at, a in self.adapters.items() for name, p in a.named_parameters()]
+        return fingerprints((f"{name} {p.dtype} {tuple(p.shape)}", p) for name, p in own)
 
 
 @dataclass
@@ -191,10 +199,16 @@ def refuse_untold(model: nn.Module, placement: Placement) -> None:
 def warn_of_no_session(placement: Placement) -> None:
     """Say that adapters were trained in a loop that did nothing of what their method does besides."""
     method = placement.method
-    if placement.had_session or (isinstance(method.allocation, Fixed) and method.penalty is None):
+    settled = isinstance(method.allocation, Fixed) or all(a.settled for a in placement.adapters.values())
+    if placement.had_session or (settled and method.penalty is None):
         return
-    if any(adapter.norm() > 0 for adapter in placement.adapters.values()):  # ΔW is zero until it is trained
-        without = [] if isinstance(method.allocation, Fixed) else ["rank allocation"]
+    if placement.as_read is None:
+        trained = any(adapter.norm() > 0 for adapter in placement.adapters.values())  # ΔW is zero until then
+    else:
+        now = placement.fingerprints()
+        trained = any(now.get(name, value) != value for name, value in placement.as_read.items())
+    if trained:
+        without = [] if settled else ["rank allocation"]
         without += [] if method.penalty is None else ["penalty"]
         warnings.warn(
             f'adapter "{placement.name}" was trained without the {" and ".join(without)} of its method, '

@@ -7,7 +7,7 @@ guessed from names; one forward shows it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,29 @@ class Reads(TorchFunctionMode):
 
     def _end(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         self._inside -= 1
+
+
+def watch_first_batch(
+    model: nn.Module, targets: Mapping[str, Target], without_effect: Callable[[list[str]], None]
+) -> None:
+    """See at the model's first batch in training which targets' weights it reads without calling the layers, and hand
+    their names over."""
+    reads = Reads(targets)
+    hooks: list[RemovableHandle] = []
+
+    def begin(module: nn.Module, inputs: Any) -> None:
+        if module.training:  # not in an evaluation before
+            reads.__enter__()
+
+    def end(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module.training:
+            for hook in hooks:
+                hook.remove()
+            reads.__exit__(None, None, None)
+            if output is not None:  # nothing was raised
+                without_effect(reads.without_effect())
+
+    hooks += [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
 
 
 def leave_out(

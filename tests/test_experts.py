@@ -356,8 +356,9 @@ def test_a_slice_of_an_expert_that_was_never_visited_scores_as_one_without_use(s
         assert_close(of_unused, bare.expand_as(of_unused), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("in_the_loss", [False, True])
 @pytest.mark.parametrize("method", ["adalora", "lora2"])
-def test_the_penalty_makes_no_use_of_an_expert_that_was_never_visited(method):
+def test_the_penalty_makes_no_use_of_an_expert_that_was_never_visited(method, in_the_loss):
     """These score on the total gradient, and the penalty has one for every adapter: it would count as importance."""
     model = model_of("mixtral")
     x = ids(1, 3)
@@ -367,7 +368,11 @@ def test_the_penalty_makes_no_use_of_an_expert_that_was_never_visited(method):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     session = lorafamily.session(model, optimizer, steps=6)
     for _ in range(2):
-        session.backward(model(input_ids=x, labels=x).loss)
+        loss = model(input_ids=x, labels=x).loss
+        if in_the_loss:
+            (3 * loss + 3 * session.penalty()).backward()
+        else:
+            session.backward(loss)
         optimizer.step()
         if session.steps_done == 1:
             found = session.allocator.scores()

@@ -178,3 +178,14 @@ def test_training_without_what_the_method_does_is_said_when_it_is_saved(method, 
     lorafamily.save(trained("olora", session=False, steps=2), tmp_path / "olora")
     lorafamily.save(trained(method, session=True, steps=1), tmp_path / "begun")
     lorafamily.save(lorafamily.load(tiny(), tmp_path / "it"), tmp_path / "it-again")  # was said of it before
+    lorafamily.save(lorafamily.load(tiny(), tmp_path / "it").double(), tmp_path / "cast")
+
+
+def test_training_on_from_a_file_without_a_session_is_said_too(tmp_path):
+    lorafamily.save(trained("alora", session=True, steps=2), tmp_path / "unsettled")
+    model = lorafamily.load(tiny().train(), tmp_path / "unsettled")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-3))
+    model(**data()[0]).loss.backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r'"default" was trained without the rank allocation of its method, alora'):
+        lorafamily.save(model, tmp_path / "on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,26 @@ def test_a_trainer_prunes_and_grows_and_resumes_to_the_same_bytes(method, tmp_pa
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_best_checkpoint_from_before_the_ranks_were_settled_is_said(tmp_path):
+    """It may be over the budget; what trains it further goes on allocating."""
+    best = {"eval_strategy": "steps", "eval_steps": 6, "save_steps": 6, "load_best_model_at_end": True}
+    best |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # a loss that falls: the first one
+    model = adapted("adalora")
+    trainer, callback = trainer_of(model, tmp_path, **best)
+    with pytest.warns(UserWarning, match=r"checkpoint-6, the best checkpoint, is from before the ranks were settled"):
+        trainer.train()
+    adapters = placement_of(model).adapters
+    assert sum(adapter.rank for adapter in adapters.values()) > sum(callback.decisions[-1].after.values())
+    assert not any(adapter.settled for adapter in adapters.values())
+    late = adapted("adalora")
+    trainer, _ = trainer_of(late, tmp_path / "late", **best, eval_delay=18)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("default", module="torch|transformers")
+        trainer.train()
+    assert all(adapter.settled for adapter in placement_of(late).adapters.values())
+
+
 def test_adafactor_with_modules_at_rank_zero_resumes_to_the_same_bytes(tmp_path):
     """Half the modules lose their only rank at the first decision, and the checkpoint has them so."""
     options = {"optim": "adafactor", "weight_decay": 0.1, "save_steps": 2, "max_steps": 8}
@@ -151,10 +172,10 @@ batch = {key: torch.stack([torch.as_tensor(s[key]) for s in samples(8)]) for key
 callback = LoraFamilyCallback(model, validation=[batch])
 args = transformers.TrainingArguments(
     output_dir=folder, max_steps=20, per_device_train_batch_size=8 // world, learning_rate=5e-3, report_to="none",
-    disable_tqdm=True, use_cpu=True, logging_steps=100, save_strategy="no", average_tokens_across_devices=False,
+    disable_tqdm=True, use_cpu=True, logging_steps=100, save_steps=10, average_tokens_across_devices=False,
 )
 trainer = transformers.Trainer(model, args, train_dataset=samples(), callbacks=[callback])
-trainer.train()
+trainer.train(resume_from_checkpoint=len(sys.argv) > 4)
 if rank == 0:
     lorafamily.save(model, folder)
     print("ranks", json.dumps(callback.decisions[-1].after))
@@ -168,14 +189,21 @@ def test_two_processes_under_ddp_train_what_one_does_while_ranks_change(method, 
     here = Path(__file__).parent
     paths = os.pathsep.join(map(str, (here, here.parent / "experiments", here.parent)))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    told = []
-    for n in (1, 2):
+
+    def ranks(n: int, folder: str, *resume: str) -> list[str]:
         command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * (n > 1))]
-        command += [str(tmp_path / "program.py"), method, head, str(tmp_path / str(n))]
+        command += [str(tmp_path / "program.py"), method, head, str(tmp_path / folder), *resume]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        told += [line for line in done.stdout.splitlines() if line.startswith("ranks")]
-    assert told[0] == told[1]
+        return [line for line in done.stdout.splitlines() if line.startswith("ranks")]
+
+    assert ranks(1, "1") == ranks(2, "2")
+    # From the checkpoint in the middle, which both processes read.
+    (tmp_path / "again").mkdir()
+    (tmp_path / "2" / "checkpoint-10").rename(tmp_path / "again" / "checkpoint-10")
+    assert len(ranks(2, "again", "resume")) == 1
+    whole, again = ((tmp_path / at / "adapter.safetensors").read_bytes() for at in ("2", "again"))
+    assert whole == again
     one, two = (load_file(tmp_path / str(n) / "adapter.safetensors") for n in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-9)  # sums of 4 + 4 rows instead of 8, 20 steps

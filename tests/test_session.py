@@ -232,6 +232,47 @@ def test_what_later_batches_reach_is_no_fault_and_what_none_reaches_is_named():
         lorafamily.train(model, [torch.ones(2, 4)], steps=20, loss_fn=lambda m, x: m(x), progress=False)
 
 
+def test_an_adapter_that_lost_its_rank_unvisited_is_named_too():
+    schedule = {"warmup": 2, "final": 2, "interval": 1, "target": 0.5}
+    model = lorafamily.apply(Experts(), "adalora", rank=2, targets="experts", seed=0, **schedule)
+    with pytest.warns(UserWarning, match=r"reached 1 of 4 adapters: experts\.3 \(1 of them lost all of their rank\)"):
+        history = lorafamily.train(model, [torch.ones(2, 4)], steps=20, loss_fn=lambda m, x: m(x), progress=False)
+    assert history.ranks_end["experts.3"] == 0
+
+
+@pytest.mark.parametrize("method", ["adalora", "lora2"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_guard_tells_the_task_from_a_penalty_in_the_loss(method, scaled):
+    """An adapter that only the penalty reaches is refused, whoever adds the penalty, and those of the task are not."""
+
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.cut = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x).square().mean() + self.cut(x).detach().mean()
+
+    model = lorafamily.apply(Cut(), method, rank=2, targets="used|cut", seed=0)
+    with torch.no_grad():
+        for adapter in placement_of(model).adapters.values():
+            for parameter in adapter.update.parameters():
+                parameter.add_(0.1)  # the penalty of orthonormal frames has no gradient
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=3.0, enabled=scaled)
+    session = lorafamily.session(model, optimizer, steps=40, scaler=scaler if scaled else None)
+    for step in range(1, 11):
+        scaler.scale((model(torch.ones(2, 4)) + session.penalty()) / 7).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 10:
+            with pytest.raises(lorafamily.TrainingError, match=r"1 of 2 adapters got no gradient.*: cut\."):
+                session.step()
+        else:
+            session.step()
+        optimizer.zero_grad()
+
+
 def test_ranks_that_something_holds_on_to_are_refused():
     class DistributedDataParallel(nn.Module):  # by its name, as a process group would be needed for a real one
         def __init__(self, module):

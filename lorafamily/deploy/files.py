@@ -243,7 +243,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     both = {**parameters, **buffers}
     beside = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.beside.items()}
     placement = Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, {})
-    placement.had_session = True  # or `save` has said that it had none
+    placement.as_read = placement.fingerprints()
     placement.parked = {at: value for at, value in beside.items() if at in parameters}
     placement.buffers = {at: value for at, value in beside.items() if at in buffers}
     place(owner, placement, targets)

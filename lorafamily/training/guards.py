@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafamily.beside import movable_buffers
 from lorafamily.deploy.folder import listed
@@ -88,25 +88,6 @@ class FiniteNumbers:
 
 def _has_broken_gradient(adapter: nn.Module) -> bool:
     return any(p.grad is not None and not p.grad.isfinite().all() for p in adapter.parameters())
-
-
-def fingerprints(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """A number for each tensor, the sum of its bits read as integers: every single flipped bit changes it."""
-    sums = {name: _fingerprint(value) for name, value in parameters}
-    return {name: int(value) for name, value in sums.items()}
-
-
-@torch.no_grad()
-def _fingerprint(value: Tensor) -> Tensor:
-    local = value.detach()
-    local = local.to_local() if hasattr(local, "to_local") else local  # a sharded tensor: the part that is here
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(local.element_size(), torch.int64)
-    return local.contiguous().view(words).sum(dtype=torch.int64)
-
-
-def added_up(pieces: list[int]) -> int:
-    """The fingerprint of a tensor from those of its pieces; sums of 64-bit integers wrap."""
-    return (sum(pieces) + 2**63) % 2**64 - 2**63
 
 
 def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:

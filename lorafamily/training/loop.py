@@ -36,12 +36,13 @@ from lorafamily.training.folder_lock import FolderLock
 from lorafamily.training.guards import FiniteNumbers, check_keys
 from lorafamily.training.interrupt import Interrupted, StopSignals
 from lorafamily.training.log import Log
-from lorafamily.training.optimisation import Optimizer, Rates, made
+from lorafamily.training.optimisation import WARMUP, Optimizer, Rates, made
 from lorafamily.training.processes import Processes
 from lorafamily.training.run_state import RunState
 from lorafamily.training.schedule import Schedule, total_steps
-from lorafamily.training.session import Session, Surroundings
+from lorafamily.training.session import Session
 from lorafamily.training.state import seeded
+from lorafamily.training.surroundings import Surroundings
 
 SCALING_LIMIT = 25  # steps in a row that float16's loss scale may take to halve itself from 2¹⁶ to nothing
 
@@ -56,7 +57,7 @@ def train(
     head_lr: float | None = None,
     up_lr: float | None = None,
     weight_decay: float | None = None,
-    warmup: float = 0.06,
+    warmup: float | None = None,
     schedule: Schedule = "linear",
     floor: float = 0.0,
     optimizer: Optimizer | None = None,
@@ -100,7 +101,7 @@ def train(
         head_lr: of what trains beside the adapters; None: ten times `lr`, but no more than 0.01.
         up_lr: of the tensors that make U; None: `lr`. LoRA+ (Hayou et al. 2024) takes about 16 times `lr`.
         weight_decay: of AdamW, 0 unless said.
-        warmup: a fraction of the run, or a whole number of steps, in which rates rise to their peak.
+        warmup: a fraction of the run, or a whole number of steps, in which rates rise to their peak; None: 0.06.
         schedule: how they go on: "linear" and "cosine" to 0, "constant", or a function from the step (from 1) to the
             share of the peak; or the LRScheduler of an optimiser given, which then alone sets the rates.
         floor: share of the peak below which rates do not fall.
@@ -213,8 +214,17 @@ def train(
                 return {"loss": mean_loss(validation, in_evaluation, weigh, processes)}
 
         settings: dict[str, Setting] = {"lr": rates.peaks[0], "steps": total, "schedule": _named(schedule)}
-        settings |= {"warmup": warmup, "floor": floor, "accumulate": accumulate, "seed": -1 if seed is None else seed}
-        settings |= {"loss over": loss_over if isinstance(loss_over, str) else "a function", "again": int(again)}
+        settings |= {
+            "warmup": WARMUP if warmup is None else warmup,
+            "floor": floor,
+            "accumulate": accumulate,
+            "seed": -1 if seed is None else seed,
+        }
+        settings |= {
+            "loss over": loss_over if isinstance(loss_over, str) else "a function",
+            "again": int(again),
+            "patience": patience or 0,
+        }
         settings |= {"weight decay": optim.param_groups[0].get("weight_decay", 0.0)}
         settings |= {"head lr": rates.peaks[-1]} if optimizer is None else {}
         settings |= {"precision": precision, "max gradient norm": clip, **_about(session.placement)}

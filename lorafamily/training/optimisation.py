@@ -13,6 +13,7 @@ from lorafamily.placement import noted, placement_of
 from lorafamily.training.schedule import Schedule, lr_factor, warmup_steps
 
 LR = 1e-3
+WARMUP = 0.06  # of a run
 HIGHEST_HEAD_LR = 1e-2
 
 
@@ -112,15 +113,27 @@ def made(
 class Rates:
     """The learning rate of every step: a share of each group's peak, or what somebody's LRScheduler says."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, total: int, warmup: float, floor: float):
-        self.optimizer, self.schedule = optimizer, schedule
-        self.total, self.warmup, self.floor = total, warmup_steps(warmup, total), floor
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        total: int,
+        warmup: float | None = None,
+        floor: float = 0.0,
+    ):
+        self.optimizer, self.schedule, self.total, self.floor = optimizer, schedule, total, floor
+        self.warmup = warmup_steps(WARMUP if warmup is None else warmup, total)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         if not 0 <= floor <= 1:
             raise TrainingError(f"floor={floor!r}: must be a share of the peak rate in [0, 1]")
         if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
             if schedule.optimizer is not optimizer:
                 raise TrainingError("schedule=... is the LRScheduler of another optimiser than optimizer=...")
+            for name, value in (("warmup", warmup), ("floor", floor or None)):
+                if value is not None:
+                    raise TrainingError(
+                        f"{name}={value!r} has no effect: schedule=... is an LRScheduler, which sets rates"
+                    )
         else:
             self.share(1)  # refuses what is no schedule
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import AllocationError, StateError, TrainingError
+from lorafamily.fingerprints import added_up, fingerprints
 from lorafamily.history import Decision, Evaluation, History, Step, Weights
 from lorafamily.quantised import tensors_of
 from lorafamily.site import base_parameters
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, of_step
-from lorafamily.training.guards import FiniteNumbers, added_up, check_base, fingerprints
+from lorafamily.training.guards import FiniteNumbers, check_base
 from lorafamily.training.kept import Kept
 from lorafamily.training.optimisation import Rates
 from lorafamily.training.processes import Processes

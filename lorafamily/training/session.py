@@ -10,58 +10,31 @@ for batch in loader:
 
 from __future__ import annotations
 
-import functools
-import re
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Allocator, Fixed
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
 from lorafamily.batch import LossFn, LossOver, gather_rows, loss_of, to_device, weigher
-from lorafamily.deploy.folder import listed
 from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
 from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
-from lorafamily.reading import Reads, leave_out
+from lorafamily.reading import leave_out, watch_first_batch
 from lorafamily.training.around_steps import AroundSteps, check_optimizer, steppers
 from lorafamily.training.execution import evaluating
-from lorafamily.training.guards import CUT, FrozenBuffers, silence
+from lorafamily.training.guards import CUT, FrozenBuffers
 from lorafamily.training.processes import Processes, give_gradient
 from lorafamily.training.state import seed_all
-
-PATIENCE = (
-    10  # steps in which something of every kind must have got a gradient: layers may be dropped, experts unvisited
-)
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a loop knows and a session asks for; the defaults are right in a plain loop.
-
-    `precision()`: the context of a forward. `scaler`: float16's. `agreed(value)`: what the first of several processes
-    has. `reduces`: whether the loop adds up the gradients of new tensors over processes. `last_backward()`: where DDP
-    leaves the adapters' gradients to the session, whether a backward is a step's last, after which they are averaged.
-    `progress`: show a bar while ranks are scored.
-    """
-
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
-    scaler: torch.amp.GradScaler | None = None
-    agreed: Callable[[Any], Any] | None = None
-    reduces: bool = False
-    last_backward: Callable[[], bool] | None = None
-    progress: bool = False
-    compiled: bool = False
+from lorafamily.training.surroundings import Surroundings, check_held, holding_engine
+from lorafamily.training.task_gradients import TaskGradients
 
 
 def session(
@@ -149,35 +122,34 @@ class Session:
         self.left_out: list[str] = []
         self._processes = Processes(self.device) if dist.is_available() and dist.is_initialized() else None
         self._validation = validation
-        self._check_gradients, self._again = check_gradients, again
+        self._again = again
         self._penalised = self._stepped = False
-        self._own_gradient = False  # whether what arrives at a parameter now is the penalty's, or a scorer's
-        self._averaging = False  # whether the backward under way ends with an average over processes
-        self._task: dict[nn.Parameter, Tensor] = {}
-        self._reached_now: set[str] = set()  # adapters that got a gradient from the task since the last step
         self._scored: dict[int, list[tuple[Any, float]]] = {}
         self._weigh = weigher(loss_over, model, loss_fn)
         AroundSteps(optimizer, self.adapters)  # no empty tensor is stepped; decay pulls to ΔW = 0
         if self.placement is not None:
             refuse_untold(self.owner, self.placement)
-            self._check_held()
+            check_held(self.optimizer, self._trained())
         self.start = dict(start or {name: adapter.rank for name, adapter in self.adapters.items()})
         self.run = self._run(steps)
         self.allocator = self._begin()
-        engine = None if self.allocator.settled or around.reduces else _holds_on(model, optimizer)
+        engine = None if self.allocator.settled or around.reduces else holding_engine(model, optimizer)
         if engine is not None and (engine != "DDP" or around.last_backward is None):
             raise StateError(
                 f"{engine} holds on to the tensors it was given, and this method changes their size; use "
                 "lorafamily.train under torchrun, or a method with fixed ranks"
             )
         self._buffers = None if self.placement is None else FrozenBuffers(self.owner)
-        self._unreached = {*self.adapters, *self._beside()} if check_gradients else set()
-        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
-        if around.last_backward is not None:
-            self._same_start()
-        self._listen()
+        self.gradients = TaskGradients(
+            self.adapters,
+            self._beside,
+            guard=check_gradients,
+            wanted=lambda: (self._apart, self._tells_use),
+            around=around,
+            processes=self._processes,
+        )
         if self.placement is not None and not around.compiled:
-            self._watch()
+            watch_first_batch(model, targets_of(self.owner), self.leave_out)
         self.optimizer.register_step_post_hook(self._after_optimizer)
         self._behind = False  # whether the model went on to other ranks and the session was not told
         if self.placement is not None:
@@ -214,8 +186,8 @@ class Session:
     def penalty(self) -> Tensor:
         """The method's penalty, for a loop that calls `backward` itself: add it to the loss once a step.
 
-        Zero for a method without one. In the sum the task's gradient cannot be told from the penalty's, so an adapter
-        that the task does not reach goes unnoticed; `backward` tells them apart.
+        Zero for a method without one. `backward` is faster where ranks move: here the penalty's gradient is computed
+        twice, to know it from the task's in their sum.
 
         Raises:
             TrainingError: ranks are scored on the task's gradient alone, which then cannot be told apart.
@@ -226,8 +198,9 @@ class Session:
                 "use session.backward(loss)"
             )
         self._penalised = True
-        term = None if self.method is None or self.method.penalty is None else self.method.penalty
-        return torch.zeros((), device=self.device) if term is None else term(self.adapters.values())
+        if self.method is None or self.method.penalty is None:
+            return torch.zeros((), device=self.device)
+        return self.gradients.told_apart(self.method.penalty(self.adapters.values()), self._factors())
 
     def add_penalty(self) -> float:
         """Add the penalty's gradient, if this step has not had it; the penalty. `backward` does it."""
@@ -237,13 +210,11 @@ class Session:
         self._penalised = True
         term = penalty(self.adapters.values())
         if term.requires_grad:
-            own = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
-            if self._tells_use:  # after a backward; also where other processes' was added up
-                has_gradient = {p for p in own if p.grad is not None}
-                self._reached_now |= {at for at, a in self.adapters.items() if has_gradient & {*a.update.parameters()}}
-            self._own_gradient = True
-            gradients = torch.autograd.grad(self._scaled(term), own, allow_unused=True)
-            self._own_gradient = False
+            own = self._factors()
+            if self._tells_use:
+                self.gradients.note_reached(own)
+            with self.gradients.paused():
+                gradients = torch.autograd.grad(self._scaled(term), own, allow_unused=True)
             for parameter, gradient in zip(own, gradients, strict=True):
                 if gradient is not None and parameter.grad is None:
                     give_gradient(parameter, gradient)
@@ -272,16 +243,14 @@ class Session:
         self.steps_done += 1
         if self._buffers is not None and self.steps_done in (1, self.run.steps):
             self._buffers.put_back()
-        self._check_reached()
-        self._own_gradient = True
-        decision = self.allocator.step(self.steps_done, observe=self._stepped and self._finite())
-        self._own_gradient = False
+        self.gradients.check(self.steps_done, last=self.steps_done == self.run.steps)
+        with self.gradients.paused():
+            decision = self.allocator.step(self.steps_done, observe=self._stepped and self._finite())
         if decision is not None:
             self.decisions.append(decision)
-            self._listen()
+            self.gradients.listen()
         self._penalised = self._stepped = False
-        self._task.clear()
-        self._reached_now.clear()
+        self.gradients.stepped()
         return decision
 
     def state_dict(self, *, adapters: bool = True) -> dict[str, Any]:
@@ -295,7 +264,7 @@ class Session:
             "generator": self.run.generator.get_state(),
             "decisions": [vars(decision) for decision in self.decisions],
             "left out": list(self.left_out),
-            "unreached": sorted(self._unreached),
+            "unreached": sorted(self.gradients.unreached),
         }
         if adapters:
             state["adapters"] = {at: dict(adapter.state_dict()) for at, adapter in self.adapters.items()}
@@ -325,9 +294,9 @@ class Session:
         self.allocator.restore(state["allocator"])
         self.run.generator.set_state(state["generator"].cpu())
         self.decisions = [Decision(**decision) for decision in state["decisions"]]
-        self.steps_done, self._unreached = state["steps done"], set(state["unreached"])
+        self.steps_done, self.gradients.unreached = state["steps done"], set(state["unreached"])
         self._behind = False
-        self._listen()
+        self.gradients.listen()
 
     def exchange(self, replaced: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """Let the optimiser train new parameters in the place of old ones."""
@@ -346,7 +315,7 @@ class Session:
         if self.placement is not None and leave_out(self.owner, self.placement, list(names), self.optimizer):
             self.left_out = sorted({*self.left_out, *(before - set(self.adapters))})
             self.start = {name: rank for name, rank in self.start.items() if name in self.adapters}
-            self._unreached -= before - set(self.adapters)
+            self.gradients.unreached -= before - set(self.adapters)
             self.run = self._run(self.run.steps)
             self.allocator = self._begin()
 
@@ -375,8 +344,8 @@ class Session:
             rank_limit=None if sizing is None else sizing.rank_budget,
             start=self.start,
             again=self._again,
-            task_gradient=self._task.get,
-            reached=lambda at: not self._tells_use or at in self._reached_now,
+            task_gradient=lambda parameter: self.gradients.kept.get(parameter),
+            reached=lambda at: not self._tells_use or at in self.gradients.reached,
             optimizer=self.optimizer,
             validation_loss=None if self._validation is None else self._validation_loss,
             progress=self.around.progress,
@@ -407,17 +376,12 @@ class Session:
     def _beside(self) -> dict[str, nn.Parameter]:
         return {} if self.placement is None else {at: self.owner.get_parameter(at) for at in self.placement.parked}
 
-    def _check_held(self) -> None:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+    def _factors(self) -> list[nn.Parameter]:
+        return [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
+
+    def _trained(self) -> dict[str, nn.Parameter]:
         own = {f"{at}: {name}": p for at, a in self.adapters.items() for name, p in a.update.named_parameters()}
-        missing = [
-            at for at, p in (own | self._beside()).items() if p.requires_grad and p.numel() and id(p) not in held
-        ]
-        if missing:
-            raise TrainingError(
-                f"the optimiser does not hold {len(missing)} of the tensors that train ({listed(missing)}): make "
-                "it after lorafamily.apply, of all parameters with requires_grad"
-            )
+        return own | self._beside()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.around.scaler is None else self.around.scaler.scale(loss)
@@ -439,92 +403,6 @@ class Session:
 
     def _after_optimizer(self, *_: Any) -> None:
         self._stepped = True
-
-    # What arrives at a parameter from the task. A hook sees it before it is added up, whoever calls `backward`.
-
-    def _listen(self) -> None:
-        wanted: dict[nn.Parameter, str] = {}
-        for at, adapter in self.adapters.items():
-            if self._apart or self._tells_use or at in self._unreached or self.around.last_backward is not None:
-                wanted |= {p: at for p in adapter.update.parameters() if p.requires_grad and p.numel()}
-        wanted |= {p: at for at, p in self._beside().items() if at in self._unreached and p.requires_grad}
-        for parameter in self._hooks.keys() - wanted.keys():
-            self._hooks.pop(parameter).remove()
-        for parameter in wanted.keys() - self._hooks.keys():
-            self._hooks[parameter] = parameter.register_hook(
-                functools.partial(self._arrived, wanted[parameter], parameter)
-            )
-
-    def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor | None) -> None:
-        if self._own_gradient or gradient is None:  # None: of an expert that no token went to
-            return
-        if self.around.last_backward is not None and not self._averaging and self.around.last_backward():
-            self._averaging = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward is done
-        self._reached_now.add(at)
-        if at in self._unreached and (at not in self.adapters or bool(gradient.any())):
-            self._unreached.discard(at)
-        if self._apart:
-            scale = 1.0 if self.around.scaler is None else self.around.scaler.get_scale()
-            before = self._task.get(parameter)
-            self._task[parameter] = gradient / scale if before is None else before + gradient / scale
-
-    def _average(self) -> None:
-        """Of the adapters' gradients over processes, as DDP does with those that it was given."""
-        self._averaging = False
-        assert self._processes is not None
-        parameters = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
-        self._processes.add_up_gradients(parameters)
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self._processes.world)
-
-    def _same_start(self) -> None:
-        for adapter in self.adapters.values():
-            for parameter in adapter.parameters():
-                dist.broadcast(parameter.data, 0)
-
-    def _check_reached(self) -> None:
-        """Layers may be dropped and experts unvisited, so one batch proves little: of every kind of layer something
-        must have got a gradient in the first steps, and what none of the run's batches reached is named at its end."""
-        if not self._check_gradients:
-            return
-        last = self.steps_done == self.run.steps
-        self._unreached = {at for at in self._unreached if at not in self.adapters or self.adapters[at].rank}
-        if self._hooks:
-            self._listen()
-        if self._unreached and (self.steps_done == PATIENCE or last):
-            everything = {*self.adapters, *self._beside()}
-            reached = {_kind(at) for at in everything - self._unreached}
-            silent = sorted(at for at in self._unreached if _kind(at) not in reached)
-            if silent:
-                raise TrainingError(silence(silent, self.adapters, self._beside(), self.steps_done))
-        if self._unreached and last:
-            warnings.warn(
-                f"no batch of the run reached {len(self._unreached)} of {len(self.adapters)} adapters: "
-                f"{listed(sorted(self._unreached))}. Nothing of the task is in them",
-                stacklevel=3,
-            )
-
-    def _watch(self) -> None:
-        """See at the first batch which targets' weights the model reads without calling the layers."""
-        reads = Reads(targets_of(self.owner))
-        hooks: list[RemovableHandle] = []
-
-        def begin(module: nn.Module, inputs: Any) -> None:
-            if module.training:  # not in an evaluation before
-                reads.__enter__()
-
-        def end(module: nn.Module, inputs: Any, output: Any) -> None:
-            if module.training:
-                for hook in hooks:
-                    hook.remove()
-                reads.__exit__(None, None, None)
-                if output is not None:  # nothing was raised
-                    self.leave_out(reads.without_effect())
-
-        hooks += [
-            self.model.register_forward_pre_hook(begin),
-            self.model.register_forward_hook(end, always_call=True),
-        ]
 
 
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
@@ -553,22 +431,4 @@ def _before_loading(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: 
     if session is not None and (replaced := fit_ranks(model, session.adapters, state_dict, prefix)):
         session.exchange(replaced)
         session._behind = True
-        session._listen()
-
-
-def _kind(at: str) -> str:
-    """A name without its numbers: the same layer of every block, every expert."""
-    return re.sub(r"\d+", "#", at)
-
-
-def _holds_on(model: nn.Module, optimizer: Any) -> str | None:
-    """What keeps references to the tensors that train, so that they must not be replaced."""
-    names = {type(module).__name__ for module in model.modules()}
-    for engine, found in (("DDP", "DistributedDataParallel"), ("FSDP", "FullyShardedDataParallel")):
-        if found in names:
-            return engine
-    if "deepspeed" in type(optimizer).__module__ or any("DeepSpeed" in name for name in names):
-        return "DeepSpeed"
-    if any(hasattr(p, "to_local") for p in model.parameters() if p.requires_grad):
-        return "FSDP"
-    return "DDP" if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+        session.gradients.listen()

@@ -1,0 +1,27 @@
+"""Numbers that tell whether a tensor is bit for bit what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def fingerprints(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """A number for each tensor, the sum of its bits read as integers: every single flipped bit changes it."""
+    sums = {name: _fingerprint(value) for name, value in parameters}
+    return {name: int(value) for name, value in sums.items()}
+
+
+@torch.no_grad()
+def _fingerprint(value: Tensor) -> Tensor:
+    local = value.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local  # a sharded tensor: the part that is here
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(local.element_size(), torch.int64)
+    return local.contiguous().view(words).sum(dtype=torch.int64)
+
+
+def added_up(pieces: list[int]) -> int:
+    """The fingerprint of a tensor from those of its pieces; sums of 64-bit integers wrap."""
+    return (sum(pieces) + 2**63) % 2**64 - 2**63

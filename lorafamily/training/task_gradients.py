@@ -1,0 +1,175 @@
+"""The task's gradient as it arrives at the parameters: hooks see it before it is added up, whoever calls `backward`."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorafamily.adapter import Adapter
+from lorafamily.deploy.folder import listed
+from lorafamily.errors import TrainingError
+from lorafamily.training.guards import silence
+from lorafamily.training.processes import Processes
+from lorafamily.training.surroundings import Surroundings
+
+PATIENCE = 10
+"""Steps in which something of every kind must have got a gradient: layers may be dropped, experts unvisited."""
+
+
+class TaskGradients:
+    """Of one run. Which adapters the task reached, its gradient apart from the penalty's, and, where DDP leaves the
+    adapters to the session, averages over processes.
+
+    `unreached`: adapters and extra trained parameters that no batch of the run has reached. `reached`: adapters that
+    the task reached since the last step. `kept`: the task's gradient since the last step, by parameter, where it is
+    wanted apart.
+
+    Args:
+        adapters: the mapping that holds the model's adapters now, as it changes.
+        extra: gives the extra trained parameters by name.
+        guard: whether to refuse adapters without gradient.
+        wanted: whether the gradient is wanted apart, and whether use is told by it.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        extra: Callable[[], dict[str, nn.Parameter]],
+        *,
+        guard: bool,
+        wanted: Callable[[], tuple[bool, bool]],
+        around: Surroundings,
+        processes: Processes | None,
+    ):
+        self.adapters, self.extra, self.guard, self.wanted = adapters, extra, guard, wanted
+        self.around, self.processes = around, processes
+        present = [at for at, adapter in adapters.items() if adapter.rank]
+        self.unreached = {*present, *extra()} if guard else set()
+        self.reached: set[str] = set()
+        self.kept: dict[nn.Parameter, Tensor] = {}
+        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self._of_penalty: dict[
+            nn.Parameter, Tensor
+        ] = {}  # its share in what arrives, where a loop added it to the loss
+        self._from_task = True
+        self._averaging = False  # whether the backward under way ends with an average over processes
+        if around.last_backward is not None:
+            self._same_start()
+        self.listen()
+
+    def listen(self) -> None:
+        """Hook what has to be seen now, and nothing else; after parameters were replaced, too."""
+        wanted: dict[nn.Parameter, str] = {}
+        everywhere = any(self.wanted()) or self.around.last_backward is not None
+        for at, adapter in self.adapters.items():
+            if everywhere or at in self.unreached:
+                wanted |= {p: at for p in adapter.update.parameters() if p.requires_grad and p.numel()}
+        wanted |= {p: at for at, p in self.extra().items() if at in self.unreached and p.requires_grad}
+        for parameter in self._hooks.keys() - wanted.keys():
+            self._hooks.pop(parameter).remove()
+        for parameter in wanted.keys() - self._hooks.keys():
+            arrived = functools.partial(self._arrived, wanted[parameter], parameter)
+            self._hooks[parameter] = parameter.register_hook(arrived)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block gradients are not the task's: the penalty's, or a scorer's."""
+        before, self._from_task = self._from_task, False
+        try:
+            yield
+        finally:
+            self._from_task = before
+
+    def told_apart(self, penalty: Tensor, own: list[nn.Parameter]) -> Tensor:
+        """The penalty for a loop that adds it to the loss: its share in what arrives at `own` is known when it does."""
+        if not self._hooks or not penalty.requires_grad:
+            return penalty
+
+        def share(weight: Tensor) -> None:  # of the penalty in the loss, a scaler's included
+            with self.paused():
+                shares = torch.autograd.grad(penalty, own, weight, retain_graph=True, allow_unused=True)
+            self._of_penalty = {p: s for p, s in zip(own, shares, strict=True) if s is not None}
+
+        outside = penalty.view_as(penalty)
+        outside.register_hook(share)
+        return outside
+
+    def note_reached(self, own: list[nn.Parameter]) -> None:
+        """After a backward without the penalty: whatever has a gradient has the task's, another process's included."""
+        there = {p for p in own if p.grad is not None}
+        self.reached |= {at for at, a in self.adapters.items() if there & {*a.update.parameters()}}
+
+    def stepped(self) -> None:
+        """The step is over."""
+        self.kept.clear()
+        self.reached.clear()
+        self._of_penalty.clear()
+
+    def check(self, step: int, last: bool) -> None:
+        """Layers may be dropped and experts unvisited, so one batch proves little: of every kind of layer something
+        must have got a gradient in the first steps, and what none of the run's batches reached is named at its end.
+
+        Raises:
+            TrainingError: of some kind of layer nothing got a gradient.
+        """
+        if not self.guard:
+            return
+        if self._hooks:
+            self.listen()
+        present = {at for at in self.unreached if at not in self.adapters or self.adapters[at].rank}
+        if present and (step == PATIENCE or last):
+            reached = {_kind(at) for at in {*self.adapters, *self.extra()} - self.unreached}
+            silent = sorted(at for at in present if _kind(at) not in reached)
+            if silent:
+                raise TrainingError(silence(silent, self.adapters, self.extra(), step))
+        if self.unreached and last:
+            pruned = sorted(self.unreached - present)
+            also = f" ({len(pruned)} of them lost all of their rank)" if pruned else ""
+            warnings.warn(
+                f"no batch of the run reached {len(self.unreached)} of {len(self.adapters)} adapters: "
+                f"{listed(sorted(self.unreached))}{also}. Nothing of the task is in them",
+                stacklevel=4,
+            )
+
+    def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor | None) -> None:
+        if not self._from_task or gradient is None:  # None: of an expert that no token went to
+            return
+        if self.around.last_backward is not None and not self._averaging and self.around.last_backward():
+            self._averaging = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward is done
+        alone = self._of_penalty.get(parameter)
+        if alone is not None and torch.equal(gradient, alone):  # the same operations give the same bits
+            return
+        self.reached.add(at)
+        if at in self.unreached and (at not in self.adapters or bool(gradient.any())):
+            self.unreached.discard(at)
+        if self.wanted()[0]:
+            scale = 1.0 if self.around.scaler is None else self.around.scaler.get_scale()
+            before = self.kept.get(parameter)
+            self.kept[parameter] = gradient / scale if before is None else before + gradient / scale
+
+    def _average(self) -> None:
+        """Of the adapters' gradients over processes, as DDP does with those that it was given."""
+        self._averaging = False
+        assert self.processes is not None
+        parameters = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
+        self.processes.add_up_gradients(parameters)
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.processes.world)
+
+    def _same_start(self) -> None:
+        for adapter in self.adapters.values():
+            for parameter in adapter.parameters():
+                dist.broadcast(parameter.data, 0)
+
+
+def _kind(at: str) -> str:
+    """A name without its numbers: the same layer of every block, every expert."""
+    return re.sub(r"\d+", "#", at)
