@@ -196,9 +196,9 @@ def test_an_lr_scheduler_of_an_optimiser_given():
     with pytest.raises(lorafamily.TrainingError, match="of another optimiser"):
         lorafamily.train(model, [batch()], steps=3, optimizer=other, schedule=schedule, progress=False)
     for name, value in (("warmup", 0.06), ("floor", 0.1)):  # it alone sets the rates
+        given = {"optimizer": optimizer, "schedule": schedule, name: value, "progress": False}
         with pytest.raises(lorafamily.TrainingError, match=f"{name}={value} has no effect: schedule=... is an LRSch"):
-            given = {"optimizer": optimizer, "schedule": schedule, name: value}
-            lorafamily.train(model, [batch()], steps=3, progress=False, **given)
+            lorafamily.train(model, [batch()], steps=3, **given)
 
 
 def test_a_seed_leaves_everybody_s_generators_alone():
