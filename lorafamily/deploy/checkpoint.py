@@ -170,7 +170,9 @@ def _checked(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[di
         together = _together(name, saved, names, base)
         found = [(other, group) for other in together if (group := names.of(other)) is not None]
         if not found:
-            wrong.append(f"{name}, which trained beside the adapter, {names.why_not(name)}; save the model with it first")
+            wrong.append(
+                f"{name}, which trained beside the adapter, {names.why_not(name)}; save the model with it first"
+            )
         for other, group in found:
             at = other.removeprefix(names.prefix)
             if (shape := _shape_in_memory(group, at, entries, base)) != tuple(value.shape):

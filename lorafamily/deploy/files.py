@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.beside import movable_buffers, trained_beside
+from lorafamily.beside import movable_buffers, tied_names, trained_beside
 from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
@@ -110,6 +110,9 @@ def described(
         "base": {"architecture": type(model).__name__, "shapes": _shapes(model)},
         "modules": modules,
     }
+    tied = tied_names(model)
+    if trained_tied := {at: tied[at] for at in beside if at in tied}:
+        record["tied"] = trained_tied
     return Saved(Path(), record, placement.method, placement.sizing, placement.adapters, dict(beside))
 
 
@@ -304,12 +307,15 @@ def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:
             wrong.append(f"{at} is {shape}, not {entry['shape']}")
         elif "weight_hash" in entry and _hash(*target.kind.stored(target.layer).values()) != entry["weight_hash"]:
             wrong.append(f"{at} has other weights")
-    own = {**base_parameters(model), **movable_buffers(model)}
+    own, tied = {**base_parameters(model), **movable_buffers(model)}, tied_names(model)
     for at, value in saved.beside.items():
         if at not in own:
             wrong.append(f"{at} is missing")
         elif own[at].shape != value.shape:
             wrong.append(f"{at} is {list(own[at].shape)}, not {list(value.shape)}")
+        elif (there := saved.record.get("tied", {}).get(at, [at])) != (here := tied.get(at, [at])):
+            which = [name for name in {**dict.fromkeys(there), **dict.fromkeys(here)} if name != at]
+            wrong.append(f"{at} is {'no' if len(there) > 1 else 'one'} tied tensor with {' and '.join(which)}")
     if wrong:
         made_for = saved.record["base"]["architecture"]
         raise FileError(
