@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorafamily.batch import batch_axes, cut_rows
 from lorafamily.errors import DataError, TrainingError
+from lorafamily.quantised import quantised_layers
 from lorafamily.site import sites_in
 
 T = TypeVar("T")
@@ -190,8 +191,10 @@ def shard(model: Model) -> Model:
     Call it after `apply` and before `train`, in a program that `torchrun` started. Blocks (the entries of the model's
     `nn.ModuleList`s) are gathered one after the other as they are computed.
 
+    A base in bitsandbytes' 4 bits is spread as it is packed; its scales stay whole in every process.
+
     Raises:
-        TrainingError: this is one process alone.
+        TrainingError: this is one process alone, or the base is quantised otherwise.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -199,6 +202,12 @@ def shard(model: Model) -> Model:
     processes = Processes(next(model.parameters()).device)
     if processes.world == 1:
         raise TrainingError("shard(model) spreads a model over several processes; start them with torchrun")
+    for at, layer, kind in quantised_layers(model):
+        if getattr(layer, "quant_state", None) is None:  # it has to survive that the weight becomes another tensor
+            raise TrainingError(
+                f"{at} ({type(layer).__name__}) is a {kind.name}, whose scales FSDP2 would lose: of quantised bases only "
+                "bitsandbytes' 4-bit ones are spread; train this one whole in each process"
+            )
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     own = {parameter for parameter in model.parameters() if parameter.requires_grad}
     own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
