@@ -80,8 +80,8 @@ def refuse_whole_blocks(model: nn.Module) -> None:
         for one in (hook, *getattr(hook, "hooks", ())):
             if getattr(one, "offload", False) and getattr(one, "place_submodules", False):
                 raise StateError(
-                    f"{at or type(module).__name__} is offloaded as a whole (accelerate's preload_module_classes), by a "
-                    f"hook that would look for the adapters inside, too, and not find them; {BACK}, then offload "
+                    f"{at or type(module).__name__} is offloaded as a whole (accelerate's preload_module_classes), by "
+                    f"a hook that would look for the adapters inside, too, and not find them; {BACK}, then offload "
                     "without that argument"
                 )
 
@@ -95,8 +95,8 @@ def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
     for at, adapter in adapters.items():
         if any(parameter.is_meta for parameter in adapter.parameters()):
             raise StateError(
-                f"the adapter of {at} was offloaded along with its layer, and what trains must be here; {BACK}; offload "
-                "the model before adapters come"
+                f"the adapter of {at} was offloaded along with its layer, and what trains must be here; {BACK}; "
+                "offload the model before adapters come"
             )
 
 

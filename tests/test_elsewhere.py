@@ -257,7 +257,7 @@ def test_an_offloaded_base_does_all_but_merge(offload, tmp_path):
     assert files[0] == files[1]
     y = logits(model)
     for step in (lorafamily.merge, lambda model: lorafamily.merge_difference(model, BATCH)):
-        with pytest.raises(lorafamily.StateError, match="is not here .*remove_hook_from_module"):
+        with pytest.raises(lorafamily.StateError, match=r"is not here .*remove_hook_from_module"):
             step(model)
     assert torch.equal(logits(model), y)
 
@@ -284,7 +284,9 @@ def test_adapters_that_were_offloaded_along_are_not_trained_or_written(offload, 
         lambda: lorafamily.routing(model, ["default"] * 4).__enter__(),
     ]
     for step in steps:
-        with pytest.raises(lorafamily.StateError, match="was offloaded along with its layer, and what trains must be here"):
+        with pytest.raises(
+            lorafamily.StateError, match="was offloaded along with its layer, and what trains must be here"
+        ):
             step()
     if offload is to_cpu:
         hooks.remove_hook_from_module(model, recurse=True)
@@ -295,7 +297,9 @@ def test_adapters_that_were_offloaded_along_are_not_trained_or_written(offload, 
 def test_blocks_that_are_offloaded_as_a_whole_are_refused(tmp_path):
     model = llama()
     by_blocks(model, tmp_path)
-    with pytest.raises(lorafamily.StateError, match=r"model\.layers\.0 is offloaded as a whole .*preload_module_classes"):
+    with pytest.raises(
+        lorafamily.StateError, match=r"model\.layers\.0 is offloaded as a whole .*preload_module_classes"
+    ):
         lorafamily.apply(model, "lora", rank=2)
 
 

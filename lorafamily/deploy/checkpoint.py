@@ -20,7 +20,6 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lorafamily.adapter import Adapter
 from lorafamily.deploy.conversion import CONFIG, Group, Names, names_of
 from lorafamily.deploy.files import Saved
 from lorafamily.deploy.folder import listed, read_json
@@ -223,6 +222,7 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
     Raises:
         FileError: what it comes from are no plain floating-point numbers, or not all of one dtype.
     """
+    first = group.sources[0]
     for source in group.sources:
         if entries[source].dtype not in DTYPES:
             raise FileError(
@@ -230,10 +230,10 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
                 "Where it is quantised, merge into the checkpoint it was quantised from, which the adapter fits, or "
                 "load it, call lorafamily.merge(model, dequantise=torch.bfloat16) and save the model"
             )
-        if entries[source].dtype != entries[group.sources[0]].dtype:
+        if entries[source].dtype != entries[first].dtype:
             raise FileError(
-                f"{base}: {source} is {entries[source].dtype} and {group.sources[0]} {entries[group.sources[0]].dtype}, "
-                "and both are in one tensor of the model; save the checkpoint in one dtype"
+                f"{base}: {source} is {entries[source].dtype} and {first} {entries[first].dtype}, and both "
+                "are in one tensor of the model; save the checkpoint in one dtype"
             )
     on_meta = {source: torch.empty(entries[source].shape, device="meta") for source in group.sources}
     return tuple(group.in_memory(on_meta)[name].shape)

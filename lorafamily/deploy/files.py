@@ -25,8 +25,8 @@ from lorafamily.beside import movable_buffers, tied_names, trained_beside
 from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
-from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.elsewhere import is_sharded, refuse_offloaded, refuse_offloaded_adapters
+from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.layers import onloaded, whole_weights
 from lorafamily.method import Method
 from lorafamily.names import join
@@ -75,8 +75,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     refuse_offloaded_adapters(placement.adapters)
     if hash_base and (spread := [at for at, target in layers.items() if is_sharded(target.held)]):
         raise StateError(
-            f"hash_base=True reads whole weights, and that of {spread[0]} is spread over processes, of which one writes "
-            "the file; leave it out, or save and load once before shard(model)"
+            f"hash_base=True reads whole weights, and that of {spread[0]} is spread over processes, of which one "
+            "writes the file; leave it out, or save and load once before shard(model)"
         )
     originals = (state.originals or {}) if hash_base else None
     return write(

@@ -75,8 +75,8 @@ def merge(
     for path, target in quantised.items():
         if is_sharded(target.held):
             raise StateError(
-                f"{path} is quantised and spread over processes; save the adapter, which is whole in each, and load and "
-                "merge it in one process"
+                f"{path} is quantised and spread over processes; save the adapter, which is whole in each, and load "
+                "and merge it in one process"
             )
     check_replacement(owner, next(iter(quantised), None), dequantise, requantise)
     _refuse_shared(owner, placement, targets)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.plain import padded
-from lorafamily.errors import StateError
 from lorafamily.elsewhere import refuse_offloaded_adapters
+from lorafamily.errors import StateError
 from lorafamily.layers import Acting, onloaded, whole_update
 from lorafamily.placement import Model, Placement, activate, noted, placement_of, refuse_merged, targets_of
 from lorafamily.site import Site, sites_in

@@ -205,8 +205,8 @@ def shard(model: Model) -> Model:
     for at, layer, kind in quantised_layers(model):
         if getattr(layer, "quant_state", None) is None:  # it has to survive that the weight becomes another tensor
             raise TrainingError(
-                f"{at} ({type(layer).__name__}) is a {kind.name}, whose scales FSDP2 would lose: of quantised bases only "
-                "bitsandbytes' 4-bit ones are spread; train this one whole in each process"
+                f"{at} ({type(layer).__name__}) is a {kind.name}, whose scales FSDP2 would lose: of quantised bases "
+                "only bitsandbytes' 4-bit ones are spread; train this one whole in each process"
             )
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     own = {parameter for parameter in model.parameters() if parameter.requires_grad}
