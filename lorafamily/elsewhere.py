@@ -51,7 +51,7 @@ def put_whole(parameter: Any, value: Tensor) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Let go of what FSDP2 gathered for a forward and keeps for the next one: what is written there would be lost."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
@@ -100,14 +100,16 @@ def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
             )
 
 
-def refuse_offloaded(tensors: Mapping[str, Tensor], names: Iterable[str], what: str) -> None:
-    """Refuse values for parameters that are not here: they would be lost.
+def refuse_elsewhere(tensors: Mapping[str, Tensor], names: Iterable[str], what: str) -> None:
+    """Refuse values for parameters that are not here, or not whole: they would be lost.
 
     Raises:
-        StateError: one of them is offloaded.
+        StateError: one of them is offloaded, or spread over processes.
     """
     for name in names:
         if name in tensors and tensors[name].is_meta:
             raise StateError(
                 f"{name}, {what}, is offloaded (or on the meta device); keep its layer here, as by a device_map"
             )
+        if name in tensors and is_sharded(tensors[name]):
+            raise StateError(f"{name}, {what}, is spread over processes; do this before shard(model)")

@@ -17,8 +17,8 @@ from lorafamily.beside import base_values, movable_buffers
 from lorafamily.budget import Sizing, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
-from lorafamily.elsewhere import is_sharded, refuse_offloaded
-from lorafamily.errors import MethodError, StateError, TargetError
+from lorafamily.elsewhere import refuse_elsewhere
+from lorafamily.errors import MethodError, TargetError
 from lorafamily.evidence import Evidence, LayerEvidence
 from lorafamily.gathering import gathered, weights_of
 from lorafamily.layers import onloaded, whole_weights
@@ -385,10 +385,8 @@ def match_beside(
     beside = targeting.match_parameters(model, patterns)
     weights = {id(target.held): path for path, target in adapted.items()}
     packed = packed_parameters(model)
-    refuse_offloaded(beside, beside, "which also_train names")
+    refuse_elsewhere(beside, beside, "which also_train names")
     for name, parameter in beside.items():
-        if is_sharded(parameter):
-            raise StateError(f"also_train names {name}, which is spread over processes; name it before shard(model)")
         if id(parameter) in packed:
             raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")
         if id(parameter) in weights:

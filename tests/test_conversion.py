@@ -247,3 +247,22 @@ def test_what_cannot_be_put_together_is_one_line_and_writes_nothing(harm, tmp_pa
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+class Wrapped(torch.nn.Module):
+    """Somebody's model around one of transformers', as for retrieval."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+
+def test_the_checkpoint_of_a_wrapped_model_is_found_by_its_config(tmp_path):
+    inner = model_of("mixtral").model
+    inner.save_pretrained(tmp_path / "base")
+    model = Wrapped(inner)
+    adapted(model, tmp_path)
+    merge_checkpoint(tmp_path / "base", read(tmp_path / "adapter"), tmp_path / "out")
+    merged = transformers.MixtralModel.from_pretrained(tmp_path / "out").state_dict()
+    lorafamily.merge(model)
+    assert all(torch.equal(value, merged[name]) for name, value in inner.state_dict().items())

@@ -90,6 +90,8 @@ def entries_of(base: Path) -> dict[str, Entry]:
         FileError: no checkpoint there, a shard that is missing, damaged or outside the folder.
     """
     if (base / INDEX).is_file():
+        if (base / SINGLE).exists():
+            raise FileError(f"{base}: {SINGLE} and {INDEX} are both there, and of which one to read nobody says")
         shards = read_json(base / INDEX, FOLDER)
         if not isinstance(shards, dict) or not isinstance(shards.get("weight_map"), dict):
             raise FileError(f"{base / INDEX}: no index of shards (it needs a weight_map)")

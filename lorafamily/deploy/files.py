@@ -25,7 +25,7 @@ from lorafamily.beside import movable_buffers, tied_names, trained_beside
 from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
-from lorafamily.elsewhere import is_sharded, refuse_offloaded, refuse_offloaded_adapters
+from lorafamily.elsewhere import is_sharded, refuse_elsewhere, refuse_offloaded_adapters
 from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.layers import onloaded, whole_weights
 from lorafamily.method import Method
@@ -250,7 +250,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
             adapter.to(targets[at].held.device)
     parameters, buffers = base_parameters(owner), movable_buffers(owner)
     both = {**parameters, **buffers}
-    refuse_offloaded(both, saved.beside, "which the file has values for")
+    refuse_elsewhere(both, saved.beside, "which the file has values for")
     beside = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.beside.items()}
     placement = Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, {})
     placement.had_session = True  # or `save` has said that it had none

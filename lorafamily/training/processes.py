@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorafamily.batch import batch_axes, cut_rows
 from lorafamily.errors import DataError, TrainingError
+from lorafamily.placement import noted
 from lorafamily.quantised import quantised_layers
 from lorafamily.site import sites_in
 
@@ -211,6 +212,9 @@ def shard(model: Model) -> Model:
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     own = {parameter for parameter in model.parameters() if parameter.requires_grad}
     own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
+    owner, state = noted(model)
+    for placement in state.placements.values() if state is not None else ():
+        own |= {owner.get_parameter(path) for path in placement.parked}  # others than the active one train some, too
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     for block in reversed(blocks):  # the inner ones first
         fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in own})
