@@ -209,6 +209,8 @@ def shard(model: Model) -> Model:
                 f"{at} ({type(layer).__name__}) is a {kind.name}, whose scales FSDP2 would lose: of quantised bases "
                 "only bitsandbytes' 4-bit ones are spread; train this one whole in each process"
             )
+        # With AVX512 it would pack for inference what is gathered for one forward, and take the next for packed.
+        vars(layer)["support_avx512bf16_for_cpu"] = False
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     own = {parameter for parameter in model.parameters() if parameter.requires_grad}
     own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
