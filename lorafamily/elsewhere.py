@@ -57,6 +57,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The model's own class, which FSDP2 replaces by one with another name."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return next(cls for cls in type(model).__mro__ if fsdp is None or not issubclass(cls, fsdp.FSDPModule))
+
+
 def offloaded_value(model: nn.Module, name: str) -> Tensor | None:
     """The value of a parameter that accelerate keeps elsewhere, by full name; None where it does not."""
     at, _, own = name.rpartition(".")

@@ -102,6 +102,9 @@ if bitsandbytes is not None:
     refused("nf4 merge", lambda: lorafamily.merge(model, dequantise=torch.float32))
     with torch.no_grad():
         tensors["nf4 logits"] = model.eval()(input_ids=x[:4] % 90).logits.clone()
+    eight = torch.nn.Sequential(bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu"))
+    lorafamily.apply(eight, "lora", rank=2, seed=0)
+    refused("int8", lambda: lorafamily.shard(eight))
 if rank == 0:
     save_file({k: v.contiguous() for k, v in tensors.items()}, f"{folder}/tensors.safetensors")
     open(f"{folder}/told.json", "w").write(json.dumps(told))
@@ -159,6 +162,8 @@ def test_gathered_merged_weights_have_the_bits_of_merging_in_one_process(dtype, 
     name = str(dtype).removeprefix("torch.")
     told, tensors, folder = spread[1]
     assert told[name]["same bits"]
+    record = json.loads((folder / name / "adapter.json").read_text())
+    assert record["base"]["architecture"] == "ByteDecoder"  # by which checkpoints are found; FSDP2 puts its own class
     model = lorafamily.merge(lorafamily.load(tiny(dtype=dtype), folder / name))
     merged = {at: p for at, p in model.named_parameters() if "lorafamily" not in at}
     assert len(merged) > 10
@@ -178,6 +183,7 @@ def test_a_4_bit_base_is_sharded_too(spread):
     with torch.no_grad():
         assert_close(whole(input_ids=tokens(rows=16)[:4] % 90).logits, tensors["nf4 logits"], rtol=0, atol=1e-5)
     assert "is quantised and spread over processes; save the adapter" in both["nf4 merge"]
+    assert "only bitsandbytes' 4-bit ones are spread" in both["int8"]
 
 
 def test_what_needs_more_than_a_part_says_what_to_do(spread):

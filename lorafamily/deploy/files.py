@@ -25,7 +25,7 @@ from lorafamily.beside import movable_buffers, tied_names, trained_beside
 from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
-from lorafamily.elsewhere import is_sharded, refuse_elsewhere, refuse_offloaded_adapters
+from lorafamily.elsewhere import class_of, is_sharded, refuse_elsewhere, refuse_offloaded_adapters
 from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.layers import onloaded, whole_weights
 from lorafamily.method import Method
@@ -113,7 +113,7 @@ def described(
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
         "method": placement.spec,
-        "base": {"architecture": type(model).__name__, "shapes": _shapes(model)},
+        "base": {"architecture": class_of(model).__name__, "shapes": _shapes(model)},
         "modules": modules,
     }
     tied = tied_names(model)
