@@ -5,6 +5,7 @@ While an adapter is active its values are in the model and the base's wait outsi
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -16,6 +17,15 @@ from lorafamily.names import join
 def base_values(tensors: Mapping[str, Tensor], parked: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of parameters or buffers as the base has them; `parked`: by the active adapter."""
     return {path: parked.get(path, value.data).clone() for path, value in tensors.items()}
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """For every name of a parameter that has several all of them, in the model's order; the first is the one that
+    `named_parameters` gives."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {name: together for together in names.values() if len(together) > 1 for name in together}
 
 
 def movable_buffers(model: nn.Module) -> dict[str, Tensor]:

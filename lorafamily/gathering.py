@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lorafamily.batch import IGNORED, LossFn, call, loss_of, refuse_one_batch, to_device, weigher
 from lorafamily.errors import DataError, MethodError
 from lorafamily.evidence import Evidence, LayerEvidence, Wanted
-from lorafamily.layers import onloaded
+from lorafamily.layers import whole_weights
 from lorafamily.parts import Target
 from lorafamily.training.execution import evaluating
 
@@ -294,7 +294,7 @@ def weights_of(targets: Mapping[str, Target]) -> Callable[[str], Tensor]:
     """A layer's weight by name, brought to where it can be read."""
 
     def weight(at: str) -> Tensor:
-        with onloaded(targets[at].layer):
+        with whole_weights(targets[at].layer):
             return targets[at].weight.detach().clone()
 
     return weight

@@ -17,10 +17,11 @@ from lorafamily.beside import base_values, movable_buffers
 from lorafamily.budget import Sizing, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
+from lorafamily.elsewhere import refuse_elsewhere
 from lorafamily.errors import MethodError, TargetError
 from lorafamily.evidence import Evidence, LayerEvidence
 from lorafamily.gathering import gathered, weights_of
-from lorafamily.layers import onloaded
+from lorafamily.layers import onloaded, whole_weights
 from lorafamily.method import FromEvidence, Method, Room
 from lorafamily.parts import Fused, Target
 from lorafamily.patterns import by_layer
@@ -285,7 +286,7 @@ class Choice:
             for path, shape in _shapes(self.targets).items()
         }
         for path, target in self.targets.items():
-            with onloaded(target.layer):
+            with onloaded(target.layer) if meta else whole_weights(target.layer):
                 held = target.held.dtype if target.held.is_floating_point() else torch.float32
                 planned = torch.empty(target.shape, dtype=dtype or held, device="meta")
                 built[path] = self.method.at(path).build(  # a quantised weight's value is gone with the call
@@ -379,10 +380,12 @@ def match_beside(
 
     Raises:
         TargetError: a pattern that matches no parameter, or one that matches such a weight.
+        StateError: a parameter that is offloaded, or spread over processes.
     """
     beside = targeting.match_parameters(model, patterns)
     weights = {id(target.held): path for path, target in adapted.items()}
     packed = packed_parameters(model)
+    refuse_elsewhere(beside, beside, "which also_train names")
     for name, parameter in beside.items():
         if id(parameter) in packed:
             raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")

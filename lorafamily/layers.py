@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.adapter import Adapter, Factors
+from lorafamily.elsewhere import is_sharded, whole
 from lorafamily.functional import adapted_linear, can_be_fast, computed_in, in_dtype, low_rank_linear
 
 if TYPE_CHECKING:
@@ -361,4 +362,13 @@ def onloaded(layer: nn.Module) -> Iterator[None]:
     from accelerate.utils import align_module_device  # type: ignore[import-untyped, unused-ignore]
 
     with align_module_device(layer):
+        yield
+
+
+@contextmanager
+def whole_weights(layer: nn.Module) -> Iterator[None]:
+    """Inside the block a layer has its weights, and has them whole where they are spread over processes: all of these
+    must come here."""
+    spread = {name: p for name, p in layer.named_parameters() if is_sharded(p)}
+    with onloaded(layer), holding(layer, {name: nn.Parameter(whole(p), False) for name, p in spread.items()}):
         yield

@@ -18,6 +18,7 @@ from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
 from lorafamily.beside import base_values, movable_buffers, swap
 from lorafamily.budget import Sizing
+from lorafamily.elsewhere import refuse_whole_blocks
 from lorafamily.errors import StateError
 from lorafamily.fingerprints import fingerprints
 from lorafamily.method import Method
@@ -166,6 +167,7 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
             f'an adapter named "{name}" is already there; give another name=..., or lorafamily.remove(model) first'
         )
     refuse_merged(state)
+    refuse_whole_blocks(whole)
     return whole
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from lorafamily.beside import tied_names
 from lorafamily.errors import TargetError
 from lorafamily.experts import Expert, expert_weights, why_no_experts
 from lorafamily.layers import kind_of, why_not
@@ -84,7 +85,7 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
     """The parameters of the base model in whose full names regular expressions are found.
 
     Raises:
-        TargetError: a pattern that matches no parameter.
+        TargetError: a pattern that matches no parameter, or only further names of tied ones.
     """
     if patterns is None:
         return {}
@@ -94,6 +95,12 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
         compiled = _compiled(pattern)
         own = {name: parameter for name, parameter in named.items() if compiled.search(name)}
         if not own:
+            for name, together in tied_names(model).items():
+                if compiled.search(name):
+                    raise TargetError(
+                        f'also_train="{pattern}": {name} is one tied tensor with {together[0]}, and both train under '
+                        f'that name: also_train="{re.escape(together[0])}"'
+                    )
             near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3)
             raise TargetError(
                 f'also_train="{pattern}" matches no parameter; nearest: {", ".join(near) or "none"}; '

@@ -124,9 +124,13 @@ HARM = {
         lambda f: shards(f)[1].write_bytes(shards(f)[0].read_bytes()),
         r"is in model-0000\d-of.* and in model-0000\d-of",
     ),
+    "a single file beside shards": (
+        lambda f: (f / "base" / "model.safetensors").write_bytes(shards(f)[0].read_bytes()),
+        "are both there, and of which one to read nobody says",
+    ),
     "another model": (
         lambda f: model_of("gpt2").save_pretrained(f / "base", max_shard_size="20KB"),
-        r"not the checkpoint this adapter was made for: .* is missing",
+        "of model_type 'gpt2', which LlamaForCausalLM, the model that the adapter was made for, is not",
     ),
     "whole numbers": (
         lambda f: [

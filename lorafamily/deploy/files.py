@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.beside import movable_buffers, trained_beside
+from lorafamily.beside import movable_buffers, tied_names, trained_beside
 from lorafamily.budget import Sizing
 from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
-from lorafamily.errors import FileError, LoraFamilyError
-from lorafamily.layers import onloaded
+from lorafamily.elsewhere import class_of, is_sharded, refuse_elsewhere, refuse_offloaded_adapters
+from lorafamily.errors import FileError, LoraFamilyError, StateError
+from lorafamily.layers import onloaded, whole_weights
 from lorafamily.method import Method
 from lorafamily.names import join
 from lorafamily.parts import Target, target_of_record
@@ -71,6 +72,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     assert state is not None
     targets = targets_of(owner)
     layers = {at: targets[at] for at in placement.adapters}
+    refuse_offloaded_adapters(placement.adapters)
+    if hash_base and (spread := [at for at, target in layers.items() if is_sharded(target.held)]):
+        raise StateError(
+            f"hash_base=True reads whole weights, and that of {spread[0]} is spread over processes, of which one "
+            "writes the file; leave it out, or save and load once before shard(model)"
+        )
     originals = (state.originals or {}) if hash_base else None
     return write(
         described(
@@ -101,15 +108,17 @@ def described(
             modules[at]["tied"] = names
         if originals is not None:
             original = originals.get(at)
-            stored = target.kind.stored(target.layer)
-            modules[at]["weight_hash"] = _hash(*(stored.values() if original is None else [original]))
+            modules[at]["weight_hash"] = _hash_of(target) if original is None else _hash(original)
     record = {
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
         "method": placement.spec,
-        "base": {"architecture": type(model).__name__, "shapes": _shapes(model)},
+        "base": {"architecture": class_of(model).__name__, "shapes": _shapes(model)},
         "modules": modules,
     }
+    tied = tied_names(model)
+    if trained_tied := {at: tied[at] for at in beside if at in tied}:
+        record["tied"] = trained_tied
     return Saved(Path(), record, placement.method, placement.sizing, placement.adapters, dict(beside))
 
 
@@ -241,6 +250,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
             adapter.to(targets[at].held.device)
     parameters, buffers = base_parameters(owner), movable_buffers(owner)
     both = {**parameters, **buffers}
+    refuse_elsewhere(both, saved.beside, "which the file has values for")
     beside = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.beside.items()}
     placement = Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, {})
     placement.as_read = placement.fingerprints()
@@ -281,6 +291,12 @@ def _hash(*stored: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
+def _hash_of(target: Target) -> str:
+    """Of a layer's weight, wherever it is."""
+    with whole_weights(target.layer):
+        return _hash(*target.kind.stored(target.layer).values())
+
+
 def _shared(model: nn.Module) -> dict[int, list[str]]:
     """The names of every parameter, by its id: several where weights are tied."""
     names: dict[int, list[str]] = defaultdict(list)
@@ -302,14 +318,17 @@ def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:
         targets[at] = target
         if (shape := list(target.shape)) != entry["shape"]:
             wrong.append(f"{at} is {shape}, not {entry['shape']}")
-        elif "weight_hash" in entry and _hash(*target.kind.stored(target.layer).values()) != entry["weight_hash"]:
+        elif "weight_hash" in entry and _hash_of(target) != entry["weight_hash"]:
             wrong.append(f"{at} has other weights")
-    own = {**base_parameters(model), **movable_buffers(model)}
+    own, tied = {**base_parameters(model), **movable_buffers(model)}, tied_names(model)
     for at, value in saved.beside.items():
         if at not in own:
             wrong.append(f"{at} is missing")
         elif own[at].shape != value.shape:
             wrong.append(f"{at} is {list(own[at].shape)}, not {list(value.shape)}")
+        elif (there := saved.record.get("tied", {}).get(at, [at])) != (here := tied.get(at, [at])):
+            which = [name for name in {**dict.fromkeys(there), **dict.fromkeys(here)} if name != at]
+            wrong.append(f"{at} is {'no' if len(there) > 1 else 'one'} tied tensor with {' and '.join(which)}")
     if wrong:
         made_for = saved.record["base"]["architecture"]
         raise FileError(

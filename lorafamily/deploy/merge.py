@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.batch import call
+from lorafamily.elsewhere import BACK, is_sharded, local, put_whole, refuse_offloaded_adapters, reshard, whole
 from lorafamily.errors import StateError
 from lorafamily.layers import Acting
 from lorafamily.names import join
@@ -68,10 +69,18 @@ def merge(
     assert state is not None
     if state.merged:
         return model
+    reshard(owner)
     targets = targets_of(owner)
     quantised = {path: targets[path] for path in placement.adapters if isinstance(targets[path].layer_kind, Quantised)}
+    for path, target in quantised.items():
+        if is_sharded(target.held):
+            raise StateError(
+                f"{path} is quantised and spread over processes; save the adapter, which is whole in each, and load "
+                "and merge it in one process"
+            )
     check_replacement(owner, next(iter(quantised), None), dequantise, requantise)
     _refuse_shared(owner, placement, targets)
+    refuse_offloaded_adapters(placement.adapters)
     changes: dict[nn.Parameter, list[tuple[str, Target, Adapter]]] = defaultdict(list)
     of_layer: dict[int, list[tuple[str, Target, Adapter]]] = defaultdict(list)
     for path, adapter in placement.adapters.items():
@@ -85,10 +94,11 @@ def merge(
     state.originals = originals
     try:
         for parameter, of in changes.items():  # one by one: all merged weights at once would be a second model
-            merged = changed_weight(parameter.data, [(target.kind, adapter) for _, target, adapter in of])
-            kept = None if keep == "none" else parameter.data if keep == "device" else parameter.data.cpu()
+            merged = changed_weight(whole(parameter), [(target.kind, adapter) for _, target, adapter in of])
+            here = local(parameter).clone() if is_sharded(parameter) else parameter.data
+            kept = None if keep == "none" else here if keep == "device" else here.cpu()
             originals |= {path: kept for path, _, _ in of}
-            parameter.data = merged
+            put_whole(parameter, merged)
         for at, layer, kind in [*quantised_layers(owner)] if dequantise or requantise else ():
             own = of_layer[id(layer)]
             if own or dequantise:
@@ -145,6 +155,7 @@ def unmerge(model: Model) -> Model:
 
 
 def _undo(owner: nn.Module, state: ModelState) -> None:
+    reshard(owner)
     for at, layer in state.quantised.layers.items():
         exchange(owner, at, layer)
     remember_quantised(owner, state.quantised.noted)
@@ -218,7 +229,10 @@ def _put_back(originals: Mapping[str, Tensor | None], targets: Mapping[str, Targ
     for path, original in originals.items():
         assert original is not None
         parameter = targets[path].parameter
-        parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
+        if is_sharded(parameter):
+            local(parameter).copy_(original)
+        else:
+            parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
 
 
 def _replaceable(path: str, target: Target) -> nn.Parameter:
@@ -230,7 +244,10 @@ def _replaceable(path: str, target: Target) -> nn.Parameter:
             "(torch.nn.utils.parametrize.remove_parametrizations)"
         ) from None
     if parameter.is_meta:
-        raise StateError(f"the weight of {path} is not here (offloaded, or on the meta device); merge the checkpoint")
+        raise StateError(
+            f"the weight of {path} is not here (offloaded, or on the meta device); save the adapter and merge it into "
+            f"the checkpoint (lorafamily merge), or have it here: {BACK}"
+        )
     return parameter
 
 

@@ -22,6 +22,7 @@ from lorafamily.beside import movable_buffers, trained_beside
 from lorafamily.deploy.folder import listed, read_json, read_tensors, write_json, write_tensors
 from lorafamily.deploy.peft_experts import shared_out, stacked, stored
 from lorafamily.deploy.plain import noted_dropout, padded, place_plain
+from lorafamily.deploy.tied import one_of_tied, tying, under_all_names
 from lorafamily.errors import FileError, StateError
 from lorafamily.experts import Expert
 from lorafamily.layers import Convolution, kind_of
@@ -113,6 +114,7 @@ def export_peft(
         all_ranks |= {at: V.shape[1] for at, (_, V, _) in stacks.items()}
         config = _patterns(all_ranks, scales | {at: scale for at, (*_, scale) in stacks.items()})
         config |= _addressed(model, sorted(factors), sorted(stacks)) | {"modules_to_save": sorted(heads) or None}
+        config |= tying(model, heads)
     elif layout == "serving":
         if placement.parked:
             raise StateError(
@@ -183,7 +185,7 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
         targets,
         _checked_factors(owner, targets, factors, ranks, folder / TENSORS),
         scales,
-        _checked_heads(owner, tensors, folder / TENSORS),
+        _checked_heads(owner, one_of_tied(owner, tensors, config, folder / TENSORS), folder / TENSORS),
         dropout=noted_dropout(config.get("lora_dropout") or 0.0, "entries", folder / CONFIG),
         rank=int(config["r"]),
         options={"alpha": config["lora_alpha"], "scaling": scaling},
@@ -421,6 +423,7 @@ def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor
     _, state = noted(model)
     assert state is not None
     trained = trained_beside(model, placement.parked, placement.buffers, state.active == placement.name)
+    trained = under_all_names(model, trained)
     owners = {at.rpartition(".")[0] for at in trained}
     for owner in owners:
         if owner in placement.adapters or not owner or any(model.get_submodule(owner).children()):

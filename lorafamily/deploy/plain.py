@@ -15,6 +15,7 @@ from lorafamily.adapter import Adapter
 from lorafamily.beside import movable_buffers
 from lorafamily.budget import Sizing
 from lorafamily.dropout import Dropout
+from lorafamily.elsewhere import refuse_elsewhere
 from lorafamily.errors import FileError, MethodError
 from lorafamily.method import Method
 from lorafamily.parts import Target
@@ -51,6 +52,7 @@ def place_plain(
             on_device[at] = U.to(device), V.to(device)
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
     parameters, buffers = base_parameters(owner), movable_buffers(owner)
+    refuse_elsewhere(parameters, beside, "which the file has values for")
     placement = Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, {})
     for at, value in beside.items():
         of, like = (placement.parked, parameters) if at in parameters else (placement.buffers, buffers)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.plain import padded
+from lorafamily.elsewhere import refuse_offloaded_adapters
 from lorafamily.errors import StateError
-from lorafamily.layers import Acting, whole_update
+from lorafamily.layers import Acting, onloaded, whole_update
 from lorafamily.placement import Model, Placement, activate, noted, placement_of, refuse_merged, targets_of
 from lorafamily.site import Site, sites_in
 
@@ -76,6 +77,7 @@ def routing(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
 def _check(model: nn.Module, placements: dict[str, Placement]) -> None:
     targets = targets_of(model)
     for name, placement in placements.items():
+        refuse_offloaded_adapters(placement.adapters)
         if placement.parked:
             raise StateError(
                 f'adapter "{name}" has its own {", ".join(placement.parked)}, trained beside it; a batch for several '
@@ -95,8 +97,10 @@ def _route(site: Site, names: list[str], entry: Int[Tensor, " samples"]) -> Rout
     updates = [_update(site, name) for name in names]
     if not any(updates):
         return None
-    (d_out, d_in), held = site.kind.shape(site.layer), next(iter(site.kind.stored(site.layer).values()))
-    like = torch.empty(0, dtype=held.dtype if held.is_floating_point() else torch.float32, device=held.device)
+    (d_out, d_in) = site.kind.shape(site.layer)
+    with onloaded(site.layer):
+        held = next(iter(site.kind.stored(site.layer).values()))
+        like = torch.empty(0, dtype=held.dtype if held.is_floating_point() else torch.float32, device=held.device)
     factors = [(like.new_zeros(d_out, 0), like.new_zeros(0, d_in))]
     for update in updates:
         if update:

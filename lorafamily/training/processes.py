@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lorafamily.batch import batch_axes, cut_rows
 from lorafamily.errors import DataError, TrainingError
+from lorafamily.placement import noted
+from lorafamily.quantised import quantised_layers
 from lorafamily.site import sites_in
 
 T = TypeVar("T")
@@ -190,8 +192,10 @@ def shard(model: Model) -> Model:
     Call it after `apply` and before `train`, in a program that `torchrun` started. Blocks (the entries of the model's
     `nn.ModuleList`s) are gathered one after the other as they are computed.
 
+    A base in bitsandbytes' 4 bits is spread as it is packed; its scales stay whole in every process.
+
     Raises:
-        TrainingError: this is one process alone.
+        TrainingError: this is one process alone, or the base is quantised otherwise.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -199,9 +203,20 @@ def shard(model: Model) -> Model:
     processes = Processes(next(model.parameters()).device)
     if processes.world == 1:
         raise TrainingError("shard(model) spreads a model over several processes; start them with torchrun")
+    for at, layer, kind in quantised_layers(model):
+        if getattr(layer, "quant_state", None) is None:  # it has to survive that the weight becomes another tensor
+            raise TrainingError(
+                f"{at} ({type(layer).__name__}) is a {kind.name}, whose scales FSDP2 would lose: of quantised bases "
+                "only bitsandbytes' 4-bit ones are spread; train this one whole in each process"
+            )
+        # With AVX512 it would pack for inference what is gathered for one forward, and take the next for packed.
+        vars(layer)["support_avx512bf16_for_cpu"] = False
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     own = {parameter for parameter in model.parameters() if parameter.requires_grad}
     own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
+    owner, state = noted(model)
+    for placement in state.placements.values() if state is not None else ():
+        own |= {owner.get_parameter(path) for path in placement.parked}  # others than the active one train some, too
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     for block in reversed(blocks):  # the inner ones first
         fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in own})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
+from lorafamily.elsewhere import offloaded_value
 from lorafamily.errors import AllocationError, StateError, TrainingError
 from lorafamily.fingerprints import added_up, fingerprints
 from lorafamily.history import Decision, Evaluation, History, Step, Weights
@@ -76,10 +77,17 @@ class RunState:
         """Fingerprints of the frozen base weights, of quantised ones with their scales; of a sharded one those of all
         its pieces together."""
         own = [(name, p) for name, p in tensors_of(self.model).items() if not p.requires_grad]
-        found = fingerprints(own)
+        found = fingerprints((name, self._here(name, p)) for name, p in own)
         if sharded := [name for name, p in own if hasattr(p, "to_local")]:
             pieces = self.processes.gathered({name: found[name] for name in sharded})
             found |= {name: added_up([piece[name] for piece in pieces]) for name in sharded}
+        return found
+
+    def _here(self, name: str, value: Tensor) -> Tensor:
+        """The value of a tensor of the base, also where it is offloaded."""
+        found = offloaded_value(self.model, name) if value.is_meta else value
+        if found is None:
+            raise StateError(f"{name} has no value: it is on the meta device")
         return found
 
     def trained_now(self) -> dict[str, int]:

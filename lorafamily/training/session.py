@@ -24,6 +24,7 @@ from lorafamily.allocation.allocator import Allocator, Fixed
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
 from lorafamily.batch import LossFn, LossOver, gather_rows, loss_of, to_device, weigher
+from lorafamily.elsewhere import refuse_offloaded_adapters
 from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
 from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
@@ -112,6 +113,7 @@ class Session:
         self.model, self.around, self.seed, self.loss_fn = model, around, seed, loss_fn
         self.owner, state = noted(model)
         refuse_merged(state)
+        refuse_offloaded_adapters({} if state is None else placement_of(self.owner).adapters)
         self.placement: Placement | None = None if state is None else placement_of(self.owner)
         self.adapters = {} if self.placement is None else self.placement.adapters
         check_optimizer(optimizer)
