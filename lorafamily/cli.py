@@ -144,7 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     amount.add_argument("--rank-budget", type=int, help="rank slices in all")
     exporting = converting("export", export, out="folder for peft's files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
-    exporting.add_argument("--layout", choices=("peft", "serving"), default="peft", help="see lorafamily.export_peft")
+    exporting.add_argument(
+        "--layout", choices=("peft", "serving", "diffusers"), default="peft", help="see lorafamily.export_peft"
+    )
     add_options(command("plan", plan))
     return parser
 

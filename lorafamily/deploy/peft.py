@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,29 +19,45 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.beside import trained_beside
+from lorafamily.deploy.diffusers_files import prefix_of, write_diffusers
 from lorafamily.deploy.folder import write_json, write_tensors
-from lorafamily.deploy.peft_experts import stacked, stored
+from lorafamily.deploy.model_card import write_card
+from lorafamily.deploy.peft_config import addressed, fixed, patterns, refuse_foreign, short_names
+from lorafamily.deploy.peft_experts import Stack, stacked, stored
 from lorafamily.deploy.peft_names import (
     CONFIG,
     INSIDE,
-    NAMES_OF_EXPERTS,
     PREFIX,
     TENSORS,
     groups_of,
     layer_name,
-    pattern_of,
     whole_layers,
 )
 from lorafamily.deploy.plain import padded
+from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
 from lorafamily.errors import StateError
 from lorafamily.experts import Expert
 from lorafamily.layers import Convolution, kind_of
 from lorafamily.parts import Rows, Target
 from lorafamily.placement import Placement, noted, placement_of, refuse_untold, targets_of, warn_of_no_session
-from lorafamily.site import NAME, base_parameters
+from lorafamily.site import NAME
 
-SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM accepts, but for 1, where other servers begin higher."""
+Layout = Literal["peft", "serving", "diffusers"]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """Adapters as plain LoRA. `factors`: (U, V) by layer, `scales`: s by layer, `layers`: the modules themselves,
+    `stacks`: of experts in one parameter, by its name."""
+
+    model: nn.Module
+    placement: Placement
+    layers: dict[str, nn.Module]
+    factors: dict[str, tuple[Tensor, Tensor]]
+    scales: dict[str, float]
+    stacks: Mapping[str, Stack]
+    largest: int
 
 
 def export_peft(
@@ -48,10 +65,12 @@ def export_peft(
     path: str | os.PathLike[str],
     name: str | None = None,
     *,
-    layout: Literal["peft", "serving"] = "peft",
+    layout: Layout = "peft",
     ranks: Sequence[int] = SERVED_RANKS,
+    base: str | None = None,
+    card: bool = True,
 ) -> Path:
-    """Write the adapters of one name (default: the active ones) as a LoRA folder of `peft`; returns the folder.
+    """Write the adapters of one name (default: the active ones) as a LoRA folder that others read; returns the folder.
 
     Every method becomes plain LoRA on the pristine base: a frozen start goes along as extra ranks, modules without
     rank are left out, and what trained beside the adapters goes into `modules_to_save`. Experts in 3-D parameters go
@@ -60,13 +79,38 @@ def export_peft(
     Args:
         layout: "peft": true ranks and scales, by pattern. "serving": what needs nothing but r, lora_alpha and the
             tensors: one rank for all, padded with zeros to the next of `ranks`, the scale multiplied into lora_B and
-            lora_alpha = r.
-        ranks: those that the server accepts.
+            lora_alpha = r; layers that SGLang or vLLM fuse with adapted ones get factors of zeros. "diffusers": one
+            file for `load_lora_adapter` and `load_lora_weights`, the scale multiplied into lora_B.
+        ranks: those that the server accepts; only for "serving".
+        base: name on the Hub or folder where clients find the base; default: where the model was loaded from.
+        card: write a model card along (`README.md` with the method, the budget and what the Hub asks for, `ranks.png`);
+            drawing takes a second. A `README.md` that somebody else wrote there stays.
 
     Raises:
         StateError: nothing to export, or something that such a file cannot hold; it is named.
         FileError: a file cannot be written.
     """
+    if layout not in ("peft", "serving", "diffusers"):
+        raise StateError(f'layout={layout!r}: must be "peft", "serving" or "diffusers"')
+    if layout != "serving" and ranks is not SERVED_RANKS:
+        raise StateError(f'ranks={list(ranks)} are those of a server; layout="{layout}" keeps the true ranks')
+    given = _collected(model, name)
+    folder = Path(path)
+    if layout == "diffusers":
+        prefix, tensors, settings = _for_diffusers(given)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_diffusers(folder, prefix, tensors, settings)
+    else:
+        tensors, config = _for_peft(given, base) if layout == "peft" else _for_servers(given, ranks, base)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / TENSORS, {f"{PREFIX}{key}": value for key, value in tensors.items()}, {"format": "pt"})
+        write_json(folder / CONFIG, config)
+    if card:
+        write_card(folder, given.model, given.placement, layout, base)
+    return folder
+
+
+def _collected(model: nn.Module, name: str | None) -> _Collected:
     placement = placement_of(model, name)
     refuse_untold(model, placement)
     warn_of_no_session(placement)
@@ -78,58 +122,93 @@ def export_peft(
     largest = max([*(len(V) for _, V in factors.values()), *(V.shape[1] for _, V, _ in stacks.values())], default=0)
     if not largest:
         raise StateError(f'adapter "{placement.name}" has no rank left in any module: there is nothing to export')
-    if layout == "peft":
-        factors = {at: (U, V) for at, (U, V) in factors.items() if len(V)}
-        scales = {at: scales[at] for at in factors}
-        heads = _heads(model, placement)
-        all_ranks = {at: len(V) * groups_of(layers[at]) for at, (_, V) in factors.items()}
-        all_ranks |= {at: V.shape[1] for at, (_, V, _) in stacks.items()}
-        config = _patterns(all_ranks, scales | {at: scale for at, (*_, scale) in stacks.items()})
-        config |= _addressed(model, sorted(factors), sorted(stacks)) | {"modules_to_save": sorted(heads) or None}
-    elif layout == "serving":
-        if placement.parked:
-            raise StateError(
-                f"servers load no trained {', '.join(placement.parked)}, only low-rank tensors; export with "
-                'layout="peft", or merge and save_pretrained'
-            )
-        if stacks:
-            raise StateError(
-                f"{', '.join(stacks)} hold experts in one parameter, which a file of plain layers cannot hold; export "
-                'with layout="peft", or merge and save_pretrained'
-            )
-        rank = _served_rank(largest, ranks)
-        factors = {at: padded(scales[at] * U, V, rank) for at, (U, V) in factors.items()}
-        heads = {}
-        config = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
-        config["target_modules"] = _short_names(model, factors)
-    else:
-        raise StateError(f'layout={layout!r}: must be "peft" or "serving"')
+    return _Collected(model, placement, layers, factors, scales, stacks, largest)
 
-    tensors = {f"{PREFIX}{key}": value for key, value in stored(model, stacks).items()}
+
+def _for_peft(given: _Collected, base: str | None) -> tuple[Tensors, dict[str, Any]]:
+    model, layers, stacks = given.model, given.layers, given.stacks
+    factors = {at: (U, V) for at, (U, V) in given.factors.items() if len(V)}
+    refuse_foreign(model, factors)
+    heads = _heads(model, given.placement)
+    all_ranks = {at: len(V) * groups_of(layers[at]) for at, (_, V) in factors.items()}
+    all_ranks |= {at: V.shape[1] for at, (_, V, _) in stacks.items()}
+    all_scales = {at: given.scales[at] for at in factors} | {at: scale for at, (*_, scale) in stacks.items()}
+    config = fixed(model, [layers[at] for at in factors], heads, base) | patterns(all_ranks, all_scales)
+    config |= addressed(model, sorted(factors), sorted(stacks)) | {"modules_to_save": sorted(heads) or None}
+    tensors = stored(model, stacks)
     for at, (U, V) in factors.items():
-        tensors |= _stored(at, layers[at], U, V, layout)
-    for at, values in heads.items():
-        tensors |= {f"{PREFIX}{at}.{key}": value for key, value in values.items()}
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
-    write_json(folder / CONFIG, _fixed(model, [layers[at] for at in factors]) | config)
-    return folder
+        tensors |= _stored(at, layers[at], U, V)
+    return tensors | {f"{at}.{key}": value for at, values in heads.items() for key, value in values.items()}, config
 
 
-def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor, layout: str) -> dict[str, Tensor]:
+def _for_servers(given: _Collected, ranks: Sequence[int], base: str | None) -> tuple[Tensors, dict[str, Any]]:
+    _refuse_more_than_layers(given, "servers load", "a file of plain layers")
+    rank = served_rank(given.largest, ranks)
+    able = whole_layers(given.model)
+    factors = {at: padded(given.scales[at] * U, V, rank) for at, (U, V) in given.factors.items()}
+    some, _ = next(iter(factors.values()))
+    for at in left_out(able, given.factors):
+        d_out, d_in = able[at].shape
+        factors[at] = some.new_zeros(d_out, rank), some.new_zeros(rank, d_in)
+    tensors: Tensors = {}
+    for at, (U, V) in factors.items():
+        layer = able[at].layer
+        kind = kind_of(layer)
+        if kind is None or not kind.linear:
+            raise StateError(f"{at} is a {type(layer).__name__}: servers load adapters of linear layers only")
+        tensors |= _stored(at, layer, U, V)
+    config = fixed(given.model, [able[at].layer for at in factors], (), base)
+    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+    return tensors, config | {"target_modules": short_names(given.model, factors)}
+
+
+def _for_diffusers(given: _Collected) -> tuple[str, Tensors, dict[str, Any]]:
+    """By which name the pipeline calls the model, the tensors without it, and settings of peft."""
+    prefix = prefix_of(given.model)
+    if prefix is None:
+        raise StateError(
+            f'a {type(given.model).__name__} is no model of diffusers; layout="diffusers" is for a UNet or a '
+            "transformer of one of its pipelines"
+        )
+    _refuse_more_than_layers(given, "diffusers loads", "diffusers' LoRA files")
+    tensors: Tensors = {}
+    ranks: dict[str, int] = {}
+    for at, (U, V) in given.factors.items():
+        layer = given.layers[at]
+        if isinstance(layer, nn.MultiheadAttention | nn.Embedding):
+            raise StateError(
+                f"{at} is a {type(layer).__name__}: diffusers loads adapters of linear layers and convolutions"
+            )
+        if len(V):
+            tensors |= _stored(at, layer, given.scales[at] * U, V)
+            ranks[at] = len(V) * groups_of(layer)
+    return prefix, tensors, patterns(ranks, dict.fromkeys(ranks, 1.0)) | {"target_modules": sorted(ranks)}
+
+
+def _refuse_more_than_layers(given: _Collected, they_load: str, their_file: str) -> None:
+    if given.placement.parked:
+        raise StateError(
+            f"{they_load} no trained {', '.join(given.placement.parked)}, only low-rank tensors; export with "
+            'layout="peft", or merge and save_pretrained'
+        )
+    if given.stacks:
+        raise StateError(
+            f"{', '.join(given.stacks)} hold experts in one parameter, which {their_file} cannot hold; export "
+            'with layout="peft", or merge and save_pretrained'
+        )
+
+
+def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor) -> Tensors:
     """The factors of one layer under peft's names and in its shapes."""
     kind = kind_of(module)
     if kind is not None and kind.linear:
-        return {f"{PREFIX}{at}.lora_A.weight": V, f"{PREFIX}{at}.lora_B.weight": U}
-    if layout == "serving":
-        raise StateError(f"{at} is a {type(module).__name__}: servers load adapters of linear layers only")
+        return {f"{at}.lora_A.weight": V, f"{at}.lora_B.weight": U}
     if isinstance(module, nn.MultiheadAttention):  # peft adapts both projections, at one rank
         none = {"A": V.new_zeros(V.shape), "B": U.new_zeros(module.embed_dim, len(V))}
         both = {f"{at}.lora_A": V, f"{at}.lora_B": U} | {f"{at}{INSIDE}.lora_{key}": zero for key, zero in none.items()}
-        return {f"{PREFIX}{key}.weight": value for key, value in both.items()}
+        return {f"{key}.weight": value for key, value in both.items()}
     if isinstance(module, nn.Embedding):
-        return {f"{PREFIX}{at}.lora_embedding_A": V, f"{PREFIX}{at}.lora_embedding_B": U}
+        return {f"{at}.lora_embedding_A": V, f"{at}.lora_embedding_B": U}
     if isinstance(module, Convolution):
         if set(module.dilation) != {1} or module.padding_mode != "zeros":
             raise StateError(
@@ -140,8 +219,8 @@ def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor, layout: str) -> di
         # peft's A reads all channels; where groups read their own only, it has a block for each and zeros elsewhere.
         blocks = torch.block_diag(*[V] * module.groups).view(module.groups * len(V), module.in_channels, *kernel)
         return {
-            f"{PREFIX}{at}.lora_A.weight": blocks,
-            f"{PREFIX}{at}.lora_B.weight": U.view(*U.shape, *[1] * len(kernel)),
+            f"{at}.lora_A.weight": blocks,
+            f"{at}.lora_B.weight": U.view(*U.shape, *[1] * len(kernel)),
         }
     raise StateError(f"{at} is a {type(module).__name__}, which peft has no LoRA for")
 
@@ -173,71 +252,6 @@ def _by_layer(
         Us, Vs = zip(*pairs, strict=True)
         factors[at], scales[at] = (torch.cat(Us, 1), torch.cat(Vs, 0)), 1.0
     return factors, scales
-
-
-def _served_rank(needed: int, ranks: Sequence[int]) -> int:
-    enough = [rank for rank in sorted(ranks) if rank >= needed]
-    if not enough:
-        raise StateError(
-            f"the largest rank is {needed}, and the server accepts {', '.join(map(str, sorted(ranks)))}; compress the "
-            "adapter first, or give ranks=[...] that it accepts"
-        )
-    return enough[0]
-
-
-def _patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
-    """r and lora_alpha of most layers, and patterns for the others, each matching the full name of one layer."""
-    alphas = {at: _whole(scales[at] * rank) for at, rank in ranks.items()}
-    r = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
-    alpha = max(sorted(set(alphas.values())), key=list(alphas.values()).count)
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {pattern_of(at): rank for at, rank in ranks.items() if rank != r},
-        "alpha_pattern": {pattern_of(at): own for at, own in alphas.items() if own != alpha},
-    }
-
-
-def _addressed(model: nn.Module, names: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
-    """How peft finds the layers: as modules or, some of them in models of fused experts, as parameters.
-
-    For such models peft takes a module of an expert's name for the experts of an older file, and lets its adapter go
-    without a word, be it that of a dense layer or of shared experts. Named as parameters, they are what they are.
-    """
-    fused = any(parameter.ndim == 3 and "expert" in name for name, parameter in base_parameters(model).items())
-    taken = [name for name in names if fused and name.rpartition(".")[2] in NAMES_OF_EXPERTS]
-    return {
-        "target_modules": [name for name in names if name not in taken],
-        "target_parameters": [*(f"{name}.weight" for name in taken), *experts] or None,
-    }
-
-
-def _whole(value: float) -> float | int:
-    """16.0 → 16: peft's alpha is an int by its type, and takes a float."""
-    return int(value) if float(value).is_integer() else float(value)
-
-
-def _short_names(model: nn.Module, factors: Mapping[str, Any]) -> list[str]:
-    """The last components of the layers' names, as servers expect, where those name just these layers; else all."""
-    short = {at.rpartition(".")[2] for at in factors}
-    able = whole_layers(model)
-    return sorted(short) if {at for at in able if at.rpartition(".")[2] in short} == set(factors) else sorted(factors)
-
-
-def _fixed(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Any]:
-    kinds = [kind_of(layer) for layer in layers]
-    transposed = bool(kinds) and all(kind is not None and kind.name == "conv1d" for kind in kinds)
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "inference_mode": True,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "fan_in_fan_out": transposed,
-    }
 
 
 def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor]]:

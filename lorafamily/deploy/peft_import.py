@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.beside import movable_buffers
+from lorafamily.deploy.diffusers_files import DIFFUSERS, read_diffusers
 from lorafamily.deploy.folder import listed, read_json, read_tensors
 from lorafamily.deploy.peft_experts import shared_out
 from lorafamily.deploy.peft_names import (
@@ -51,6 +52,13 @@ WITHOUT_EFFECT = {
     *("runtime_config", "qalora_group_size", "ensure_weight_tying", "velora_config"),
 }
 """Settings that say where a file comes from or how training went, not what it computes."""
+NAMED = re.compile(
+    r"(?P<at>.+\.lora_(?:A|B|embedding_A|embedding_B))\.(?!weight$)(?P<name>[^.]+)(?P<rest>\.weight)?"
+    r"|(?P<head>.+)\.modules_to_save\.(?P<of>[^.]+)\.(?P<what>[^.]+)"
+)
+"""Keys with an adapter's name in them: of factors, and of modules that trained along."""
+COPIED = re.compile(r"\.(base_layer|original_module)(?=\.)")
+"""What peft puts around a layer, in the key of the layer's own weight."""
 PRISTINE_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` with which peft left the base weights as they were."""
 
@@ -60,6 +68,9 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
 
     rsLoRA, rank and alpha patterns and `modules_to_save` are read. Nothing is changed if anything does not fit.
 
+    `path`: a folder that peft saved, or a file of diffusers or kohya's trainers (`pytorch_lora_weights.safetensors` in
+    a folder, or any safetensors file), of which the tensors for this model are read.
+
     Raises:
         FileError: the folder lacks a file, a file is damaged or made for another model, or it holds what LoRA of this
             package is not, such as DoRA; it is named.
@@ -67,10 +78,7 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
         TargetError: a layer cannot carry an adapter, as where it has an attribute "lorafamily" of its own.
     """
     owner = check_can_place(model, name)
-    folder = Path(path)
-    config = read_json(folder / CONFIG, FOLDER)
-    _check_config(config, folder / CONFIG)
-    tensors = {key.removeprefix(PREFIX): v for key, v in read_tensors(folder / TENSORS, FOLDER).items()}
+    config, tensors, file = _read(owner, Path(path))
     factors: dict[str, Any] = _pairs(tensors)
     patterns, nominal = config.get("rank_pattern"), config["r"]
     experts, parameter_of = shared_out(
@@ -78,27 +86,84 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
         config.get("target_parameters"),
         factors,
         lambda parameter: int(by_pattern(patterns, parameter, nominal)),
-        folder / TENSORS,
+        file,
     )
-    named = {at: parameter_of.get(at, at.removesuffix(INSIDE)) for at in factors}
+    listed_parameters = config.get("target_parameters") or ()
+    named = {at: parameter_of.get(at) or _addressed_as(at.removesuffix(INSIDE), listed_parameters) for at in factors}
     ranks = {at: by_pattern(patterns, name, nominal) for at, name in named.items()}
     scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     scales = {}
     for at, rank in ranks.items():
         alpha = by_pattern(config.get("alpha_pattern"), named[at], config["lora_alpha"])
         scales[at] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    targets = whole_layers(owner) | experts | _attention(owner, factors, ranks, scales, folder / TENSORS)
+    targets = whole_layers(owner) | experts | _attention(owner, factors, ranks, scales, file)
     return place_plain(
         model,
         name,
         targets,
-        _checked_factors(owner, targets, factors, ranks, folder / TENSORS),
+        _checked_factors(owner, targets, factors, ranks, file),
         scales,
-        _checked_heads(owner, tensors, folder / TENSORS),
-        dropout=noted_dropout(config.get("lora_dropout") or 0.0, "entries", folder / CONFIG),
+        _checked_heads(owner, tensors, file),
+        dropout=noted_dropout(config.get("lora_dropout") or 0.0, "entries", file),
         rank=int(config["r"]),
         options={"alpha": config["lora_alpha"], "scaling": scaling},
     )
+
+
+def _read(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """Settings, tensors by peft's names without its prefix, and the file they are from."""
+    alone = path if path.suffix == ".safetensors" else path / DIFFUSERS
+    if alone.is_file() and not (path / CONFIG).is_file():
+        config, tensors = read_diffusers(model, alone)
+        config = {"peft_type": "LORA"} | config
+        _check_config(config, alone)
+        return config, tensors, alone
+    config = read_json(path / CONFIG, FOLDER)
+    _check_config(config, path / CONFIG)
+    return config, _plain_names(model, read_tensors(path / TENSORS, FOLDER), path / TENSORS), path / TENSORS
+
+
+def _plain_names(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors without peft's prefix, without the adapter's name in the keys, as it is in a state dict of the whole
+    model, and without copies of the base's weights, which peft saves where an embedding or a head carries an adapter.
+
+    Raises:
+        FileError: adapters of several names, or a copy that is not what the model has.
+    """
+    plain: dict[str, Tensor] = {}
+    names, wrong = set(), []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, value in tensors.items():
+        key = key.removeprefix(PREFIX)
+        if match := NAMED.fullmatch(key):
+            names.add(match["name"] or match["of"])
+            key = f"{match['at']}{match['rest'] or ''}" if match["at"] else f"{match['head']}.{match['what']}"
+        elif ".lora_" not in key and (copied := COPIED.sub("", key)) != key:
+            own = parameters.get(copied)
+            if own is None or not _same(own, value):
+                wrong.append(f"{copied} is not what this {type(model).__name__} has")
+            continue
+        plain[key] = value
+    if len(names) > 1:
+        raise FileError(f"{path}: holds adapters of several names ({', '.join(sorted(names))}); save each to a folder")
+    if wrong:
+        raise FileError(f"{path}: holds weights of the base, and {listed(wrong)}; import it into the base it is from")
+    return plain
+
+
+@torch.no_grad()
+def _same(own: Tensor, saved: Tensor) -> bool:
+    """Whether one is the other, be it in the lower precision of the two."""
+    own = own.detach().cpu()
+    return own.shape == saved.shape and (
+        torch.equal(own, saved.to(own.dtype)) or torch.equal(own.to(saved.dtype), saved)
+    )
+
+
+def _addressed_as(at: str, parameters: Sequence[str]) -> str:
+    """The name that patterns mean: a layer's, or that of its weight where the file lists it as a parameter."""
+    weight = f"{at}.weight"
+    return weight if any(weight == one or weight.endswith(f".{one}") for one in parameters) else at
 
 
 def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, name: str = "default") -> Model:
