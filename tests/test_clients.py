@@ -308,3 +308,152 @@ def test_the_model_card(tmp_path):
     (tmp_path / "adapter" / "README.md").write_text("mine")
     lorafamily.export_peft(model, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
+
+
+def made_by_peft(base: nn.Module, **settings) -> nn.Module:
+    """peft's own adapter on a copy of the base, moved off its start."""
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for at, parameter in theirs.named_parameters():
+            if "lora_" in at:
+                parameter.normal_(std=0.2, generator=g)
+    return theirs.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:.*weight matrix.*")
+def test_peft_s_default_file_of_adapted_embeddings_and_heads(tmp_path):
+    """peft saves the base's own weight of both beside their adapters."""
+    base = saved_base(tmp_path / "base", tie_word_embeddings=False)
+    theirs = made_by_peft(base, r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    theirs.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    assert sum(key.endswith("base_layer.weight") for key in tensors) == 2
+    ours = lorafamily.import_peft(copy.deepcopy(base), tmp_path / "adapter")
+    assert (logits(theirs) - logits(base)).abs().max() > 0.01
+    assert_close(logits(ours), logits(theirs), **CLOSE)
+    assert not placement_of(ours).parked
+    # Rounded to half precision it is the same weight; moved, it is another.
+    key = next(key for key in tensors if key.endswith("lm_head.base_layer.weight"))
+    safetensors.torch.save_file(tensors | {key: tensors[key].to(torch.bfloat16)}, file)
+    assert torch.equal(logits(lorafamily.import_peft(copy.deepcopy(base), tmp_path / "adapter")), logits(ours))
+    for changed in (tensors[key] + 1, tensors[key][:-1]):
+        safetensors.torch.save_file(tensors | {key: changed.contiguous()}, file)
+        with pytest.raises(lorafamily.FileError, match=r"lm_head\.weight is not what this LlamaForCausalLM has"):
+            lorafamily.import_peft(copy.deepcopy(base), tmp_path / "adapter")
+
+
+def test_keys_with_the_adapter_s_name(tmp_path):
+    """As in `peft_model.state_dict()`, which trainers save: names of adapters, the base's weights, heads of both."""
+    transformers = pytest.importorskip("transformers", reason="transformers is an extra")
+    config = transformers.BertConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                     num_attention_heads=4, num_labels=3)  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.BertForSequenceClassification(config).eval()
+    theirs = made_by_peft(base, r=2, target_modules=["query", "word_embeddings"], modules_to_save=["classifier"])
+    with torch.no_grad():
+        theirs.base_model.model.classifier.modules_to_save["default"].weight.normal_()
+    theirs.peft_config["default"].save_pretrained(tmp_path)
+    wanted = ("lora_", "classifier", "query.base_layer")
+    state = {key: value.contiguous() for key, value in theirs.state_dict().items() if any(one in key for one in wanted)}
+    for said in ("lora_A.default.weight", "lora_embedding_A.default", "modules_to_save.default.weight",
+                 "original_module.weight", "query.base_layer.weight"):  # fmt: skip
+        assert any(key.endswith(said) for key in state)
+    safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
+    ours = lorafamily.import_peft(copy.deepcopy(base), tmp_path)
+    assert (logits(theirs) - logits(base)).abs().max() > 0.1
+    assert_close(logits(ours), logits(theirs), **CLOSE)
+    assert set(placement_of(ours).parked) == {"classifier.weight", "classifier.bias"}
+    other = {
+        key.replace(".default.", ".other."): value.clone() for key, value in state.items() if "query.lora_A" in key
+    }
+    safetensors.torch.save_file(state | other, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(lorafamily.FileError, match=r"adapters of several names \(default, other\)"):
+        lorafamily.import_peft(copy.deepcopy(base), tmp_path)
+
+
+# peft looks for what ranks are given for among layers, and says so of parameters, whose ranks it does set.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
+def test_target_parameters_of_ranks_and_alphas_that_differ(tmp_path):
+    """Experts of other ranks by layer and by parameter, and a plain weight named as a parameter."""
+    transformers = pytest.importorskip("transformers", reason="transformers is an extra")
+    config = transformers.Qwen3MoeConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                         num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_experts=4,
+                                         num_experts_per_tok=2, moe_intermediate_size=12)  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.Qwen3MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.ndim == 3:
+                parameter.normal_(std=0.1)
+    theirs = made_by_peft(
+        base,
+        r=2,
+        lora_alpha=3,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "o_proj.weight"],
+        rank_pattern={"experts.down_proj": 3, r"layers\.1\..*gate_up_proj": 1, "o_proj.weight": 4},
+        alpha_pattern={r"layers\.0\..*gate_up_proj": 7, "o_proj.weight": 9},
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = lorafamily.import_peft(copy.deepcopy(base), tmp_path)
+    assert (logits(theirs) - logits(base)).abs().max() > 0.01
+    assert_close(logits(ours), logits(theirs), **CLOSE)
+    assert {adapter.rank for adapter in placement_of(ours).adapters.values()} == {1, 2, 3, 4}
+
+
+def test_layers_that_a_server_fuses_come_together(tmp_path):
+    """SGLang 0.5 concatenates q, k and v of a layer that has q, whether the file has them or not: a KeyError."""
+    model = saved_base(tmp_path / "base")
+    base = copy.deepcopy(model)
+    named = ["layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.up_proj", "layers.0.mlp.down_proj"]
+    adapted(model, "lora", targets=named)
+    lorafamily.export_peft(model, tmp_path / "served", layout="serving", card=False)
+    tensors = safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors")
+    layers = {key.removeprefix("base_model.model.model.").rpartition(".lora_")[0] for key in tensors}
+    fused = {f"layers.{n}.self_attn.{part}_proj" for n in (0, 1) for part in "qkv"}
+    assert layers == fused | {"layers.1.mlp.up_proj", "layers.1.mlp.gate_proj", "layers.0.mlp.down_proj"}
+    added = {key: value for key, value in tensors.items() if "k_proj" in key}
+    assert added
+    assert not any(value.any() for value in added.values())
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "served")
+    assert_close(logits(theirs), logits(model), **CLOSE)
+
+
+class Experts(nn.Module):
+    """A list of experts as modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(4, 4), "w2": nn.Linear(4, 4)}) for _ in range(3))
+
+    def forward(self, x):
+        return sum(expert["w2"](expert["w1"](x)) for expert in self.experts)
+
+
+def test_all_experts_of_a_list_come_together(tmp_path):
+    """vLLM packs the experts of a layer into one, and asserts that each is there."""
+    model = lorafamily.apply(Experts(), "lora", rank=1, targets=[r"experts.1.w1"], seed=0)
+    perturb_(model)
+    lorafamily.export_peft(model, tmp_path, layout="serving", card=False)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert {key for key, value in tensors.items() if "lora_B" in key and value.any()} == {
+        "base_model.model.experts.1.w1.lora_B.weight"
+    }
+    assert len(tensors) == 2 * 6
+
+
+def test_layers_that_peft_refuses_in_mamba(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is an extra")
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model = transformers.MambaForCausalLM(config)
+    lorafamily.apply(model, "lora", rank=1, targets=["in_proj", "x_proj"], seed=0)
+    lorafamily.export_peft(model, tmp_path / "a", card=False)
+    out = nn.ModuleDict({"out_proj": nn.Linear(4, 4)})
+    out.config = model.config
+    lorafamily.apply(out, "lora", rank=1, targets=["out_proj"], seed=0)
+    with pytest.raises(lorafamily.StateError, match="peft refuses adapters on out_proj of a mamba"):
+        lorafamily.export_peft(out, tmp_path / "b", card=False)
+    assert not (tmp_path / "b").exists()
