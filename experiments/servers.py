@@ -38,7 +38,7 @@ GGUF = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "s
 
 def vllm(package: Path, folder: Path, config: Any, max_rank: int = 64) -> Updates:
     """vLLM's `PEFTHelper` and `LoRAModel`, then what it packs for fused layers."""
-    stubs = {
+    stubs: dict[str, dict[str, Any]] = {
         "vllm.config.lora": {"LoRAConfig": object},
         "vllm.logger": {"init_logger": _logger},
         "vllm.model_executor.models.utils": {"WeightsMapper": object},
@@ -67,7 +67,7 @@ def vllm(package: Path, folder: Path, config: Any, max_rank: int = 64) -> Update
 
 def sglang(package: Path, folder: Path, config: Any) -> Updates:
     """SGLang's `LoRAAdapter`: layers that it fuses, taken apart again; what it left unfused is without effect there."""
-    stubs = {
+    stubs: dict[str, dict[str, Any]] = {
         "sglang.srt.configs.load_config": {"LoadConfig": object},
         "sglang.srt.layers.utils": {},
         "sglang.srt.lora.backend.base_backend": {"BaseLoRABackend": object},
@@ -151,7 +151,7 @@ def _modules(package: Path, stubs: dict[str, dict[str, Any]]) -> Iterator[Callab
         parent, _, own = name.rpartition(".")
         if name not in made:
             made[name] = sys.modules[name] = ModuleType(name)
-            made[name].__path__ = []  # type: ignore[attr-defined]
+            made[name].__path__ = []
             if parent:
                 setattr(make(parent), own, made[name])
         return made[name]
