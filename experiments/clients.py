@@ -147,11 +147,12 @@ def clients(packages: Path | None, mismatched: bool) -> list[Client]:
     found = [
         Client("peft", llama, "peft", by_peft, PARTLY),
         Client("peft", llama, "serving", by_peft, PARTLY),
-        Client("peft, head in modules_to_save", classifier, "peft", by_peft, head="classifier"),
+        Client("peft, trained head", classifier, "peft", by_peft, head="classifier"),
         Client("peft, experts as target_parameters", experts, "peft", by_peft),
         Client("peft, shared experts of DeepSeek-V3", deepseek, "peft", by_peft),
         Client("peft.AutoPeftModelForCausalLM", llama, "peft", by_auto, PARTLY),
         Client("transformers, load_adapter", llama, "peft", by_transformers, PARTLY),
+        Client("transformers, load_adapter, head", classifier, "peft", by_transformers, head="classifier"),
         Client("sentence-transformers, load_adapter", encoder, "peft", by_sentence_transformers),
         Client("diffusers, load_lora_adapter, UNet", unet, "diffusers", by_diffusers),
         Client("diffusers, load_lora_weights, UNet", unet, "diffusers", by_pipeline),

@@ -66,7 +66,7 @@ def vllm(package: Path, folder: Path, config: Any, max_rank: int = 64) -> Update
 
 
 def sglang(package: Path, folder: Path, config: Any) -> Updates:
-    """SGLang's `LoRAAdapter`: layers that it fuses, taken apart again; what it left unfused is without effect there."""
+    """SGLang's `LoRAAdapter`: layers that it fuses, taken apart again; what it left unfused finds no place there."""
     stubs: dict[str, dict[str, Any]] = {
         "sglang.srt.configs.load_config": {"LoadConfig": object},
         "sglang.srt.layers.utils": {},
@@ -82,16 +82,17 @@ def sglang(package: Path, folder: Path, config: Any) -> Updates:
         common = load("sglang.srt.layers.utils.common", only=("get_layer_id",), also="import re")
         sys.modules["sglang.srt.layers.utils"].get_layer_id = common.get_layer_id  # type: ignore[attr-defined]
         settings = load("sglang.srt.lora.lora_config").LoRAConfig(str(folder))
-        load("sglang.srt.lora.utils")
+        place_of = load("sglang.srt.lora.utils").get_target_module_name
         adapter = load("sglang.srt.lora.lora").LoRAAdapter("x", settings, config, None, None)
         adapter.initialize_weights_from_tensors(safetensors.torch.load_file(folder / "adapter_model.safetensors"))
     found: Updates = {}
     for layer in adapter.layers:
         for key, A in layer.weights.items():
             at, letter, _ = key.removeprefix("base_model.model.").partition(".lora_A.weight")
-            parent, _, own = at.rpartition(".")
-            if not letter or own not in (*FUSED, "o_proj", "down_proj"):
+            if not letter:
                 continue
+            parent, _, _ = at.rpartition(".")
+            own = place_of(at, {*FUSED, "o_proj", "down_proj"})
             B = layer.weights[key.replace("lora_A", "lora_B")]
             names = FUSED.get(own, (own,))
             for name, a, b in zip(names, A.chunk(len(names)), B.split(sizes.get(own, (len(B),))), strict=True):

@@ -94,6 +94,8 @@ def export_peft(
         raise StateError(f'layout={layout!r}: must be "peft", "serving" or "diffusers"')
     if layout != "serving" and ranks is not SERVED_RANKS:
         raise StateError(f'ranks={list(ranks)} are those of a server; layout="{layout}" keeps the true ranks')
+    if base is not None and layout == "diffusers" and not card:
+        raise StateError(f"base={base!r}: a file of diffusers says nothing of the base, only its card does")
     given = _collected(model, name)
     folder = Path(path)
     if layout == "diffusers":

@@ -126,4 +126,5 @@ def class_of(model: nn.Module) -> dict[str, str]:
 
 def found_at(model: nn.Module) -> str | None:
     """Where the model was loaded from: a folder, or a name on the Hub."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    at = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(at) if at else None  # diffusers notes a Path where it was given one
