@@ -563,7 +563,7 @@ def exported(case: Case) -> str:
     import peft
 
     model = case.moved()
-    lorafamily.export_peft(model, case.folder / "peft")
+    lorafamily.export_peft(model, case.folder / "peft", card=False)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         theirs = peft.PeftModel.from_pretrained(case.fresh(), str(case.folder / "peft")).eval()

@@ -11,7 +11,8 @@ from lorafamily.budget import Sizing
 from lorafamily.deploy.combine import combine, compress
 from lorafamily.deploy.files import load, save
 from lorafamily.deploy.merge import merge, merge_difference, unmerge
-from lorafamily.deploy.peft import export_peft, import_loralib, import_peft
+from lorafamily.deploy.peft import export_peft
+from lorafamily.deploy.peft_import import import_loralib, import_peft
 from lorafamily.deploy.routing import routing
 from lorafamily.errors import (
     AllocationError,

@@ -6,12 +6,13 @@ Errors are one line on standard error and exit code 2.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm
 
@@ -97,22 +98,34 @@ def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def export(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Write an adapter as a LoRA folder of peft, or one that inference servers read."""
+    """Write an adapter as a LoRA folder of peft, or one that inference servers or diffusers read."""
     saved = read(given.adapter)
-    try:
-        import transformers
-    except ImportError:
-        raise StateError("exporting reads the base with transformers, which is not installed") from None
-    architecture = saved.record["base"]["architecture"]
-    kind = getattr(transformers, architecture, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        raise StateError(f"{architecture} is no model of transformers; load the adapter in Python and call export_peft")
+    kind = _class_of(saved.record["base"]["architecture"])
     if not (given.base / "config.json").is_file():
         raise FileError(f"{given.base}: no config.json there; {FOLDER}")
-    model = cast(Any, kind).from_pretrained(given.base)
+    model = kind.from_pretrained(given.base)
     folder = export_peft(load(model, given.adapter), given.out, layout=given.layout)
     size = sum(file.stat().st_size for file in folder.iterdir())
     return {"out": str(folder), "bytes": size}, f"{folder}: {size / 1024:,.0f} KiB, layout {given.layout}"
+
+
+def _class_of(architecture: str) -> Any:
+    """The class of a base, in transformers or diffusers."""
+    installed = []
+    for library, parent in (("transformers", "PreTrainedModel"), ("diffusers", "ModelMixin")):
+        try:
+            module = importlib.import_module(library)
+        except ImportError:
+            continue
+        installed.append(library)
+        kind = getattr(module, architecture, None)
+        if isinstance(kind, type) and issubclass(kind, getattr(module, parent)):
+            return kind
+    if not installed:
+        raise StateError("exporting reads the base with transformers or diffusers, and neither is installed")
+    raise StateError(
+        f"{architecture} is no model of {' or '.join(installed)}; load the adapter in Python and call export_peft"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,9 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     amount.add_argument("--energy", type=float, help="share of every layer's ‖ΔW‖² to keep at least")
     amount.add_argument("--budget", type=float, help="trainable adapter numbers in all; see lorafamily.compress")
     amount.add_argument("--rank-budget", type=int, help="rank slices in all")
-    exporting = converting("export", export, out="folder for peft's files")
+    exporting = converting("export", export, out="folder for the files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
-    exporting.add_argument("--layout", choices=("peft", "serving"), default="peft", help="see lorafamily.export_peft")
+    exporting.add_argument(
+        "--layout", choices=("peft", "serving", "diffusers"), default="peft", help="see lorafamily.export_peft"
+    )
     add_options(command("plan", plan))
     return parser
 

@@ -57,7 +57,7 @@ def test_peft_computes_the_same_from_our_file(family, method, tmp_path):
         nn.init.normal_(model.classifier.weight)
     expected = logits(model)
     assert (expected - logits(base)).abs().max() > 100 * CLOSE["atol"]
-    lorafamily.export_peft(model, tmp_path)
+    lorafamily.export_peft(model, tmp_path, card=False)
     theirs = loaded_by_peft(base, tmp_path)
     assert_close(logits(theirs), expected, **CLOSE)
     # And back: what peft saves again is read here.
@@ -72,7 +72,7 @@ def test_a_served_file_needs_nothing_but_r_alpha_and_tensors(method, tmp_path):
     model = model_of("llama")
     base = copy.deepcopy(model)
     uneven(lorafamily.apply(model, method, rank=3, seed=0))
-    lorafamily.export_peft(model, tmp_path, layout="serving")
+    lorafamily.export_peft(model, tmp_path, layout="serving", card=False)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert not config["use_rslora"]

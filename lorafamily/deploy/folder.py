@@ -116,6 +116,15 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     _write(path, _text_of(record))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Text as a file in UTF-8.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    _write(path, text.encode())
+
+
 def _bytes_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     if empty := [key for key, value in tensors.items() if value.is_meta]:
         raise FileError(f"{empty[0]} is on the meta device: there are no numbers to write")

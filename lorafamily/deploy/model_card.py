@@ -1,0 +1,106 @@
+"""The model card of an exported adapter: what the Hub shows and sorts by, for people what the adapter is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorafamily.deploy.folder import write_text
+from lorafamily.deploy.peft_config import found_at, task_of
+from lorafamily.insight.figures import rank_heatmap, save
+from lorafamily.placement import Placement
+
+CARD, PICTURE = "README.md", "ranks.png"
+OURS = "<!-- Written by lorafamily. Without this line the next export leaves the file as it is. -->"
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+"""What the Hub calls peft's tasks."""
+
+
+def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str, base: str | None) -> None:
+    """Write `README.md` and the picture it shows, unless somebody wrote a `README.md` of their own there.
+
+    Raises:
+        FileError: a file cannot be written.
+    """
+    card = folder / CARD
+    if card.is_file() and OURS not in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    start = {at: adapter.start_rank for at, adapter in placement.adapters.items()}
+    ranks = {at: adapter.rank for at, adapter in placement.adapters.items()}
+    save(rank_heatmap(start, ranks, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
+    write_text(card, _text(model, placement, layout, base or found_at(model)))
+
+
+def _text(model: nn.Module, placement: Placement, layout: str, base: str | None) -> str:
+    architecture = type(model).__name__
+    trained = [*placement.parked, *placement.buffers]
+    ranks = [adapter.rank for adapter in placement.adapters.values()]
+    options = ", ".join(f"{key}={value!r}" for key, value in placement.method.options().items())
+    rows = {
+        "method": placement.spec,
+        "options": options or "none",
+        "base": f"{base or 'not noted'} ({architecture})",
+        "asked for": _asked(placement),
+        "trainable adapter parameters": f"{placement.trainable():,}",
+        "ranks": f"{min(ranks)} to {max(ranks)} in {len(ranks)} modules, {sum(ranks)} in all",
+    }
+    rows |= {"also trained": ", ".join(trained)} if trained else {}
+    table = "\n".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())
+    return f"""{_front(model, layout, base)}
+{OURS}
+
+# {placement.spec} on {architecture}
+
+A low-rank update ΔW = s · U V of the base's weights, trained with lorafamily and written as plain LoRA.
+
+| | |
+| --- | --- |
+{table}
+
+![Rank of every layer and matrix, at the start and now]({PICTURE})
+
+```python
+{_usage(model, layout, base)}
+```
+"""
+
+
+def _front(model: nn.Module, layout: str, base: str | None) -> str:
+    """The block of YAML at the top. The base is named there only if it has a name on the Hub: a folder would be
+    refused when the card is pushed."""
+    on_hub = base is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists()
+    task = PIPELINES.get(task_of(model, dict(model.named_modules())) or "")
+    lines = [f"base_model: {json.dumps(base)}"] if on_hub else []
+    lines += [f"library_name: {'diffusers' if layout == 'diffusers' else 'peft'}"]
+    lines += [f"pipeline_tag: {task}"] if task else []
+    return "\n".join(["---", *lines, "tags:", "- lora", "- lorafamily", "---"])
+
+
+def _asked(placement: Placement) -> str:
+    """What the ranks were to keep to."""
+    sizing = placement.sizing
+    if sizing.budget is not None:
+        when = "at any step" if sizing.budget_at == "peak" else "at the end"
+        return f"{sizing.budget:,} trainable adapter parameters {when}"
+    if sizing.rank_budget is not None:
+        return f"{sizing.rank_budget:,} rank slices in all"
+    return "ranks by layer" if sizing.ranks is not None else f"rank {sizing.rank} of every module"
+
+
+def _usage(model: nn.Module, layout: str, base: str | None) -> str:
+    found: Any = json.dumps(base or "BASE")
+    if layout == "diffusers":
+        made = f"pipeline = diffusers.DiffusionPipeline.from_pretrained({found})"
+        return f'{made}\npipeline.load_lora_weights("THIS_FOLDER")'
+    made = f"base = {type(model).__module__.partition('.')[0]}.{type(model).__name__}.from_pretrained({found})"
+    return f'{made}\nmodel = peft.PeftModel.from_pretrained(base, "THIS_FOLDER")'

@@ -1,0 +1,48 @@
+"""What servers need of a LoRA folder: one rank that they accept, and whole groups of the layers that they fuse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from lorafamily.errors import StateError
+from lorafamily.names import join
+from lorafamily.parts import Target
+
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM accepts, but for 1, where other servers begin higher."""
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"),
+)
+"""Layers that SGLang makes one of. It takes for granted that an adapter of the first has the others' factors too."""
+_EXPERTS = re.compile(r"(.*experts)\.\d+\..+")
+
+
+def served_rank(needed: int, ranks: Sequence[int]) -> int:
+    """The lowest of the server's ranks that is enough.
+
+    Raises:
+        StateError: none is.
+    """
+    enough = [rank for rank in sorted(ranks) if rank >= needed]
+    if not enough:
+        raise StateError(
+            f"the largest rank is {needed}, and the server accepts {', '.join(map(str, sorted(ranks)))}; compress the "
+            "adapter first, or give ranks=[...] that it accepts"
+        )
+    return enough[0]
+
+
+def left_out(able: Mapping[str, Target], adapted: Collection[str]) -> Iterator[str]:
+    """Layers without an adapter that a server fuses with adapted ones: SGLang the groups in `FUSED`, vLLM all experts
+    of a list. `able`: every layer that can carry an adapter."""
+    lists = {match[1] for at in adapted if (match := _EXPERTS.fullmatch(at))}
+    for at in able:
+        parent, _, own = at.rpartition(".")
+        fused = {join(parent, one) for group in FUSED if own in group for one in group}
+        match = _EXPERTS.fullmatch(at)
+        if at not in adapted and (fused & set(adapted) or (match and match[1] in lists)):
+            yield at
