@@ -19,7 +19,7 @@ from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
 from lorafamily.errors import MethodError, TargetError
 from lorafamily.evidence import Evidence, LayerEvidence
-from lorafamily.gathering import gathered, weights_of
+from lorafamily.gathering import Stop, gathered, weights_of
 from lorafamily.layers import onloaded
 from lorafamily.method import FromEvidence, Method, Room
 from lorafamily.parts import Fused, Target
@@ -128,7 +128,7 @@ def apply(
         **method_options,
     )
     drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-    choice = _informed(choice, data, loss_fn, evidence, rank, drawn)
+    choice = _informed(choice, data, loss_fn, evidence, drawn)
     put(choice, choice.build(torch.Generator().manual_seed(drawn)))
     return model
 
@@ -162,6 +162,7 @@ def _gathered(choice: Choice, data: Any, loss_fn: LossFn | None, seed: int) -> E
     start = choice.method.initialisation
     if not isinstance(start, FromEvidence):
         raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out data and evidence')
+    cosine = start.stop_at()
     with disabled(choice.model):
         return gathered(
             choice.model,
@@ -172,11 +173,36 @@ def _gathered(choice: Choice, data: Any, loss_fn: LossFn | None, seed: int) -> E
             batches=start.evidence_batches,
             loss_fn=loss_fn,
             seed=seed,
+            memory=start.evidence_memory,
+            stop=None if cosine is None else Stop(cosine, lambda known: _start_ranks(choice, start, known)),
         )
 
 
+def _start_ranks(choice: Choice, start: FromEvidence, evidence: Mapping[str, LayerEvidence]) -> Mapping[str, int]:
+    """The rank that every layer starts with: as given by layer, or as evidence says."""
+    if choice.sizing.ranks is not None:
+        return choice.sizing.ranks
+    shapes = _shapes(choice.targets)
+    sizing, method = choice.sizing, choice.method
+
+    def parameters(layer: str, rank: int) -> int:
+        return method.at(layer).count(*shapes[layer], rank)
+
+    def slices(layer: str, rank: int) -> int:
+        return rank
+
+    if sizing.budget is not None:
+        # With budget_at="end" the start is larger: what equal ranks begin with.
+        limit, cost = max(sizing.budget, sizing.start) if sizing.budget_at == "end" else sizing.budget, parameters
+    else:
+        limit, cost = sum(min(sizing.rank, *shape) for shape in shapes.values()), slices
+        limit = sizing.rank_budget or limit
+    exact = sizing.budget is not None or sizing.rank_budget is not None
+    return start.ranks(evidence, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
+
+
 def _informed(
-    choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, rank: Any, seed: int
+    choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, seed: int
 ) -> Choice:
     """The choice with evidence, and with the ranks that follow from it where none were given by layer.
 
@@ -206,27 +232,11 @@ def _informed(
     _check_evidence(choice, start, evidence)
     layers = {path: evidence.layers[path] for path in choice.targets}
     choice = replace(choice, evidence=layers, alike=choice.sizing.rank if start.one_scale else None)
-    if isinstance(rank, Mapping):
+    if choice.sizing.ranks is not None:
         return choice
-    shapes = _shapes(choice.targets)
-    sizing, method = choice.sizing, choice.method
-
-    def parameters(layer: str, rank: int) -> int:
-        return method.at(layer).count(*shapes[layer], rank)
-
-    def slices(layer: str, rank: int) -> int:
-        return rank
-
-    if sizing.budget is not None:
-        # With budget_at="end" the start is larger: what equal ranks begin with.
-        limit, cost = max(sizing.budget, sizing.start) if sizing.budget_at == "end" else sizing.budget, parameters
-    else:
-        limit, cost = sum(min(sizing.rank, *shape) for shape in shapes.values()), slices
-        limit = sizing.rank_budget or limit
-    exact = sizing.budget is not None or sizing.rank_budget is not None
-    ranks = start.ranks(layers, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
-    begins = sum(parameters(layer, rank) for layer, rank in ranks.items())
-    return replace(choice, sizing=replace(sizing, ranks=ranks, rank=max(ranks.values()), start=begins))
+    ranks, shapes = _start_ranks(choice, start, layers), _shapes(choice.targets)
+    begins = sum(choice.method.at(layer).count(*shapes[layer], rank) for layer, rank in ranks.items())
+    return replace(choice, sizing=replace(choice.sizing, ranks=ranks, rank=max(ranks.values()), start=begins))
 
 
 def _check_evidence(choice: Choice, start: FromEvidence, evidence: Evidence) -> None:

@@ -68,7 +68,9 @@ class Room:
 class FromEvidence(Initialisation):
     """A start, and start ranks, from data that is looked at first; see `evidence.py`.
 
-    `evidence_batches`: how many of `apply`'s data to look at, at most.
+    `evidence_batches`: how many of `apply`'s data to look at, at most. `evidence_memory`: MiB of gradients' sums, which
+    are as large as the weights in float32, to hold in memory while data is looked at; what is more lies in a temporary
+    file. None: all in memory.
     """
 
     wants: ClassVar[tuple[Wanted, ...]]
@@ -77,8 +79,11 @@ class FromEvidence(Initialisation):
     """Whether the scale is that of equal ranks in all layers, or of each layer's own."""
 
     evidence_batches: int = 64
+    evidence_memory: float | None = None
 
     def __post_init__(self) -> None:
+        if (bound := self.evidence_memory) is not None and not (isinstance(bound, int | float) and bound >= 0):
+            raise MethodError(f"evidence_memory={bound!r}: must be MiB, 0 or more, or None")
         n = self.evidence_batches
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise MethodError(f"evidence_batches={n!r}: must be a whole number of at least 1")
@@ -86,6 +91,12 @@ class FromEvidence(Initialisation):
     def directions(self, rank: int) -> int:
         """How many directions of the inputs it needs, where equal ranks would be `rank`."""
         return rank
+
+    def stop_at(self) -> float | None:
+        """The cosine between a direction before a batch and after it from which on the direction counts as found. A
+        layer whose directions have all been found, as many as `ranks` gives it, takes part in no further batch, and
+        where no layer does, no more data is looked at. None: all batches count."""
+        return None
 
     def ranks(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, int]:
         """The rank that every layer starts with; the same for all unless overridden."""
