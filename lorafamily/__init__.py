@@ -7,6 +7,7 @@ lorafamily.save(model, "my-adapter")
 """
 
 from lorafamily.adapter import Adapter, Parametrisation
+from lorafamily.allocation.scorer import Scorer
 from lorafamily.budget import Sizing
 from lorafamily.deploy.combine import combine, compress
 from lorafamily.deploy.files import load, save
@@ -36,7 +37,7 @@ from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
 from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
-from lorafamily.registry import methods
+from lorafamily.registry import methods, scorers
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.loop import train
 from lorafamily.training.optimisation import Trained, parameter_groups
@@ -64,6 +65,7 @@ __all__ = [
     "Penalty",
     "Plan",
     "Room",
+    "Scorer",
     "Session",
     "Sizing",
     "StateError",
@@ -93,6 +95,7 @@ __all__ = [
     "remove",
     "routing",
     "save",
+    "scorers",
     "session",
     "shard",
     "summary",

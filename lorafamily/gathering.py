@@ -32,6 +32,7 @@ from lorafamily.principal import Principal
 from lorafamily.training.execution import evaluating
 from lorafamily.training.processes import Processes
 
+
 @dataclass(frozen=True)
 class Stop:
     """When a layer's inputs are looked at no more: as soon as all its directions that are needed have turned, from one

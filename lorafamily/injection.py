@@ -201,9 +201,7 @@ def _start_ranks(choice: Choice, start: FromEvidence, evidence: Mapping[str, Lay
     return start.ranks(evidence, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
 
 
-def _informed(
-    choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, seed: int
-) -> Choice:
+def _informed(choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, seed: int) -> Choice:
     """The choice with evidence, and with the ranks that follow from it where none were given by layer.
 
     Raises:

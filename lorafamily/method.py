@@ -134,14 +134,15 @@ class Penalty(ABC):
         """One differentiable number for all adapters."""
 
 
-AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling")
+AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling", "up_ratio")
 
 
 @dataclass(frozen=True)
 class Method:
     """A named point in the space of low-rank methods.
 
-    `alpha` and `scaling` give s, see `scale`. `parametrisation_options` override the parametrisation's own sizes.
+    `alpha` and `scaling` give s, see `scale`. `up_ratio`: at how many times the adapters' learning rate the tensors
+    that make U train (LoRA+'s λ); an optimiser must do it, see `parameter_groups`. `parametrisation_options` override the parametrisation's own sizes.
     `alpha` and these sizes are one number for all layers, or numbers by layer; `at` is then the method of one layer.
     `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
     method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
@@ -153,6 +154,7 @@ class Method:
     penalty: Penalty | None = None
     scaling: Scaling = "alpha/r"
     alpha: float | Mapping[str, float] = 16.0
+    up_ratio: float = 1.0
     rank: int = 8
     """Used where neither a rank nor a budget is asked for."""
     parametrisation_options: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
@@ -166,7 +168,7 @@ class Method:
             own = frozenset(axis for axis in AXES if getattr(self, axis) != defaults[axis])
             object.__setattr__(self, "claimed", own)
         names = [*self.parametrisation.own_sizes, *(f.name for part in self._parts() for f in fields(part))]
-        if twice := sorted({name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "rank")}):
+        if twice := sorted({name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "up_ratio", "rank")}):
             raise MethodError(f"option {', '.join(twice)} means two things in this method; rename one")
 
     def but(self, **axes: Any) -> Method:
@@ -193,7 +195,7 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """Every option with its present value, flat; `with_options(**options())` gives the method back."""
-        flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling}
+        flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling, "up_ratio": self.up_ratio}
         flat |= self.parametrisation_options
         for part in self._parts():
             flat |= {f.name: getattr(part, f.name) for f in fields(part)}
@@ -211,7 +213,7 @@ class Method:
                 f"unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; "
                 f"this method takes {', '.join(sorted(known))}"
             )
-        changes: dict[str, Any] = {name: options[name] for name in ("alpha", "scaling") if name in options}
+        changes: dict[str, Any] = {name: options[name] for name in ("alpha", "scaling", "up_ratio") if name in options}
         sizes = {name: value for name, value in options.items() if name in self.parametrisation.own_sizes}
         changes["parametrisation_options"] = {**self.parametrisation_options, **sizes}
         for axis in ("initialisation", "allocation", "penalty"):
@@ -220,6 +222,9 @@ class Method:
                 own = {f.name: options[f.name] for f in fields(part) if f.name in options}
                 changes[axis] = replace(part, **own)
         method = replace(self, **changes)
+        ratio = method.up_ratio
+        if not isinstance(ratio, int | float) or not math.isfinite(ratio) or ratio <= 0:
+            raise MethodError(f"up_ratio={ratio!r}: must be a positive, finite number")
         alphas = options.get("alpha", self.alpha)
         for alpha in alphas.values() if isinstance(alphas, Mapping) else [alphas]:
             replace(method, alpha=alpha).scale(rank=1)  # refuses it now, not in the middle of placing adapters

@@ -198,7 +198,10 @@ def test_what_memory_has_no_room_for_lies_in_a_file_and_has_the_same_bits(bound)
     held = sum(sizes[at] for at in in_memory)
     assert held <= bound * 2**20
     assert held + min(sizes[at] for at in sizes if at not in in_memory) > bound * 2**20
-    starts = [lorafamily.apply(tiny(), "gora", budget=3_000, data=data(2), seed=0, **own) for own in ({}, {"evidence_memory": 0})]
+    starts = [
+        lorafamily.apply(tiny(), "gora", budget=3_000, data=data(2), seed=0, **own)
+        for own in ({}, {"evidence_memory": 0})
+    ]
     for a, b in zip(*(model.parameters() for model in starts), strict=True):
         assert torch.equal(a, b)
 

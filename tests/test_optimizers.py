@@ -301,7 +301,7 @@ def test_every_optimiser_trains_through_decisions(name):
         warmup=3,
         interval=2,
         drop=1,
-        scores="sensitivity",
+        scorer="sensitivity",
     )
     made = []
 
@@ -537,7 +537,7 @@ def test_what_has_no_frozen_start_keeps_the_optimiser_s_own_decay(make):
     ("method", "options"),
     [
         ("olora", {}),
-        ("olora+alora", {"rounds": 3, "warmup": 5, "interval": 10, "scores": "sensitivity"}),
+        ("olora+alora", {"rounds": 3, "warmup": 5, "interval": 10, "scorer": "sensitivity"}),
         ("lora2+olora", {"warmup": 5, "final": 20, "interval": 5, "gamma": 0.0}),
     ],
 )

@@ -105,7 +105,7 @@ def test_ranks_by_layer_live_through_everything(method, tmp_path):
 
 
 def test_an_allocation_goes_on_from_the_ranks_given_and_can_grow_a_layer_without():
-    model = lorafamily.apply(tiny(), "alora", rank=SOME, seed=0, scores="random", rounds=2, drop=9)
+    model = lorafamily.apply(tiny(), "alora", rank=SOME, seed=0, scorer="random", rounds=2, drop=9)
     history = lorafamily.train(model, data(), steps=STEPS, validation=data(1), seed=0, progress=False)
     assert sum(history.ranks_end.values()) == sum(history.ranks_start.values())
     grown = [at for at, rank in history.ranks_end.items() if rank and not history.ranks_start[at]]

@@ -6,9 +6,9 @@ variance that the directions of all layers explain are sorted together, and the 
 ρ r of one layer, where r is what every layer would have alike.
 Trainable numbers: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
 
-As in `peft`'s code, which is the authors', inputs are centred, the scale is alpha / r for all layers, whatever rank they
-get, and a layer is looked at no more once the directions that its rank takes have turned no further than a cosine of τ
-allows from one batch to the next. That code goes round the data until all layers stop; here the data ends it too.
+As in `peft`'s code, which is the authors', inputs are centred, the scale is alpha / r for all layers, whatever rank
+they get, and a layer is looked at no more once the directions that its rank takes have turned no further than a cosine
+of τ allows from one batch to the next. That code goes round the data until all layers stop; here the data ends it too.
 """
 
 from collections.abc import Mapping

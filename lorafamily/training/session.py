@@ -37,6 +37,7 @@ from lorafamily.reading import Reads, leave_out
 from lorafamily.training.around_steps import AroundSteps, check_optimizer, steppers
 from lorafamily.training.execution import evaluating
 from lorafamily.training.guards import CUT, FrozenBuffers, silence
+from lorafamily.training.optimisation import check_up_rate
 from lorafamily.training.processes import Processes, give_gradient
 from lorafamily.training.state import seed_all
 
@@ -161,6 +162,7 @@ class Session:
         if self.placement is not None:
             refuse_untold(self.owner, self.placement)
             self._check_held()
+            check_up_rate(self.model, self.optimizer)
         self.start = dict(start or {name: adapter.rank for name, adapter in self.adapters.items()})
         self.run = self._run(steps)
         self.allocator = self._begin()
