@@ -142,8 +142,9 @@ class Method:
     """A named point in the space of low-rank methods.
 
     `alpha` and `scaling` give s, see `scale`. `up_ratio`: at how many times the adapters' learning rate the tensors
-    that make U train (LoRA+'s λ); an optimiser must do it, see `parameter_groups`. `parametrisation_options` override the parametrisation's own sizes.
-    `alpha` and these sizes are one number for all layers, or numbers by layer; `at` is then the method of one layer.
+    that make U train (LoRA+'s λ); an optimiser must do it, see `parameter_groups`. `parametrisation_options` override
+    the parametrisation's own sizes. `alpha` and these sizes are one number for all layers, or numbers by layer; `at` is
+    then the method of one layer.
     `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
     method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
     """
@@ -167,8 +168,14 @@ class Method:
             defaults = {f.name: f.default for f in fields(Method)}
             own = frozenset(axis for axis in AXES if getattr(self, axis) != defaults[axis])
             object.__setattr__(self, "claimed", own)
-        names = [*self.parametrisation.own_sizes, *(f.name for part in self._parts() for f in fields(part))]
-        if twice := sorted({name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "up_ratio", "rank")}):
+        names = [
+            self.parametrisation.sized_by,
+            *self.parametrisation.own_sizes,
+            *(f.name for part in self._parts() for f in fields(part)),
+        ]
+        if twice := sorted(
+            {name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "up_ratio")}
+        ):
             raise MethodError(f"option {', '.join(twice)} means two things in this method; rename one")
 
     def but(self, **axes: Any) -> Method:
@@ -252,7 +259,7 @@ class Method:
     def with_slices(self, n: int) -> tuple[Method, int]:
         """The method and the rank at which every module starts with n slices."""
         by = self.parametrisation.sliced_by
-        return (self, n) if by == "rank" else (self.with_options(**{by: n}), self.rank)
+        return (self, n) if by == self.parametrisation.sized_by else (self.with_options(**{by: n}), self.rank)
 
     def scale(self, rank: int) -> float:
         """s for a layer that starts with `rank` slices.
@@ -281,7 +288,7 @@ class Method:
     def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:
         """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway; at rank 0
         all of them are 0."""
-        sizes = {"rank": rank, **self.parametrisation_options}
+        sizes = {self.parametrisation.sized_by: rank, **self.parametrisation_options}
         return {name: min(cast(int, size), d_in, d_out) if rank else 0 for name, size in sizes.items()}
 
     def slices(self, d_in: int, d_out: int, rank: int) -> int:

@@ -428,7 +428,7 @@ def test_the_rank_budget_holds_at_every_step(method, seed):
     """100 slices for 12 modules: 8 each, LoRA²'s singular values included, whatever they cost."""
     model = lorafamily.apply(tiny(seed=seed), method, rank_budget=100, seed=seed, **few_rounds(method))
     summary = lorafamily.summary(model)
-    assert (summary.rank, summary.unused, summary.budget) == (96, 4, None)
+    assert (summary.slices, summary.unused, summary.budget) == (96, 4, None)
     assert "rank budget (at the peak): 100 slices, of which 4 unused" in str(summary)
     history = lorafamily.train(model, data(), steps=40, validation=data(1), progress=False, seed=seed)
     assert max(step.rank for step in history.steps) <= 100
@@ -438,9 +438,9 @@ def test_the_rank_budget_holds_at_every_step(method, seed):
 
 def test_a_rank_budget_for_the_end_lets_pruning_start_larger():
     model = lorafamily.apply(tiny(), "adalora", rank_budget=24, budget_at="end", seed=0)
-    assert lorafamily.summary(model).rank == 36
+    assert lorafamily.summary(model).slices == 36
     lorafamily.train(model, data(), steps=40, progress=False)
-    assert lorafamily.summary(model).rank == 24
+    assert lorafamily.summary(model).slices == 24
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -462,7 +462,7 @@ def test_a_budget_for_the_end_holds_at_the_end(seed):
 )
 def test_a_budget_for_the_end_counts_what_has_no_slices(widths, slices, budget, start):
     """LoRA²'s outer factors stay whole, whatever is pruned."""
-    chosen = {"budget": budget, "budget_at": "end", "inner_rank": slices, "targets": "layers"}
+    chosen = {"budget": budget, "budget_at": "end", "slices": slices, "targets": "layers"}
     model = lorafamily.apply(Layers(6, *widths), "lora2", seed=0, **chosen)
     placement = placement_of(model)
     assert placement.trainable() == start == lorafamily.plan(Layers(6, *widths), "lora2", **chosen).sizing.start

@@ -20,7 +20,7 @@ from lorafamily.placement import placement_of
 from lorafamily.training.around_steps import AroundSteps
 from lorafamily.variants.lora import Plain
 
-METHODS = {"adalora": {"rank": 4}, "alora": {"rank": 4}, "lora2": {"rank": 6, "inner_rank": 4}}
+METHODS = {"adalora": {"rank": 4}, "alora": {"rank": 4}, "lora2": {"width": 6, "slices": 4}}
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
