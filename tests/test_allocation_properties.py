@@ -121,8 +121,15 @@ def schedules(draw, method: str) -> dict[str, Any]:
         chosen = {"rounds": rounds, "interval": interval, "warmup": draw(st.integers(1, STEPS - 3 * interval))}
         return chosen | {"drop": draw(st.integers(1, 5)), "scorer": draw(st.sampled_from(sorted(lorafamily.scorers())))}
     if "moved" in options:
-        chosen = {"warmup": draw(st.integers(0, 4)), "final": draw(st.integers(0, 3)), "interval": draw(st.integers(1, 3))}
-        return chosen | {"moved": draw(st.integers(1, 5)), "scorer": draw(st.sampled_from(sorted(lorafamily.scorers())))}
+        chosen = {
+            "warmup": draw(st.integers(0, 4)),
+            "final": draw(st.integers(0, 3)),
+            "interval": draw(st.integers(1, 3)),
+        }
+        return chosen | {
+            "moved": draw(st.integers(1, 5)),
+            "scorer": draw(st.sampled_from(sorted(lorafamily.scorers()))),
+        }
     if "target" in options:
         chosen = {
             "warmup": draw(st.integers(0, 4)),

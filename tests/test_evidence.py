@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,7 +184,7 @@ def test_a_layer_is_looked_at_until_the_directions_that_its_rank_takes_are_found
     one = lorafamily.gather(model, "eva", batches, rank={at: 3}, targets=at, tau=0.9).batches
     assert 2 <= one < 24
     by = [lorafamily.gather(model, "eva", batches[:n], rank=3, targets=at, tau=None).layers[at] for n in range(1, 25)]
-    turned = [(a.directions[:3] * b.directions[:3]).sum(1).abs().min() for a, b in zip(by, by[1:], strict=False)]
+    turned = [(a.directions[:3] * b.directions[:3]).sum(1).abs().min() for a, b in pairwise(by)]
     assert [bool(cosine >= 0.9) for cosine in turned[: one - 1]] == [False] * (one - 2) + [True]
 
 

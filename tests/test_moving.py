@@ -45,7 +45,7 @@ def test_flexlora_takes_the_smallest_of_the_uneven_and_gives_to_the_even():
     names = list(placement_of(model).adapters)
     uneven = {names[0]: [9.0, -0.1, 1.0], names[1]: [0.2, 9.0, 0.3]}
     even = {names[2]: [1.0, -1.0, 1.0], names[3]: [0.9, 1.0, 1.0]}
-    planted(model, dict.fromkeys(names, [1.0, 2.0, 3.0]) | uneven | even)
+    planted(model, {name: [1.0, 2.0, 3.0] for name in names} | uneven | even)
     allocator = allocator_of(model)
     assert allocator.due == [3, 6, 9, 12, 15]
     assert [allocator.slices_at(step) for step in allocator.due] == [2, 1, 1, 1, 1]

@@ -15,10 +15,10 @@ import math
 from dataclasses import dataclass
 
 from lorafamily.allocation.allocator import Allocator, in_steps
+from lorafamily.allocation.by_score import ScoredAllocation
 from lorafamily.allocation.moving import Slice, exchange, exchanged
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
-from lorafamily.allocation.by_score import ScoredAllocation
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision
 from lorafamily.names import modules_per_block

@@ -53,7 +53,9 @@ class EvenForUnevenExchanger(CubicExchanger):
     def order(self, scores: Scores) -> tuple[list[Slice], list[str]]:
         H = {name: entropy(values) for name, values in scores.items()}
         rising = sorted((name for name in scores if len(scores[name])), key=lambda name: (H[name], name))
-        return [(name, int(scores[name].argmin())) for name in rising], sorted(scores, key=lambda name: (-H[name], name))
+        return [(name, int(scores[name].argmin())) for name in rising], sorted(
+            scores, key=lambda name: (-H[name], name)
+        )
 
 
 flexlora = Method(parametrisation=SVD, allocation=EvenForUneven(), penalty=adalora.penalty)
