@@ -37,6 +37,7 @@ from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
 from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
+from lorafamily.rates import Suggestion, suggest_lr
 from lorafamily.registry import methods, scorers
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.loop import train
@@ -69,6 +70,7 @@ __all__ = [
     "Session",
     "Sizing",
     "StateError",
+    "Suggestion",
     "Summary",
     "TargetError",
     "Trained",
@@ -98,6 +100,7 @@ __all__ = [
     "scorers",
     "session",
     "shard",
+    "suggest_lr",
     "summary",
     "switch",
     "train",
