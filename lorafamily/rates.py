@@ -2,7 +2,7 @@
 
 Studies that tune every variant find best rates inversely proportional to the largest eigenvalue of the loss's Hessian
 in the adapter's parameters at the start (arXiv:2602.04998). That is a claim about AdamW in runs of theirs;
-docs/results.md has how far it held here.
+whether it holds here has not been measured yet (docs/results.md).
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _reference(model: nn.Module, seed: int) -> Iterator[None]:
     flags = {p: p.requires_grad for p in model.parameters()}
     budget = sum(adapter.trainable() for adapter in own.adapters.values())
     check_budget(budget)
-    given = {"targets": lambda name, module: name in own.adapters, "name": REFERENCE, "seed": seed}
+    given: dict[str, Any] = {"targets": lambda name, module: name in own.adapters, "name": REFERENCE, "seed": seed}
     with ExitStack() as around:
         try:
             apply(model, "lora", budget=budget, **given)
