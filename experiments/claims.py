@@ -184,7 +184,7 @@ def page_of(
     parts += [Heading("The runs"), Picture("The metric of every seed", given.results / "seeds.png")]
     for setting in settings:
         lines = table(grouped(setting.runs, setting.higher_is_better), setting.metric)
-        kept = [i for i, head in enumerate(lines[0]) if head in ("method", "size", "trainable", "rank start → end")]
+        kept = [i for i, head in enumerate(lines[0]) if head in ("method", "size", "trainable", "slices start → end")]
         kept += [i for i, head in enumerate(lines[0]) if head in ("train loss (nats)", setting.metric, "file KiB")]
         parts += [
             Heading(setting.name),

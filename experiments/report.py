@@ -60,7 +60,7 @@ def table(groups: Sequence[Group], metric: str, marks: Mapping[str, str] | None 
             *(["targets"] if several else []),
             "size",
             "trainable",
-            "rank start → end",
+            "slices start → end",
             "train loss (nats)",
             metric,
             "steps to LoRA's loss",

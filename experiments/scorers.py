@@ -178,7 +178,7 @@ def _largest_difference(one: Scores, other: Scores) -> float:
 def _bookkeeping(task: Task, settings: Settings, method: str) -> tuple[int, float, float]:
     """Numbers scored, and seconds a step with and without the scorer's part, both from the same steps."""
     model, head = task.model(0)
-    options: dict[str, Any] = {"inner_rank": settings.rank} if method == "lora2" else {}
+    options: dict[str, Any] = {"slices": settings.rank} if method == "lora2" else {}
     lorafamily.apply(model, method, rank=settings.rank, also_train=head, seed=0, warmup=0.1, final=0.1, **options)
     placement = placement_of(model)
     scored = sum(p.numel() for adapter in placement.adapters.values() for p, _ in adapter.update.sliced())

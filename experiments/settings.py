@@ -18,7 +18,7 @@ from cell import FULL, NONE, Cell, Size, Training
 from lorafamily.registry import find as find_method
 from tasks import TaskError
 
-TRADED_OFF = ("alora.scores=first-order",)
+TRADED_OFF = ("alora.scorer=first-order",)
 """Exact AB-LoRA takes two forwards a rank and round, minutes a cell here; its first-order estimate two backwards."""
 
 TUNED = ("1e-2", "full=2e-3", "olora=1e-3", "lora2=2e-2", "adalora=2e-2", "svd=2e-2", "dual-plane=2e-2")
@@ -47,7 +47,7 @@ class Compare:
     data: Path | None = None
     """folder of <task>/{train,validation}.jsonl.gz, none to take it from the hub; text: a file"""
     methods: tuple[str, ...] = (NONE, FULL, "lora", "olora", "alora", "lora2", "adalora")
-    """any of lorafamily.methods(), joined by + to combine, with options of their own as in alora:scores=exact,rounds=4;
+    """any of lorafamily.methods(), joined by + to combine, with options of their own as in alora:scorer=exact,rounds=4;
     lora:train_budget=160e3 trains with that and is then cut to the budget, once through all layers; none: no adaptation
     (a task head still trains); full: all"""
     budgets: tuple[str, ...] = ("80e3", "10e3")
@@ -211,7 +211,7 @@ def training_of(settings: Compare, rows: int) -> Training:
         method, dot, rest = setting.partition(".")
         option, equals, value = rest.partition("=")
         if not (dot and equals and method and option):
-            raise TaskError(f"--options {setting}: must be METHOD.OPTION=VALUE, such as alora.scores=exact")
+            raise TaskError(f"--options {setting}: must be METHOD.OPTION=VALUE, such as alora.scorer=exact")
         known(method, f"--options {setting}")
         options.setdefault(method, {})[option] = _value(value)
     for method in settings.methods:
@@ -219,7 +219,7 @@ def training_of(settings: Compare, rows: int) -> Training:
         for setting in own.split(",") if own else ():
             option, equals, value = setting.partition("=")
             if not (equals and option):
-                raise TaskError(f"--methods {method}: must be METHOD:OPTION=VALUE,…, such as alora:scores=exact")
+                raise TaskError(f"--methods {method}: must be METHOD:OPTION=VALUE,…, such as alora:scorer=exact")
             options.setdefault(method, {})[option] = _value(value)
     fused = {}
     for setting in settings.fused:

@@ -7,6 +7,7 @@ lorafamily.save(model, "my-adapter")
 """
 
 from lorafamily.adapter import Adapter, Parametrisation
+from lorafamily.allocation.scorer import Scorer
 from lorafamily.budget import Sizing
 from lorafamily.deploy.combine import combine, compress
 from lorafamily.deploy.files import load, save
@@ -37,7 +38,8 @@ from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers import LayerKind, register_layer_kind
 from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
-from lorafamily.registry import methods
+from lorafamily.rates import Suggestion, suggest_lr
+from lorafamily.registry import methods, scorers
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.loop import train
 from lorafamily.training.optimisation import Trained, parameter_groups
@@ -65,9 +67,11 @@ __all__ = [
     "Penalty",
     "Plan",
     "Room",
+    "Scorer",
     "Session",
     "Sizing",
     "StateError",
+    "Suggestion",
     "Summary",
     "TargetError",
     "Trained",
@@ -94,8 +98,10 @@ __all__ = [
     "remove",
     "routing",
     "save",
+    "scorers",
     "session",
     "shard",
+    "suggest_lr",
     "summary",
     "switch",
     "train",

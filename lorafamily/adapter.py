@@ -29,20 +29,23 @@ Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
 class Parametrisation(nn.Module, ABC):
     """How U and V are made of trainable tensors. A leaf class is one way; the rest of the package sees `factors`.
 
-    A leaf registers its tensors as parameters in `__init__(d_in, d_out, rank, **own_sizes)`, uninitialised, and says
-    in `slices` which axis of which tensor counts rank slices. Dropping, adding, masking and scoring slices follow.
+    A leaf registers its tensors as parameters in `__init__(d_in, d_out, rank, **own_sizes)`, uninitialised (`rank` is
+    called what `sized_by` says), and says in `slices` which axis of which tensor counts rank slices. Dropping, adding,
+    masking and scoring slices follow.
     """
 
     slices: ClassVar[Mapping[str, int]]
     """Name of each tensor that has rank slices -> the axis they lie on."""
     switch: ClassVar[str]
     """The sliced tensor that is zero where a slice contributes nothing but can still learn."""
+    sized_by: ClassVar[str] = "rank"
+    """The size that a budget buys: `rank`, or what it is called where slices are something else."""
     sliced_by: ClassVar[str] = "rank"
-    """The size that is the number of slices: `rank`, or one of `own_sizes`."""
+    """The size that is the number of slices: that of `sized_by`, or one of `own_sizes`."""
     own_sizes: ClassVar[Mapping[str, int]] = {}
-    """Sizes besides `rank`, with their defaults; options of every method that uses the parametrisation."""
+    """Sizes besides that of `sized_by`, with their defaults; options of every method that uses the parametrisation."""
     count: ClassVar[Callable[..., int]]
-    """Static: (d_in, d_out, rank, **own_sizes) -> trainable parameters, what a budget adds up."""
+    """Static: as `__init__` takes sizes -> trainable parameters, what a budget adds up."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
@@ -50,7 +53,7 @@ class Parametrisation(nn.Module, ABC):
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Keywords that build a parametrisation of the present size: `rank` and `own_sizes`."""
+        """Keywords that build a parametrisation of the present size: that of `sized_by`, and `own_sizes`."""
 
     @abstractmethod
     def factors(self, gate: Float[Tensor, " r"] | None = None) -> Factors:

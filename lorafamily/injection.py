@@ -14,13 +14,13 @@ from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
 from lorafamily.batch import LossFn, call, to_device
 from lorafamily.beside import base_values, movable_buffers
-from lorafamily.budget import Sizing, solve
+from lorafamily.budget import Sizing, ranks_by_module, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
 from lorafamily.elsewhere import refuse_elsewhere
-from lorafamily.errors import MethodError, TargetError
+from lorafamily.errors import BudgetError, MethodError, TargetError
 from lorafamily.evidence import Evidence, LayerEvidence
-from lorafamily.gathering import gathered, weights_of
+from lorafamily.gathering import Stop, gathered, weights_of
 from lorafamily.layers import onloaded, whole_weights
 from lorafamily.method import FromEvidence, Method, Room
 from lorafamily.parts import Fused, Target
@@ -75,9 +75,10 @@ def apply(
             the model inside is adapted.
         method: a name from `lorafamily.methods()`, or names joined by "+" that differ on their axes.
         budget: trainable adapter parameters (not bytes); the largest rank that fits is chosen.
-        rank: of every module, capped by the layer's size (LoRA²: the outer width k); or ranks by layer, see below. At
-            most one of `budget`, `rank` and `rank_budget` is given; with none it is the method's default rank.
-        rank_budget: rank slices of all modules together (LoRA²: its singular values), whatever they cost.
+        rank: that the update of every layer can have, capped by the layer's size; or ranks by layer, see below. At most
+            one of `budget`, `rank` and `rank_budget` is given (LoRA²: or `width`, its k); with none it is the method's
+            default rank.
+        rank_budget: slices of all modules together, whatever they cost.
         budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
         targets: layers to adapt: None or "all-linear" (without output head, pooler, the routers of experts and what
             the kernels of state-space mixers read), "attention", regular expressions searched for in full names (of
@@ -102,8 +103,8 @@ def apply(
         seed: of the random start; None draws one from torch's global generator.
         **method_options: options of the method, such as `alpha`; an unknown one is refused with a list of those known.
 
-    By layer: `rank`, `alpha` and the method's own sizes (LoRA²'s `inner_rank`) also take a mapping. A key that is a
-    target's full name, as in what `ranks_at` gives, stands for that layer alone; others are regular expressions, of
+    By layer: `rank`, `alpha` and the method's own sizes (LoRA²'s `width`, `slices`) also take a mapping. A key that is
+    a target's full name, as in what `ranks_at` gives, stands for that layer alone; others are regular expressions, of
     which the first that is found in a name counts. A last key ".*" is for all other layers; without it their rank is
     0 (nothing is computed there, and an allocation that grows may change that), and alpha and sizes the method's own. A
     key that decides no layer is refused.
@@ -129,7 +130,7 @@ def apply(
         **method_options,
     )
     drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-    choice = _informed(choice, data, loss_fn, evidence, rank, drawn)
+    choice = _informed(choice, data, loss_fn, evidence, drawn)
     put(choice, choice.build(torch.Generator().manual_seed(drawn)))
     return model
 
@@ -163,6 +164,7 @@ def _gathered(choice: Choice, data: Any, loss_fn: LossFn | None, seed: int) -> E
     start = choice.method.initialisation
     if not isinstance(start, FromEvidence):
         raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out data and evidence')
+    cosine = start.stop_at()
     with disabled(choice.model):
         return gathered(
             choice.model,
@@ -173,12 +175,35 @@ def _gathered(choice: Choice, data: Any, loss_fn: LossFn | None, seed: int) -> E
             batches=start.evidence_batches,
             loss_fn=loss_fn,
             seed=seed,
+            memory=start.evidence_memory,
+            stop=None if cosine is None else Stop(cosine, lambda known: _start_ranks(choice, start, known)),
         )
 
 
-def _informed(
-    choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, rank: Any, seed: int
-) -> Choice:
+def _start_ranks(choice: Choice, start: FromEvidence, evidence: Mapping[str, LayerEvidence]) -> Mapping[str, int]:
+    """The rank that every layer starts with: as given by layer, or as evidence says."""
+    if choice.sizing.ranks is not None:
+        return choice.sizing.ranks
+    shapes = _shapes(choice.targets)
+    sizing, method = choice.sizing, choice.method
+
+    def parameters(layer: str, rank: int) -> int:
+        return method.at(layer).count(*shapes[layer], rank)
+
+    def slices(layer: str, rank: int) -> int:
+        return rank
+
+    if sizing.budget is not None:
+        # With budget_at="end" the start is larger: what equal ranks begin with.
+        limit, cost = max(sizing.budget, sizing.start) if sizing.budget_at == "end" else sizing.budget, parameters
+    else:
+        limit, cost = sum(min(sizing.rank, *shape) for shape in shapes.values()), slices
+        limit = sizing.rank_budget or limit
+    exact = sizing.budget is not None or sizing.rank_budget is not None
+    return start.ranks(evidence, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
+
+
+def _informed(choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, seed: int) -> Choice:
     """The choice with evidence, and with the ranks that follow from it where none were given by layer.
 
     Raises:
@@ -207,27 +232,11 @@ def _informed(
     _check_evidence(choice, start, evidence)
     layers = {path: evidence.layers[path] for path in choice.targets}
     choice = replace(choice, evidence=layers, alike=choice.sizing.rank if start.one_scale else None)
-    if isinstance(rank, Mapping):
+    if choice.sizing.ranks is not None:
         return choice
-    shapes = _shapes(choice.targets)
-    sizing, method = choice.sizing, choice.method
-
-    def parameters(layer: str, rank: int) -> int:
-        return method.at(layer).count(*shapes[layer], rank)
-
-    def slices(layer: str, rank: int) -> int:
-        return rank
-
-    if sizing.budget is not None:
-        # With budget_at="end" the start is larger: what equal ranks begin with.
-        limit, cost = max(sizing.budget, sizing.start) if sizing.budget_at == "end" else sizing.budget, parameters
-    else:
-        limit, cost = sum(min(sizing.rank, *shape) for shape in shapes.values()), slices
-        limit = sizing.rank_budget or limit
-    exact = sizing.budget is not None or sizing.rank_budget is not None
-    ranks = start.ranks(layers, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
-    begins = sum(parameters(layer, rank) for layer, rank in ranks.items())
-    return replace(choice, sizing=replace(sizing, ranks=ranks, rank=max(ranks.values()), start=begins))
+    ranks, shapes = _start_ranks(choice, start, layers), _shapes(choice.targets)
+    begins = sum(choice.method.at(layer).count(*shapes[layer], rank) for layer, rank in ranks.items())
+    return replace(choice, sizing=replace(choice.sizing, ranks=ranks, rank=max(ranks.values()), start=begins))
 
 
 def _check_evidence(choice: Choice, start: FromEvidence, evidence: Evidence) -> None:
@@ -324,6 +333,7 @@ def choose(
         MethodError, TargetError, BudgetError, StateError: as `apply`.
     """
     model = check_can_place(model, name)
+    width, method_options = _width(method, rank, method_options)
     chosen = find(method).with_options(**method_options)
     drops = Dropout(dropout, dropout_kind)
     if dropout_kind != "entries" and not dropout:
@@ -337,8 +347,52 @@ def choose(
     own = find(method).options()
     by_name = {option: by_layer(value, shapes, option, own[option]) for option, value in chosen.layered.items()}
     chosen = chosen.with_options(**by_name)
+    if width is not None:
+        rank = width
+    elif rank is not None:
+        chosen = _with_slices_for(chosen, rank, shapes, given="slices" in method_options)
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
     return Choice(model, name, method, chosen, sizing, matched, beside, drops, by_default)
+
+
+def _width(method: str, rank: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What somebody says of the size that a budget buys where that is no rank, and the other options.
+
+    Raises:
+        BudgetError: a rank was given too.
+    """
+    by = find(method).parametrisation.sized_by
+    if by == "rank" or by not in options:
+        return None, options
+    if rank is not None:
+        raise BudgetError(f"rank={rank!r} and {by}={options[by]!r} are both given; a rank r means {by} r: give one")
+    return options[by], {name: value for name, value in options.items() if name != by}
+
+
+def _with_slices_for(
+    method: Method, rank: int | Mapping[str, int], shapes: Mapping[str, tuple[int, int]], given: bool
+) -> Method:
+    """A method whose slices are counted apart from its width, with as many as updates of that rank need.
+
+    Raises:
+        BudgetError: fewer were asked for.
+    """
+    by, of = method.parametrisation.sliced_by, method.parametrisation.sized_by
+    if by == of:
+        return method
+    needed = ranks_by_module(rank, shapes) if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
+    if not all(isinstance(r, int) for r in needed.values()):
+        return method  # which `solve` refuses
+    present = {path: cast(int, method.at(path).parametrisation_options[by]) for path in shapes}
+    short = [path for path, r in needed.items() if present[path] < min(r, *shapes[path])]
+    if not short:
+        return method
+    if given:
+        raise BudgetError(
+            f"rank={rank!r} with {present[short[0]]} {by} on {short[0]}: ΔW has at most as high a rank as it has {by}; "
+            f"say {of}=... and {by}=..., or more {by}"
+        )
+    return method.with_options(**{by: {path: max(present[path], needed[path]) for path in shapes}})
 
 
 def _shapes(targets: Mapping[str, Target]) -> dict[str, tuple[int, int]]:

@@ -68,7 +68,9 @@ class Room:
 class FromEvidence(Initialisation):
     """A start, and start ranks, from data that is looked at first; see `evidence.py`.
 
-    `evidence_batches`: how many of `apply`'s data to look at, at most.
+    `evidence_batches`: how many of `apply`'s data to look at, at most. `evidence_memory`: MiB of gradients' sums, which
+    are as large as the weights in float32, to hold in memory while data is looked at; what is more lies in a temporary
+    file. None: all in memory.
     """
 
     wants: ClassVar[tuple[Wanted, ...]]
@@ -77,8 +79,11 @@ class FromEvidence(Initialisation):
     """Whether the scale is that of equal ranks in all layers, or of each layer's own."""
 
     evidence_batches: int = 64
+    evidence_memory: float | None = None
 
     def __post_init__(self) -> None:
+        if (bound := self.evidence_memory) is not None and not (isinstance(bound, int | float) and bound >= 0):
+            raise MethodError(f"evidence_memory={bound!r}: must be MiB, 0 or more, or None")
         n = self.evidence_batches
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise MethodError(f"evidence_batches={n!r}: must be a whole number of at least 1")
@@ -86,6 +91,12 @@ class FromEvidence(Initialisation):
     def directions(self, rank: int) -> int:
         """How many directions of the inputs it needs, where equal ranks would be `rank`."""
         return rank
+
+    def stop_at(self) -> float | None:
+        """The cosine between a direction before a batch and after it from which on the direction counts as found. A
+        layer whose directions have all been found, as many as `ranks` gives it, takes part in no further batch, and
+        where no layer does, no more data is looked at. None: all batches count."""
+        return None
 
     def ranks(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, int]:
         """The rank that every layer starts with; the same for all unless overridden."""
@@ -123,15 +134,17 @@ class Penalty(ABC):
         """One differentiable number for all adapters."""
 
 
-AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling")
+AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling", "up_ratio")
 
 
 @dataclass(frozen=True)
 class Method:
     """A named point in the space of low-rank methods.
 
-    `alpha` and `scaling` give s, see `scale`. `parametrisation_options` override the parametrisation's own sizes.
-    `alpha` and these sizes are one number for all layers, or numbers by layer; `at` is then the method of one layer.
+    `alpha` and `scaling` give s, see `scale`. `up_ratio`: at how many times the adapters' learning rate the tensors
+    that make U train (LoRA+'s λ); an optimiser must do it, see `parameter_groups`. `parametrisation_options` override
+    the parametrisation's own sizes. `alpha` and these sizes are one number for all layers, or numbers by layer; `at` is
+    then the method of one layer.
     `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
     method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
     """
@@ -142,6 +155,7 @@ class Method:
     penalty: Penalty | None = None
     scaling: Scaling = "alpha/r"
     alpha: float | Mapping[str, float] = 16.0
+    up_ratio: float = 1.0
     rank: int = 8
     """Used where neither a rank nor a budget is asked for."""
     parametrisation_options: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
@@ -154,8 +168,14 @@ class Method:
             defaults = {f.name: f.default for f in fields(Method)}
             own = frozenset(axis for axis in AXES if getattr(self, axis) != defaults[axis])
             object.__setattr__(self, "claimed", own)
-        names = [*self.parametrisation.own_sizes, *(f.name for part in self._parts() for f in fields(part))]
-        if twice := sorted({name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "rank")}):
+        names = [
+            self.parametrisation.sized_by,
+            *self.parametrisation.own_sizes,
+            *(f.name for part in self._parts() for f in fields(part)),
+        ]
+        if twice := sorted(
+            {name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "up_ratio")}
+        ):
             raise MethodError(f"option {', '.join(twice)} means two things in this method; rename one")
 
     def but(self, **axes: Any) -> Method:
@@ -182,7 +202,7 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """Every option with its present value, flat; `with_options(**options())` gives the method back."""
-        flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling}
+        flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling, "up_ratio": self.up_ratio}
         flat |= self.parametrisation_options
         for part in self._parts():
             flat |= {f.name: getattr(part, f.name) for f in fields(part)}
@@ -200,7 +220,7 @@ class Method:
                 f"unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; "
                 f"this method takes {', '.join(sorted(known))}"
             )
-        changes: dict[str, Any] = {name: options[name] for name in ("alpha", "scaling") if name in options}
+        changes: dict[str, Any] = {name: options[name] for name in ("alpha", "scaling", "up_ratio") if name in options}
         sizes = {name: value for name, value in options.items() if name in self.parametrisation.own_sizes}
         changes["parametrisation_options"] = {**self.parametrisation_options, **sizes}
         for axis in ("initialisation", "allocation", "penalty"):
@@ -209,6 +229,9 @@ class Method:
                 own = {f.name: options[f.name] for f in fields(part) if f.name in options}
                 changes[axis] = replace(part, **own)
         method = replace(self, **changes)
+        ratio = method.up_ratio
+        if not isinstance(ratio, int | float) or not math.isfinite(ratio) or ratio <= 0:
+            raise MethodError(f"up_ratio={ratio!r}: must be a positive, finite number")
         alphas = options.get("alpha", self.alpha)
         for alpha in alphas.values() if isinstance(alphas, Mapping) else [alphas]:
             replace(method, alpha=alpha).scale(rank=1)  # refuses it now, not in the middle of placing adapters
@@ -236,7 +259,7 @@ class Method:
     def with_slices(self, n: int) -> tuple[Method, int]:
         """The method and the rank at which every module starts with n slices."""
         by = self.parametrisation.sliced_by
-        return (self, n) if by == "rank" else (self.with_options(**{by: n}), self.rank)
+        return (self, n) if by == self.parametrisation.sized_by else (self.with_options(**{by: n}), self.rank)
 
     def scale(self, rank: int) -> float:
         """s for a layer that starts with `rank` slices.
@@ -265,7 +288,7 @@ class Method:
     def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:
         """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway; at rank 0
         all of them are 0."""
-        sizes = {"rank": rank, **self.parametrisation_options}
+        sizes = {self.parametrisation.sized_by: rank, **self.parametrisation_options}
         return {name: min(cast(int, size), d_in, d_out) if rank else 0 for name, size in sizes.items()}
 
     def slices(self, d_in: int, d_out: int, rank: int) -> int:

@@ -1,15 +1,18 @@
-"""Names → methods. Built-in methods and anybody's own come through one door, the entry-point group."""
+"""Names → methods and scorers. Built-in ones and anybody's own come through one door, the entry-point groups."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 from importlib.metadata import entry_points
+from typing import Any
 
-from lorafamily.errors import MethodError
+from lorafamily.allocation.scorer import Scorer
+from lorafamily.errors import AllocationError, LoraFamilyError, MethodError
 from lorafamily.method import Method
 
 GROUP = "lorafamily.variants"
+SCORERS = "lorafamily.scorers"
 
 
 def methods() -> dict[str, Method]:
@@ -23,23 +26,58 @@ def methods() -> dict[str, Method]:
     Raises:
         MethodError: two packages register one name for different objects, or an entry point is no `Method`.
     """
+    found = _installed(GROUP, "method", MethodError)
+    for name, (target, method) in found.items():
+        if not isinstance(method, Method):
+            raise MethodError(f'entry point "{name}" = {target} is a {type(method).__name__}, not a lorafamily.Method')
+    return {name: method for name, (_, method) in found.items()}
+
+
+def scorers() -> dict[str, type[Scorer]]:
+    """Every installed scorer of rank slices by name, plug-ins included: what `scorer=` of an allocation takes.
+
+    A package adds one by an entry point in its `pyproject.toml`::
+
+        [project.entry-points."lorafamily.scorers"]
+        mine = "my_package.mine:Mine"      # a class derived from lorafamily.Scorer
+
+    Raises:
+        AllocationError: two packages register one name for different objects, or an entry point is no such class.
+    """
+    found = _installed(SCORERS, "scorer", AllocationError)
+    for name, (target, scorer) in found.items():
+        if not (isinstance(scorer, type) and issubclass(scorer, Scorer)):
+            raise AllocationError(f'entry point "{name}" = {target} is no class derived from lorafamily.Scorer')
+    return {name: scorer for name, (_, scorer) in found.items()}
+
+
+def _installed(group: str, what: str, error: type[LoraFamilyError]) -> dict[str, tuple[str, Any]]:
+    """By name the target and the object of every entry point of a group."""
     targets: dict[str, str] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    for point in sorted(entry_points(group=group), key=lambda point: point.name):
         if targets.setdefault(point.name, point.value) != point.value:
-            raise MethodError(
-                f'two packages register the method "{point.name}": {targets[point.name]} and {point.value}; '
+            raise error(
+                f'two packages register the {what} "{point.name}": {targets[point.name]} and {point.value}; '
                 "uninstall one of them"
             )
-    return {name: _load(name, target) for name, target in targets.items()}
+    return {name: (target, _load(group, name, target)) for name, target in targets.items()}
 
 
 @functools.cache
-def _load(name: str, target: str) -> Method:
-    point = next(point for point in entry_points(group=GROUP) if (point.name, point.value) == (name, target))
-    method = point.load()
-    if not isinstance(method, Method):
-        raise MethodError(f'entry point "{name}" = {target} is a {type(method).__name__}, not a lorafamily.Method')
-    return method
+def _load(group: str, name: str, target: str) -> Any:
+    return next(point for point in entry_points(group=group) if (point.name, point.value) == (name, target)).load()
+
+
+def find_scorer(name: str) -> type[Scorer]:
+    """The scorer of a name.
+
+    Raises:
+        AllocationError: there is none; says which there are.
+    """
+    installed = scorers()
+    if name not in installed:
+        raise AllocationError(f"scorer={name!r}: must be one of {', '.join(installed)}")
+    return installed[name]
 
 
 def find(spec: str) -> Method:

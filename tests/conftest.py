@@ -17,7 +17,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 COMBINATIONS = ["adalora+olora", "lora2+olora", "olora+alora", "rslora+alora"]
 PARTS = {"svd", "pruning", "dual-plane"}  # of AdaLoRA and LoRA², which run every line of theirs
 INFORMED = {"eva", "gora"}  # they look at data first: tests/test_evidence.py
-METHODS = [*sorted(lorafamily.methods().keys() - PARTS - INFORMED), *COMBINATIONS]
+MOVING = {"elalora", "flexlora", "loraplus"}  # AdaLoRA and LoRA but for who moves, and rates: tests/test_moving.py
+METHODS = [*sorted(lorafamily.methods().keys() - PARTS - INFORMED - MOVING), *COMBINATIONS]
 
 every_method = pytest.mark.parametrize("method", METHODS)
 

@@ -19,7 +19,7 @@ from lorafamily.allocation.ablation import Ablation, AblationEstimate
 from lorafamily.allocation.allocator import Fixed
 from lorafamily.allocation.importance import ImportancePruning
 from lorafamily.allocation.run import Run
-from lorafamily.allocation.scores import SCORERS, Sensitivity
+from lorafamily.allocation.sensitivity import Sensitivity
 from lorafamily.allocation.surgery import follow_resize
 from lorafamily.batch import loss_of
 from lorafamily.placement import placement_of
@@ -207,7 +207,7 @@ def test_first_order_ablation_is_exact_for_small_updates():
 
 def test_magnitude_is_the_norm_of_the_slice_alone():
     model, adapters = adapters_of("olora")
-    scores = SCORERS["magnitude"](Run(model, adapters, steps=1)).scores()
+    scores = lorafamily.scorers()["magnitude"](Run(model, adapters, steps=1)).scores()
     adapter = adapters["blocks.0.mlp.up"]
     U, V, U0, V0 = adapter.update.B, adapter.update.A, adapter.start.B, adapter.start.A
     for i in range(3):
@@ -216,10 +216,10 @@ def test_magnitude_is_the_norm_of_the_slice_alone():
         assert float(scores["blocks.0.mlp.up"][i]) == pytest.approx(float(alone.norm().detach()), rel=1e-9)
 
 
-@pytest.mark.parametrize("scores", SCORERS)
+@pytest.mark.parametrize("scores", lorafamily.scorers())
 @pytest.mark.parametrize("method", ["adalora", "lora2+olora", "alora"])
 def test_any_allocator_takes_any_scorer(method, scores):
-    model = lorafamily.apply(tiny(), method, rank=3, seed=0, scores=scores, **few_rounds(method))
+    model = lorafamily.apply(tiny(), method, rank=3, seed=0, scorer=scores, **few_rounds(method))
     if "alora" not in method.split("+"):
         placement_of(model).method = placement_of(model).method.with_options(interval=15)
     history = lorafamily.train(model, data(1), steps=40, validation=data(1), progress=False)
@@ -313,8 +313,8 @@ def test_final_pattern_is_cut_to_the_parameter_budget():
         ({"warmup": 8, "final": 4}, "nothing would ever be pruned: of 10 steps the first 8 are warm-up"),
         ({"warmup": 1.5}, "warmup=1.5"),
         ({"beta1": 1.0}, "beta1=1.0"),
-        ({"scores": "magnitude", "beta1": 0.5}, "has no use for beta1; it takes no options"),
-        ({"scores": "worth"}, "scores='worth': must be one of sensitivity, exact"),
+        ({"scorer": "magnitude", "beta1": 0.5}, "has no use for beta1; it takes no options"),
+        ({"scorer": "worth"}, "scorer='worth': must be one of exact, first-order, magnitude, random, sensitivity"),
     ],
 )
 def test_a_schedule_that_cannot_run_is_refused(settings, message):
@@ -400,9 +400,9 @@ def test_alora_needs_validation_data_and_enough_steps():
         lorafamily.train(model, data(), steps=100, progress=False)
     with pytest.raises(lorafamily.AllocationError, match="do not fit into 5 steps"):
         lorafamily.train(model, data(), steps=5, validation=data(1), progress=False)
-    with pytest.raises(lorafamily.AllocationError, match="scores='best'"):
+    with pytest.raises(lorafamily.AllocationError, match="scorer='best'"):
         lorafamily.train(
-            lorafamily.apply(tiny(), "alora", rank=2, scores="best"),
+            lorafamily.apply(tiny(), "alora", rank=2, scorer="best"),
             data(),
             steps=99,
             validation=data(1),
@@ -428,7 +428,7 @@ def test_the_rank_budget_holds_at_every_step(method, seed):
     """100 slices for 12 modules: 8 each, LoRA²'s singular values included, whatever they cost."""
     model = lorafamily.apply(tiny(seed=seed), method, rank_budget=100, seed=seed, **few_rounds(method))
     summary = lorafamily.summary(model)
-    assert (summary.rank, summary.unused, summary.budget) == (96, 4, None)
+    assert (summary.slices, summary.unused, summary.budget) == (96, 4, None)
     assert "rank budget (at the peak): 100 slices, of which 4 unused" in str(summary)
     history = lorafamily.train(model, data(), steps=40, validation=data(1), progress=False, seed=seed)
     assert max(step.rank for step in history.steps) <= 100
@@ -438,9 +438,9 @@ def test_the_rank_budget_holds_at_every_step(method, seed):
 
 def test_a_rank_budget_for_the_end_lets_pruning_start_larger():
     model = lorafamily.apply(tiny(), "adalora", rank_budget=24, budget_at="end", seed=0)
-    assert lorafamily.summary(model).rank == 36
+    assert lorafamily.summary(model).slices == 36
     lorafamily.train(model, data(), steps=40, progress=False)
-    assert lorafamily.summary(model).rank == 24
+    assert lorafamily.summary(model).slices == 24
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -462,7 +462,7 @@ def test_a_budget_for_the_end_holds_at_the_end(seed):
 )
 def test_a_budget_for_the_end_counts_what_has_no_slices(widths, slices, budget, start):
     """LoRA²'s outer factors stay whole, whatever is pruned."""
-    chosen = {"budget": budget, "budget_at": "end", "inner_rank": slices, "targets": "layers"}
+    chosen = {"budget": budget, "budget_at": "end", "slices": slices, "targets": "layers"}
     model = lorafamily.apply(Layers(6, *widths), "lora2", seed=0, **chosen)
     placement = placement_of(model)
     assert placement.trainable() == start == lorafamily.plan(Layers(6, *widths), "lora2", **chosen).sizing.start
@@ -571,7 +571,7 @@ def test_scores_that_are_not_finite_are_refused(scores):
     loss = data(1)[0]
     nan = scores in ("exact", "first-order")
     run = Run(model, adapters, steps=8, validation_loss=lambda rows: loss_of(model, loss) * (torch.nan if nan else 1))
-    allocator = PruneAndGrow(scores=scores, rounds=1, warmup=1, interval=1).begin(run)
+    allocator = PruneAndGrow(scorer=scores, rounds=1, warmup=1, interval=1).begin(run)
     if not nan:
         next(iter(adapters.values())).update.B.data[0, 0] = torch.inf
     loss_of(model, loss).backward()
@@ -617,17 +617,17 @@ def test_a_run_whose_ranks_are_not_settled_does_not_go_on_with_settled_adapters(
     assert (still.ranks, still.settled) == (first.ranks, True)
     with pytest.raises(lorafamily.AllocationError, match="had ranks to settle"):
         still.restore(half_way)
-    moving = ImportancePruning(target=1.0, scores="random").begin(dataclasses.replace(run, again=True))
+    moving = ImportancePruning(target=1.0, scorer="random").begin(dataclasses.replace(run, again=True))
     moving.restore(half_way)
     assert not any(adapter.settled for adapter in adapters.values())
 
 
-def test_scores_on_the_task_s_gradient_alone():
+def test_scores_by_the_task_s_gradient_alone():
     """The penalty's gradient is not seen; without a penalty both are the same."""
     found = {}
     for gamma in (0.0, 50.0):
         for on in ("total", "task"):
-            model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0, gamma=gamma, scores_on=on)
+            model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0, gamma=gamma, gradient_of=on)
             history = lorafamily.train(
                 model,
                 data(1),
@@ -643,9 +643,9 @@ def test_scores_on_the_task_s_gradient_alone():
 def test_a_loop_that_does_not_keep_the_task_s_gradient_is_refused():
     model, adapters = adapters_of("adalora")
     with pytest.raises(lorafamily.AllocationError, match="does not keep the gradient of the task"):
-        ImportancePruning(scores_on="task").begin(Run(model, adapters, steps=20))
+        ImportancePruning(gradient_of="task").begin(Run(model, adapters, steps=20))
     run = Run(model, adapters, steps=20, task_gradient=lambda parameter: parameter.grad)
-    allocator = ImportancePruning(scores_on="task").begin(run)
+    allocator = ImportancePruning(gradient_of="task").begin(run)
     assert allocator.wants_task_gradient
     assert not ImportancePruning().begin(run).wants_task_gradient
 
@@ -653,11 +653,11 @@ def test_a_loop_that_does_not_keep_the_task_s_gradient_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scores": "magnitude", "scores_on": "task"}, "scores='magnitude' has no use for scores_on"),
-        ({"scores": "exact", "scores_on": "task"}, "no use for scores_on; it takes scoring_rows, scoring_memory"),
+        ({"scorer": "magnitude", "gradient_of": "task"}, "scorer='magnitude' has no use for gradient_of"),
+        ({"scorer": "exact", "gradient_of": "task"}, "no use for gradient_of; it takes scoring_rows, scoring_memory"),
         ({"scores": "first-order", "scoring_memory": 4.0}, "no use for scoring_memory; it takes scoring_rows"),
-        ({"scores": "sensitivity", "scoring_rows": 4}, "no use for scoring_rows"),
-        ({"scores": "sensitivity", "scores_on": "penalty"}, "scores_on='penalty': must be"),
+        ({"scorer": "sensitivity", "scoring_rows": 4}, "no use for scoring_rows"),
+        ({"scorer": "sensitivity", "gradient_of": "penalty"}, "gradient_of='penalty': must be"),
         ({"scoring_rows": 0}, "scoring_rows=0"),
         ({"scoring_memory": -1.0}, "scoring_memory=-1.0"),
     ],
@@ -679,5 +679,5 @@ def test_scoring_asks_for_the_rows_that_were_set():
 
     run = Run(model, adapters, steps=9, validation_loss=loss)
     for scores in ("exact", "first-order"):
-        PruneAndGrow(scores=scores, rounds=1, scoring_rows=7).begin(run).scorer.scores()
+        PruneAndGrow(scorer=scores, rounds=1, scoring_rows=7).begin(run).scorer.scores()
     assert asked == {7}

@@ -17,7 +17,6 @@ import lorafamily
 from conftest import METHODS
 from lorafamily.allocation.allocator import Allocation, Allocator
 from lorafamily.allocation.run import Run
-from lorafamily.allocation.scores import SCORERS
 from lorafamily.history import Decision
 from lorafamily.placement import Placement, placement_of
 from lorafamily.registry import find
@@ -120,7 +119,17 @@ def schedules(draw, method: str) -> dict[str, Any]:
     if "rounds" in options:
         rounds, interval = draw(st.integers(1, 3)), draw(st.integers(1, 3))
         chosen = {"rounds": rounds, "interval": interval, "warmup": draw(st.integers(1, STEPS - 3 * interval))}
-        return chosen | {"drop": draw(st.integers(1, 5)), "scores": draw(st.sampled_from(sorted(SCORERS)))}
+        return chosen | {"drop": draw(st.integers(1, 5)), "scorer": draw(st.sampled_from(sorted(lorafamily.scorers())))}
+    if "moved" in options:
+        chosen = {
+            "warmup": draw(st.integers(0, 4)),
+            "final": draw(st.integers(0, 3)),
+            "interval": draw(st.integers(1, 3)),
+        }
+        return chosen | {
+            "moved": draw(st.integers(1, 5)),
+            "scorer": draw(st.sampled_from(sorted(lorafamily.scorers()))),
+        }
     if "target" in options:
         chosen = {
             "warmup": draw(st.integers(0, 4)),
@@ -128,7 +137,7 @@ def schedules(draw, method: str) -> dict[str, Any]:
             "interval": draw(st.integers(1, 3)),
         }
         chosen |= {"target": draw(st.one_of(st.floats(0, 1), st.just(0)))}
-        return chosen | {"scores": draw(st.sampled_from(sorted(SCORERS)))}
+        return chosen | {"scorer": draw(st.sampled_from(sorted(lorafamily.scorers())))}
     return {}
 
 
@@ -141,7 +150,7 @@ def schedules(draw, method: str) -> dict[str, Any]:
 )
 @given(st.data())
 def test_after_every_decision(tmp_path_factory, data):
-    method = data.draw(st.sampled_from(METHODS))
+    method = data.draw(st.sampled_from([*METHODS, "elalora", "flexlora"]))
     depth = data.draw(st.integers(1, 3))
     width = st.integers(2, 9)
     widths, inner = (data.draw(st.lists(width, min_size=n, max_size=n)) for n in (depth + 1, depth))

@@ -144,7 +144,7 @@ def test_ranks_are_capped_by_the_layer():
         ({"alpha": -1}, lorafamily.MethodError, "alpha=-1"),
         ({"scaling": "none"}, lorafamily.MethodError, "scaling='none'"),
         ({"init": "zeros"}, lorafamily.MethodError, "init='zeros'"),
-        ({"method": "lora2", "inner_rank": 0}, lorafamily.MethodError, "inner_rank=0"),
+        ({"method": "lora2", "slices": 0}, lorafamily.MethodError, "slices=0"),
         ({"method": "adalora", "gamma": -1}, lorafamily.MethodError, "gamma=-1"),
         ({"dropout": 1.0}, lorafamily.MethodError, "dropout=1.0"),
         ({"name": "a.b"}, lorafamily.StateError, "name='a.b'"),

@@ -215,7 +215,7 @@ def test_a_seed_leaves_everybody_s_generators_alone():
 
 def looped(method: str = "adalora", **given):
     """Four steps of a loop of one's own; the session, the numbers and whether its contexts were entered."""
-    options = {"warmup": 0, "final": 1, "interval": 1} if method == "adalora" else {"scores": "exact", "rounds": 1}
+    options = {"warmup": 0, "final": 1, "interval": 1} if method == "adalora" else {"scorer": "exact", "rounds": 1}
     options |= {} if method == "adalora" else {"warmup": 1, "interval": 1, "drop": 1}
     model = given.pop("model", None) or lorafamily.apply(
         Classifier().eval(), method, rank=3, targets="blocks", also_train="head", seed=0, **options

@@ -120,7 +120,7 @@ def test_a_cut_through_all_layers_is_the_global_cut_of_dense_svds(method, what):
     assert report.error == pytest.approx((dropped / whole) ** 0.5, rel=1e-8)
     assert 0.01 < report.error < 1
     summary = lorafamily.summary(model)
-    spent = summary.parameters if what == "budget" else summary.rank
+    spent = summary.parameters if what == "budget" else summary.slices
     assert amount - min(costs.values()) < spent <= amount
     assert summary.unused == amount - spent
     assert len(set(kept.values())) > 2
@@ -168,7 +168,7 @@ def test_a_compression_that_cannot_be_is_refused(given, message):
     model = lorafamily.apply(tiny(), "lora", rank=4)
     with pytest.raises(lorafamily.StateError, match=message):
         lorafamily.compress(model, **given)
-    assert lorafamily.summary(model).rank == 48
+    assert lorafamily.summary(model).slices == 48
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_budget_that_cannot_be_is_refused(given, message):
     model = lorafamily.apply(tiny(), "lora", rank=4)
     with pytest.raises(lorafamily.BudgetError, match=message):
         lorafamily.compress(model, **given)
-    assert lorafamily.summary(model).rank == 48
+    assert lorafamily.summary(model).slices == 48
 
 
 def test_an_inactive_adapter_is_compressed_in_its_place():

@@ -35,7 +35,7 @@ def _small_validation(monkeypatch):
 
 
 def small(tmp_path, **changes) -> Compare:
-    options = ("alora.scores=first-order", "alora.rounds=2")
+    options = ("alora.scorer=first-order", "alora.rounds=2")
     return Compare(**({"out": tmp_path, "options": options, **TINY} | changes))
 
 
@@ -51,7 +51,7 @@ def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
     for name in ("quality-by-step.png", "quality-by-size.png", "allocation.png"):
         assert (folder / name).stat().st_size > 10_000
     text = (folder / "report.md").read_text()
-    assert "differ from the methods' own: alora.scores=first-order, alora.rounds=2." in text
+    assert "differ from the methods' own: alora.scorer=first-order, alora.rounds=2." in text
     for word in (
         "bits per byte",
         "learning rate",
@@ -188,7 +188,7 @@ def test_several_learning_rates_are_said_in_the_report(tmp_path):
         ({"options": ("alora",)}, "must be METHOD.OPTION=VALUE"),
         ({"options": ("lora.gamma=1",)}, "unknown option gama|unknown option gamma"),
         ({"methods": ("alora",), "options": (), "steps": 5}, "do not fit into 5 steps"),
-        ({"options": ("alroa.scores=exact",)}, "--options alroa.scores=exact: no method named"),
+        ({"options": ("alroa.scorer=exact",)}, "--options alroa.scorer=exact: no method named"),
         ({"lr": ("1e-3", "lroa=1e-2")}, "--lr lroa=1e-2: no method named"),
         ({"lr": ("fast",)}, "must be a number or METHOD=NUMBER"),
         ({"lr": ("1e-3", "lora=1e-3", "lora=1e-2")}, "fair where every method gets as many"),

@@ -11,7 +11,7 @@ import re
 import textwrap
 import tomllib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -24,7 +24,6 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import INFORMED, data, logits, perturb_, tiny, tokens
 from lorafamily import cli, errors, layers, registry
-from lorafamily.allocation import scores
 from lorafamily.allocation.run import Run
 from lorafamily.placement import placement_of
 
@@ -77,16 +76,19 @@ def extended(monkeypatch, tmp_path) -> dict:
     """What docs/extending.md defines, its methods registered as its pyproject lines say; undone afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(layers, "_KINDS", list(layers._KINDS))
-    monkeypatch.setattr(scores, "SCORERS", dict(scores.SCORERS))
     (toml,) = blocks("docs/extending.md", "toml")
-    points = tomllib.loads(toml)["project"]["entry-points"]["lorafamily.variants"]
-    names = {name: value.rpartition(":")[2] for name, value in points.items()}
-    installed, scope = lorafamily.methods(), {}
-    monkeypatch.setattr(
-        registry, "methods", lambda: installed | {name: scope[at] for name, at in names.items() if at in scope}
-    )
+    points = tomllib.loads(toml)["project"]["entry-points"]
+    scope: dict = {}
+
+    def with_those_of_the_page(group: str, installed: dict) -> Callable[[], dict]:
+        names = {name: value.rpartition(":")[2] for name, value in points[group].items()}
+        return lambda: installed | {name: scope[at] for name, at in names.items() if at in scope}
+
+    for group, of in ((registry.GROUP, "methods"), (registry.SCORERS, "scorers")):
+        monkeypatch.setattr(registry, of, with_those_of_the_page(group, getattr(registry, of)()))
     run_page("docs/extending.md", scope)
-    assert set(registry.methods()) > set(names)
+    assert set(registry.methods()) > set(points[registry.GROUP])
+    assert set(registry.scorers()) > set(points[registry.SCORERS])
     return scope
 
 
@@ -95,7 +97,7 @@ METHODS = ["orthorows", "rescaled", "cut", "small", "rescaled+alora", "cut+olora
 
 @pytest.mark.parametrize("method", [*METHODS, "adalora"])
 def test_what_extending_defines_is_a_method_like_the_others(method, extended, tmp_path):
-    options = {"scores": "gate-gradient"} if method == "adalora" else {}
+    options = {"scorer": "gate-gradient", "scorer_options": {"decay": 0.9}} if method == "adalora" else {}
     options |= {"rounds": 2} if "alora" in method.split("+") else {}
     model = tiny(dtype=torch.float64)
     base = logits(model)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +18,9 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, logits, perturb_, tiny
-from lorafamily.gathering import EXACT, Principal, masks_of
+from lorafamily.gathering import masks_of
 from lorafamily.placement import placement_of
+from lorafamily.principal import EXACT, Principal
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
 
@@ -43,9 +50,21 @@ def ranks_of(model) -> dict[str, int]:
 
 
 @pytest.mark.filterwarnings("ignore")  # peft and transformers warn of each other
+@pytest.mark.parametrize("tau", [None, 0.99], ids=["two batches", "until found"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_eva_has_the_directions_and_ranks_of_peft(family):
+def test_eva_has_the_directions_and_ranks_of_peft(family, tau, monkeypatch):
     peft = pytest.importorskip("peft")
+    hook = importlib.import_module("peft.tuners.lora.eva").SVDHook
+    theirs_seen = hook.__call__
+
+    def seen(self, *arguments):
+        """A direction of the other sign is the same one, and has not turned; theirs takes it for one that has."""
+        before = self.svd.components_.clone() if hasattr(self.svd, "components_") else None
+        theirs_seen(self, *arguments)
+        if before is not None:
+            self.converged = (self.svd.components_ * before).sum(1).abs() >= self.sim_thresh
+
+    monkeypatch.setattr(hook, "__call__", seen)
     batches = [padded(seed=1), padded(seed=2)]
     names = ["query", "key", "value", "dense"] if family == "bert" else ["q_proj", "k_proj", "v_proj", "down_proj"]
     where = r"layer.*\.(query|key|value|dense)$" if family == "bert" else r"(q|k|v|down)_proj$"
@@ -56,10 +75,13 @@ def test_eva_has_the_directions_and_ranks_of_peft(family):
         init_lora_weights="eva",
         eva_config=peft.EvaConfig(rho=2.0),
     )
-    config.eva_config.tau = -1.0  # any similarity is enough for theirs to stop: after just the two batches
+    config.eva_config.tau = -1.0 if tau is None else tau  # of -1 any similarity is enough: after just the two batches
     theirs = peft.get_peft_model(transformer(family), config, low_cpu_mem_usage=True)
     peft.initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
-    ours = lorafamily.apply(transformer(family), "eva", rank=4, data=batches, targets=where, seed=0)
+    given = {"rank": 4, "data": batches if tau is None else 32 * batches, "targets": where}  # theirs goes round
+    ours = lorafamily.apply(transformer(family), "eva", tau=tau, seed=0, **given)
+    if tau is not None:
+        assert 2 < lorafamily.gather(transformer(family), "eva", tau=tau, **given).batches < 64
     rows, scales = {}, {}
     for at, module in theirs.named_modules():
         if hasattr(module, "lora_A") and "default" in getattr(module, "lora_A", {}):
@@ -90,7 +112,7 @@ def test_directions_are_those_of_all_inputs_that_count():
     """Where nothing is cut off, the incremental decomposition is that of all rows at once."""
     batches = [padded(seed=seed) for seed in range(4)]
     model = transformer("llama")
-    found = lorafamily.gather(model, "eva", batches, rank=16, targets="q_proj")
+    found = lorafamily.gather(model, "eva", batches, rank=16, targets="q_proj", tau=None)
     at = "model.layers.1.self_attn.q_proj"
     seen = []
     handle = model.get_submodule(at).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -146,6 +168,90 @@ def test_gradients_are_those_of_the_loss_over_all_labels_that_count():
     lone = lorafamily.gather(transformer("llama").double(), "gora", batches, targets=targets, evidence_batches=1)
     assert lone.batches == 1
     assert not torch.equal(lone.layers[at].gradient, layer.gradient)
+
+
+def test_a_layer_is_looked_at_until_the_directions_that_its_rank_takes_are_found():
+    batches = [padded(seed=seed) for seed in range(24)]
+    model, seen = transformer("llama"), []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    loose, strict = (
+        lorafamily.gather(model, "eva", batches, rank=2, targets="q_proj|down_proj", tau=tau) for tau in (0.6, 0.9999)
+    )
+    assert loose.batches < strict.batches == 24
+    assert len(seen) == loose.batches + strict.batches
+    # By hand: a direction is found when a batch turns it by no more; those that ranks take must be.
+    at = "model.layers.0.self_attn.q_proj"
+    one = lorafamily.gather(model, "eva", batches, rank={at: 3}, targets=at, tau=0.9).batches
+    assert 2 <= one < 24
+    by = [lorafamily.gather(model, "eva", batches[:n], rank=3, targets=at, tau=None).layers[at] for n in range(1, 25)]
+    turned = [(a.directions[:3] * b.directions[:3]).sum(1).abs().min() for a, b in pairwise(by)]
+    assert [bool(cosine >= 0.9) for cosine in turned[: one - 1]] == [False] * (one - 2) + [True]
+
+
+@pytest.mark.parametrize("bound", [0.01, 0])
+def test_what_memory_has_no_room_for_lies_in_a_file_and_has_the_same_bits(bound):
+    given = {"rank": 2, "targets": "attention|mlp"}
+    whole = lorafamily.gather(tiny(), "gora", data(2), **given).layers
+    bounded = lorafamily.gather(tiny(), "gora", data(2), evidence_memory=bound, **given).layers
+    assert all(torch.equal(bounded[at].gradient, layer.gradient) for at, layer in whole.items())
+    sizes = {at: layer.gradient.nbytes for at, layer in whole.items()}
+    in_memory = [at for at, layer in bounded.items() if layer.gradient.untyped_storage().nbytes() == sizes[at]]
+    held = sum(sizes[at] for at in in_memory)
+    assert held <= bound * 2**20
+    assert held + min(sizes[at] for at in sizes if at not in in_memory) > bound * 2**20
+    starts = [
+        lorafamily.apply(tiny(), "gora", budget=3_000, data=data(2), seed=0, **own)
+        for own in ({}, {"evidence_memory": 0})
+    ]
+    for a, b in zip(*(model.parameters() for model in starts), strict=True):
+        assert torch.equal(a, b)
+
+
+TOGETHER = """
+import os, sys
+import torch, torch.distributed as dist
+import lorafamily
+from conftest import data, tiny
+
+folder, threads, rank = sys.argv[1], int(sys.argv[2]), int(os.environ["RANK"])
+torch.set_num_threads(threads)
+dist.init_process_group("gloo")
+for method in ("eva", "gora"):
+    lorafamily.gather(tiny(), method, data(3), rank=2).save(f"{folder}/{method}{rank}")
+    model = lorafamily.apply(tiny(), method, budget=3_000, data=data(3), seed=0)
+    torch.save({name: p for name, p in model.named_parameters() if p.requires_grad}, f"{folder}/{method}-start{rank}")
+try:
+    lorafamily.gather(tiny(), "gora", data(3)[rank:], rank=2)
+except lorafamily.DataError as error:
+    open(f"{folder}/refused{rank}", "w").write(str(error))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(TOGETHER)
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent / "experiments", here.parent)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    command += [str(tmp_path), str(torch.get_num_threads())]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for method in ("eva", "gora"):
+        alone = lorafamily.gather(tiny(), method, data(3), rank=2)
+        model = lorafamily.apply(tiny(), method, budget=3_000, data=data(3), seed=0)
+        started = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for rank in (0, 1):
+            found = lorafamily.Evidence.load(tmp_path / f"{method}{rank}")
+            assert found.batches == alone.batches
+            for at, layer in alone.layers.items():
+                for one, two in zip(vars(layer).values(), vars(found.layers[at]).values(), strict=True):
+                    assert (one is None and two is None) or torch.equal(one, two), at
+            start = torch.load(tmp_path / f"{method}-start{rank}")
+            assert start.keys() == started.keys()
+            assert all(torch.equal(value, start[name]) for name, value in started.items())
+    for rank in (0, 1):
+        assert "different batches to look at" in (tmp_path / f"refused{rank}").read_text()
 
 
 def test_the_gradient_of_a_transposed_weight_and_of_parts():
@@ -323,6 +429,8 @@ MASKED = {**padded(), "labels": torch.full((6, 12), -100)}
         ({"method": "eva", "data": data(1)[0]}, lorafamily.DataError, "must be batches"),
         ({"method": "eva", "data": []}, lorafamily.DataError, "data gave no batch"),
         ({"method": "eva", "data": data(1), "rho": 0.5}, lorafamily.MethodError, "rho=0.5"),
+        ({"method": "eva", "data": data(1), "tau": 1.5}, lorafamily.MethodError, "tau=1.5"),
+        ({"method": "gora", "data": data(1), "evidence_memory": -1}, lorafamily.MethodError, "evidence_memory=-1"),
         ({"method": "eva", "data": data(1), "evidence_batches": 0}, lorafamily.MethodError, "evidence_batches=0"),
         ({"method": "gora", "data": data(1), "rank_min": -1}, lorafamily.MethodError, "rank_min=-1"),
         ({"method": "gora", "data": data(1), "step": 0}, lorafamily.MethodError, "step=0"),

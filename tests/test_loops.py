@@ -180,7 +180,7 @@ def test_sentence_transformers_restores_the_best_adapters(models):
 
 
 def test_an_expert_without_tokens_gives_up_its_ranks_first_where_the_task_alone_counts(models):
-    code = script("Experts that no batch visits").replace("interval=3)", 'interval=3, scores_on="task")')
+    code = script("Experts that no batch visits").replace("interval=3)", 'interval=3, gradient_of="task")')
     scope: dict = {}
     exec(code, scope)
     ranks = {at: adapter.rank for at, adapter in placement_of(scope["model"]).adapters.items()}

@@ -128,7 +128,7 @@ def test_one_stack_needs_no_name():
 def test_alora_drops_ten_ranks_a_round_of_t5():
     """A decoder block has 10 matrices, an encoder block 6."""
     torch.manual_seed(0)
-    model = lorafamily.apply(MODELS["t5"](), "alora", rank=2, rounds=2, scores="first-order", seed=0)
+    model = lorafamily.apply(MODELS["t5"](), "alora", rank=2, rounds=2, scorer="first-order", seed=0)
     ids = torch.randint(1, 99, (2, 6))
     batch = {"input_ids": ids, "labels": ids}
     history = lorafamily.train(model, [batch], steps=20, validation=[batch], progress=False)

@@ -20,7 +20,7 @@ from lorafamily.placement import placement_of
 from lorafamily.training.around_steps import AroundSteps
 from lorafamily.variants.lora import Plain
 
-METHODS = {"adalora": {"rank": 4}, "alora": {"rank": 4}, "lora2": {"rank": 6, "inner_rank": 4}}
+METHODS = {"adalora": {"rank": 4}, "alora": {"rank": 4}, "lora2": {"width": 6, "slices": 4}}
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -301,7 +301,7 @@ def test_every_optimiser_trains_through_decisions(name):
         warmup=3,
         interval=2,
         drop=1,
-        scores="sensitivity",
+        scorer="sensitivity",
     )
     made = []
 
@@ -537,7 +537,7 @@ def test_what_has_no_frozen_start_keeps_the_optimiser_s_own_decay(make):
     ("method", "options"),
     [
         ("olora", {}),
-        ("olora+alora", {"rounds": 3, "warmup": 5, "interval": 10, "scores": "sensitivity"}),
+        ("olora+alora", {"rounds": 3, "warmup": 5, "interval": 10, "scorer": "sensitivity"}),
         ("lora2+olora", {"warmup": 5, "final": 20, "interval": 5, "gamma": 0.0}),
     ],
 )

@@ -968,7 +968,7 @@ def test_nothing_is_drawn_on_the_default_device(method, tmp_path):
 def test_no_scorer_asks_for_the_default_device(scores):
     decisions, batches = [], data(1)
     for device in ("cpu", "meta"):
-        model = lorafamily.apply(tiny(), "alora", rank=3, seed=0, scores=scores, rounds=2)
+        model = lorafamily.apply(tiny(), "alora", rank=3, seed=0, scorer=scores, rounds=2)
         with torch.device(device):
             history = lorafamily.train(model, batches, steps=14, validation=batches, progress=False)
         decisions.append([vars(decision) for decision in history.decisions])

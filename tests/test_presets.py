@@ -72,7 +72,7 @@ def test_settings_of_the_papers():
     options = training_of(mnli, rows=392_702).options["lora2"]
     assert options == {
         **{"gamma": 0.1, "warmup": 8000, "final": 50000, "interval": 100},
-        **{"target": 3, "inner_rank": 8, "alpha": 16},
+        **{"target": 3, "slices": 8, "alpha": 16},
     }
     assert (mnli.length, mnli.epochs, mnli.lr[0]) == (256, 7, "5e-4")
     assert training_of(mnli, rows=392_702).steps == 7 * (392_702 // 32)
@@ -135,11 +135,11 @@ def test_options_and_budgets_of_one_method_are_its_own(tmp_path):
         tmp_path,
         methods=("lora2", "lora2:gamma=0,target=1.0"),
         budgets=("10e3", "lora2=40e3"),
-        options=("lora2.inner_rank=4",),
+        options=("lora2.slices=4",),
     )
     training = training_of(settings, rows=1000)
-    assert training.options_of("lora2") == {"inner_rank": 4}
-    assert training.options_of("lora2:gamma=0,target=1.0") == {"inner_rank": 4, "gamma": 0, "target": 1.0}
+    assert training.options_of("lora2") == {"slices": 4}
+    assert training.options_of("lora2:gamma=0,target=1.0") == {"slices": 4, "gamma": 0, "target": 1.0}
     sizes = {cell.method: cell.size for cell in cells_of(settings, [0])}
     assert sizes == {"lora2": Size("budget", 40_000), "lora2:gamma=0,target=1.0": Size("budget", 10_000)}
     for cell in cells_of(settings, [0]):

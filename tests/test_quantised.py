@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import lorafamily
 from conftest import perturb_
 from lorafamily.allocation.replay import PeakActivations
-from lorafamily.allocation.scores import SCORERS
 from lorafamily.cli import main
 from lorafamily.placement import placement_of
 from lorafamily.quantised import quantised_layers, shapes_of, tensors_of
@@ -502,11 +501,11 @@ def test_parts_of_a_quantised_layer(base, scheme):
     assert torch.equal(outputs(model), adapted)
 
 
-@pytest.mark.parametrize("scores", list(SCORERS))
+@pytest.mark.parametrize("scores", list(lorafamily.scorers()))
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_every_scorer_ranks_slices_on_it(base, scheme, scores):
     model, data = base("llama", scheme), [batch("llama")]
-    lorafamily.apply(model, "alora", rank=4, seed=0, rounds=1, scores=scores)
+    lorafamily.apply(model, "alora", rank=4, seed=0, rounds=1, scorer=scores)
     history = lorafamily.train(model, data, steps=8, lr=1e-2, validation=data, progress=False, seed=0)
     assert any(any(values) for decision in history.decisions for values in decision.scores.values())
     assert len({row.rank for row in lorafamily.summary(model).rows}) > 1

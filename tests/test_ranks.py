@@ -22,7 +22,7 @@ def ranks_of(model) -> dict[str, int]:
 
 def by_size(method: str) -> str:
     """The size that counts slices."""
-    return "inner_rank" if "lora2" in method.split("+") else "rank"
+    return "slices" if "lora2" in method.split("+") else "rank"
 
 
 def shuffled(ranks: dict[str, int], model) -> dict[str, int]:
@@ -49,7 +49,7 @@ def test_a_pattern_that_a_run_found_trains_anew(method, anew, tmp_path):
     assert lorafamily.ranks_at(tmp_path / "run", STEPS) == lorafamily.ranks_at(tmp_path / "run") == found
     assert lorafamily.ranks_at(tmp_path / "saved") == found
     size = by_size(method)
-    width = {"rank": 4} if size == "inner_rank" else {}
+    width = {"width": 4} if size == "slices" else {}
     again = lorafamily.apply(tiny(), anew, **{size: found}, **width)
     assert ranks_of(again) == found
     assert lorafamily.summary(again).parameters == lorafamily.plan(tiny(), anew, **{size: found}, **width).use.adapters
@@ -105,7 +105,7 @@ def test_ranks_by_layer_live_through_everything(method, tmp_path):
 
 
 def test_an_allocation_goes_on_from_the_ranks_given_and_can_grow_a_layer_without():
-    model = lorafamily.apply(tiny(), "alora", rank=SOME, seed=0, scores="random", rounds=2, drop=9)
+    model = lorafamily.apply(tiny(), "alora", rank=SOME, seed=0, scorer="random", rounds=2, drop=9)
     history = lorafamily.train(model, data(), steps=STEPS, validation=data(1), seed=0, progress=False)
     assert sum(history.ranks_end.values()) == sum(history.ranks_start.values())
     grown = [at for at, rank in history.ranks_end.items() if rank and not history.ranks_start[at]]
@@ -161,8 +161,8 @@ def test_an_export_has_the_ranks_and_scales_given(tmp_path):
         ({"alpha": {"query": 0}}, lorafamily.MethodError, "alpha=0: must be a positive"),
         ({"alpha": {"quary": 1}}, lorafamily.TargetError, r'alpha\["quary"\] matches none'),
         ({"alpha": {}, "scaling": "r"}, lorafamily.MethodError, 'must be "alpha/r", "alpha/sqrt'),
-        ({"method": "lora2", "inner_rank": {"query": -1}}, lorafamily.MethodError, "inner_rank={'query': -1}"),
-        ({"method": "lora2", "inner_rank": {"query": 1}, "rank_budget": 50}, lorafamily.BudgetError, "both say how"),
+        ({"method": "lora2", "slices": {"query": -1}}, lorafamily.MethodError, "slices={'query': -1}"),
+        ({"method": "lora2", "slices": {"query": 1}, "rank_budget": 50}, lorafamily.BudgetError, "both say how"),
     ],
 )
 def test_what_cannot_be_by_layer_is_refused_and_nothing_is_changed(given, error, message):
@@ -176,3 +176,48 @@ def test_a_saved_adapter_has_no_steps(tmp_path):
     lorafamily.save(lorafamily.apply(tiny(), "lora", rank=2), tmp_path)
     with pytest.raises(lorafamily.FileError, match="ranks of its end alone; leave out step=3"):
         lorafamily.ranks_at(tmp_path, 3)
+
+
+# LoRA²'s two sizes
+
+
+def sizes_of(model) -> set[tuple[int, int]]:
+    return {(a.update.width, a.rank) for a in placement_of(model).adapters.values()}
+
+
+def test_the_rank_of_lora2_is_what_its_update_can_have():
+    for rank, sizes in ((3, (3, 8)), (8, (8, 8)), (12, (12, 12))):
+        model = lorafamily.apply(tiny(dtype=torch.float64), "lora2", rank=rank, targets="attention", seed=0)
+        assert sizes_of(model) == {sizes}
+        assert {row.rank for row in lorafamily.summary(model).rows} == {rank}
+        for adapter in placement_of(model).adapters.values():
+            for parameter in adapter.update.parameters():
+                torch.nn.init.normal_(parameter.data)
+            assert int(torch.linalg.matrix_rank(adapter.delta(), rtol=1e-9)) == rank
+    by_layer = lorafamily.apply(tiny(), "lora2", rank={"query": 12, ".*": 2}, targets="attention", seed=0)
+    assert sizes_of(by_layer) == {(12, 12), (2, 8)}
+
+
+def test_lora2_has_a_width_and_slices_everywhere():
+    model = lorafamily.apply(tiny(), "lora2", width=6, slices=4, targets="attention", seed=0)
+    assert sizes_of(model) == {(6, 4)}
+    row = lorafamily.summary(model).rows[0]
+    assert (row.width, row.start_slices, row.slices, row.rank) == (6, 4, 4, 4)
+    head, line = str(lorafamily.summary(model)).splitlines()[1:4:2]
+    assert head.split()[4:7] == ["width", "slices", "rank"]
+    assert line.split()[4:7] == ["6", "4", "4"]
+    assert "width" not in str(lorafamily.summary(lorafamily.apply(tiny(), "lora", rank=2)))
+    both = lorafamily.apply(tiny(), "lora2", width={"query": 3, ".*": 2}, slices={"query": 5, ".*": 1}, seed=0)
+    assert sizes_of(both) == {(3, 5), (2, 1)}
+    with pytest.raises(lorafamily.BudgetError, match="rank=3 and width=2 are both given"):
+        lorafamily.apply(tiny(), "lora2", rank=3, width=2)
+    with pytest.raises(lorafamily.BudgetError, match=r"rank=6 with 4 slices on .*say width=\.\.\. and slices"):
+        lorafamily.apply(tiny(), "lora2", rank=6, slices=4)
+    with pytest.raises(lorafamily.MethodError, match="unknown option width"):
+        lorafamily.apply(tiny(), "lora", width=2)
+
+
+def test_slices_never_grow_beyond_the_width():
+    model = lorafamily.apply(tiny(), "dual-plane+alora", width=3, slices=2, scorer="random", rounds=3, drop=5, seed=0)
+    history = lorafamily.train(model, data(), steps=20, validation=data(1), seed=0, progress=False)
+    assert max(max(decision.after.values()) for decision in history.decisions) == 3

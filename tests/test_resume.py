@@ -110,12 +110,12 @@ def test_interrupted_again_and_again_and_the_same_to_the_last_bit(method, tmp_pa
 def test_whatever_the_optimiser_with_decay_and_modules_at_rank_zero(make, tmp_path):
     """A frozen start to decay to, and so many ranks dropped that some modules have none when it is saved."""
     options = {"optimizer": lambda parameters: make(parameters, lr=1e-2, weight_decay=0.5)}
-    whole = model_of("olora+alora", drop=20, scores="sensitivity")
+    whole = model_of("olora+alora", drop=20, scorer="sensitivity")
     expected = (whole, train(whole, tmp_path / "whole", **options), tmp_path / "whole")
     assert 0 in expected[1].decisions[0].after.values()
     with pytest.raises(Interrupted):
-        train(model_of("olora+alora", drop=20, scores="sensitivity"), tmp_path / "broken", 7, **options)
-    model = model_of("olora+alora", drop=20, scores="sensitivity")
+        train(model_of("olora+alora", drop=20, scorer="sensitivity"), tmp_path / "broken", 7, **options)
+    model = model_of("olora+alora", drop=20, scorer="sensitivity")
     same_end(model, train(model, tmp_path / "broken", **options), tmp_path / "broken", expected, tmp_path)
 
 

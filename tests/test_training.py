@@ -456,7 +456,7 @@ import lorafamily
 from conftest import data, tiny
 torch._dynamo.config.recompile_limit = 2  # 8, but compiling takes seconds
 for compiled in (False, True):
-    model = lorafamily.apply(tiny(), "alora", rank=2, seed=0, rounds=3, scores="random")
+    model = lorafamily.apply(tiny(), "alora", rank=2, seed=0, rounds=3, scorer="random")
     history = lorafamily.train(
         model, data(1), steps=20, lr=5e-3, compile=compiled, validation=data(1), progress=False
     )

@@ -34,7 +34,7 @@ def adapter_from(method: str, tensors: dict[str, Tensor], scale: float = 1.0) ->
     own = {name: value.squeeze(1) if released_is_column(value) else value for name, value in own.items()}
     P: type[Parametrisation] = lorafamily.methods()[method].parametrisation
     if method == "lora2":
-        update = P(own["A"].shape[1], own["bb"].shape[0], rank=len(own["A"]), inner_rank=len(own["E"]))
+        update = P(own["A"].shape[1], own["bb"].shape[0], width=len(own["A"]), slices=len(own["E"]))
     else:
         update = P(own["Q"].shape[1], own["P"].shape[0], rank=len(own["Q"]))
     update = update.double()

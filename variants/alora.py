@@ -12,15 +12,13 @@ Not to be confused with Activated LoRA (arXiv:2504.12397), which some servers ca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from lorafamily.allocation.allocator import Allocator, in_steps
+from lorafamily.allocation.by_score import ScoredAllocation
+from lorafamily.allocation.moving import Slice, exchange, exchanged
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
-from lorafamily.allocation.scores import ScoredAllocation
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision
 from lorafamily.names import modules_per_block
@@ -29,16 +27,16 @@ from lorafamily.variants.lora import lora
 
 @dataclass(frozen=True)
 class PruneAndGrow(ScoredAllocation):
-    """`scores` names the scorer: "exact" is AB-LoRA (about one forward a rank), "first-order" its estimate (two
-    backwards in all), and there are the others of `SCORERS` for comparison. `rounds` is N_A. `scoring_rows`: validation
-    samples that ranks are scored on; `scoring_memory`: MiB of activations for ablations in one batch; see `Ablation`.
+    """`scorer`: "exact" is AB-LoRA (about one forward a rank), "first-order" its estimate (two backwards in all), and
+    there are the others of `lorafamily.scorers()` for comparison. `rounds` is N_A. `scoring_rows`: validation samples
+    that ranks are scored on; `scoring_memory`: MiB of activations for ablations in one batch; see `Ablation`.
 
     `warmup` (K1) and `interval` (K2) are fractions of the run or whole numbers of optimiser steps; the paper's 1 and
     0.25 epochs are a tenth and a fortieth of its ten. `drop` is n_A; None takes the paper's, the number of adapted
     modules in one transformer block, the largest where blocks differ (T5's decoder blocks have 10, its encoder's 6).
     """
 
-    scores: str = "exact"
+    scorer: str = "exact"
     rounds: int = 8
     warmup: float = 0.1
     interval: float = 0.025
@@ -55,7 +53,7 @@ class PruneAndGrower(Allocator):
 
     def __init__(self, settings: PruneAndGrow, run: Run):
         super().__init__(run)
-        self.scorer: Scorer = settings.scorer(run)
+        self.scorer: Scorer = settings.make_scorer(run)
         self.drop = modules_per_block(run.adapters) if settings.drop is None else settings.drop
         if self.drop < 1:
             raise AllocationError(f"drop={settings.drop!r}: must be at least 1 rank a round")
@@ -73,62 +71,17 @@ class PruneAndGrower(Allocator):
             return None
         scores = self.scores()
         self.settled = step == max(self.rounds)
-        lost, gains, threshold = self._moves(scores)
-        for name, dropped in lost.items():
-            if dropped:
-                keep = [i for i in range(self.ranks[name]) if i not in dropped]
-                self.resize(name, torch.tensor(keep, dtype=torch.long, device="cpu"))
-        for name in gains:
-            self.resize(name, torch.arange(self.run.adapters[name].rank, device="cpu"), add=1)
-        after = {name: rank - len(lost[name]) + gains.count(name) for name, rank in self.ranks.items()}
-        return self.decided(step, after, "pruned and grown", threshold, scores)
+        drop, gain = self._order(scores)
+        lost, gains = exchanged(self.run, drop, gain, self.drop)
+        dropped = [float(scores[name][i]) for name, of in lost.items() for i in of]
+        threshold = max(dropped) if dropped else None
+        return self.decided(step, exchange(self, lost, gains), "pruned and grown", threshold, scores)
 
-    def _moves(self, scores: Scores) -> tuple[dict[str, set[int]], list[str], float | None]:
-        """The slices to drop by module, the module of every new one, and the highest score dropped.
-
-        The lowest of the network go, n_A of them, or fewer: as few as make room for the most new ones. Where every
-        module would lose one, or the others have no room, nothing is dropped that cannot be had elsewhere.
-        """
+    def _order(self, scores: Scores) -> tuple[list[Slice], list[str]]:
+        """Slices from the lowest score up, and modules from the highest mean score down; one without slices is last."""
         order = sorted((float(value), name, i) for name, values in scores.items() for i, value in enumerate(values))
         mean = {name: float(values.mean()) if len(values) else -math.inf for name, values in scores.items()}
-        turn = sorted(scores, key=lambda name: (-mean[name], name))
-        ranks = {name: adapter.rank for name, adapter in self.run.adapters.items()}
-        costs = {name: adapter.update.slice_cost for name, adapter in self.run.adapters.items()}
-        largest = {name: adapter.update.largest_rank for name, adapter in self.run.adapters.items()}
-        spent = self.run.trainable()
-
-        def shared(n: int, lost: Mapping[str, set[int]]) -> list[str]:
-            """n new slices for modules that lost none: evenly, the remainder to the highest mean score. A module
-            without slices has no score and comes last; one that has no room passes its turn on."""
-            now = {name: rank - len(lost[name]) for name, rank in ranks.items()}
-            slices = sum(now.values())
-            free = math.inf if self.run.limit is None else self.run.limit - spent
-            free += sum(len(dropped) * costs[name] for name, dropped in lost.items())
-            waiting = [name for name in turn if not lost[name]]
-            gains: list[str] = []
-            while waiting:
-                had_one = []
-                for name in waiting:
-                    if len(gains) == n or slices == self.run.rank_limit:
-                        return gains
-                    if costs[name] <= free and now[name] < largest[name]:
-                        had_one.append(name)
-                        now[name], slices, free = now[name] + 1, slices + 1, free - costs[name]
-                        gains.append(name)
-                waiting = had_one
-            return gains
-
-        best: tuple[dict[str, set[int]], list[str], float | None] = ({name: set() for name in scores}, [], None)
-        for n in range(min(self.drop, len(order)), 0, -1):
-            if len(best[1]) > n:  # fewer dropped make room for no more
-                break
-            lost: dict[str, set[int]] = {name: set() for name in scores}
-            for _, name, i in order[:n]:
-                lost[name].add(i)
-            gains = shared(n, lost)
-            if gains and len(gains) >= len(best[1]):
-                best = lost, gains, order[n - 1][0]
-        return best
+        return [(name, i) for _, name, i in order], sorted(scores, key=lambda name: (-mean[name], name))
 
 
 alora = lora.but(allocation=PruneAndGrow())

@@ -1,9 +1,9 @@
 """LoRA² (Zhang et al. 2024, arXiv:2408.06854): two scales of low rank.   ΔW = s · (bb·aa) diag(E) (B·A).
 
 The factors of AdaLoRA's SVD are low-rank products themselves: A (k, d_in), B (r, k), E (r), aa (k, r), bb (d_out, k).
-The outer width k is what parameters buy; the r singular values E in between cost almost nothing, and rank(ΔW) is at
-most min(k, r). E starts at zero, the rest from N(0, 0.02²).
-Trainable numbers: k (d_in + d_out) + 2kr + r.   Axes: d_in, d_out of the weight; k = `rank`; r = `inner_rank`.
+The width k is what parameters buy; the r slices in between, a singular value E each, cost almost nothing, and the rank
+that ΔW can have is min(k, r). E starts at zero, the rest from N(0, 0.02²).
+Trainable numbers: k (d_in + d_out) + 2kr + r.   Axes: d_in, d_out of the weight; k = `width`; r = `slices`.
 
 Slice i is (aa[:, i], E_i, B[i]); only these are scored for pruning, A and bb never, which is the paper's saving in
 importance scores. The authors' code is followed in forward, schedule and scores, not elsewhere: its merge is wrong for
@@ -26,32 +26,33 @@ class DualPlane(Parametrisation):
 
     slices = {"aa": 1, "E": 0, "B": 0}
     switch = "E"
-    sliced_by = "inner_rank"
-    own_sizes = {"inner_rank": 8}
+    sized_by = "width"
+    sliced_by = "slices"
+    own_sizes = {"slices": 8}
 
-    def __init__(self, d_in: int, d_out: int, rank: int, inner_rank: int):
+    def __init__(self, d_in: int, d_out: int, width: int, slices: int):
         super().__init__(d_in, d_out)
-        self.A = nn.Parameter(torch.empty(rank, d_in))
-        self.B = nn.Parameter(torch.empty(inner_rank, rank))
-        self.E = nn.Parameter(torch.empty(inner_rank))
-        self.aa = nn.Parameter(torch.empty(rank, inner_rank))
-        self.bb = nn.Parameter(torch.empty(d_out, rank))
+        self.A = nn.Parameter(torch.empty(width, d_in))
+        self.B = nn.Parameter(torch.empty(slices, width))
+        self.E = nn.Parameter(torch.empty(slices))
+        self.aa = nn.Parameter(torch.empty(width, slices))
+        self.bb = nn.Parameter(torch.empty(d_out, width))
 
     @staticmethod
-    def count(d_in: int, d_out: int, rank: int, inner_rank: int) -> int:
-        return rank * (d_in + d_out) + 2 * rank * inner_rank + inner_rank
+    def count(d_in: int, d_out: int, width: int, slices: int) -> int:
+        return width * (d_in + d_out) + 2 * width * slices + slices
 
     def sizes(self) -> dict[str, int]:
-        return {"rank": self.width, "inner_rank": self.rank}
+        return {"width": self.width, "slices": self.rank}
 
     @property
     def width(self) -> int:
-        """k, the outer width."""
+        """k."""
         return self.A.shape[0]
 
     @property
     def largest_rank(self) -> int:
-        """More slices than the outer width cannot raise the rank of ΔW."""
+        """More slices than the width cannot raise the rank of ΔW."""
         return min(self.width, self.d_in, self.d_out)
 
     @property

@@ -32,7 +32,7 @@ SHORT: dict[str, Any] = {
     "seeds": 1,
     "batch": 4,
     "evaluations": 1,
-    "options": ("alora.scores=first-order", "alora.rounds=2"),
+    "options": ("alora.scorer=first-order", "alora.rounds=2"),
 }
 """The short form of presets with a large model, where its weights are at hand."""
 

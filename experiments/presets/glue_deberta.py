@@ -18,7 +18,7 @@ def paper(
     """A task's settings. `begin`, `last`, `every`: t_i, t_f and Δ_T in optimiser steps."""
     schedule = (f"gamma={gamma}", f"warmup={begin}", f"final={last}", f"interval={every}")
     options = [f"{method}.{option}" for method in ("lora2", "adalora") for option in schedule]
-    options += [f"lora2.target={target}", f"lora2.inner_rank={inner}"]
+    options += [f"lora2.target={target}", f"lora2.slices={inner}"]
     options += [f"{method}.alpha={alpha}" for method in METHODS]
     return {"length": tokens, "lr": (rate, "full=2e-5"), "epochs": epochs, "options": tuple(options)}
 

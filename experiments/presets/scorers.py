@@ -1,12 +1,12 @@
 """One allocator, five ideas of what a rank is worth: ALoRA's ablation, with chance as the control."""
 
-from lorafamily.allocation.scores import SCORERS
+import lorafamily
 from presets import Preset
 from settings import Compare
 
 preset = Preset(
     Compare(
-        methods=("lora", *(f"alora:scores={name}" for name in SCORERS)),
+        methods=("lora", *(f"alora:scorer={name}" for name in lorafamily.scorers())),
         budgets=("20e3",),  # rank 2: no module is lost at once, none is safe
         seeds=5,
         options=(),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lorafamily.allocation.allocator import Allocator, in_steps
+from lorafamily.allocation.by_score import ScoredAllocation
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
-from lorafamily.allocation.scores import ScoredAllocation
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision
 
@@ -27,7 +27,7 @@ class ImportancePruning(ScoredAllocation):
     data set each, of which these are the rounded middle. Scorer and its options: see `ScoredAllocation`.
     """
 
-    scores: str = "sensitivity"
+    scorer: str = "sensitivity"
     target: float = 2 / 3
     warmup: float = 0.1
     final: float = 0.5
@@ -77,7 +77,7 @@ class ImportancePruner(Allocator):
                 f"nothing would ever be pruned: of {run.steps} steps the first {self.warmup} are warm-up and the last "
                 f"{run.steps - self.freeze} keep the final pattern; train longer, or lower warmup or final"
             )
-        self.scorer: Scorer = settings.scorer(run)
+        self.scorer: Scorer = settings.make_scorer(run)
         if self.scorer.observes and self.freeze < 2:
             raise AllocationError(
                 f"slices would be dropped before any gradient was observed: scores are updated before step "

@@ -79,8 +79,8 @@ def set_aside(folder: Path) -> Path:
 def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, int]:
     """The rank slices of every module after `step` optimiser steps of a recorded run, or those of a saved adapter.
 
-    `apply(model, method, rank=ranks_at(folder))` starts with just these (LoRA²: `inner_rank=ranks_at(folder)`, and
-    `rank` the outer width).
+    `apply(model, method, rank=ranks_at(folder))` starts with just these (LoRA²: `slices=ranks_at(folder)`, beside its
+    `width`).
 
     Args:
         folder: `log_dir` of a run, or what `save` wrote.

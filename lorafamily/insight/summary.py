@@ -24,17 +24,24 @@ from lorafamily.targets import what_is
 class Row:
     """One adapted layer. `norm` is ‖ΔW‖_F; `parameters` are trainable parameters now. Of quantised layers `step` is the
     ‖·‖_F of what rounding to the base's levels takes from a weight, and `lost` that of what it took in
-    merge(requantise=True); a ΔW smaller than the step would hardly survive that."""
+    merge(requantise=True); a ΔW smaller than the step would hardly survive that. `slices` are its rank slices, and
+    `width` is LoRA²'s k, None where there is no such size."""
 
     module: str
     d_out: int
     d_in: int
-    start_rank: int
-    rank: int
+    start_slices: int
+    slices: int
+    width: int | None
     parameters: int
     norm: float
     step: float | None = None
     lost: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank that ΔW can have."""
+        return min(self.slices, self.d_in, self.d_out, *(() if self.width is None else (self.width,)))
 
 
 @dataclass(frozen=True)
@@ -64,29 +71,40 @@ class Summary:
         return sum(row.parameters for row in self.rows)
 
     @property
-    def rank(self) -> int:
+    def slices(self) -> int:
         """Rank slices left in all modules."""
+        return sum(row.slices for row in self.rows)
+
+    @property
+    def rank(self) -> int:
+        """Sum of the ranks that the layers' ΔW can have."""
         return sum(row.rank for row in self.rows)
 
     @property
     def unused(self) -> int | None:
         """What is left of the budget, in trainable parameters or in rank slices; None where a rank was asked for."""
         if self.rank_budget is not None:
-            return self.rank_budget - self.rank
+            return self.rank_budget - self.slices
         return None if self.budget is None else self.budget - self.parameters
 
     def __str__(self) -> str:
         grouped = _grouped(self.rows)
         width = max(map(len, grouped))
-        head = f"{'module':<{width}}  {'d_out × d_in':>13}  {'rank':>9}  {'parameters':>10}  {'‖ΔW‖':>9}"
+        two = any(row.width is not None for row in self.rows)  # sizes, which are then both shown
+        sizes = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if two else f"{'rank':>9}"
+        head = f"{'module':<{width}}  {'d_out × d_in':>13}  {sizes}  {'parameters':>10}  {'‖ΔW‖':>9}"
         more = [name for name in ("step", "lost") if any(getattr(row, name) is not None for row in self.rows)]
         head += "".join(f"  {name:>9}" for name in more)
         lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, "─" * len(head)]
         for module, rows in grouped.items():
-            began, now = _range([row.start_rank for row in rows]), _range([row.rank for row in rows])
-            rank = now if all(row.rank == row.start_rank for row in rows) else f"{began} → {now}"
+            began, now = _range([row.start_slices for row in rows]), _range([row.slices for row in rows])
+            slices = now if all(row.slices == row.start_slices for row in rows) else f"{began} → {now}"
+            sizes = f"{slices:>9}"
+            if two:
+                widths, ranks = _range([row.width or 0 for row in rows]), _range([row.rank for row in rows])
+                sizes = f"{widths:>7}  {slices:>9}  {ranks:>7}"
             lines.append(
-                f"{module:<{width}}  {f'{rows[0].d_out} × {rows[0].d_in}':>13}  {rank:>9}  "
+                f"{module:<{width}}  {f'{rows[0].d_out} × {rows[0].d_in}':>13}  {sizes}  "
                 f"{sum(row.parameters for row in rows):>10,}  {math.hypot(*(row.norm for row in rows)):>9.3g}"
                 + "".join(f"  {_together([getattr(row, name) for row in rows]):>9}" for name in more)
             )
@@ -94,7 +112,9 @@ class Summary:
         share = self.parameters / self.base_parameters
         lines.append(
             f"adapters: {self.parameters:,} trainable ({share:.2%} of the base's {self.base_parameters:,}), "
-            f"total rank {self.rank}; started with {self.start_parameters:,}"
+            f"total rank {self.rank}"
+            + (f" from {self.slices} slices" if two else "")
+            + f"; started with {self.start_parameters:,}"
         )
         if self.budget is not None:
             lines.append(f"budget (at the {self.budget_at}): {self.budget:,}, of which {self.unused:,} unused")
@@ -206,6 +226,7 @@ def _row(path: str, adapter: Adapter, target: Target, lost: float | None) -> Row
         update.d_in,
         adapter.start_rank,
         adapter.rank,
+        update.sizes().get("width"),
         adapter.trainable(),
         adapter.norm(),
         step,

@@ -99,7 +99,7 @@ def train(
         lr: peak learning rate of the adapters, 0.001 unless said. In runs of some hundred steps LoRA² and AdaLoRA want
             about ten times LoRA's, OLoRA a tenth.
         head_lr: of what trains beside the adapters; None: ten times `lr`, but no more than 0.01.
-        up_lr: of the tensors that make U; None: `lr`. LoRA+ (Hayou et al. 2024) takes about 16 times `lr`.
+        up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, which is 1 but for LoRA+.
         weight_decay: of AdamW, 0 unless said.
         warmup: a fraction of the run, or a whole number of steps, in which rates rise to their peak; None: 0.06.
         schedule: how they go on: "linear" and "cosine" to 0, "constant", or a function from the step (from 1) to the

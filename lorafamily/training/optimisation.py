@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,8 @@ class Trained(list[nn.Parameter]):
     numbers of one a slice; `head`: what trains beside the adapters. `names`: of every parameter.
 
         optimizer=lambda p: AdamW([{"params": p.up, "lr": 16e-3}, {"params": p.others(p.up)}], lr=1e-3)   # LoRA+
+
+    `up_ratio`: the adapters' method's, see `Method`.
     """
 
     def __init__(self, model: nn.Module):
@@ -31,6 +34,7 @@ class Trained(list[nn.Parameter]):
         super().__init__(self.names)
         owner, state = noted(model)
         adapters = {} if state is None or state.active is None else placement_of(owner).adapters
+        self.up_ratio = placement_of(owner).method.up_ratio if adapters else 1.0
         self.role = {p: a.update.role(name) for a in adapters.values() for name, p in a.update.named_parameters()}
         self.down, self.up, self.gate = ([p for p in self if self.role.get(p) == r] for r in ("down", "up", "gate"))
         self.head = [p for p in self if p not in self.role]
@@ -55,7 +59,7 @@ def parameter_groups(
         lr: peak rate of the adapters.
         head_lr: of what trains beside them. None: ten times `lr`, but no more than 0.01: a new head has to move by
             whole numbers, which at an adapter's rate takes thousands of steps.
-        up_lr: of the tensors that make U (LoRA+, Hayou et al. 2024: about 16 times `lr`); None: `lr`.
+        up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, 1 but for LoRA+.
         weight_decay: of all groups.
 
     Raises:
@@ -64,12 +68,29 @@ def parameter_groups(
     trained = Trained(model)
     if not trained:
         raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")
+    if up_lr is None and trained.up_ratio != 1:
+        up_lr = lr * trained.up_ratio
     beside = trained.head if len(trained.head) < len(trained) else []  # of a plain model nothing is beside anything
     ups = trained.up if up_lr is not None else []
     if up_lr is not None and not ups:
         raise TrainingError(f"up_lr={up_lr!r}: no adapter trains here, so that nothing makes U; leave it out")
     rates = [(trained.others(beside, ups), lr), (ups, up_lr), (beside, default_head_lr(lr, head_lr))]
     return [{"params": list(own), "lr": rate, "weight_decay": weight_decay} for own, rate in rates if own]
+
+
+def check_up_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Warn of an optimiser that trains U and V at one rate where the method has two (LoRA+)."""
+    trained = Trained(model)
+    if trained.up_ratio == 1 or not trained.up or not trained.down:
+        return
+    groups = optimizer.param_groups
+    rates = {p: float(group.get("initial_lr", group["lr"])) for group in groups for p in group["params"]}
+    if rates.get(trained.up[0]) == rates.get(trained.down[0]):
+        warnings.warn(
+            f"the method trains the tensors that make U at {trained.up_ratio:g} times the rate of the others, and this "
+            "optimiser trains all at one: make it of lorafamily.parameter_groups(model, lr=...)",
+            stacklevel=2,
+        )
 
 
 def default_head_lr(lr: float, head_lr: float | None) -> float:

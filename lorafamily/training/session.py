@@ -32,6 +32,7 @@ from lorafamily.reading import leave_out, watch_first_batch
 from lorafamily.training.around_steps import AroundSteps, check_optimizer, steppers
 from lorafamily.training.execution import evaluating
 from lorafamily.training.guards import CUT, FrozenBuffers
+from lorafamily.training.optimisation import check_up_rate
 from lorafamily.training.processes import Processes, give_gradient
 from lorafamily.training.state import seed_all
 from lorafamily.training.surroundings import Surroundings, check_held, holding_engine
@@ -132,6 +133,7 @@ class Session:
         if self.placement is not None:
             refuse_untold(self.owner, self.placement)
             check_held(self.optimizer, self._trained())
+            check_up_rate(self.model, self.optimizer)
         self.start = dict(start or {name: adapter.rank for name, adapter in self.adapters.items()})
         self.run = self._run(steps)
         self.allocator = self._begin()

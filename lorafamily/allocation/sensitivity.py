@@ -1,10 +1,7 @@
-"""What a rank slice is worth. Scorers are interchangeable: any allocator takes any of `SCORERS` by name."""
+"""Smoothed sensitivity: what AdaLoRA and those that follow it prune by."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -12,8 +9,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lorafamily.allocation.ablation import SCORING_ROWS, Ablation, AblationEstimate
-from lorafamily.allocation.allocator import Allocation
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
@@ -24,7 +19,7 @@ class Sensitivity(Scorer):
 
     With I = |w · ∂L/∂w|:   Ī ← β1 Ī + (1−β1) I,   Ū ← β2 Ū + (1−β2) |I − Ī|,   s(w) = Ī Ū.
     A slice scores the sum over its tensors of the mean s(w) of its entries: P, λ, Q in AdaLoRA; E, aa, B in LoRA².
-    `scores_on`: L is the "total" loss, as the authors have it, so that what the penalty pulls at counts as important;
+    `gradient_of`: L is the "total" loss, as the authors have it, so that what the penalty pulls at counts as important;
     or that of the "task" alone. A step in which the task has no gradient for an adapter, as where no token came to an
     expert, counts as gradient zero for its slices, whatever the penalty pulls at: an expert that is never visited
     scores 0 and one rarely visited little, so that ranks follow use.
@@ -35,16 +30,16 @@ class Sensitivity(Scorer):
         run: Run,
         beta1: float = 0.85,
         beta2: float = 0.85,
-        scores_on: Literal["total", "task"] = "total",
+        gradient_of: Literal["total", "task"] = "total",
     ):
         super().__init__(run)
-        if scores_on not in ("total", "task"):
-            raise AllocationError(f'scores_on={scores_on!r}: must be "total" (task and penalty) or "task"')
-        self.wants_task_gradient = scores_on == "task"
+        if gradient_of not in ("total", "task"):
+            raise AllocationError(f'gradient_of={gradient_of!r}: must be "total" (task and penalty) or "task"')
+        self.wants_task_gradient = gradient_of == "task"
         if self.wants_task_gradient and run.task_gradient is None:
             raise AllocationError(
-                'scores_on="task": this loop does not keep the gradient of the task from that of the penalty; use a '
-                'loop that does (Run(task_gradient=...)), or scores_on="total"'
+                'gradient_of="task": this loop does not keep the gradient of the task from that of the penalty; use a '
+                'loop that does (Run(task_gradient=...)), or gradient_of="total"'
             )
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= value < 1:
@@ -101,77 +96,3 @@ class Sensitivity(Scorer):
     def _tensors(self) -> list[tuple[str, nn.Parameter, int]]:
         """Module, parameter and axis of slices, in the order of the averages."""
         return [(name, p, axis) for name, adapter in self.run.adapters.items() for p, axis in adapter.update.sliced()]
-
-
-class Magnitude(Scorer):
-    """‖ΔW‖_F of the slice alone."""
-
-    def scores(self) -> Scores:
-        result = {}
-        for name, adapter in self.run.adapters.items():
-            norms = []
-            for only in torch.eye(adapter.rank, device=adapter.device):
-                with adapter.gated(only):
-                    norms.append(adapter.norm())
-            result[name] = torch.tensor(norms, dtype=torch.float64, device="cpu")
-        return result
-
-
-class Chance(Scorer):
-    """Uniform random numbers of the run's seed: the control that a scorer must beat."""
-
-    def scores(self) -> Scores:
-        draw = self.run.generator
-        return {
-            name: torch.rand(adapter.rank, dtype=torch.float64, device="cpu", generator=draw)
-            for name, adapter in self.run.adapters.items()
-        }
-
-
-SCORERS: dict[str, Callable[..., Scorer]] = {
-    "sensitivity": Sensitivity,
-    "exact": Ablation,
-    "first-order": AblationEstimate,
-    "magnitude": Magnitude,
-    "random": Chance,
-}
-
-
-@dataclass(frozen=True)
-class ScoredAllocation(Allocation):
-    """An allocation that decides by scores. `scores` names the scorer, see `SCORERS`; the other fields are options of
-    scorers, each of those that take it: `beta1`, `beta2`, `scores_on` of "sensitivity", `scoring_rows` of "exact" and
-    "first-order", `scoring_memory` of "exact"."""
-
-    scores: str
-    beta1: float = 0.85
-    beta2: float = 0.85
-    scores_on: Literal["total", "task"] = "total"
-    scoring_rows: int = SCORING_ROWS
-    scoring_memory: float | None = None
-
-    def scorer(self, run: Run) -> Scorer:
-        """The scorer as set.
-
-        Raises:
-            AllocationError: no such scorer, it needs what the run lacks, or has no use for an option that was set.
-        """
-        defaults = {field.name: field.default for field in fields(ScoredAllocation) if field.name != "scores"}
-        given = {name: getattr(self, name) for name in defaults}
-        return scorer_named(self.scores, run, **{n: value for n, value in given.items() if value != defaults[n]})
-
-
-def scorer_named(name: str, run: Run, **options: Any) -> Scorer:
-    """The scorer of that name for a run, with options that it takes.
-
-    Raises:
-        AllocationError: no such scorer, it needs what the run lacks, or has no use for an option.
-    """
-    if name not in SCORERS:
-        raise AllocationError(f"scores={name!r}: must be one of {', '.join(SCORERS)}")
-    taken = [option for option in inspect.signature(SCORERS[name]).parameters if option != "run"]
-    if unused := [option for option in options if option not in taken]:
-        raise AllocationError(
-            f"scores={name!r} has no use for {', '.join(unused)}; it takes {', '.join(taken) or 'no options'}"
-        )
-    return SCORERS[name](run, **options)

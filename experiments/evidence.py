@@ -1,0 +1,168 @@
+"""What looking at data before training costs: forwards and backwards, time and memory, beside a step of training.
+
+    python experiments/evidence.py --model PATH --task sst2 --data DIR --batches 32
+
+Time is measured in one process, looking and training in turn. Memory is that of tensors made and alive at once, which
+leaves out weights and optimiser state; sums of gradients that lie in a file are not in it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import lorafamily
+from lorafamily.allocation.replay import PeakActivations
+from lorafamily.placement import placement_of
+from report import as_text
+from tasks import Task, TaskError, find
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure what methods that look at data first cost."""
+
+    model: str | None = None
+    """folder or hub id of a transformers model; none for the embedded one"""
+    task: str = "code"
+    """as in compare.py"""
+    data: Path | None = None
+    """as in compare.py"""
+    batches: int = 32
+    """to look at"""
+    rank: int = 8
+    """of LoRA in the training beside it, and of equal ranks"""
+    batch: int = 32
+    """sequences per batch"""
+    length: int = 96
+    """tokens per sequence at most"""
+    rounds: int = 3
+    """of the timings, which alternate"""
+
+
+@dataclass
+class Calls:
+    """How often the model was called, and a backward begun."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+    @contextmanager
+    def counted(self, model: nn.Module) -> Iterator[None]:
+        backward = Tensor.backward
+
+        def counting(*arguments: Any, **named: Any) -> None:
+            self.backwards += 1
+            backward(*arguments, **named)
+
+        def called(*_: Any) -> None:
+            self.forwards += 1
+
+        hook = model.register_forward_pre_hook(called)
+        with mock.patch.object(Tensor, "backward", counting):
+            yield
+        hook.remove()
+
+
+@dataclass
+class Looking:
+    """One way to look, and what it took. `peak`: MiB."""
+
+    name: str
+    run: Callable[[], lorafamily.Evidence]
+    seconds: list[float] = field(default_factory=list)
+    calls: Calls = field(default_factory=Calls)
+    batches: int = 0
+    peak: float = 0.0
+
+
+def main(settings: Settings) -> None:
+    task = find(settings.task, model=settings.model, data=settings.data, batch=settings.batch, length=settings.length)
+    data = list(islice(iter(task.training(0)), settings.batches))
+    model, _ = task.model(0)
+    ways = [
+        _way(model, data, "eva, all batches", "eva", settings, tau=None),
+        _way(model, data, "eva", "eva", settings),
+        _way(model, data, "gora, in memory", "gora", settings),
+        _way(model, data, "gora, in a file", "gora", settings, evidence_memory=0),
+    ]
+    training = Training(task, settings, data)
+    trained: list[float] = []
+    for _ in range(settings.rounds):
+        trained.append(_timed(training.epoch) / len(data))
+        for way in ways:
+            way.seconds.append(_timed(way.run))
+    with PeakActivations() as step:
+        training.step(data[0])
+    for way in ways:
+        with way.calls.counted(model):
+            way.batches = way.run().batches
+        with PeakActivations() as looking:
+            way.run()
+        way.peak = looking.peak / 2**20
+    largest = max(a.update.d_in * a.update.d_out * 4 for a in placement_of(training.model).adapters.values()) / 2**20
+    rows = [["what", "batches", "forwards", "backwards", "s a batch", "of a step", "MiB", "beyond a step's"]]
+    own = step.peak / 2**20
+    mean = sum(trained) / len(trained)
+    rows.append(["step of lora", str(len(data)), "1 a batch", "1 a batch", f"{mean:.3f}", "1.00", f"{own:.1f}", ""])
+    for way in ways:
+        each = sum(way.seconds) / len(way.seconds) / way.batches
+        ratio = each / mean
+        counts = [str(way.batches), str(way.calls.forwards), str(way.calls.backwards)]
+        rows.append([way.name, *counts, f"{each:.3f}", f"{ratio:.2f}", f"{way.peak:.1f}", f"{way.peak - own:+.1f}"])
+    print(f"{task.about}\n{len(data)} batches of {settings.batch}, {torch.get_num_threads()} thread(s)\n")
+    print(as_text(rows))
+    print(f"The largest layer's gradient is {largest:.1f} MiB.")
+
+
+def _way(model: nn.Module, data: list[Any], name: str, method: str, settings: Settings, **options: Any) -> Looking:
+    def run() -> lorafamily.Evidence:
+        return lorafamily.gather(model, method, data, rank=settings.rank, evidence_batches=settings.batches, **options)
+
+    return Looking(name, run)
+
+
+class Training:
+    """Plain LoRA on the same batches."""
+
+    def __init__(self, task: Task, settings: Settings, data: list[Any]):
+        self.model, head = task.model(0)
+        lorafamily.apply(self.model, "lora", rank=settings.rank, also_train=head, seed=0)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(lorafamily.parameter_groups(self.model))
+        self.data = data
+        self.step(data[0])  # the optimiser's state is there from now on
+
+    def step(self, batch: Any) -> None:
+        self.model(**batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def epoch(self) -> None:
+        for batch in self.data:
+            self.step(batch)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings))
+    except (TaskError, lorafamily.LoraFamilyError) as refused:
+        print(f"evidence.py: {refused}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,184 @@
+"""Whether `lorafamily.suggest_lr` finds a method's best learning rate: suggested rates against a grid of tried ones.
+
+    python experiments/rates.py                                             # embedded model
+    python experiments/rates.py --model PATH --task sst2 --data DIR --batch 32 --length 96
+
+For every method a grid of rates, a quarter of a decade apart, around those that plain LoRA's best and the suggestion
+name. Each finished run is a line of `runs/NAME.csv` and is not run again; `--table` prints the table of what is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+import lorafamily
+from report import as_text
+from tasks import Task, TaskError, find
+
+METHODS = ("lora@1", "lora@8", "lora@64", "olora@8", "lora2@8", "adalora@8", "eva@8")
+FIELDS = ("method", "what", "lr", "metric", "seconds", "note")
+DIVERGED = "diverged"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare suggested rates with the best of a grid."""
+
+    model: str | None = None
+    """folder or hub id of a transformers model; none for the embedded one"""
+    task: str = "code"
+    """as in compare.py"""
+    data: Path | None = None
+    """as in compare.py"""
+    methods: tuple[str, ...] = METHODS
+    """METHOD@RANK"""
+    reference_lr: float = 1e-2
+    """plain LoRA's rate, which suggestions are multiples of; the table then takes LoRA's best at rank 8 instead"""
+    grid: tuple[int, ...] = (-16, -12, -11, -10, -9, -8, -7, -6, -5, -4)
+    """quarters of a decade: -8 is 10⁻²"""
+    steps: int = 100
+    """of a run"""
+    batch: int = 16
+    """sequences per step"""
+    length: int = 128
+    """tokens per sequence at most"""
+    held_out: int | None = 200
+    """validation examples at most; none: all"""
+    seed: int = 100
+    """of all runs"""
+    name: str = "rates-embedded"
+    """of the file of rows, in runs/"""
+    table: bool = False
+    """print the table of the rows that are there, and run nothing"""
+
+
+def main(settings: Settings) -> None:
+    path = Path("runs") / f"{settings.name}.csv"
+    rows = _rows(path)
+    if not settings.table:
+        path.parent.mkdir(exist_ok=True)
+        task = find(
+            settings.task,
+            model=settings.model,
+            data=settings.data,
+            batch=settings.batch,
+            length=settings.length,
+            held_out=settings.held_out,
+        )
+        for row in _missing(settings, task, rows):
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(row)
+            rows.append({name: str(value) for name, value in row.items()})
+            print(row, flush=True)
+        higher = task.higher_is_better
+    else:
+        higher = settings.task not in ("code", "text")
+    print(table(rows, higher))
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _missing(settings: Settings, task: Task, rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """Rows that are not there yet: all suggestions, then rates from the middle of the grid outwards."""
+    done = {(row["method"], row["what"], f"{float(row['lr']):.3g}" if row["what"] == "run" else "") for row in rows}
+    for method in settings.methods:
+        if (method, "suggested", "") not in done:
+            yield _suggested(method, settings, task)
+    middle = sum(settings.grid) / len(settings.grid)
+    for quarter in sorted(settings.grid, key=lambda q: abs(q - middle)):
+        for method in settings.methods:
+            lr = 10 ** (quarter / 4)
+            if (method, "run", f"{lr:.3g}") not in done:
+                yield _run(method, lr, settings, task)
+
+
+def _adapted(method: str, settings: Settings, task: Task) -> torch.nn.Module:
+    name, _, rank = method.partition("@")
+    model, head = task.model(settings.seed)
+    looks = isinstance(lorafamily.methods()[name].initialisation, lorafamily.FromEvidence)
+    data = task.training(settings.seed) if looks else None
+    given: dict[str, Any] = {"evidence_batches": 4} if looks else {}
+    return lorafamily.apply(model, name, rank=int(rank), also_train=head, seed=settings.seed, data=data, **given)
+
+
+def _suggested(method: str, settings: Settings, task: Task) -> dict[str, Any]:
+    model = _adapted(method, settings, task)
+    found = lorafamily.suggest_lr(
+        model, task.training(settings.seed), reference_lr=settings.reference_lr, seed=settings.seed
+    )
+    return _row(method, "suggested", found.ratio, "", found.seconds, str(found))
+
+
+def _run(method: str, lr: float, settings: Settings, task: Task) -> dict[str, Any]:
+    model, begun = _adapted(method, settings, task), time.perf_counter()
+    try:
+        history = lorafamily.train(
+            model,
+            task.training(settings.seed),
+            steps=settings.steps,
+            lr=lr,
+            head_lr=lr,
+            validation=task.validation(),
+            evaluate=task.evaluate,
+            seed=settings.seed,
+            progress=False,
+        )
+    except lorafamily.NonFiniteError:
+        return _row(method, "run", lr, DIVERGED, time.perf_counter() - begun, "")
+    return _row(method, "run", lr, f"{history.metrics[task.metric]:.5f}", time.perf_counter() - begun, "")
+
+
+def _row(method: str, what: str, lr: float, metric: str, seconds: float, note: str) -> dict[str, Any]:
+    values = (method, what, f"{lr:.6g}", metric, f"{seconds:.2f}", note)
+    return dict(zip(FIELDS, values, strict=True))
+
+
+def table(rows: list[dict[str, str]], higher_is_better: bool) -> str:
+    """Per method the best rate tried, the suggested one (its ratio times the best of LoRA at rank 8), and theirs."""
+    sign = 1 if higher_is_better else -1
+    best: dict[str, tuple[float, float]] = {}
+    seconds: dict[str, float] = {}
+    for row in rows:
+        if row["what"] == "run" and row["metric"] != DIVERGED:
+            best[row["method"]] = max(
+                best.get(row["method"], (-float("inf"), 0.0)), (sign * float(row["metric"]), float(row["lr"]))
+            )
+            seconds[row["method"]] = float(row["seconds"])
+    lines = [["method", "rates tried", "best rate", "its metric", "suggested", "suggested / best", "time, of a run"]]
+    reference = best.get("lora@8", (0.0, float("nan")))[1]
+    for row in rows:
+        method = row["method"]
+        if row["what"] != "suggested" or method not in best:
+            continue
+        metric, lr = best[method]
+        suggested = float(row["lr"]) * reference
+        tried = sum(other["method"] == method and other["what"] == "run" for other in rows)
+        share = float(row["seconds"]) / seconds[method]
+        cells = [f"{lr:.2g}", f"{sign * metric:.4f}", f"{suggested:.2g}", f"{suggested / lr:.2g}", f"{share:.0%}"]
+        lines.append([method, str(tried), *cells])
+    return as_text(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings))
+    except (TaskError, lorafamily.LoraFamilyError) as refused:
+        print(f"rates.py: {refused}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,55 @@
+"""Allocations that decide by a scorer, which their user names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from lorafamily.allocation.ablation import SCORING_ROWS
+from lorafamily.allocation.allocator import Allocation
+from lorafamily.allocation.run import Run
+from lorafamily.allocation.scorer import Scorer
+from lorafamily.errors import AllocationError
+from lorafamily.registry import find_scorer
+
+
+@dataclass(frozen=True)
+class ScoredAllocation(Allocation):
+    """An allocation that decides by scores. `scorer` names who gives them, see `lorafamily.scorers()`; the other fields
+    are options of scorers, each of those that take it: `beta1`, `beta2`, `gradient_of` of "sensitivity", `scoring_rows`
+    of "exact" and "first-order", `scoring_memory` of "exact"; `scorer_options`: of any other, by name."""
+
+    scorer: str
+    beta1: float = 0.85
+    beta2: float = 0.85
+    gradient_of: Literal["total", "task"] = "total"
+    scoring_rows: int = SCORING_ROWS
+    scoring_memory: float | None = None
+    scorer_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def make_scorer(self, run: Run) -> Scorer:
+        """The scorer as set.
+
+        Raises:
+            AllocationError: no such scorer, it needs what the run lacks, or has no use for an option that was set.
+        """
+        own = {f.name: f.default for f in fields(ScoredAllocation) if f.name not in ("scorer", "scorer_options")}
+        changed = {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
+        return scorer_named(self.scorer, run, **changed, **self.scorer_options)
+
+
+def scorer_named(name: str, run: Run, **options: Any) -> Scorer:
+    """The scorer of that name for a run, with options that it takes.
+
+    Raises:
+        AllocationError: no such scorer, it needs what the run lacks, or has no use for an option.
+    """
+    made = find_scorer(name)
+    taken = [option for option in inspect.signature(made).parameters if option != "run"]
+    if unused := [option for option in options if option not in taken]:
+        raise AllocationError(
+            f"scorer={name!r} has no use for {', '.join(unused)}; it takes {', '.join(taken) or 'no options'}"
+        )
+    return made(run, **options)

@@ -1,0 +1,135 @@
+"""Moving rank slices between modules during training: drop some, give as many to others, and again, ever fewer."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorafamily.allocation.allocator import Allocator, in_steps
+from lorafamily.allocation.by_score import ScoredAllocation
+from lorafamily.allocation.run import Run
+from lorafamily.allocation.scorer import Scorer, Scores
+from lorafamily.errors import AllocationError
+from lorafamily.history import Decision
+from lorafamily.names import modules_per_block
+
+Slice = tuple[str, int]
+"""Module and place."""
+
+
+def exchanged(
+    run: Run, drop: Sequence[Slice], gain: Sequence[str], most: int, *, once: bool = False
+) -> tuple[dict[str, set[int]], list[str]]:
+    """The slices to drop by module, and the module of every new one.
+
+    The first of `drop` go, at most so many, and as many new ones come to the modules of `gain` that lose none, evenly
+    and the remainder to the first of them; with `once` at most one each. Slices differ in cost, and a module has a
+    largest rank: one that has no room passes its turn on, and no more are dropped than make room for the most new ones.
+    """
+    ranks = {name: adapter.rank for name, adapter in run.adapters.items()}
+    costs = {name: adapter.update.slice_cost for name, adapter in run.adapters.items()}
+    largest = {name: adapter.update.largest_rank for name, adapter in run.adapters.items()}
+    spent = run.trainable()
+
+    def shared(n: int, lost: Mapping[str, set[int]]) -> list[str]:
+        now = {name: rank - len(lost[name]) for name, rank in ranks.items()}
+        slices = sum(now.values())
+        free = math.inf if run.limit is None else run.limit - spent
+        free += sum(len(dropped) * costs[name] for name, dropped in lost.items())
+        waiting = [name for name in gain if not lost[name]]
+        gains: list[str] = []
+        while waiting:
+            had_one = []
+            for name in waiting:
+                if len(gains) == n or slices == run.rank_limit:
+                    return gains
+                if costs[name] <= free and now[name] < largest[name]:
+                    had_one.append(name)
+                    now[name], slices, free = now[name] + 1, slices + 1, free - costs[name]
+                    gains.append(name)
+            waiting = [] if once else had_one
+        return gains
+
+    best: tuple[dict[str, set[int]], list[str]] = ({name: set() for name in ranks}, [])
+    for n in range(min(most, len(drop)), 0, -1):
+        if len(best[1]) > n:  # fewer dropped make room for no more
+            break
+        lost: dict[str, set[int]] = {name: set() for name in ranks}
+        for name, i in drop[:n]:
+            lost[name].add(i)
+        gains = shared(n, lost)
+        if gains and len(gains) >= len(best[1]):
+            best = lost, gains
+    return best
+
+
+def exchange(allocator: Allocator, lost: Mapping[str, set[int]], gains: Sequence[str]) -> dict[str, int]:
+    """Do it, in the model, the optimiser and the scorer; the ranks afterwards."""
+    ranks = allocator.ranks
+    for name, dropped in lost.items():
+        if dropped:
+            keep = [i for i in range(ranks[name]) if i not in dropped]
+            allocator.resize(name, torch.tensor(keep, dtype=torch.long, device="cpu"))
+    for name in gains:
+        allocator.resize(name, torch.arange(allocator.run.adapters[name].rank, device="cpu"), add=1)
+    return {name: rank - len(lost[name]) + gains.count(name) for name, rank in ranks.items()}
+
+
+@dataclass(frozen=True)
+class CubicExchange(ScoredAllocation):
+    """Every Δ_T steps b(t) slices change places,   b(t) = ⌈b0 (1 − (t − t_i) / (T − t_f − t_i))³⌉   for
+    t_i < t < T − t_f, and none before or after.
+
+    `moved` is b0; None takes the number of adapted modules in one block. `warmup` (t_i), `final` (t_f) and `interval`
+    (Δ_T) are fractions of the run or whole numbers of optimiser steps.
+    """
+
+    moved: int | None = None
+    warmup: float = 0.1
+    final: float = 0.3
+    interval: float = 0.025
+
+
+class CubicExchanger(Allocator):
+    """One run of a `CubicExchange`; a leaf says which slices go first, and who gets new ones first."""
+
+    grows = True
+    reason = "exchanged"
+
+    def __init__(self, settings: CubicExchange, run: Run):
+        super().__init__(run)
+        self.scorer: Scorer = settings.make_scorer(run)
+        self.moved = modules_per_block(run.adapters) if settings.moved is None else settings.moved
+        if not isinstance(self.moved, int) or isinstance(self.moved, bool) or self.moved < 1:
+            raise AllocationError(f"moved={settings.moved!r}: must be at least 1 slice, or None")
+        self.warmup = in_steps(settings.warmup, run.steps, "warmup")
+        self.end = run.steps - in_steps(settings.final, run.steps, "final")
+        interval = max(1, in_steps(settings.interval, run.steps, "interval"))
+        self.due = [step for step in range(self.warmup + 1, self.end) if step % interval == 0]
+        if not self.due:
+            raise AllocationError(
+                f"no rank would ever move: of {run.steps} steps the first {self.warmup} are warm-up, the last "
+                f"{run.steps - self.end} keep the final pattern, and between them no step is a multiple of {interval}; "
+                "train longer, or lower warmup, final or interval"
+            )
+
+    @abstractmethod
+    def order(self, scores: Scores) -> tuple[list[Slice], list[str]]:
+        """Slices in the order in which they go, and modules in the order in which they gain one."""
+
+    def slices_at(self, step: int) -> int:
+        """b(t), rounded up so that the last exchange still moves one."""
+        return math.ceil(self.moved * (1 - (step - self.warmup) / (self.end - self.warmup)) ** 3)
+
+    def decide(self, step: int) -> Decision | None:
+        self.settled = step >= self.due[-1]
+        if step not in self.due or not self.has_scores:
+            return None
+        scores = self.scores()
+        drop, gain = self.order(scores)
+        lost, gains = exchanged(self.run, drop, gain, self.slices_at(step), once=True)
+        return self.decided(step, exchange(self, lost, gains), self.reason, None, scores)
