@@ -26,7 +26,7 @@ from groups import Group
 from settings import Compare
 
 ROOT = Path(__file__).parents[1]
-TINY = {"steps": 12, "evaluations": 2, "batch": 4, "progress": False, "lr": ("2e-3",)}
+TINY = {"steps": 12, "evaluations": 2, "batch": 4, "progress": False, "lr": ("2e-3",), "workers": 1}
 
 
 @pytest.fixture(autouse=True)
