@@ -8,6 +8,9 @@ by `bench.py`; what they wrote lies in docs/claims/. `--store` takes new ones ov
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import gzip
 import json
 import math

@@ -14,6 +14,9 @@ cells run side by side as there are cores, one thread each (`--workers`, `--clus
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import contextlib
 import dataclasses
 import json
@@ -25,8 +28,6 @@ from collections.abc import Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import waiting  # noqa: F401  (before torch)  # isort: split
 
 import torch
 

@@ -296,8 +296,8 @@ def _value(text: str) -> Any:
 
 def what_rows_depend_on(settings: Compare, training: Training) -> dict[str, Any]:
     """The settings that a finished cell must have been run with to stand beside the others."""
-    fields = ("model", "data", "batch", "length", "held_out", "fused", "head_lr", "weight_decay")
-    fields += ("warmup", "dropout")
+    fields: tuple[str, ...] = ("model", "data", "batch", "length", "held_out", "fused")
+    fields += ("head_lr", "weight_decay", "warmup", "dropout")
     same: dict[str, Any] = {"task": settings.task, "steps": training.steps, "evaluations": settings.evaluations}
     same |= {name: getattr(settings, name) for name in fields}
     shared = {method: own for method, own in training.options.items() if ":" not in method}

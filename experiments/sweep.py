@@ -153,7 +153,9 @@ def _on_workers(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generato
                     if row is not None:
                         yield job, row
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped with {len(waiting) + len(under_way)} cells to go; the same command goes on") from None
+        raise Interrupted(
+            f"stopped with {len(waiting) + len(under_way)} cells to go; the same command goes on"
+        ) from None
     finally:
         for worker, _ in under_way.values():
             worker.stop()
@@ -229,7 +231,13 @@ def _on_cluster(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generato
     if started:
         passed_on = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
         try:
-            ray.init(address=where.cluster, log_to_driver=False, include_dashboard=False, runtime_env=passed_on, logging_level="error")
+            ray.init(
+                address=where.cluster,
+                log_to_driver=False,
+                include_dashboard=False,
+                runtime_env=passed_on,
+                logging_level="error",
+            )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise TaskError(f"--cluster {where.cluster}: {error}") from None
     task = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=TRIES)(_work_on_cluster)
