@@ -49,18 +49,22 @@ UNIFORM = Arm("uniform")
 """Plain LoRA, the same rank everywhere: what everything is held against."""
 ALORA = Arm("ALoRA", "alora", (("scores", "exact"),))
 ADALORA = Arm("AdaLoRA", "adalora", budget_at="end", start=-1.75)
+ONE = ("drop", 1)
+"""ALoRA's n_A on the planted problem. The paper's, the layers of one block, is a 256th of all slices in LLaMA-2-7B; here
+it would be half of them, and every second round would undo the one before."""
 
 PLANTED: tuple[Arm, ...] = (
     UNIFORM,
     Arm("uniform at the peak size", size=1.5),
-    ALORA,
-    Arm("ALoRA first-order", "alora", (("scores", "first-order"),)),
-    Arm("ALoRA, random scores", "alora", (("scores", "random"),)),
-    Arm("ALoRA, optimiser state dropped", "alora", (("scores", "exact"),), dropped="state", rates_of="ALoRA"),
+    Arm("ALoRA", "alora", (("scores", "exact"), ONE)),
+    Arm("ALoRA first-order", "alora", (("scores", "first-order"), ONE)),
+    Arm("ALoRA, eight slices a round", "alora", (("scores", "exact"),), rates_of="ALoRA"),
+    Arm("ALoRA, random scores", "alora", (("scores", "random"), ONE)),
+    Arm("ALoRA, state dropped", "alora", (("scores", "exact"), ONE), dropped="state", rates_of="ALoRA"),
     Arm(
         "ALoRA, state and schedule dropped",
         "alora",
-        (("scores", "exact"),),
+        (("scores", "exact"), ONE),
         dropped="state and schedule",
         rates_of="ALoRA",
     ),
@@ -75,7 +79,6 @@ PLANTED: tuple[Arm, ...] = (
     *_found("EVA"),
     *_found("GoRA"),
 )
-"""On the planted problem. ALoRA drops as many slices a round as there are layers in a block, here one."""
 
 EMBEDDED: tuple[Arm, ...] = (
     UNIFORM,
@@ -112,3 +115,6 @@ EMBEDDED: tuple[Arm, ...] = (
     *_found("GoRA"),
 )
 """On the embedded model; the budget is LoRA's at rank 8."""
+
+ARMS = {"planted": PLANTED, "misleading": PLANTED, "embedded": EMBEDDED}
+"""By problem."""

@@ -26,7 +26,8 @@ Batch = dict[str, Tensor]
 
 class Problem(ABC):
     """`metric`: lower is better. `budget`: trainable parameters of an arm of size 1. `steps`, `evaluations`: of a run.
-    `margin`: the difference in the metric that nobody would mind, fixed before any run."""
+    `margin`: the difference in the metric that nobody would mind, fixed before any run. `tuning_seeds`, `seeds`: those that choose rates, and
+    those that are judged. `goal`: the metric on the tuning split that `steps to reach` counts steps to."""
 
     name: ClassVar[str]
     what: ClassVar[str]
@@ -35,6 +36,9 @@ class Problem(ABC):
     steps: ClassVar[int]
     evaluations: ClassVar[int]
     margin: ClassVar[float]
+    goal: ClassVar[float]
+    tuning_seeds: ClassVar[Sequence[int]] = (100,)
+    seeds: ClassVar[Sequence[int]] = range(8)
     logs: ClassVar[bool] = True
     """Whether a run writes logs and checkpoints; one of some seconds is done again sooner than it draws its pictures."""
 
@@ -118,10 +122,11 @@ class Planted(Problem):
     metric = "share of the planted change that is missing"
     layers, width, rank = 8, 32, 4
     budget = 16 * (2 * 32 + 1)  # sixteen slices, of AdaLoRA too, whose slices have a singular value each
-    steps, batch = 210, 64
+    steps, batch = 120, 64
     evaluations = 15
     margin = 0.05
-    rows, held_out = 64 * 210, 512
+    goal = 0.7
+    rows, held_out = 64 * 120, 512
     noise, strength = 0.3, 2.0
     logs = False
     narrow: ClassVar[Literal["needed", "others"]] = "needed"
@@ -209,6 +214,7 @@ class Embedded(Problem):
     steps, batch = 600, 16
     evaluations = 15
     margin = 0.02
+    goal = 2.05
     pieces = 128
     """Of 128 bytes, in each held-out text."""
 
