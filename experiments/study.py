@@ -30,12 +30,13 @@ from lorafamily.training.folder_lock import FolderLock
 from studies import protocol
 from studies.arms import ARMS, Arm
 from studies.page import write
-from studies.problems import PROBLEMS
+from studies.problems import PROBLEMS, Problem
 from studies.trials import Trial, Trials
 from sweep import Line, Where
 from tasks import TaskError
 
 STORED = Path(__file__).parents[1] / "docs" / "study"
+PAGE = STORED.with_suffix(".md")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Page:
 
     folder: Path = STORED
     """of the rows; pictures are written there"""
-    out: Path = STORED.with_suffix(".md")
+    out: Path = PAGE
     """the page"""
 
 
@@ -100,17 +101,36 @@ def run(given: Run) -> list[dict[str, Any]]:
         text = path.read_text() if path.exists() else ""
         rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a line that was cut
-        while trials := protocol.tuning_trials(problem, arms, rows):
-            _work("tuning", trials, where, folder, rows)
-        while trials := judged(given, protocol.judging_trials(problem, arms, rows)):
-            _work("judging", trials, where, folder, rows)
+        _work(problem, arms, problem.seeds[: given.seeds], where, folder, rows)
     return rows
 
 
-def judged(given: Run, trials: Sequence[Trial]) -> list[Trial]:
-    """The trials of the seeds that were asked for."""
-    seeds = PROBLEMS[given.problem].seeds[: given.seeds]
-    return [trial for trial in trials if trial.seed in seeds]
+def _work(
+    problem: Problem,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    where: Where,
+    folder: Path,
+    rows: list[dict[str, Any]],
+) -> None:
+    """Run what is missing: rates first, and what follows from a row as soon as it does."""
+    given: set[str] = set()
+
+    def more() -> list[Trial]:
+        trials = protocol.tuning_trials(problem, arms, rows)
+        trials += [trial for trial in protocol.judging_trials(problem, arms, rows) if trial.seed in seeds]
+        trials = [trial for trial in trials if trial.key not in given]
+        given.update(trial.key for trial in trials)
+        line.total += len(trials)
+        return trials
+
+    line = Line(0)
+    with contextlib.closing(sweep.rows(more(), Trials(folder / "trials"), where, more)) as found:
+        for trial, row in found:
+            rows.append(row)
+            with open(folder / "results.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            line.show(f"{trial.key}: {'failed' if row['failed'] else format(row['metric'], '.4f')}")
 
 
 def chosen(given: Run) -> list[Arm]:
@@ -126,17 +146,6 @@ def chosen(given: Run) -> list[Arm]:
             raise TaskError(f"{name}: no such arm; there are {', '.join(arms)}")
         wanted += [other for other in (arms[name].rates_of, arms[name].pattern) if other and other not in wanted]
     return [arm for arm in arms.values() if arm.name in wanted]
-
-
-def _work(what: str, trials: Sequence[Trial], where: Where, folder: Path, rows: list[dict[str, Any]]) -> None:
-    print(f"{what}: {len(trials)} trials", flush=True)
-    line = Line(len(trials))
-    with contextlib.closing(sweep.rows(trials, Trials(folder / "trials"), where)) as found:
-        for trial, row in found:
-            rows.append(row)
-            with open(folder / "results.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            line.show(f"{trial.key}: {'failed' if row['failed'] else format(row['metric'], '.4f')}")
 
 
 def store(given: Store) -> None:
@@ -162,7 +171,7 @@ def main(given: Run | Store | Page) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Command))  # type: ignore[call-overload]
+        main(tyro.cli(Command))
     except TaskError as refused:
         print(f"study.py: {refused}", file=sys.stderr)
         sys.exit(2)

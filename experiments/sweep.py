@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -60,8 +61,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def rows(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generator[tuple[Job, Row]]:
-    """Every job with its row, as they are done.
+More = Callable[[], Sequence[Job]]
+"""Asked after every row that was taken: jobs that follow from it."""
+
+
+def none() -> Sequence[Job]:
+    """Nothing follows."""
+    return ()
+
+
+def rows(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More = none) -> Generator[tuple[Job, Row]]:
+    """Every job with its row, as they are done. Jobs are hashable.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the jobs under way have saved, or go on from an earlier checkpoint.
@@ -70,13 +80,15 @@ def rows(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generator[tuple
     if not jobs:
         return
     if not where.beside_others:
-        run = prepare()
-        for job in jobs:
+        run, waiting = prepare(), list(jobs)
+        while waiting:
+            job = waiting.pop(0)
             yield job, run(job)
+            waiting += more()
     elif where.cluster is not None:
-        yield from _on_cluster(jobs, prepare, where)
+        yield from _on_cluster(jobs, prepare, where, more)
     else:
-        yield from _on_workers(jobs, prepare, where)
+        yield from _on_workers(jobs, prepare, where, more)
 
 
 def wait_until_free(folder: Path) -> None:
@@ -118,10 +130,10 @@ class _Worker:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _on_workers(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generator[tuple[Job, Row]]:
-    waiting, lost = list(jobs), dict.fromkeys(range(len(jobs)), 0)
-    numbers = {id(job): number for number, job in enumerate(jobs)}
-    workers = [_Worker(prepare, where.cpus) for _ in range(min(where.workers, len(jobs)))]
+def _on_workers(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More) -> Generator[tuple[Job, Row]]:
+    waiting, lost = list(jobs), Counter[Job]()
+    wanted = where.workers if more is not none else min(where.workers, len(jobs))
+    workers = [_Worker(prepare, where.cpus) for _ in range(wanted)]  # a process starts with its first job
     under_way: dict[Future[Row | None], tuple[_Worker, Job]] = {}
     try:
         with _sigterm_is_ctrl_c():
@@ -138,9 +150,8 @@ def _on_workers(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generato
                     except BrokenProcessPool:
                         row = None
                     if row is None:
-                        number = numbers[id(job)]
-                        lost[number] += 1
-                        if lost[number] > TRIES:
+                        lost[job] += 1
+                        if lost[job] > TRIES:
                             raise TaskError(
                                 f"{job}: {TRIES} workers died on it; take fewer --workers if memory is short"
                             ) from None
@@ -152,6 +163,7 @@ def _on_workers(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generato
                     idle.append(worker)
                     if row is not None:
                         yield job, row
+                        waiting += more()
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped with {len(waiting) + len(under_way)} cells to go; the same command goes on"
@@ -221,7 +233,7 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _on_cluster(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generator[tuple[Job, Row]]:
+def _on_cluster(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More) -> Generator[tuple[Job, Row]]:
     """Ray's tasks: it starts one again, on another node where need be, when a worker or a node dies."""
     try:
         import ray
@@ -254,6 +266,7 @@ def _on_cluster(jobs: Sequence[Job], prepare: Prepare, where: Where) -> Generato
                     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
                         raise TaskError(f"{under_way[future]}: {TRIES} workers died on it ({error})") from None
                     yield under_way.pop(future), row
+                    under_way |= {task.remote(pickled, where.cpus, job): job for job in more()}
     except KeyboardInterrupt:
         raise Interrupted(f"stopped with {len(under_way)} cells to go; the same command goes on") from None
     finally:

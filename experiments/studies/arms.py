@@ -50,8 +50,8 @@ UNIFORM = Arm("uniform")
 ALORA = Arm("ALoRA", "alora", (("scores", "exact"),))
 ADALORA = Arm("AdaLoRA", "adalora", budget_at="end", start=-1.75)
 ONE = ("drop", 1)
-"""ALoRA's n_A on the planted problem. The paper's, the layers of one block, is a 256th of all slices in LLaMA-2-7B; here
-it would be half of them, and every second round would undo the one before."""
+"""ALoRA's n_A on the planted problem. The paper's, the layers of one block, is a 256th of all slices in LLaMA-2-7B;
+here it would be half of them, and every second round would undo the one before."""
 
 PLANTED: tuple[Arm, ...] = (
     UNIFORM,
@@ -91,7 +91,13 @@ EMBEDDED: tuple[Arm, ...] = (
     ALORA,
     Arm("ALoRA first-order", "alora", (("scores", "first-order"),)),
     Arm("ALoRA, random scores", "alora", (("scores", "random"),)),
-    Arm("ALoRA, optimiser state dropped", "alora", (("scores", "first-order"),), dropped="state", rates_of="ALoRA first-order"),
+    Arm(
+        "ALoRA, optimiser state dropped",
+        "alora",
+        (("scores", "first-order"),),
+        dropped="state",
+        rates_of="ALoRA first-order",
+    ),
     Arm(
         "ALoRA, state and schedule dropped",
         "alora",

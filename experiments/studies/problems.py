@@ -26,8 +26,8 @@ Batch = dict[str, Tensor]
 
 class Problem(ABC):
     """`metric`: lower is better. `budget`: trainable parameters of an arm of size 1. `steps`, `evaluations`: of a run.
-    `margin`: the difference in the metric that nobody would mind, fixed before any run. `tuning_seeds`, `seeds`: those that choose rates, and
-    those that are judged. `goal`: the metric on the tuning split that `steps to reach` counts steps to."""
+    `margin`: the difference in the metric that nobody would mind, fixed before any run. `tuning_seeds`, `seeds`: those
+    that choose rates, and those that are judged. `goal`: the metric on the tuning split that steps are counted to."""
 
     name: ClassVar[str]
     what: ClassVar[str]
@@ -40,7 +40,7 @@ class Problem(ABC):
     tuning_seeds: ClassVar[Sequence[int]] = (100,)
     seeds: ClassVar[Sequence[int]] = range(8)
     logs: ClassVar[bool] = True
-    """Whether a run writes logs and checkpoints; one of some seconds is done again sooner than it draws its pictures."""
+    """Whether a run writes logs and checkpoints; one of some seconds is sooner done again than its pictures drawn."""
 
     @abstractmethod
     def model(self, seed: int) -> nn.Module:
@@ -103,21 +103,25 @@ class Branches(nn.Module):
         return torch.stack([F.gelu(layer(x[:, i])) for i, layer in enumerate(self.branches)]).sum(0)
 
 
+def _weight(model: Branches, layer: int) -> Tensor:
+    return model.get_parameter(f"branches.{layer}.weight").data
+
+
 class Planted(Problem):
     """Eight layers, of which four need an update of rank 4 and the others none; the budget is rank 2 for each.
 
     The seed draws everything: weights, which layers, updates, data. The target is the same network with its updates,
     plus noise, so that layers that cannot help still have gradients. All layers' inputs have the same variance in all;
-    in `narrow` layers nearly all of it lies in four directions, in others it is the same in all directions. EVA looks at
-    nothing else. In "planted" the narrow layers are those that need the update, which reads these directions; in
+    in `narrow` layers nearly all of it lies in four directions, in others it is spread evenly. EVA looks at nothing
+    else. In "planted" the narrow layers are those that need the update, which reads these directions; in
     "misleading" they are the others.
     """
 
     name = "planted"
     what = (
-        "Eight linear layers of 32 × 32 side by side, with independent inputs. Four of them, drawn by the seed, need an "
-        "update of rank 4; nothing is to be gained in the others. The budget is rank 2 for each of the eight, so that it "
-        "suffices if all of it goes to the four."
+        "Eight linear layers of 32 × 32 side by side, with independent inputs. Four of them, drawn by the seed, need "
+        "an update of rank 4; nothing is to be gained in the others. The budget is rank 2 for each of the eight, so "
+        "that it suffices if all of it goes to the four."
     )
     metric = "share of the planted change that is missing"
     layers, width, rank = 8, 32, 4
@@ -148,8 +152,8 @@ class Planted(Problem):
             scales.append(frame * spread.sqrt())
             left = torch.linalg.qr(torch.randn(self.width, self.rank, generator=draw))[0]
             change = left @ frame[:, : self.rank].T / spread[: self.rank].mean().sqrt()
-            base.branches[i].weight.data.copy_(weight)
-            target.branches[i].weight.data.copy_(weight + (self.strength * change if i in chosen else 0.0))
+            _weight(base, i).copy_(weight)
+            _weight(target, i).copy_(weight + (self.strength * change if i in chosen else 0.0))
         samples = {}
         for split, rows in (("training", self.rows), ("tuning", self.held_out), ("judging", self.held_out)):
             x = torch.stack([torch.randn(rows, self.width, generator=draw) @ scale.T for scale in scales], 1)
@@ -194,8 +198,8 @@ class Misleading(Planted):
 
     name = "misleading"
     what = (
-        "The planted problem, but nearly all variance of a layer's inputs lies in four directions where the layer needs "
-        "no update, and is spread evenly where it does."
+        "The planted problem, but nearly all variance of a layer's inputs lies in four directions where the layer "
+        "needs no update, and is spread evenly where it does."
     )
     narrow = "others"
 
@@ -206,8 +210,8 @@ class Embedded(Problem):
 
     name = "embedded"
     what = (
-        "A byte-level decoder of 0.8M parameters, pretrained on English prose, adapted to Python source code; the budget "
-        "is LoRA's at rank 8. Forgetting: bits per byte on docstrings of modules that were held out of both trainings."
+        "A byte-level decoder of 0.8M parameters, pretrained on English prose, adapted to Python source code; the "
+        "budget is LoRA's at rank 8. Forgetting: bits per byte on docstrings of modules that were held out of both "
     )
     metric = "bits per byte"
     budget = 80_000

@@ -67,19 +67,19 @@ def tuning_trials(problem: Problem, arms: Sequence[Arm], rows: Sequence[Row]) ->
 
 def rates(problem: Problem, arms: Sequence[Arm], rows: Sequence[Row]) -> dict[str, int]:
     """By arm's name the quarter at which it is judged; void arms, and those that take a void one's rate, have none."""
-    found = {}
+    found: dict[str, int] = {}
     for arm in tuned(arms):
         tried = qualities(arm, rows, problem.tuning_seeds)
-        if len(tried) > 2 and (best := best_quarter(tried)) is not None:
+        if tried and not to_try(arm, tried) and (best := best_quarter(tried)) is not None:
             found[arm.name] = best
     for arm in arms:
-        if arm.rates_of in found:
+        if arm.rates_of is not None and arm.rates_of in found:
             found[arm.name] = found[arm.rates_of]
     return found
 
 
 def judging_trials(problem: Problem, arms: Sequence[Arm], rows: Sequence[Row]) -> list[Trial]:
-    """What must be run next to judge: first arms on their own, then those that need a pattern which these found. Seed by
+    """What must be run next to judge: arms on their own, then those that need a pattern which these found. Seed by
     seed, so that a study that is stopped has whole seeds."""
     chosen = rates(problem, arms, rows)
     ended = {(row["arm"], row["seed"]): row["ranks_end"] for row in rows if not row["failed"]}

@@ -100,6 +100,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     before = problem.quality(problem.loss(model, problem.tuning(trial.seed)), trial.seed)
     every = problem.steps // problem.evaluations
     failed, history = None, lorafamily.History()
+    logs: dict[str, Any] = {"log_dir": folder, "save_every": every, "resume": "auto"} if problem.logs else {}
     try:
         history = lorafamily.train(
             model,
@@ -110,7 +111,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
             evaluate_every=every,
             seed=trial.seed,
             progress=False,
-            **({"log_dir": folder, "save_every": every, "resume": "auto"} if problem.logs else {}),
+            **logs,
         )
     except lorafamily.NonFiniteError as error:
         failed = str(error)
@@ -155,7 +156,7 @@ def _adapt(model: torch.nn.Module, trial: Trial, problem: Problem) -> None:
     lorafamily.apply(model, arm.method, seed=trial.seed, data=data, **sizing, **dict(arm.options))
 
 
-def shuffled(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], seed: int) -> dict[str, int]:
+def shuffled(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, int]:
     """The same ranks, permuted among layers of equal shape."""
     draw = torch.Generator().manual_seed(seed)
     found: dict[str, int] = {}
@@ -170,6 +171,6 @@ def with_pattern(trial: Trial, ranks: Mapping[str, int]) -> Trial:
     """The trial of an arm that trains with ranks found by another."""
     if trial.arm.shuffle is not None:
         model = PROBLEMS[trial.problem].model(trial.seed)
-        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in ranks}  # type: ignore[union-attr,arg-type]
-        ranks = shuffled(ranks, shapes, 100 * trial.seed + trial.arm.shuffle)  # type: ignore[arg-type]
+        shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in ranks}
+        ranks = shuffled(ranks, shapes, 100 * trial.seed + trial.arm.shuffle)
     return replace(trial, pattern=tuple(ranks.items()))
