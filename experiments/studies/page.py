@@ -59,14 +59,14 @@ def write(folder: Path, out: Path) -> str:
 
 NOTE = "Written by `python experiments/study.py page` from the rows in `docs/study/`; do not edit."
 PROTOCOL = (
-    "One loop, AdamW, a linear schedule, the same batches for all arms of a seed. Every arm gets its own rate: quarter "
-    "decades, tried with seeds that are used for nothing else on a split that is used for nothing else, and extended "
-    "until the best lies inside; an arm whose best stays at an edge is void. Controls take the rate of what they "
-    "control (patterns anew and shuffled: uniform LoRA's). Judged on another split with other seeds, seed by seed against the "
-    "same seed. Intervals: 95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's method over all "
-    "comparisons of a problem. *Better* and *worse* are said below p = {level:g}; *on par* where two one-sided tests "
-    "put the difference within the margin, fixed before the runs; *undecided* otherwise. g: Hedges' g of paired "
-    "differences."
+    "One loop, AdamW, a linear schedule, the same batches for all arms of a seed. Every arm gets its own rate: "
+    "quarter decades, tried with seeds that are used for nothing else on a split that is used for nothing else, and "
+    "extended until the best lies inside; an arm whose best stays at an edge is void. Controls take the rate of "
+    "what they control (patterns anew and shuffled: uniform LoRA's). Judged on another split with other seeds, seed "
+    "by seed against the same seed. Intervals: 95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's "
+    "method over all comparisons of a problem. *Better* and *worse* are said below p = {level:g}; *on par* where "
+    "two one-sided tests put the difference within the margin, fixed before the runs; *undecided* otherwise. g: "
+    "Hedges' g of paired differences."
 )
 PATTERNS = (
     "Anew: plain LoRA from step 0 with the ranks that a method ended with. Shuffled: the same, with these ranks "
