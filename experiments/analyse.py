@@ -10,6 +10,9 @@ singular values; size by layer and kind of matrix.
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import itertools
 import json
 import math

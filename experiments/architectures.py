@@ -10,6 +10,9 @@ checked; each check has a model to itself, so that one that fails spoils no othe
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import copy
 import datetime
 import json

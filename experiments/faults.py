@@ -10,6 +10,9 @@ byte, those of the run that nobody killed.
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import dataclasses
 import json
 import multiprocessing

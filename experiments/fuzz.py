@@ -9,6 +9,9 @@ protects against them, and they may load, but must not crash, hang, take memory 
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import copy
 import io
 import json

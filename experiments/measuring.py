@@ -8,6 +8,9 @@ what an allocator does between its decisions.
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import copy
 import gc
 import platform

@@ -9,6 +9,9 @@ ours. Nothing of that repository is kept here. Ends with exit code 1 if a check 
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import copy
 import importlib
 import importlib.util

@@ -9,6 +9,9 @@ variable lets glibc give freed tensors back; without it the process keeps more t
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import gc
 import re
 import sys

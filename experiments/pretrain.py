@@ -7,6 +7,9 @@ absent.
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import json
 import math
 import sys

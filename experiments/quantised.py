@@ -9,6 +9,9 @@ step; of that the step's share is what it did not have before the step.
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import json
 import os
 import subprocess

@@ -9,6 +9,9 @@ scores takes, and how many numbers are scored for it.
 
 from __future__ import annotations
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import sys
 import time
 from collections.abc import Callable

@@ -16,6 +16,7 @@ import torch
 import lorafamily
 from cell import FULL, NONE, Cell, Size, Training
 from lorafamily.registry import find as find_method
+from sweep import Where, cores
 from tasks import TaskError
 
 TRADED_OFF = ("alora.scorer=first-order",)
@@ -76,6 +77,9 @@ class Compare:
     """peak learning rates, RATE for all or METHOD=RATE; as many for every method, of several each shows its best"""
     tuning_seed: int | None = None
     """try the learning rates with this seed alone, and run --seeds at the one that was best for each row"""
+    head_lr: float = 1e-2
+    """peak learning rate of a new task head, the same for every method whatever its own: a new head starts far from
+    where it ends, and a method that wants a small rate would be judged by a head that hardly moved"""
     weight_decay: float = 0.0
     """of AdamW"""
     warmup: float = 0.06
@@ -90,6 +94,15 @@ class Compare:
     """options of methods, as METHOD.OPTION=VALUE"""
     device: str = "auto"
     """auto takes a GPU where there is one"""
+    workers: int | None = None
+    """cells that run side by side in processes of this machine, one thread each; 1: one after another, with all
+    threads; none: as many as cores on a CPU, 1 on a GPU"""
+    cluster: str | None = None
+    """address of a Ray cluster to run the cells on instead: auto, HOST:PORT, or local for all of this machine"""
+    cpus_per_cell: int = 1
+    """threads of a cell that runs beside others"""
+    gpus_per_cell: float = 0.0
+    """on the cluster: of every cell; 0.5 lets two share one"""
     out: Path = Path("runs")
     """folder for all runs"""
     progress: bool = True
@@ -234,12 +247,44 @@ def training_of(settings: Compare, rows: int) -> Training:
         steps=steps,
         evaluate_every=math.ceil(steps / settings.evaluations),
         fused=fused,
+        head_lr=settings.head_lr,
         weight_decay=settings.weight_decay,
         warmup=settings.warmup,
         dropout=settings.dropout,
         device=device,
         options=options,
     )
+
+
+def where_of(settings: Compare, device: str) -> Where:
+    """Where the cells run.
+
+    Raises:
+        TaskError: settings that contradict each other, or would have no effect.
+    """
+    if settings.cpus_per_cell < 1 or settings.gpus_per_cell < 0 or (settings.workers or 1) < 1:
+        raise TaskError("--workers and --cpus-per-cell must be at least 1, --gpus-per-cell at least 0")
+    if settings.cluster is not None:
+        if settings.workers is not None:
+            raise TaskError("--cluster and --workers: give one; the cluster has as many workers as its cores allow")
+        if (device == "cuda") != (settings.gpus_per_cell > 0):
+            raise TaskError(
+                f"--gpus-per-cell {settings.gpus_per_cell:g} with --device {device}: cells on GPUs need --device cuda "
+                "and a share of a GPU each"
+            )
+        return Where(cluster=settings.cluster, cpus=settings.cpus_per_cell, gpus=settings.gpus_per_cell)
+    if settings.gpus_per_cell:
+        raise TaskError("--gpus-per-cell is for --cluster; one machine's GPUs are shared out by --cluster local")
+    workers = settings.workers
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if workers not in (None, 1):
+            raise TaskError(f"--workers {workers}: under torchrun the processes share every cell")
+        workers = 1
+    if workers is None:
+        workers = max(1, cores() // settings.cpus_per_cell) if device == "cpu" else 1
+    if workers == 1 and settings.cpus_per_cell > 1:
+        raise TaskError("--cpus-per-cell is for cells beside others; --workers 1 has the threads of OMP_NUM_THREADS")
+    return Where(workers=workers, cpus=settings.cpus_per_cell)
 
 
 def _value(text: str) -> Any:
@@ -251,7 +296,8 @@ def _value(text: str) -> Any:
 
 def what_rows_depend_on(settings: Compare, training: Training) -> dict[str, Any]:
     """The settings that a finished cell must have been run with to stand beside the others."""
-    fields = ("model", "data", "batch", "length", "held_out", "fused", "weight_decay", "warmup", "dropout")
+    fields: tuple[str, ...] = ("model", "data", "batch", "length", "held_out", "fused")
+    fields += ("head_lr", "weight_decay", "warmup", "dropout")
     same: dict[str, Any] = {"task": settings.task, "steps": training.steps, "evaluations": settings.evaluations}
     same |= {name: getattr(settings, name) for name in fields}
     shared = {method: own for method, own in training.options.items() if ":" not in method}

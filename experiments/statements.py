@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-import scipy.stats
-
 from report import first_crossing
+from studies.intervals import above, holm, paired
 
 Row = Mapping[str, Any]
 Size = Literal["small", "large"]
-Verdict = Literal["holds", "does not hold", "undecided"]
+Verdict = Literal["holds", "does not hold", "undecided", "void"]
 LEVEL = 0.05
 """Of the family of all statements in a setting, by Holm's method."""
 SEEDS = 5
 """The fewest that anything is said of."""
+EVALUATIONS = 15
+"""The fewest in a run that a number of steps is read from."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Statement:
 
     "better": the difference is above zero. "no worse": it is above −margin, the margin of the setting's metric.
     `measure`: the final metric, or the optimiser steps to the validation loss that both arms of a seed reach.
+    `budget_at`: where the paper's budget is one of the end, runs that held it at the peak say nothing of the claim.
     """
 
     name: str
@@ -50,12 +51,14 @@ class Statement:
     other: Arm
     kind: Literal["better", "no worse"] = "better"
     measure: Literal["metric", "steps"] = "metric"
+    budget_at: Literal["peak", "end"] = "peak"
 
 
 @dataclass(frozen=True)
 class Setting:
     """One comparison's rows. `margin`: the difference in the metric that nobody would mind, fixed before any run;
-    `chance`: the metric of whoever learns nothing, the best constant answer or the model as it was."""
+    `chance`: the metric of whoever learns nothing, the best constant answer or the model as it was; `budget_at`: when
+    the budget held in these runs."""
 
     name: str
     what: str
@@ -64,6 +67,7 @@ class Setting:
     margin: float
     chance: float
     rows: Sequence[Row]
+    budget_at: Literal["peak", "end"] = "peak"
 
     @property
     def runs(self) -> list[Row]:
@@ -85,10 +89,18 @@ class Setting:
 
     def of(self, arm: Arm) -> dict[int, Row]:
         """The arm's rows by seed."""
-        budgets = sorted({row["budget"] for row in self.rows if row["budget"] is not None})
-        wanted = {"small": budgets[0], "large": budgets[-1], None: None}[arm.size]
-        own = [row for row in self.runs if row["method"] == arm.method and row["budget"] == wanted]
+        own = [row for row in self.runs if row["method"] == arm.method and row["budget"] == self._budget(arm)]
         return {row["seed"]: row for row in own if not row["failed"]}
+
+    def at_an_edge(self, arm: Arm) -> bool:
+        """Whether the arm was judged at the lowest or the highest rate that it was tried at."""
+        tried = [row for row in self.tuned if row["method"] == arm.method and row["budget"] == self._budget(arm)]
+        rates = {row["lr"] for row in tried}
+        return bool(rates) and any(row["lr"] in (min(rates), max(rates)) for row in self.of(arm).values())
+
+    def _budget(self, arm: Arm) -> int | None:
+        budgets = sorted({row["budget"] for row in self.rows if row["budget"] is not None})
+        return {"small": budgets[0], "large": budgets[-1], None: None}[arm.size]
 
 
 @dataclass(frozen=True)
@@ -96,9 +108,10 @@ class Outcome:
     """What a setting says of a statement.
 
     `difference`: mean over seeds, positive where the arm is better, in the metric's unit or as a share of the run's
-    steps. `low`, `high`: its 95 % bootstrap interval. `effect`: Hedges' g of the paired differences, nan where they do
-    not vary. `p`: two-sided, paired t-test against zero or −margin; `adjusted`: by Holm.
-    `learnt`: whether the other arm is above chance at all; where it is not, whoever learns nothing equals it.
+    steps. `low`, `high`: its 95 % interval, Student's t. `effect`: Hedges' g of the paired differences, nan where they
+    do not vary. `p`: two-sided, paired t-test against zero or −margin; `adjusted`: by Holm. `learnt`: whether the other
+    arm is above chance at all; where it is not, whoever learns nothing equals it. `void`: why the runs cannot speak of
+    the claim, whatever they gave; empty where they can.
     """
 
     statement: Statement
@@ -111,10 +124,13 @@ class Outcome:
     effect: float
     p: float
     learnt: bool
+    void: str = ""
     adjusted: float = math.nan
 
     @property
     def verdict(self) -> Verdict:
+        if self.void:
+            return "void"
         if not self.learnt or not self.adjusted < LEVEL:
             return "undecided"
         return "holds" if self.difference > self.bound else "does not hold"
@@ -136,6 +152,7 @@ STATEMENTS = (
         Arm("lora2", "small"),
         Arm("adalora"),
         kind="no worse",
+        budget_at="end",
     ),
     Statement(
         "LoRA² beats LoRA of its own size",
@@ -160,7 +177,7 @@ STATEMENTS = (
         Arm("lora"),
     ),
     Statement(
-        "ALoRA beats LoRA",
+        "ALoRA, first-order scores, beats LoRA",
         "moving ranks to where they are worth most beats equal ranks at one budget",
         "ALoRA, arXiv:2403.16187",
         Arm("alora"),
@@ -172,6 +189,7 @@ STATEMENTS = (
         "AdaLoRA, arXiv:2303.10512, Table 1",
         Arm("adalora"),
         Arm("lora"),
+        budget_at="end",
     ),
     Statement(
         "LoRA is on par with full fine-tuning",
@@ -193,7 +211,7 @@ STATEMENTS = (
 
 
 def outcomes(settings: Sequence[Setting], statements: Sequence[Statement] = STATEMENTS) -> list[Outcome]:
-    """Every statement in every setting, p-values adjusted over the statements of a setting.
+    """Every statement in every setting, p-values adjusted over those statements of a setting that are not void.
 
     Raises:
         ValueError: fewer than five seeds that both arms ran.
@@ -201,8 +219,9 @@ def outcomes(settings: Sequence[Setting], statements: Sequence[Statement] = STAT
     found = []
     for setting in settings:
         own = [judge(statement, setting) for statement in statements]
-        adjusted = holm([outcome.p for outcome in own])
-        found += [replace(outcome, adjusted=p) for outcome, p in zip(own, adjusted, strict=True)]
+        valid = [outcome for outcome in own if not outcome.void]
+        adjusted = dict(zip(map(id, valid), holm([outcome.p for outcome in valid]), strict=True))
+        found += [replace(outcome, adjusted=adjusted.get(id(outcome), math.nan)) for outcome in own]
     return sorted(found, key=lambda outcome: statements.index(outcome.statement))
 
 
@@ -218,31 +237,41 @@ def judge(statement: Statement, setting: Setting) -> Outcome:
         raise ValueError(
             f"{setting.name}: {statement.arm} and {statement.other} share {len(seeds)} seeds, {SEEDS} are the fewest"
         )
-    differences = np.array([_difference(statement, setting, arm[seed], other[seed]) for seed in seeds])
+    differences = [_difference(statement, setting, arm[seed], other[seed]) for seed in seeds]
     bound = -setting.margin if statement.kind == "no worse" else 0.0
-    mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
-    if deviation == 0.0:  # a t-test has nothing to divide by; equal to the bound says nothing, all beyond it everything
-        low = high = mean
-        p = 1.0 if mean == bound else 0.0
-    else:
-        p = float(scipy.stats.ttest_1samp(differences, bound).pvalue)
-        drawn = scipy.stats.bootstrap(
-            (differences,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
-        )
-        low, high = (float(end) for end in drawn.confidence_interval)
-    n = len(seeds)
-    corrected = 1 - 3 / (4 * (n - 1) - 1)  # Hedges' correction of Cohen's d for few samples
-    effect = (mean - bound) / deviation * corrected if deviation else math.nan
+    found = paired(differences, bound)
     learnt = _above_chance(setting, [other[seed]["metric"] for seed in seeds])
-    return Outcome(statement, setting, tuple(differences.tolist()), bound, mean, low, high, effect, p, learnt)
+    evaluations = min(len(row["loss_curve"]) - 1 for row in (*arm.values(), *other.values()))
+    return Outcome(
+        statement,
+        setting,
+        tuple(differences),
+        bound,
+        found.mean,
+        found.low,
+        found.high,
+        found.effect,
+        found.p,
+        learnt,
+        _void(statement, setting, evaluations),
+    )
+
+
+def _void(statement: Statement, setting: Setting, evaluations: int) -> str:
+    """Why runs cannot speak of a claim."""
+    if edges := [str(arm) for arm in (statement.arm, statement.other) if setting.at_an_edge(arm)]:
+        return f"best at an edge of the rates: {', '.join(edges)}"
+    if statement.budget_at != setting.budget_at:
+        return f"the paper's budget is that of the {statement.budget_at}, the runs' that of the {setting.budget_at}"
+    if statement.measure == "steps" and evaluations < EVALUATIONS:
+        return f"{evaluations} evaluations a run, {EVALUATIONS} are the fewest to read steps from"
+    return ""
 
 
 def _above_chance(setting: Setting, metrics: Sequence[float]) -> bool:
     """One-sided t-test of the metric against chance; where it does not vary, whether it is better."""
-    above = (np.array(metrics) - setting.chance) * (1 if setting.higher_is_better else -1)
-    if above.std() == 0.0:
-        return bool(above.mean() > 0)
-    return bool(scipy.stats.ttest_1samp(above, 0.0, alternative="greater").pvalue < LEVEL)
+    sign = 1 if setting.higher_is_better else -1
+    return above([sign * (value - setting.chance) for value in metrics], 0.0) < LEVEL
 
 
 def _difference(statement: Statement, setting: Setting, arm: Row, other: Row) -> float:
@@ -255,13 +284,3 @@ def _difference(statement: Statement, setting: Setting, arm: Row, other: Row) ->
         return (others - own) / arm["loss_curve"][-1][0]
     value = float(arm["metric"] - other["metric"])
     return value if setting.higher_is_better else -value
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted so that the chance of any false rejection among them is bounded (Holm 1979)."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    adjusted, worst = [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = worst
-    return adjusted

@@ -6,6 +6,14 @@ lorafamily.train(model, batches, steps=1000)
 lorafamily.save(model, "my-adapter")
 """
 
+import os as _os
+import sys as _sys
+
+if _os.path.basename("".join(_sys.argv[:1])).partition(".")[0] == "lorafamily":
+    # The command's own process: threads that wait shall sleep. OpenMP reads this when torch is loaded, below.
+    _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# isort: split
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.scorer import Scorer
 from lorafamily.budget import Sizing

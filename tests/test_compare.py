@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -23,10 +24,10 @@ import lorafamily
 import report
 import tasks
 from groups import Group
-from settings import Compare
+from settings import Compare, training_of
 
 ROOT = Path(__file__).parents[1]
-TINY = {"steps": 12, "evaluations": 2, "batch": 4, "progress": False, "lr": ("2e-3",)}
+TINY = {"steps": 12, "evaluations": 2, "batch": 4, "progress": False, "lr": ("2e-3",), "workers": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +159,37 @@ def test_two_processes_give_the_table_of_one(tmp_path):
         # float32: the mean over a batch is taken in two halves.
         assert one["metric"] == pytest.approx(two["metric"], abs=1e-4)
         assert one["file_bytes"] == two["file_bytes"]
+
+
+@pytest.mark.parametrize("method", ["none", "full", "lora"])
+def test_the_head_has_a_rate_of_its_own_the_same_for_every_method(method):
+    """One step of AdamW moves every entry with a gradient by its rate: the head by 0.01, whatever the cell's."""
+    model = torch.nn.Sequential()
+    model.add_module("linear", torch.nn.Linear(8, 8, bias=False))
+    model.add_module("head", torch.nn.Linear(8, 4, bias=False))
+    if method == "lora":
+        lorafamily.apply(model, "lora", rank=2, targets="linear", also_train="^head", seed=0)
+    elif method == "none":
+        model.linear.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training = dataclasses.replace(training_of(Compare(steps=1, evaluations=1), rows=10), head_lr=1e-2)
+    cell = cells.Cell(method, None, None, lr=1e-4, seed=0)
+    batch = {"input": torch.randn(16, 8, generator=torch.Generator().manual_seed(0))}
+    lorafamily.train(
+        model,
+        [batch],
+        steps=1,
+        loss_fn=lambda m, b: m(b["input"]).square().mean(),
+        **cells.rates(cell, "^head", training),
+        warmup=0,
+        schedule="constant",
+        seed=0,
+        progress=False,
+    )
+    moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    assert moved.pop("head.weight") == pytest.approx(1e-2, rel=1e-3)
+    if method != "none":
+        assert max(moved.values()) == pytest.approx(1e-4, rel=1e-3)
 
 
 def test_cells_of_other_settings_are_not_mixed_in(tmp_path):

@@ -14,8 +14,8 @@ MINILM = {
     "length": 64,
     "steps": 100,
     "seeds": 5,
-    "lr": ("3e-4", "2e-3", "1e-2"),
-    "evaluations": 3,
+    "lr": ("1e-4", "3.2e-4", "1e-3", "3.2e-3", "1e-2", "3.2e-2"),
+    "evaluations": 15,
 }
 
 preset = Preset(
@@ -24,10 +24,10 @@ preset = Preset(
         methods=("full", "lora", "olora", "alora", "lora2", "adalora"),
         budgets=("80e3", "lora=10e3", "lora=80e3", "lora2=10e3"),
         seeds=8,
-        lr=("1e-3", "3e-3", "1e-2", "2e-2"),
+        lr=("3.2e-4", "1e-3", "3.2e-3", "1e-2", "3.2e-2", "1e-1"),
         tuning_seed=100,
-        evaluations=6,
+        evaluations=15,
     ),
     quick={"steps": 30, "seeds": 2, "evaluations": 2, "lr": ("2e-3", "1e-2"), "name": "claims-quick"},
-    by_task={"sst2": MINILM, "rte": MINILM | {"name": "claims-rte", "steps": 40, "evaluations": 2}},
+    by_task={"sst2": MINILM, "rte": MINILM | {"name": "claims-rte", "steps": 40}},
 )

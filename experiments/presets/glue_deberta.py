@@ -2,7 +2,7 @@
 
 For people with a GPU and the weights. One learning rate a task for all adapters, as in the papers of AdaLoRA and LoRA².
 Target rank, inner rank, γ, t_i, t_f, Δ_T and alpha are the paper's; AdaLoRA shares what it has. Full fine-tuning gets
-2e-5, a customary rate that is none of the papers'.
+2e-5, a customary rate that is none of the papers'; the head has the papers' rate, for every method.
 """
 
 from presets import SHORT, Preset
@@ -20,7 +20,13 @@ def paper(
     options = [f"{method}.{option}" for method in ("lora2", "adalora") for option in schedule]
     options += [f"lora2.target={target}", f"lora2.slices={inner}"]
     options += [f"{method}.alpha={alpha}" for method in METHODS]
-    return {"length": tokens, "lr": (rate, "full=2e-5"), "epochs": epochs, "options": tuple(options)}
+    return {
+        "length": tokens,
+        "lr": (rate, "full=2e-5"),
+        "head_lr": float(rate),
+        "epochs": epochs,
+        "options": tuple(options),
+    }
 
 
 TASKS = {

@@ -2,7 +2,8 @@
 
 For people with a GPU and the weights. Rank 8 on q and v, 512 tokens, 6 % warm-up; weight decay and alpha = 16 are the
 scripts', whose batches are eight times these; the table has alpha 8. Where the scripts start MRPC, RTE and STS-B from
-the adapter trained on MNLI, each starts afresh here. Full fine-tuning gets 2e-5, a customary rate.
+the adapter trained on MNLI, each starts afresh here. Full fine-tuning gets 2e-5, a customary rate. The
+head has the rate of the paper's adapters, for every method.
 """
 
 from presets import SHORT, Preset
@@ -35,7 +36,7 @@ preset = Preset(
     ),
     quick=SHORT | {"length": 64, "held_out": 64},
     by_task={
-        task: {"batch": batch, "epochs": float(epochs), "lr": (rate, "full=2e-5")}
+        task: {"batch": batch, "epochs": float(epochs), "lr": (rate, "full=2e-5"), "head_lr": float(rate)}
         for task, (batch, epochs, rate) in PAPER.items()
     },
 )

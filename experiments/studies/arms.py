@@ -1,0 +1,126 @@
+"""The arms and controls of the studies, as data.
+
+Sizes are in units of a study's budget. An arm is tuned on its own unless `rates_of` names the one whose rate it takes:
+controls differ from the arm that they control in one thing only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Dropped = Literal["state", "state and schedule"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train with adapters.
+
+    `method`, `options`: as `lorafamily.apply` takes them. `size`: budget at the end, in units of the study's;
+    `budget_at`: when it holds. `up_ratio`: rate of U over that of V (LoRA+). `cut_from`: trained with so many times
+    `size`, then cut to it through all layers. `pattern`: ranks by layer are those another arm of the same seed ended
+    with; `shuffle`: permuted among layers of equal shape, by this number. `dropped`: what the optimiser loses whenever
+    ranks change. `start`: log10 of the rate around which tuning begins.
+    """
+
+    name: str
+    method: str = "lora"
+    options: tuple[tuple[str, Any], ...] = ()
+    size: float = 1.0
+    budget_at: Literal["peak", "end"] = "peak"
+    up_ratio: float | None = None
+    cut_from: float | None = None
+    pattern: str | None = None
+    shuffle: int | None = None
+    dropped: Dropped | None = None
+    rates_of: str | None = None
+    start: float = -2.0
+
+
+def _found(name: str) -> list[Arm]:
+    """Plain LoRA trained from step 0 with the pattern that an arm found, and with three shuffles of it."""
+    anew = Arm(f"{name}'s pattern anew", pattern=name, rates_of="uniform")
+    return [anew] + [
+        Arm(f"{name}'s pattern shuffled {i}", pattern=name, shuffle=i, rates_of="uniform") for i in (1, 2, 3)
+    ]
+
+
+UNIFORM = Arm("uniform")
+"""Plain LoRA, the same rank everywhere: what everything is held against."""
+ALORA = Arm("ALoRA", "alora", (("scores", "exact"),))
+ADALORA = Arm("AdaLoRA", "adalora", budget_at="end", start=-1.75)
+ONE = ("drop", 1)
+"""ALoRA's n_A on the planted problem. The paper's, the layers of one block, is a 256th of all slices in LLaMA-2-7B;
+here it would be half of them, and every second round would undo the one before."""
+
+PLANTED: tuple[Arm, ...] = (
+    UNIFORM,
+    Arm("uniform at the peak size", size=1.5),
+    Arm("ALoRA", "alora", (("scores", "exact"), ONE)),
+    Arm("ALoRA first-order", "alora", (("scores", "first-order"), ONE)),
+    Arm("ALoRA, eight slices a round", "alora", (("scores", "exact"),), rates_of="ALoRA"),
+    Arm("ALoRA, random scores", "alora", (("scores", "random"), ONE)),
+    Arm("ALoRA, state dropped", "alora", (("scores", "exact"), ONE), dropped="state", rates_of="ALoRA"),
+    Arm(
+        "ALoRA, state and schedule dropped",
+        "alora",
+        (("scores", "exact"), ONE),
+        dropped="state and schedule",
+        rates_of="ALoRA",
+    ),
+    ADALORA,
+    Arm("AdaLoRA, task-only scores", "adalora", (("scores_on", "task"),), budget_at="end", start=-1.75),
+    Arm("AdaLoRA, random scores", "adalora", (("scores", "random"),), budget_at="end", start=-1.75),
+    Arm("EVA", "eva"),
+    Arm("GoRA", "gora"),
+    Arm("LoRA then cut", cut_from=1.5),
+    *_found("ALoRA"),
+    *_found("AdaLoRA"),
+    *_found("EVA"),
+    *_found("GoRA"),
+)
+
+EMBEDDED: tuple[Arm, ...] = (
+    UNIFORM,
+    Arm("uniform, rank 1", size=1 / 8),
+    Arm("uniform, rank 2", size=1 / 4),
+    Arm("uniform, rank 4", size=1 / 2),
+    Arm("uniform at the peak size", size=1.5),
+    Arm("rsLoRA", "rslora", start=-2.25),
+    Arm("LoRA+", up_ratio=16.0, start=-2.75),
+    ALORA,
+    Arm("ALoRA first-order", "alora", (("scores", "first-order"),)),
+    Arm("ALoRA, random scores", "alora", (("scores", "random"),)),
+    Arm(
+        "ALoRA, optimiser state dropped",
+        "alora",
+        (("scores", "first-order"),),
+        dropped="state",
+        rates_of="ALoRA first-order",
+    ),
+    Arm(
+        "ALoRA, state and schedule dropped",
+        "alora",
+        (("scores", "first-order"),),
+        dropped="state and schedule",
+        rates_of="ALoRA first-order",
+    ),
+    ADALORA,
+    Arm("AdaLoRA, task-only scores", "adalora", (("scores_on", "task"),), budget_at="end", start=-1.75),
+    Arm("AdaLoRA, budget at the peak", "adalora", start=-1.75),
+    Arm("AdaLoRA, budget at the peak, task-only scores", "adalora", (("scores_on", "task"),), start=-1.75),
+    Arm("LoRA² at 1/8", "lora2", size=1 / 8, start=-1.75),
+    Arm("LoRA²", "lora2", start=-1.75),
+    Arm("OLoRA", "olora", start=-3.0),
+    Arm("EVA", "eva"),
+    Arm("GoRA", "gora", start=-2.25),
+    Arm("LoRA then cut", cut_from=1.5),
+    *_found("ALoRA first-order"),
+    *_found("AdaLoRA"),
+    *_found("EVA"),
+    *_found("GoRA"),
+)
+"""On the embedded model; the budget is LoRA's at rank 8."""
+
+ARMS = {"planted": PLANTED, "misleading": PLANTED, "embedded": EMBEDDED}
+"""By problem."""

@@ -1,0 +1,91 @@
+"""What is said of differences between two arms, seed by seed: intervals, tests, effect sizes, equivalence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of pairs. `low`, `high`: of their mean, Student's t. `effect`: Hedges' g of the paired differences,
+    nan where they do not vary. `p`: two-sided, of the mean being `bound`."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    effect: float
+    p: float
+
+
+def paired(differences: Sequence[float], bound: float = 0.0, confidence: float = CONFIDENCE) -> Paired:
+    """The mean of differences with its t interval, and a t-test against `bound`.
+
+    Differences that do not vary have nothing to be judged by: the interval is their value, and p is 1 at the bound. Off
+    it, p is that of the sign test, the smallest that n pairs can give without an assumption on their spread.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"{n} differences: an interval needs at least two")
+    mean, deviation = float(values.mean()), float(values.std(ddof=1))
+    if deviation == 0.0:
+        return Paired(n, mean, mean, mean, math.nan, 1.0 if mean == bound else 0.5 ** (n - 1))
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
+    corrected = 1 - 3 / (4 * (n - 1) - 1)  # Hedges' correction of Cohen's d for few samples
+    p = float(scipy.stats.ttest_1samp(values, bound).pvalue)
+    return Paired(n, mean, mean - half, mean + half, (mean - bound) / deviation * corrected, p)
+
+
+def equivalence(differences: Sequence[float], margin: float) -> float:
+    """p of "the mean is within ± margin": two one-sided t-tests, of which the larger p counts (Schuirmann 1987).
+
+    Raises:
+        ValueError: the margin is not positive, or there are fewer than two differences.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin={margin!r}: must be positive")
+    return max(above(differences, -margin), above([-value for value in differences], -margin))
+
+
+def above(differences: Sequence[float], bound: float) -> float:
+    """p of the mean being above `bound`, one-sided t-test; for values that do not vary, the sign test's.
+
+    Raises:
+        ValueError: fewer than two differences.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} differences: a test needs at least two")
+    if values.std(ddof=1) == 0.0:
+        return 0.5 ** len(values) if values.mean() > bound else 1.0
+    return float(scipy.stats.ttest_1samp(values, bound, alternative="greater").pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted so that the chance of any false rejection among them is bounded (Holm 1979)."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    adjusted, worst = [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def coverage(n: int, draws: int, generator: np.random.Generator, confidence: float = CONFIDENCE) -> float:
+    """The share of simulated samples of n normal differences whose interval contains the true mean."""
+    hits = 0
+    for sample in generator.normal(size=(draws, n)):
+        found = paired(sample.tolist(), confidence=confidence)
+        hits += found.low <= 0.0 <= found.high
+    return hits / draws

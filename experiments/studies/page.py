@@ -1,0 +1,280 @@
+"""docs/study.md: what the stored rows say, in plain words, a table and two figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lorafamily.insight.figures import COLOURS, save
+from page import Heading, Part, Picture, Table, Text, markdown
+from studies import protocol
+from studies.results import LEVEL, Comparison, Row, Study, area, mean_of, puts_it_there, read, steps_to
+
+FINDERS = ("ALoRA", "AdaLoRA", "EVA", "GoRA")
+COLOUR = {"better": "#009E73", "on par": COLOURS[0], "undecided": "#777777", "worse": "#D55E00"}
+
+
+def write(folder: Path, out: Path) -> str:
+    """Write the page and its pictures; returns the page.
+
+    Raises:
+        SystemExit: no rows are stored.
+    """
+    studies = read(folder)
+    if not studies:
+        raise SystemExit(f"{folder}: no stored rows; study.py run, then study.py store")
+    compared = [study.comparisons() for study in studies]
+    save(forest(studies, compared), folder / "forest.png")
+    save(patterns(studies, compared), folder / "patterns.png")
+    parts: list[Part] = [
+        Text(" ".join(sentences(studies, compared))),
+        Text(NOTE),
+        Heading("What was asked, and how"),
+        Text("\n".join(f"- **{study.problem.name}**: {study.problem.what} {_runs(study)}" for study in studies)),
+        Text(PROTOCOL.format(level=LEVEL)),
+        Heading("The arms"),
+        Table(table(studies, compared)),
+        Text(_columns(studies)),
+        Picture("Difference from uniform LoRA, with intervals", folder / "forest.png"),
+        Heading("Found patterns beside their effect"),
+        Text(PATTERNS),
+        Table(controls(studies, compared)),
+        Picture("Mean rank by layer, and what it was worth", folder / "patterns.png"),
+        Heading("What follows for a choice"),
+        Text(FOLLOWS),
+        Heading("What is not shown"),
+        Text(missing(studies)),
+        Heading("Again"),
+        Text(AGAIN),
+    ]
+    text = markdown("Does it matter where the rank goes?", parts, out.parent)
+    out.write_text(text, encoding="utf-8")
+    return text
+
+
+NOTE = "Written by `python experiments/study.py page` from the rows in `docs/study/`; do not edit."
+PROTOCOL = (
+    "One loop, AdamW, a linear schedule, the same batches for all arms of a seed. Every arm gets its own rate: "
+    "quarter decades, tried with seeds that are used for nothing else on a split that is used for nothing else, and "
+    "extended until the best lies inside; an arm whose best stays at an edge is void. Controls take the rate of "
+    "what they control (patterns anew and shuffled: uniform LoRA's). Judged on another split with other seeds, seed "
+    "by seed against the same seed. Intervals: 95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's "
+    "method over all comparisons of a problem. *Better* and *worse* are said below p = {level:g}; *on par* where "
+    "two one-sided tests put the difference within the margin, fixed before the runs; *undecided* otherwise. g: "
+    "Hedges' g of paired differences."
+)
+PATTERNS = (
+    "Anew: plain LoRA from step 0 with the ranks that a method ended with. Shuffled: the same, with these ranks "
+    "permuted among layers of equal shape, the mean of three shuffles. If it matters where the rank goes, the pattern "
+    "anew beats the pattern shuffled; if the method itself matters beside its pattern, the method beats the pattern "
+    "anew."
+)
+FOLLOWS = (
+    "Allocation can be worth having where layers differ much in what they need: the planted problem makes them differ "
+    "as much as they can, all or nothing. It says that a method is able to find such layers, and not that a model at "
+    "hand has any. Start with uniform LoRA at a tuned rate, and hold an allocation against its own pattern shuffled "
+    "before its ranks are read as insight."
+)
+AGAIN = (
+    "    python experiments/study.py run planted\n"
+    "    python experiments/study.py run misleading\n"
+    "    python experiments/study.py run embedded\n"
+    "    python experiments/study.py store runs/study-*/results.jsonl\n"
+    "    python experiments/study.py page"
+)
+
+
+def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[str]:
+    """What was found, in three sentences; failures first."""
+    found = {study.problem.name: list(own) for study, own in zip(studies, compared, strict=True)}
+    said = []
+    if "planted" in found:
+        study = next(study for study in studies if study.problem.name == "planted")
+        solved = {name: solves(study, found["planted"], name) for name in FINDERS}
+        good = [name for name, ok in solved.items() if ok]
+        bad = [name for name, ok in solved.items() if not ok]
+        start = "On a planted problem, where half of the layers can help and the others cannot, "
+        failed = f"{_list(bad)} {'does' if len(bad) == 1 else 'do'} not pass; " if bad else ""
+        passed = f"{_list(good)} put the rank where it helps and beat equal ranks and their own pattern shuffled"
+        said.append(start + failed + (passed if good else "no method passes") + ".")
+        random = {c.arm: c for c in found["planted"] if "random scores" in c.arm and c.other == "uniform"}
+        words = [f"{name} is {c.verdict} ({_signed(c)})" for name, c in random.items()]
+        same = "The same allocators with random scores in place of their own, held against equal ranks: "
+        said.append(same + (", ".join(words) if words else "not run") + ".")
+    real = found.get("embedded", [])
+    verdicts = [f"{c.arm} {c.verdict}" for c in real if c.other == "uniform" and c.arm in FINDERS]
+    said.append(
+        f"On the embedded model, against uniform LoRA: {', '.join(verdicts)}."
+        if verdicts
+        else "Whether it matters on a model that was not made for the question is not answered here: too few runs were "
+        "made on the embedded one, and none on a larger one."
+    )
+    return said
+
+
+def solves(study: Study, comparisons: Sequence[Comparison], name: str) -> bool:
+    """Whether an arm puts the rank into the planted layers, and beats uniform and its pattern shuffled."""
+    share = puts_it_there(study.of(name))
+    verdicts = [c.verdict for c in comparisons if c.arm == name]
+    return share is not None and share[1] < LEVEL and verdicts == ["better", "better"]
+
+
+def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
+    """Every arm of every problem, but shuffled patterns, which `controls` has."""
+    lines: list[list[str]] = [
+        [
+            *("arm", "problem", "rate", "metric", "against uniform", "g", "p", "verdict", "rank where it helps"),
+            *("parameters, peak", "at the end", "area", "steps to goal", "forgetting", "seconds", "KiB"),
+        ]
+    ]
+    for study, own in zip(studies, compared, strict=True):
+        against = {c.arm: c for c in own if c.other == "uniform"}
+        quarters = protocol.rates(study.problem, study.arms, study.rows)
+        for arm in study.arms:
+            rows = study.of(arm.name)
+            if arm.shuffle is not None or not rows:
+                continue
+            c, share = against.get(arm.name), puts_it_there(rows)
+            metrics = [row["metric"] for row in rows.values()]
+            spread = f" ± {statistics.stdev(metrics):.3f}" if len(metrics) > 1 else ""
+            lines.append(
+                [
+                    arm.name,
+                    study.problem.name,
+                    f"{10 ** (quarters[arm.name] / 4):.2g}",
+                    f"{statistics.fmean(metrics):.3f}{spread} (n = {len(rows)})",
+                    *(["–"] * 4 if c is None else [_signed(c), f"{c.found.effect:+.1f}", _p(c), f"**{c.verdict}**"]),
+                    "–" if share is None else f"{100 * share[0]:.0f} %",
+                    _or_dash(mean_of(rows, lambda row: row["parameters_peak"]), "{:,.0f}".format),
+                    _or_dash(mean_of(rows, lambda row: row["parameters_end"]), "{:,.0f}".format),
+                    _or_dash(mean_of(rows, area), "{:.3f}".format),
+                    _or_dash(mean_of(rows, partial(steps_to, goal=study.problem.goal)), "{:.0f}".format),
+                    _or_dash(mean_of(rows, lambda row: row["forgetting"]), "{:+.3f}".format),
+                    _or_dash(mean_of(rows, lambda row: row["seconds"]), "{:.1f}".format),
+                    _or_dash(mean_of(rows, lambda row: row["bytes"]), lambda size: f"{size / 1024:.0f}"),
+                ]
+            )
+    return lines
+
+
+def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
+    """What found patterns are worth against the same ranks in other places."""
+    lines = [["arm", "problem", "against", "difference", "g", "p", "verdict"]]
+    for study, own in zip(studies, compared, strict=True):
+        lines += [
+            [c.arm, study.problem.name, c.other, _signed(c), f"{c.found.effect:+.1f}", _p(c), f"**{c.verdict}**"]
+            for c in own
+            if c.other != "uniform"
+        ]
+    return lines
+
+
+def missing(studies: Sequence[Study]) -> str:
+    """What was not run, and what nobody should conclude."""
+    said = ["Nothing was run on SST-2 or a second real task, and nothing on a model of more than a million parameters."]
+    for study in studies:
+        if void := study.void():
+            said.append(f"Void on {study.problem.name}, best at an edge of the rates: {', '.join(void)}.")
+        if absent := study.not_run():
+            said.append(f"Not run on {study.problem.name}, or with too few seeds: {', '.join(absent)}.")
+    names = {study.problem.name for study in studies}
+    said += [f"The problem {name} was not run." for name in ("misleading", "embedded") if name not in names]
+    said.append("ElaLoRA and FlexLoRA are no arms yet.")
+    return " ".join(said)
+
+
+def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
+    """Every arm's difference from uniform LoRA with its interval, a panel a problem."""
+    chosen = [[c for c in own if c.other == "uniform"] for own in compared]
+    height = 1.2 + 0.27 * max(map(len, chosen))
+    figure = Figure(figsize=(7.0 * len(studies), height), dpi=110, layout="constrained")
+    for axes, study, own in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, chosen, strict=True):
+        for place, c in enumerate(own):
+            axes.plot([c.found.low, c.found.high], [place] * 2, color=COLOUR[c.verdict], linewidth=2.2)
+            axes.plot(c.found.mean, place, "o", color=COLOUR[c.verdict], markersize=5)
+        axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+        axes.set_yticks(range(len(own)), [c.arm for c in own], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title(f"{study.problem.name}: better than uniform LoRA to the right", fontsize=9)
+        axes.set_xlabel(f"difference in {study.problem.metric}", fontsize=8)
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = [figure.axes[0].plot([], [], "o-", color=colour)[0] for colour in COLOUR.values()]
+    figure.legend(handles, list(COLOUR), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
+    """Mean rank by layer of every arm that finds a pattern, and beside it the pattern's effect, a row a problem.
+
+    Where it is known which layers can help, these come first.
+    """
+    figure = Figure(figsize=(9.5, 2.9 * len(studies)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(studies), 2, squeeze=False, width_ratios=[3, 2])
+    for (left, right), study, own in zip(panels, studies, compared, strict=True):
+        names = [arm.name for arm in study.arms if arm.pattern is None and arm.size == 1.0 and study.of(arm.name)]
+        image = [np.mean([_ordered(study, row) for row in study.of(name).values()], axis=0) for name in names]
+        shown = left.imshow(np.array(image), aspect="auto", cmap="viridis", vmin=0)
+        known = bool(study.problem.planted(study.problem.seeds[0]))
+        if known:
+            left.axvline(len(image[0]) / 2 - 0.5, color="white", linewidth=2)
+        left.set_title(
+            f"{study.problem.name}: rank by layer" + (", those that can help first" if known else ""), fontsize=9
+        )
+        left.set_yticks(range(len(names)), names, fontsize=7)
+        figure.colorbar(shown, ax=left)
+        against = {c.arm: c for c in own if c.other == "uniform"}
+        for place, name in enumerate(names):
+            if c := against.get(name):
+                right.plot([c.found.low, c.found.high], [place] * 2, color=COLOUR[c.verdict], linewidth=2.2)
+                right.plot(c.found.mean, place, "o", color=COLOUR[c.verdict], markersize=5)
+        right.axvline(0, color="#bbbbbb", linewidth=0.8)
+        right.set_ylim(len(names) - 0.5, -0.5)
+        right.set_yticks([])
+        right.set_title("better than uniform to the right", fontsize=9)
+    return figure
+
+
+def _ordered(study: Study, row: Row) -> list[int]:
+    chosen = study.problem.planted(row["seed"])
+    return [row["ranks_end"][name] for name in sorted(row["ranks_end"], key=lambda name: (name not in chosen, name))]
+
+
+def _runs(study: Study) -> str:
+    judged = [row for row in study.rows if row["seed"] in study.problem.seeds]
+    problem = study.problem
+    return (
+        f"{problem.steps} steps, {problem.evaluations} evaluations; metric: {problem.metric}, lower is better; margin "
+        f"{problem.margin:g}; {len(study.rows) - len(judged)} runs to tune, {len(judged)} to judge."
+    )
+
+
+def _columns(studies: Sequence[Study]) -> str:
+    goals = ", ".join(f"{study.problem.goal:g} ({study.problem.name})" for study in studies)
+    return (
+        "Rank where it helps: of all slices at the end, those in the layers that can help; equal ranks have 50 %. "
+        f"Area: mean of the metric over the run, on the split to tune on. Goal: {goals}, on that split; – where a seed "
+        "never gets there. Forgetting: bits per byte more on the source text. Seconds: of training steps, on a machine "
+        "that was shared with other work, so that they say little. KiB: of the saved adapter."
+    )
+
+
+def _signed(c: Comparison) -> str:
+    return f"{c.found.mean:+.3f} [{c.found.low:+.3f}, {c.found.high:+.3f}]"
+
+
+def _p(c: Comparison) -> str:
+    return f"{c.adjusted:.1g}" if c.adjusted < 0.095 else f"{c.adjusted:.2f}"
+
+
+def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
+    return "–" if value is None else form(value)
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,134 @@
+"""What the rows of a study say of its arms."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from studies import protocol
+from studies.arms import ARMS, UNIFORM, Arm
+from studies.intervals import Paired, above, equivalence, holm, paired
+from studies.problems import PROBLEMS, Problem
+
+Row = Mapping[str, Any]
+LEVEL = 0.05
+FEWEST = 5
+"""Seeds that two arms must share before anything is said of them."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`arm` against `other`; positive where the arm is better. `p`: two-sided, `adjusted` by Holm over all comparisons
+    of a problem; `same`: p of a difference within the margin."""
+
+    arm: str
+    other: str
+    found: Paired
+    adjusted: float
+    same: float
+
+    @property
+    def verdict(self) -> str:
+        if self.adjusted < LEVEL:
+            return "better" if self.found.mean > 0 else "worse"
+        return "on par" if self.same < LEVEL else "undecided"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The stored rows of one problem."""
+
+    problem: Problem
+    rows: Sequence[Row]
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return ARMS[self.problem.name]
+
+    def of(self, name: str) -> dict[int, Row]:
+        """The judged rows of an arm by seed, at its chosen rate."""
+        quarter = protocol.rates(self.problem, self.arms, self.rows).get(name)
+        own = [row for row in self.rows if row["arm"] == name and row["quarter"] == quarter and not row["failed"]]
+        return {row["seed"]: row for row in own if row["seed"] in self.problem.seeds}
+
+    def shuffles(self, name: str) -> dict[int, float]:
+        """By seed the mean metric of the shuffles of an arm's pattern, where all of them were run."""
+        shuffled = [self.of(arm.name) for arm in self.arms if arm.pattern == name and arm.shuffle is not None]
+        seeds = set.intersection(*(set(own) for own in shuffled)) if shuffled else set()
+        return {seed: statistics.fmean(own[seed]["metric"] for own in shuffled) for seed in sorted(seeds)}
+
+    def comparisons(self) -> list[Comparison]:
+        """Every judged arm against uniform LoRA, and those that find a pattern, and that pattern anew, against it
+        shuffled."""
+        metrics = {arm.name: {s: row["metric"] for s, row in self.of(arm.name).items()} for arm in self.arms}
+        pairs = [(name, UNIFORM.name, metrics[UNIFORM.name]) for name in metrics if name != UNIFORM.name]
+        for arm in self.arms:
+            if arm.pattern is not None and arm.shuffle is None:
+                other = self.shuffles(arm.pattern)
+                pairs += [(name, f"{arm.pattern}'s pattern shuffled", other) for name in (arm.pattern, arm.name)]
+        found = []
+        for name, other_name, other in pairs:
+            seeds = sorted(metrics[name].keys() & other.keys())
+            if len(seeds) >= FEWEST:
+                differences = [other[seed] - metrics[name][seed] for seed in seeds]
+                found.append((name, other_name, paired(differences), equivalence(differences, self.problem.margin)))
+        adjusted = holm([pair[2].p for pair in found])
+        return [Comparison(a, b, got, p, same) for (a, b, got, same), p in zip(found, adjusted, strict=True)]
+
+    def void(self) -> list[str]:
+        """Tuned arms whose best rate lies at an edge of what could be tried."""
+        chosen = protocol.rates(self.problem, self.arms, self.rows)
+        tried = {row["arm"] for row in self.rows}
+        return [arm.name for arm in protocol.tuned(self.arms) if arm.name in tried and arm.name not in chosen]
+
+    def not_run(self) -> list[str]:
+        """Arms without enough judged seeds that are not void."""
+        void = set(self.void())
+        return [arm.name for arm in self.arms if len(self.of(arm.name)) < FEWEST and arm.name not in void]
+
+
+def read(folder: Path) -> list[Study]:
+    """The stored studies, in the problems' order."""
+    studies = []
+    for name, problem in PROBLEMS.items():
+        path = folder / f"{name}.jsonl.gz"
+        if path.exists():
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                studies.append(Study(problem, [json.loads(line) for line in lines]))
+    return studies
+
+
+def area(row: Row) -> float:
+    """Mean of the curve over the run, by trapezoids: lower is faster."""
+    points = row["curve"]
+    whole = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
+    return float(whole / (points[-1][0] - points[0][0]))
+
+
+def steps_to(row: Row, goal: float) -> float | None:
+    """The step at which the curve is first at the goal, interpolated; None where it never is."""
+    for (step, value), (later, below) in pairwise(row["curve"]):
+        if below <= goal:
+            share = 1.0 if value == below else min(1.0, max(0.0, (value - goal) / (value - below)))
+            return float(step + share * (later - step))
+    return None
+
+
+def mean_of(rows: Mapping[int, Row], value: Callable[[Row], float | None]) -> float | None:
+    """Over the seeds; None where one of them has none."""
+    values = [value(row) for row in rows.values()]
+    return (
+        None if not values or any(v is None for v in values) else statistics.fmean(v for v in values if v is not None)
+    )
+
+
+def puts_it_there(rows: Mapping[int, Row]) -> tuple[float, float] | None:
+    """The mean share of rank in the layers that can help, and p of its being above that of equal ranks, a half."""
+    shares = [row["planted"] for row in rows.values() if row["planted"] is not None]
+    return (statistics.fmean(shares), above(shares, 0.5)) if len(shares) >= FEWEST else None

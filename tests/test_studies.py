@@ -1,0 +1,185 @@
+"""The studies' statistics, protocol and planted problem; the committed page is what the command writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import lorafamily
+from studies import protocol
+from studies.arms import ARMS, UNIFORM, Arm
+from studies.intervals import coverage, equivalence, holm, paired
+from studies.page import write
+from studies.problems import PROBLEMS
+from studies.results import area, steps_to
+from studies.trials import Forgetful, Trial, shuffled, with_pattern
+
+STORED = Path(__file__).parents[1] / "docs" / "study"
+
+
+@pytest.mark.parametrize("n", [5, 8])
+def test_intervals_cover_what_they_say(n):
+    """4000 samples: the standard error of a share of 0.95 is 0.0034, so that 2 % are six of them."""
+    assert coverage(n, 4000, np.random.default_rng(n)) == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_interval_that_was_used_before_does_not_cover():
+    """The percentile bootstrap of five numbers: what the coverage test is able to reject."""
+    hits, draw = 0, np.random.default_rng(0)
+    for sample in draw.normal(size=(400, 5)):
+        means = draw.choice(sample, (1000, 5)).mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        hits += low <= 0 <= high
+    assert hits / 400 < 0.90
+
+
+def test_equivalence_takes_a_margin_that_the_data_can_tell():
+    near = [0.01, -0.01, 0.02, -0.02, 0.0]
+    assert equivalence(near, 0.05) < 0.05
+    assert equivalence(near, 0.01) > 0.05
+    assert equivalence([value + 0.1 for value in near], 0.05) > 0.9
+    with pytest.raises(ValueError, match="must be positive"):
+        equivalence(near, 0.0)
+
+
+def test_differences_that_do_not_vary_are_not_certain():
+    same = paired([0.1] * 5)
+    assert (same.low, same.high, same.p) == (0.1, 0.1, 0.5**4)
+    assert math.isnan(same.effect)
+    assert paired([0.0] * 5).p == 1.0
+    assert holm([same.p, 0.9])[0] > 0.05
+
+
+def test_paired_is_students_t():
+    values = [0.3, -0.1, 0.4, 0.2, 0.05]
+    found = paired(values)
+    test = scipy.stats.ttest_1samp(values, 0.0)
+    interval = test.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(test.pvalue)
+
+
+def row(arm, quarter, seed, quality):
+    return {"arm": arm.name, "quarter": quarter, "seed": seed, "failed": None, "tuning_metric": quality, "key": ""}
+
+
+def test_the_grid_is_extended_until_the_best_is_inside():
+    """A quality with its best at quarter −12, from a start at −8: five steps outwards."""
+    tried: dict[int, float] = {}
+    while more := protocol.to_try(UNIFORM, tried):
+        tried |= {quarter: abs(quarter + 12) for quarter in more}
+    assert sorted(tried) == list(range(-13, -6))
+    assert protocol.best_quarter(tried) == -12
+
+
+def test_an_optimum_at_an_edge_voids_the_arm():
+    """Quality that gets better the larger the rate, to the end of what may be tried."""
+    problem, rows = PROBLEMS["planted"], []
+    while trials := [t for t in protocol.tuning_trials(problem, [UNIFORM], rows) if t.quarter <= protocol.HIGHEST]:
+        rows += [row(UNIFORM, t.quarter, t.seed, -t.quarter) | {"key": t.key} for t in trials]
+    assert max(r["quarter"] for r in rows) == protocol.HIGHEST
+    assert protocol.rates(problem, [UNIFORM], rows) == {}
+    assert protocol.judging_trials(problem, [UNIFORM], rows) == []
+
+
+def test_seeds_and_splits_of_tuning_are_not_those_of_judging():
+    for problem in PROBLEMS.values():
+        assert not set(problem.tuning_seeds) & set(problem.seeds)
+        assert problem.evaluations >= 15
+        assert len(problem.seeds) >= 8
+    for problem in (PROBLEMS["planted"], PROBLEMS["embedded"]):
+        key = next(iter(problem.tuning(0)[0]))
+        assert not torch.equal(problem.tuning(0)[0][key], problem.judging(0)[0][key])
+
+
+def test_arms_name_what_exists():
+    for arms in ARMS.values():
+        names = [arm.name for arm in arms]
+        assert len(set(names)) == len(names)
+        for arm in arms:
+            assert arm.method in lorafamily.methods()
+            assert arm.rates_of is None or arm.rates_of in names
+            assert arm.pattern is None or names.index(arm.pattern) < names.index(arm.name)
+
+
+def test_a_shuffled_pattern_stays_among_layers_of_equal_shape():
+    ranks = {f"a{i}": i for i in range(6)} | {f"b{i}": 10 + i for i in range(6)}
+    shapes = {name: (4, 4) if name[0] == "a" else (4, 8) for name in ranks}
+    found = shuffled(ranks, shapes, 1)
+    assert found != ranks
+    for kind in "ab":
+        own = [name for name in ranks if name[0] == kind]
+        assert sorted(found[name] for name in own) == sorted(ranks[name] for name in own)
+    assert list(found) == list(ranks)
+    other = with_pattern(Trial("planted", Arm("x", shuffle=1), -8, 0), {f"branches.{i}": i for i in range(8)})
+    assert sorted(rank for _, rank in other.pattern) == list(range(8))
+
+
+def test_only_planted_layers_can_help():
+    """The base computes the target but for the planted layers' updates: with these, what is judged is exact."""
+    problem = PROBLEMS["planted"]
+    model = problem.model(0)
+    assert problem.quality(problem.loss(model, problem.judging(0)), 0) == pytest.approx(1.0)
+    assert len(problem.planted(0)) == 4
+    for batch in problem.judging(0):
+        model.zero_grad()
+        (model.predicted(batch["x"]) - batch["y"]).square().mean().backward()
+    norms = {name.removesuffix(".weight"): p.grad.norm().item() for name, p in model.named_parameters()}
+    smallest = min(norms[name] for name in problem.planted(0))
+    assert smallest > 2 * max(norm for name, norm in norms.items() if name not in problem.planted(0))
+
+
+def test_an_optimiser_that_forgets():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Forgetful([weight], 0.1, "state and schedule")
+    weight.grad = torch.ones(3)
+    optimizer.param_groups[0]["lr"] = 0.01
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    larger = torch.nn.Parameter(torch.ones(4))
+    larger.grad = torch.ones(4)
+    optimizer.state[larger] = optimizer.state.pop(weight)
+    optimizer.param_groups[0]["params"] = [larger]
+    optimizer.step()
+    assert optimizer.losses == 1
+    assert optimizer.state[larger]["step"] == 1  # of the step just made
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_area_and_steps_of_a_curve():
+    one = {"curve": [[0, 2.0], [10, 1.0], [20, 1.0]]}
+    assert area(one) == 1.25
+    assert steps_to(one, 1.5) == 5.0
+    assert steps_to(one, 0.5) is None
+
+
+def test_the_committed_page_is_what_the_command_writes(tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(STORED, folder)
+    assert write(folder, tmp_path / "study.md") == STORED.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_another_row_is_another_page(tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(STORED, folder)
+    path = folder / "planted.jsonl.gz"
+    with gzip.open(path, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    changed = next(r for r in rows if r["arm"] == "EVA" and r["seed"] == 0)
+    changed["metric"] += 1.0
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(r) + "\n" for r in rows)
+    assert write(folder, tmp_path / "study.md") != STORED.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_trials_can_be_sent_to_workers():
+    assert dataclasses.replace(Trial("planted", UNIFORM, -8, 0), seed=1) in {Trial("planted", UNIFORM, -8, 1)}
