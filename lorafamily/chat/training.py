@@ -1,0 +1,354 @@
+"""The command `lorafamily train`: from a file of conversations to a folder with an adapter.
+
+    OUT/adapter.safetensors, adapter.json   the adapter, as lorafamily.save writes it
+    OUT/run.yaml                            all options, as they were taken
+    OUT/chat_template.jinja                 the template it was trained with
+    OUT/log/                                TensorBoard's events, steps, allocation, pictures, checkpoints
+    OUT/peft, serving, merged, model.gguf   on request
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import lorafamily
+from lorafamily.batch import LossFn
+from lorafamily.chat import exporting
+from lorafamily.chat.batches import ChatBatches, Count, sees_other_rows
+from lorafamily.chat.forms import Conversation, conversations
+from lorafamily.chat.generating import RUN
+from lorafamily.chat.loss import ChunkedLoss, difference, own_loss
+from lorafamily.chat.model import TEMPLATE, Base, device_of, pad_of, quiet, read_base, read_template
+from lorafamily.chat.options import write
+from lorafamily.chat.reporting import Reporter
+from lorafamily.chat.rows import read
+from lorafamily.chat.settings import MethodOptions, Train
+from lorafamily.chat.tokens import Tokenised, Tokens, preview, tokenised
+from lorafamily.errors import DataError, FileError, StateError, TrainingError
+from lorafamily.history import History
+from lorafamily.placement import placement_of
+from lorafamily.terminal import coloured
+from lorafamily.training.processes import Processes
+
+LOG = "log"
+SAME = 1e-3  # of losses computed in another order, in any precision
+LEAK = 0.1  # half precision rounds to 1e-2; a row that sees another changes by about 1
+
+
+@dataclass
+class Data:
+    """Rows to train on and to evaluate on."""
+
+    train: list[Tokens]
+    validation: list[Tokens]
+    asked: list[Conversation]
+    """Conversations of the rows to evaluate on."""
+    said: str
+    """What was read, in one line."""
+
+
+def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """The command: what it found, and as text. `say`: prints a line before the result is there.
+
+    Raises:
+        LoraFamilyError: nothing was trained, and nothing written; or what `lorafamily.train` raises.
+        Interrupted: a signal stopped the run, and it is saved.
+    """
+    quiet()
+    check(options)
+    template = read_template(options.model.model, options.model.template)
+    data = read_data(options, template)
+    if options.data.preview is not None:
+        return _preview(options, data, template)
+    say(data.said)
+    device = _device(options)
+    base = read_base(options.model.model, options.model.dtype, options.model.quantise, device, template)
+    if options.result.dry_run:
+        from lorafamily.chat.dry import dry_run
+
+        return dry_run(options, base, data.train)
+    assert options.result.out is not None
+    processes = Processes(device)
+    batches, validation = batches_of(options, base, data, processes)
+    loss_fn = loss_of(options, base)
+    if options.batches.pack and (leak := sees_other_rows(base.model, base.vocabulary)) > LEAK:
+        raise DataError(
+            f"--pack: {type(base.model).__name__} lets packed rows see each other (a logit changes by {leak:.0%}); "
+            "train without it"
+        )
+    adapted(options, base, batches, loss_fn)
+    say(adapters_line(options, base))
+    with Reporter(options, base, data.asked, batches, validation, loss_fn, processes, say) as reporter:
+        if processes.first:
+            begin_folder(options, template.text)
+        history = _run(options, base, batches, validation, loss_fn, reporter)
+    if not processes.first:
+        return {}, ""
+    return finish(options, base, history, reporter)
+
+
+def check(options: Train) -> None:
+    """What can be refused before anything is read.
+
+    Raises:
+        DataError, StateError: an option that makes no sense, or a folder that is something else.
+    """
+    data, batches, evaluation, result = options.data, options.batches, options.evaluation, options.result
+    for name, value, least in (
+        ("--length", data.length, 2),
+        ("--batch", batches.batch, 1),
+        ("--accumulate", batches.accumulate, 1),
+        ("--chunk", batches.chunk, 0),
+        ("--samples", evaluation.samples, 0),
+        ("--preview", data.preview, 1),
+        ("--steps", options.optimisation.steps, 1),
+        ("--evaluate-every", evaluation.evaluate_every, 1),
+        ("--save-every", result.save_every, 1),
+    ):
+        if value is not None and value < least:
+            raise DataError(f"{name} {value}: must be at least {least}")
+    if not 0 <= data.eval_share < 1:
+        raise DataError(f"--eval-share {data.eval_share:g}: must be a share of the rows in [0, 1)")
+    if options.optimisation.epochs is not None and not options.optimisation.epochs > 0:
+        raise DataError(f"--epochs {options.optimisation.epochs:g}: must be more than 0")
+    if options.optimisation.epochs is not None and options.optimisation.steps is not None:
+        raise DataError("--steps and --epochs: give one of them")
+    if not data.data:
+        raise DataError("--data needs at least one file, folder or name on the hub")
+    if evaluation.patience is not None and not data.eval_share and not data.validation_data:
+        raise DataError("--patience has no effect without rows to evaluate on; give --eval-share or --validation-data")
+    if options.execution.compile and batches.chunk:
+        raise DataError("--compile needs the model's own loss: add --chunk 0")
+    exporting.check(result.export, options.model.model)
+    if data.preview is None and not result.dry_run:
+        if result.out is None:
+            raise DataError("needs --out, a folder for the result (or --preview or --dry-run)")
+        check_folder(options)
+
+
+def check_folder(options: Train) -> None:
+    """Whether the folder is new, or that of a run with the same options.
+
+    Raises:
+        StateError: it is something else.
+    """
+    out = options.result.out
+    assert out is not None
+    if out.is_file():
+        raise StateError(f"--out {out}: is a file; give a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / RUN).is_file():
+        raise StateError(f"--out {out}: the folder is not empty and not of a run; give another")
+    try:
+        then = yaml.safe_load((out / RUN).read_text(encoding="utf-8"))
+        groups = {name: dict(then[name]) for name in ("model", "data", "method", "batches", "optimisation")}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError):
+        raise StateError(f"--out {out}: its {RUN} is damaged; remove the folder or give another") from None
+    now = {name: vars(getattr(options, name)) for name in groups}
+    differing = [
+        f"--{key.replace('_', '-')} was {was}, is {_as_yaml(now[name].get(key))}"
+        for name, group in groups.items()
+        for key, was in group.items()
+        if was != _as_yaml(now[name].get(key)) and key != "preview"
+    ]
+    if differing and options.result.resume != "anyway":
+        raise StateError(
+            f"--out {out}: is of a run with other options: {'; '.join(differing)}. Give another folder, or go on "
+            "with the new ones by --resume anyway"
+        )
+
+
+def _as_yaml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _device(options: Train) -> torch.device:
+    """Of this process; torchrun's processes take a GPU each."""
+    device = device_of(options.model.device)
+    if device.type == "cuda" and device.index is None and (local := os.environ.get("LOCAL_RANK")):
+        torch.cuda.set_device(int(local))
+        return torch.device("cuda", int(local))
+    return device
+
+
+def read_data(options: Train, template: Any) -> Data:
+    """Rows as tokens, and which of them are for evaluation.
+
+    Raises:
+        DataError: a row that is no conversation, or none left.
+    """
+    given = options.data
+
+    def taken(sources: tuple[str, ...]) -> Tokenised:
+        rows = [row for source in sources for row in read(source, given.split)]
+        return tokenised(
+            conversations(rows), template, length=given.length, loss_on=given.loss_on, too_long=given.too_long
+        )
+
+    found = taken(given.data)
+    if given.validation_data is not None:
+        apart = taken((given.validation_data,))
+        return Data(found.rows, apart.rows, apart.kept, f"{found.said()}; {len(apart.rows):,} for evaluation")
+    count = max(1, round(given.eval_share * len(found.rows))) if given.eval_share else 0
+    if count and len(found.rows) < 2:
+        raise DataError("one row cannot be shared between training and evaluation; add rows, or --eval-share 0")
+    order = torch.randperm(len(found.rows), generator=torch.Generator().manual_seed(options.optimisation.seed)).tolist()
+    held = sorted(order[:count])
+    return Data(
+        [found.rows[at] for at in sorted(order[count:])],
+        [found.rows[at] for at in held],
+        [found.kept[at] for at in held],
+        f"{found.said()}; {count:,} for evaluation",
+    )
+
+
+def _preview(options: Train, data: Data, template: Any) -> tuple[dict[str, Any], str]:
+    import sys
+
+    colour = coloured(sys.stdout) and not options.result.json
+    texts = [preview(row, template.tokenizer, colour) for row in data.train[: options.data.preview]]
+    marks = "in green" if colour else "between « and »"
+    head = [f"{data.said}", f"learnt tokens are {marks}"]
+    parts = [f"── row {at} ──\n{text}" for at, text in enumerate(texts, 1)]
+    return {"rows": texts, "data": data.said}, "\n".join([*head, *parts])
+
+
+def batches_of(
+    options: Train, base: Base, data: Data, processes: Processes
+) -> tuple[ChatBatches, ChatBatches | None]:
+    """Batches to train on, divided among the processes, and to evaluate on, the same in all."""
+    given, pad = options.batches, pad_of(base.tokenizer)
+    batches = ChatBatches(
+        data.train,
+        given.batch,
+        pad,
+        options.data.length if given.pack else None,
+        seed=options.optimisation.seed,
+        rank=processes.rank,
+        num_replicas=processes.world,
+    )
+    if not data.validation:
+        return batches, None
+    ordered = sorted(data.validation, key=len)
+    return batches, ChatBatches(ordered, given.batch, pad, shuffle=False)
+
+
+def loss_of(options: Train, base: Base) -> LossFn:
+    """Chunked, unless the model does more between its head and its loss."""
+    if not options.batches.chunk:
+        return own_loss
+    if difference(base.model, base.vocabulary) > SAME:
+        return own_loss  # such as capped logits; `Reporter` says it
+    return ChunkedLoss(options.batches.chunk)
+
+
+def adapted(options: Train, base: Base, batches: ChatBatches, loss_fn: LossFn) -> None:
+    """Put the adapters on."""
+    method = options.method
+    more: dict[str, Any] = {}
+    if _asks_for_data(method.method):  # the same in all processes
+        more = {"data": dataclasses.replace(batches, rank=0, num_replicas=1, count=Count()), "loss_fn": loss_fn}
+    lorafamily.apply(base.model, seed=options.optimisation.seed, **arguments(method), **more)
+
+
+def arguments(method: MethodOptions) -> dict[str, Any]:
+    """Of `lorafamily.apply` and `lorafamily.plan`, from the options."""
+    given = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    own = dict(map(_method_option, given.pop("method_options")))
+    for name in ("targets", "exclude", "also_train"):
+        given[name] = given[name] or None
+        if given[name] in (("attention",), ("all-linear",)):
+            given[name] = given[name][0]
+        elif given[name]:
+            given[name] = list(given[name])
+    return given | own
+
+
+def _method_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise DataError(f"--method-options {text}: must be name=value, such as alpha=32")
+    return name.replace("-", "_"), yaml.safe_load(value)
+
+
+def _asks_for_data(method: str) -> bool:
+    from lorafamily.method import FromEvidence
+    from lorafamily.registry import find
+
+    return isinstance(find(method).initialisation, FromEvidence)
+
+
+def adapters_line(options: Train, base: Base) -> str:
+    """What was adapted, in one line."""
+    trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    ranks = [adapter.rank for adapter in placement_of(base.model).adapters.values()]
+    return f"{options.method.method}: {trained:,} trainable parameters, rank {sum(ranks):,} on {len(ranks)} layers"
+
+
+def begin_folder(options: Train, template: str) -> None:
+    """What the result has from the beginning on."""
+    assert options.result.out is not None
+    try:
+        options.result.out.mkdir(parents=True, exist_ok=True)
+        write(options, options.result.out / RUN)
+        (options.result.out / TEMPLATE).write_text(template, encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"--out {options.result.out}: cannot be written ({error})") from None
+
+
+def _run(
+    options: Train,
+    base: Base,
+    batches: ChatBatches,
+    validation: ChatBatches | None,
+    loss_fn: LossFn,
+    reporter: Reporter,
+) -> History:
+    optimisation, evaluation, execution = options.optimisation, options.evaluation, options.execution
+    assert options.result.out is not None
+    settings = dataclasses.asdict(optimisation) | {"epochs": None, "steps": reporter.total}
+    return lorafamily.train(
+        base.model,
+        batches,
+        loss_fn=loss_fn,
+        loss_over="tokens",
+        accumulate=options.batches.accumulate,
+        validation=validation,
+        evaluate=reporter.evaluate if validation else None,
+        evaluate_every=reporter.evaluate_every if validation else None,
+        patience=evaluation.patience,
+        restore_best=evaluation.restore_best,
+        progress=reporter.bar,
+        on_step=reporter.step,
+        log_dir=options.result.out / LOG,
+        save_every=options.result.save_every or max(1, math.ceil(reporter.total / 10)),
+        keep=options.result.keep,
+        resume=options.result.resume,
+        **settings,
+        **dataclasses.asdict(execution),
+    )
+
+
+def finish(options: Train, base: Base, history: History, reporter: Reporter) -> tuple[dict[str, Any], str]:
+    """Save, export, and say what came out."""
+    out = options.result.out
+    assert out is not None
+    if not history.steps:
+        raise TrainingError("no step was made")
+    lorafamily.save(base.model, out)
+    for picture in (out / LOG).glob("*.png"):
+        shutil.copyfile(picture, out / picture.name)
+    written = exporting.export(options.result.export, options.model.model, base, out)
+    result = reporter.result(history) | {"out": str(out), "exports": {k: str(v) for k, v in written.items()}}
+    return result, reporter.text(history, out, written)
