@@ -132,7 +132,7 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _named(value: Any) -> str:
-    names = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
