@@ -79,13 +79,13 @@ def checkpoint_of(model: str) -> Path:
 
 
 def _with_base(config: str, model: str) -> str:
-    """peft's config names the base, so that servers and AutoPeftModel find it."""
+    """peft's config names the base and what kind of model it is, so that servers and AutoPeftModel find it."""
     import json
 
     given = json.loads(config)
     path = Path(model).expanduser()
     given["base_model_name_or_path"] = str(path.resolve()) if path.is_dir() else model
-    return json.dumps(given, indent=2)
+    return json.dumps(given | {"task_type": "CAUSAL_LM"}, indent=2)
 
 
 def _tokenizer(base: Base, folder: Path) -> None:

@@ -26,7 +26,7 @@ class ChunkedLoss:
         chunk: tokens whose logits are in memory at a time.
     """
 
-    def __init__(self, chunk: int = 1024):
+    def __init__(self, chunk: int = 256):
         self.chunk = chunk
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:

@@ -113,10 +113,10 @@ def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> 
 
 def _one_line(text: str, names: Mapping[str, Any]) -> str:
     """What tyro says in a box, as one line; its first part only, which says what is wrong."""
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in text.splitlines()[1:]]
+    lines = [re.sub(r"[│╭╮╰╯|+]|─{3,}|-{3,}", " ", line).strip() for line in text.splitlines()[1:]]
     first: list[str] = []
-    for line in lines:
-        if line.startswith("───") or not line.strip("─ "):
+    for line in lines[not lines[:1] or not lines[0] :]:  # a rule below the title, where there is no box
+        if not line:
             break
         first.append(line)
     said = " ".join(first)
@@ -124,6 +124,8 @@ def _one_line(text: str, names: Mapping[str, Any]) -> str:
         option = found[1]
         return f"no option {option}{nearest(option, ['--' + name.replace('_', '-') for name in names])}"
     if found := re.match(r"Error parsing (\S+): .* instantiated from \[(.*)\]", said):
+        return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
+    if found := re.match(r"Error parsing (\S+): .*: ('.*')$", said):
         return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
     if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", said):
         choices = [choice.strip(" '") for choice in found[3].split(",") if choice.strip(" '") not in ("", "None")]

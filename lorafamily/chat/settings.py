@@ -88,7 +88,7 @@ class BatchOptions:
     """Put several rows into one of --length tokens; none sees another."""
     accumulate: int = 1
     """Batches of an optimiser step."""
-    chunk: int = 1024
+    chunk: int = 256
     """Tokens whose logits are in memory at a time; 0: all, the model's own loss."""
 
 
@@ -245,7 +245,7 @@ class Evaluate:
     """Rows whose last answer is generated and compared with the one given; 0: none."""
     max_new: int = 256
     """Tokens of an answer at most."""
-    chunk: int = 1024
+    chunk: int = 256
     """Tokens whose logits are in memory at a time; 0: all."""
     dtype: Dtype = "auto"
     """Of the base's weights."""

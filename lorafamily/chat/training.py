@@ -89,9 +89,13 @@ def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], s
     adapted(options, base, batches, loss_fn)
     say(adapters_line(options, base))
     with Reporter(options, base, data.asked, batches, validation, loss_fn, processes, say) as reporter:
-        if processes.first:
-            begin_folder(options, template.text)
-        history = _run(options, base, batches, validation, loss_fn, reporter)
+        new = processes.first and begin_folder(options, template.text)
+        try:
+            history = _run(options, base, batches, validation, loss_fn, reporter)
+        except BaseException:
+            if new and not reporter.at:  # refused before the first step
+                shutil.rmtree(options.result.out, ignore_errors=True)
+            raise
     if not processes.first:
         return {}, ""
     return finish(options, base, history, reporter)
@@ -296,15 +300,19 @@ def adapters_line(options: Train, base: Base) -> str:
     return f"{options.method.method}: {trained:,} trainable parameters, rank {sum(ranks):,} on {len(ranks)} layers"
 
 
-def begin_folder(options: Train, template: str) -> None:
-    """What the result has from the beginning on."""
-    assert options.result.out is not None
+def begin_folder(options: Train, template: str) -> bool:
+    """What the result has from the beginning on; whether there was nothing yet."""
+    out = options.result.out
+    assert out is not None
+    if (out / RUN).is_file():
+        return False
     try:
-        options.result.out.mkdir(parents=True, exist_ok=True)
-        write(options, options.result.out / RUN)
-        (options.result.out / TEMPLATE).write_text(template, encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
+        write(options, out / RUN)
+        (out / TEMPLATE).write_text(template, encoding="utf-8")
     except OSError as error:
-        raise FileError(f"--out {options.result.out}: cannot be written ({error})") from None
+        raise FileError(f"--out {out}: cannot be written ({error})") from None
+    return True
 
 
 def _run(
@@ -347,6 +355,7 @@ def finish(options: Train, base: Base, history: History, reporter: Reporter) -> 
     if not history.steps:
         raise TrainingError("no step was made")
     lorafamily.save(base.model, out)
+    write(options, out / RUN)  # with what a run that went on was given
     for picture in (out / LOG).glob("*.png"):
         shutil.copyfile(picture, out / picture.name)
     written = exporting.export(options.result.export, options.model.model, base, out)
