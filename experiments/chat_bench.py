@@ -47,6 +47,8 @@ class Settings:
     """In the batch of "loss"."""
     vocabulary: int = 150_000
     """Of "loss"."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which "llama" computes; bfloat16 is slow on CPUs without instructions for it."""
     way: str = ""
     """One measurement, in this process."""
     folder: Path | None = None
@@ -76,7 +78,7 @@ def main(settings: Settings) -> None:
 
 def measured(settings: Settings, way: str, folder: Path) -> dict[str, Any]:
     given = ["--steps", settings.steps, "--rows", settings.rows, "--length", settings.length]
-    given += ["--tokens", settings.tokens, "--vocabulary", settings.vocabulary]
+    given += ["--tokens", settings.tokens, "--vocabulary", settings.vocabulary, "--dtype", settings.dtype]
     command = [sys.executable, __file__, settings.what, *map(str, given), "--way", way, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -154,7 +156,9 @@ def ours(settings: Settings, folder: Path) -> dict[str, Any]:
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(said):
         command = f"train --model {folder} --data {folder}/chats.jsonl --eval-share 0 --rank {RANK} --quantise nf4"
-        command += f" --dtype bfloat16 --checkpoint-activations --steps {settings.steps} --batch {settings.rows}"
+        command += (
+            f" --dtype {settings.dtype} --checkpoint-activations --steps {settings.steps} --batch {settings.rows}"
+        )
         command += f" --length {settings.length} --save-every 1000 --out {out}/adapter --json"
         assert lorafamily(command.split()) == 0, said.getvalue()
     found = json.loads(said.getvalue())
@@ -172,10 +176,13 @@ def theirs(settings: Settings, folder: Path) -> dict[str, Any]:
     from lorafamily.chat.tokens import tokenised
 
     four = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=settings.dtype,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=four, dtype=torch.bfloat16, device_map={"": "cpu"}
+        folder, quantization_config=four, dtype=getattr(torch, settings.dtype), device_map={"": "cpu"}
     )
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)

@@ -13,7 +13,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "red blue green one two three cat dog bird runs sits flies".split()
+WORDS = ["red", "blue", "green", "one", "two", "three", "cat", "dog", "bird", "runs", "sits", "flies"]
 
 
 def chats(count: int = 24) -> list[dict]:

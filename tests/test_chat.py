@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +19,7 @@ pytest.importorskip("tyro")
 
 import chatting  # noqa: E402
 import lorafamily  # noqa: E402
-from lorafamily.chat import training  # noqa: E402
+from lorafamily.chat import exporting, training  # noqa: E402
 from lorafamily.cli import main  # noqa: E402
 from lorafamily.history import History  # noqa: E402
 
@@ -54,7 +57,9 @@ def test_from_a_file_of_conversations_to_answers_and_to_peft(here, capsys):
     assert run(f"train --model base --data chats.jsonl {given} --method-options rounds=2 --out out") == 0
     said = capsys.readouterr().out
     print(said)
-    assert "24 rows" in said and "evaluation at step 9" in said and "→" in said
+    assert "24 rows" in said
+    assert "evaluation at step 9" in said
+    assert "→" in said
     assert all(ord(character) >= 32 or character == "\n" for character in said), "no bar where there is no terminal"
     assert {"adapter.safetensors", "run.yaml", "chat_template.jinja", "log", "peft", "serving", "merged"} <= {
         path.name for path in Path("out").iterdir()
@@ -77,20 +82,26 @@ def test_from_a_file_of_conversations_to_answers_and_to_peft(here, capsys):
 
     assert run("generate --adapter out --max-new 8 --json", "red cat", "dog") == 0  # the base is the run's
     found = json.loads(capsys.readouterr().out)
-    assert len(found["answers"]) == 2 and found["model"] == "base"
+    assert len(found["answers"]) == 2
+    assert found["model"] == "base"
     text = transformers.AutoTokenizer.from_pretrained("base").apply_chat_template(
         [{"role": "user", "content": "red cat"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    written = merged.generate(**text, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, text["input_ids"].shape[1] :]
+    written = merged.generate(**text, max_new_tokens=8, do_sample=False, pad_token_id=0)[
+        0, text["input_ids"].shape[1] :
+    ]
     fast = transformers.AutoTokenizer.from_pretrained("base")
     assert found["answers"][0] == fast.decode(written, skip_special_tokens=True).strip()
 
-    assert run("evaluate --adapter out out/log/checkpoints/" + sorted(p.name for p in Path("out/log/checkpoints").iterdir())[-1], "--data", "chats.jsonl", "--generate", "6", "--json") == 0  # fmt: skip
+    last = max(Path("out/log/checkpoints").iterdir())
+    assert run(f"evaluate --adapter out {last} --data chats.jsonl --generate 6 --json") == 0
     columns = json.loads(capsys.readouterr().out)["columns"]
-    assert list(columns)[0] == "base" and len(columns) == 3
+    assert next(iter(columns)) == "base"
+    assert len(columns) == 3
     before, *after = columns.values()
     assert after[0] == after[1], "the last checkpoint is the adapter"
-    assert after[0]["loss"] < 0.7 * before["loss"] and 0 <= after[0]["exact match"] <= 1
+    assert after[0]["loss"] < 0.7 * before["loss"]
+    assert 0 <= after[0]["exact match"] <= 1
 
     assert run(f"train --model base --data chats.jsonl {given} --method-options rounds=2 --out out --json") == 0
     assert json.loads(capsys.readouterr().out)["stopped"] == "all 18 steps done", "the same command changes nothing"
@@ -100,15 +111,19 @@ def test_from_a_file_of_conversations_to_answers_and_to_peft(here, capsys):
 
 def test_samples_are_on_tensorboard_and_evaluations_stop_a_run(here, capsys):
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    given = "--lr 0 --steps 12 --evaluate-every 2 --patience 2 --eval-share 0.2 --samples 1 --pack --length 64 --batch 2"
+    given = (
+        "--lr 0 --steps 12 --evaluate-every 2 --patience 2 --eval-share 0.2 --samples 1 --pack --length 64 --batch 2"
+    )
     assert run(f"{TRAIN} {given} --out out --json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["stopped"] == "no lower validation loss in 2 evaluations" and found["steps"] == 6
+    assert found["stopped"] == "no lower validation loss in 2 evaluations"
+    assert found["steps"] == 6
     texts = []
     for path in Path("out/log").glob("events*.samples"):
         events = event_file.EventAccumulator(str(path)).Reload()
         texts += [event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/1/text_summary")]
-    assert len(texts) == 3 and all("**written**" in text and "<|im_start|>assistant" in text for text in texts)
+    assert len(texts) == 3
+    assert all("**written**" in text and "<|im_start|>assistant" in text for text in texts)
 
 
 def test_a_run_that_was_stopped_goes_on_by_the_same_command(here, capsys, monkeypatch):
@@ -119,9 +134,6 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(here, capsys, monkey
     def stopped(self, record):
         step(self, record)
         if record.step == 4:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as around:
@@ -140,10 +152,14 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(here, capsys, monkey
 def test_a_config_file_says_everything_and_the_command_line_more(here, capsys, monkeypatch):
     taken = {}
     monkeypatch.setattr(lorafamily, "train", lambda model, data, **given: taken.update(given, model=model) or History())
-    given = "--warmup 3 --schedule cosine --export peft --also-train norm --method-options alpha=32 --no-check-gradients"
+    given = (
+        "--warmup 3 --schedule cosine --export peft --also-train norm --method-options alpha=32 --no-check-gradients"
+    )
     assert run(f"{TRAIN} --steps 5 {given} --out out") == 2  # no step was made
     first = dict(taken)
-    assert taken["warmup"] == 3 and taken["schedule"] == "cosine" and taken["check_gradients"] is False
+    assert taken["warmup"] == 3
+    assert taken["schedule"] == "cosine"
+    assert taken["check_gradients"] is False
     Path("out/run.yaml").rename("run.yaml")
     assert run("train --config run.yaml --epochs 2 --rank-budget 9 --floor 0.1 --out other") == 2
     same = set(first) - {"model", "steps", "floor", "loss_fn", "on_step", "log_dir", "evaluate", "validation"}
@@ -158,10 +174,13 @@ def test_a_dry_run_plans_and_writes_nothing(here, capsys):
     before = set(here.iterdir())
     assert run(f"{TRAIN} --dry-run --checkpoint-activations") == 0
     said = capsys.readouterr().out
-    assert "frozen floor" in said and "it fits" in said and "nothing was trained or written" in said
+    assert "frozen floor" in said
+    assert "it fits" in said
+    assert "nothing was trained or written" in said
     assert run(f"{TRAIN} --preview 2") == 0
     said = capsys.readouterr().out
-    assert said.count("«") == 3 and "<|im_end|>»" in said
+    assert said.count("«") == 3
+    assert "<|im_end|>»" in said
     assert set(here.iterdir()) == before
 
 
@@ -175,6 +194,19 @@ def test_a_base_in_four_bits_trains(here, capsys):
     assert run("generate --adapter out --quantise nf4 --max-new 2 red") == 0
 
 
+def test_a_converter_that_is_found_is_asked_for_a_gguf_file(tmp_path, monkeypatch):
+    """The real one is llama.cpp's, on no package index: this is what we ask of it."""
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    converter.write_text("import sys; open(sys.argv[3], 'w').write(' '.join(sys.argv[1:3]))")
+    exporting.check(["gguf"])
+    written = exporting._gguf(tmp_path / "merged", tmp_path / "model.gguf")
+    assert written.read_text() == f"{tmp_path / 'merged'} --outfile"
+    converter.write_text("raise SystemExit('no such architecture')")
+    with pytest.raises(lorafamily.FileError, match=r"failed .no such architecture.; the merged checkpoint is in"):
+        exporting._gguf(tmp_path / "merged", tmp_path / "other.gguf")
+
+
 BROKEN = [
     ("train", "needs --model, --data"),
     ("train --data chats.jsonl --out out", "needs --model"),
@@ -184,7 +216,10 @@ BROKEN = [
     (f"{TRAIN} --out out --budgett 3", "no option --budgett; did you mean --budget?"),
     (f"{TRAIN} --out out --lr fast", "--lr 'fast': must be a number"),
     (f"{TRAIN} --out out --batch 2.5", "--batch '2.5': must be a whole number"),
-    (f"{TRAIN} --out out --schedule lineal", "--schedule lineal: must be one of linear, cosine, constant; did you mean"),
+    (
+        f"{TRAIN} --out out --schedule lineal",
+        "--schedule lineal: must be one of linear, cosine, constant; did you mean",
+    ),
     (f"{TRAIN} --out out --export pefft", "--export pefft: must be one of .*did you mean peft"),
     (f"{TRAIN} --out out --export gguf", "--export gguf needs llama.cpp's convert_hf_to_gguf.py"),
     (f"{TRAIN} --out out --lr", "Missing value for argument '--lr'"),
@@ -240,8 +275,6 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(here, command,
     lines = said.err.splitlines()
     assert len(lines) == 1, said.err
     assert lines[0].startswith(f"lorafamily {command.split()[0]}: ")
-    import re
-
     assert re.search(reason, lines[0]), lines[0]
     assert {path.name for path in here.iterdir()} == before
 
@@ -254,11 +287,14 @@ def test_help_has_groups_and_examples_and_commands_have_nearest_names(capsys):
     assert all(part in said for part in ("Examples:", "lorafamily train --model Qwen", "data options", "--loss-on"))
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
-    assert stop.value.code == 0 and capsys.readouterr().out.startswith("lorafamily 0.")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("lorafamily 0.")
     with pytest.raises(SystemExit) as stop:
         main(["trian"])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and "did you mean train?" in said
+    assert stop.value.code == 2
+    assert said.count("\n") == 1
+    assert "did you mean train?" in said
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

@@ -9,15 +9,15 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-import chatting  # noqa: E402
-import lorafamily  # noqa: E402
-from conftest import perturb_  # noqa: E402
-from lorafamily.batch import IGNORED  # noqa: E402
-from lorafamily.chat.batches import ChatBatches, sees_other_rows  # noqa: E402
-from lorafamily.chat.loss import ChunkedLoss, difference, own_loss  # noqa: E402
-from lorafamily.chat.tokens import Tokens  # noqa: E402
-from lorafamily.errors import DataError  # noqa: E402
-from lorafamily.placement import placement_of  # noqa: E402
+import chatting
+import lorafamily
+from conftest import perturb_
+from lorafamily.batch import IGNORED
+from lorafamily.chat.batches import ChatBatches, sees_other_rows
+from lorafamily.chat.loss import ChunkedLoss, difference, own_loss
+from lorafamily.chat.tokens import Tokens
+from lorafamily.errors import DataError
+from lorafamily.placement import placement_of
 
 
 def rows(count: int = 12, seed: int = 0) -> list[Tokens]:
@@ -59,11 +59,13 @@ def test_packed_and_padded_rows_give_the_same_loss_and_gradients(method):
     model.eval()
     padded = list(ChatBatches(rows(), 4, 0))
     packed = list(ChatBatches(rows(), 2, 0, pack=40))
-    assert len(packed) < len(padded) * 2 and packed[0]["position_ids"].max() < packed[0]["input_ids"].shape[1] - 1
+    assert len(packed) < len(padded) * 2
+    assert packed[0]["position_ids"].max() < packed[0]["input_ids"].shape[1] - 1
     loss, of_padded = gradients(model, padded, plain_loss)
     packed_loss, of_packed = gradients(model, packed, ChunkedLoss(7))
     assert abs(loss - packed_loss) < 1e-9
-    assert of_padded and of_padded.keys() == of_packed.keys()
+    assert of_padded
+    assert of_padded.keys() == of_packed.keys()
     for name, gradient in of_padded.items():
         torch.testing.assert_close(of_packed[name], gradient, rtol=1e-9, atol=1e-9)
         assert gradient.abs().max() > 1e-6

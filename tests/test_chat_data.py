@@ -12,12 +12,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
-import chatting  # noqa: E402
-from lorafamily.chat.forms import conversations  # noqa: E402
-from lorafamily.chat.rows import Row, read  # noqa: E402
-from lorafamily.chat.templates import PLAIN, Template  # noqa: E402
-from lorafamily.chat.tokens import preview, tokenised  # noqa: E402
-from lorafamily.errors import DataError  # noqa: E402
+import chatting
+from lorafamily.chat.forms import conversations
+from lorafamily.chat.rows import Row, read
+from lorafamily.chat.templates import PLAIN, Template
+from lorafamily.chat.tokens import preview, tokenised
+from lorafamily.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 
@@ -45,11 +45,12 @@ def test_every_form_is_the_same_conversation(values):
 def test_an_instruction_with_input_and_a_plain_text():
     said = of(instruction="Add.", input="1 2", output="3").messages
     assert said == [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
-    assert of(text="Once.").text == "Once." and of(text="Once.").messages is None
+    assert of(text="Once.").text == "Once."
+    assert of(text="Once.").messages is None
 
 
 def test_every_kind_of_file_has_the_same_rows(tmp_path):
-    rows = [{"prompt": f"Say {at}é", "completion": f"{at},\n\"{at}\""} for at in range(3)]
+    rows = [{"prompt": f"Say {at}é", "completion": f'{at},\n"{at}"'} for at in range(3)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
@@ -81,7 +82,8 @@ def test_a_data_set_of_the_library_is_read_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     (row,) = read("somebody/chats", "validation")
     assert asked == [("somebody/chats", "validation")]
-    assert row.values == {"text": "One."} and row.place == "somebody/chats[validation], row 1"
+    assert row.values == {"text": "One."}
+    assert row.place == "somebody/chats[validation], row 1"
 
 
 LINES = [
@@ -120,7 +122,8 @@ def test_a_broken_line_is_named_with_the_reason(line, reason, tmp_path):
     with pytest.raises(DataError, match=reason) as caught:
         conversations(read(str(path)))
     said = str(caught.value)
-    assert said.startswith(f"{path}, line 2: ") and "\n" not in said
+    assert said.startswith(f"{path}, line 2: ")
+    assert "\n" not in said
     assert said.endswith("(and 1 more rows are wrong); nothing was trained")
 
 
@@ -144,7 +147,8 @@ def test_a_broken_file_is_named_with_the_reason(name, content, reason, tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=reason) as caught:
         conversations(read(str(tmp_path / name)))
-    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -163,10 +167,13 @@ def test_long_rows_are_cut_or_left_out_and_counted():
     hopeless = {"messages": [{"role": "user", "content": "cat " * 40}, {"role": "assistant", "content": "b"}]}
     talks = conversations([Row("here", one) for one in (short, long, hopeless)])
     cut = tokenised(talks, template, length=60)
-    assert [len(row) for row in cut.rows][1:] == [60] and (cut.cut, cut.dropped) == (2, 1)
+    assert [len(row) for row in cut.rows][1:] == [60]
+    assert (cut.cut, cut.dropped) == (2, 1)
     dropped = tokenised(talks, template, length=60, too_long="drop")
-    assert len(dropped.rows) == 1 and (dropped.cut, dropped.dropped) == (0, 2)
-    assert "1 rows" in dropped.said() and "2 left out" in dropped.said()
+    assert len(dropped.rows) == 1
+    assert (dropped.cut, dropped.dropped) == (0, 2)
+    assert "1 rows" in dropped.said()
+    assert "2 left out" in dropped.said()
     with pytest.raises(DataError, match="all 3 rows are longer than --length 5"):
         tokenised(talks, template, length=5, too_long="drop")
 

@@ -30,7 +30,8 @@ ZEPHYR = (
 MISTRAL = (
     "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}{% set said = messages[1:] %}"
     "{% else %}{% set first = '' %}{% set said = messages %}{% endif %}{{ bos_token }}"
-    "{% for m in said %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% for m in said %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}"
     "{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + (first if loop.index0 == 0 else '') + m.content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
@@ -38,9 +39,10 @@ HEADINGS = (  # no generation prompt, no special token, no marks
     "{% for m in messages %}{{ m.role | upper + '\n' + m.content + '\n---\n' }}{% endfor %}"
 )
 TRIMMED = (  # as Llama 2: trims, and the system message inside the first thing that the user says
-    "{% if messages[0].role == 'system' %}{% set said = messages[1:] %}{% set first = '<<SYS>>' + messages[0].content + "
-    "'<</SYS>>' %}{% else %}{% set said = messages %}{% set first = '' %}{% endif %}{% for m in said %}"
-    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (first if loop.first else '') + m.content.strip() + ' [/INST]' }}"
+    "{% if messages[0].role == 'system' %}{% set said = messages[1:] %}"
+    "{% set first = '<<SYS>>' + messages[0].content + '<</SYS>>' %}"
+    "{% else %}{% set said = messages %}{% set first = '' %}{% endif %}{% for m in said %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + (first if loop.first else '') + m.content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 
@@ -52,7 +54,13 @@ FAMILIES = {
     "gemma": ("gemma", ["<start_of_turn>", "<end_of_turn>"], "<eos>", "<end_of_turn>", False),
     "gemma 3": ("gemma3", ["<start_of_turn>", "<end_of_turn>"], "<eos>", "<end_of_turn>", True),
     "phi 3": ("phi3", ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], "<|endoftext|>", "<|end|>", True),
-    "deepseek v3": ("deepseekv3", ["<｜User｜>", "<｜Assistant｜>"], "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>", True),
+    "deepseek v3": (
+        "deepseekv3",
+        ["<｜User｜>", "<｜Assistant｜>"],
+        "<｜end▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        True,
+    ),
     "mistral": (MISTRAL, [], "</s>", "</s>", True),
     "llama 2": (TRIMMED, [], "</s>", " </s>", True),
     "chatml": (CHATML, ["<|im_start|>"], "<|im_end|>", "<|im_end|>", True),
@@ -123,7 +131,7 @@ def test_exactly_what_the_assistant_says_is_learnt_with_the_end_of_its_turn(fami
     template, (_, _, _, end, knows_system) = template_of(family), FAMILIES[family]
     messages = ([SYSTEM] if system else []) + TURNS[:turns]
     if system and not knows_system:
-        with pytest.raises(RowError, match="refuses it.*System role not supported"):
+        with pytest.raises(RowError, match=r"refuses it.*System role not supported"):
             template.spans(messages)
         return
     text, spans = template.spans(messages)
@@ -147,7 +155,8 @@ def test_incremental_rendering_finds_what_generation_marks_say(family):
     in the line break that the generation prompt ends with, and Phi's the end-of-text token after the last end of turn.
     """
     ours, theirs = template_of(family), template_of(family, marks=True)
-    assert theirs.marked and not ours.marked
+    assert theirs.marked
+    assert not ours.marked
     for messages in (TURNS[:2], TURNS, [SYSTEM, *TURNS[:4]]):
         if messages[0] is SYSTEM and not FAMILIES[family][4]:
             continue
@@ -182,7 +191,8 @@ def test_a_call_of_a_tool_is_learnt_whole():
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "count", "arguments": {"n": 3}}}]}
     answer = {"role": "tool", "content": "3"}
     runs = learnt(template, [TURNS[0], call, answer, TURNS[1]])
-    assert runs[0].startswith("<tool_call>") and runs[0].endswith("</tool_call><|im_end|>")
+    assert runs[0].startswith("<tool_call>")
+    assert runs[0].endswith("</tool_call><|im_end|>")
     assert runs[1:] == ["Three, I think: 3.<|im_end|>"]
 
 

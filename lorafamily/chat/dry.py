@@ -38,7 +38,9 @@ def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[st
     rows_, length = batch["input_ids"].shape
     fits = None if free is None else peak <= free
     said = f"the longest batch is {rows_} × {length} tokens; {device.type} has "
-    said += "an unknown amount free" if free is None else f"{in_units(free)} free: it {'fits' if fits else 'DOES NOT FIT'}"
+    said += (
+        "an unknown amount free" if free is None else f"{in_units(free)} free: it {'fits' if fits else 'DOES NOT FIT'}"
+    )
     every = len(ChatBatches(rows, given.batch, pad_of(base.tokenizer), pack))
     said += f"\n{every} batches a round; nothing was trained or written"
     record = dataclasses.asdict(plan) | {"free": free, "fits": fits, "batch": [rows_, length]}

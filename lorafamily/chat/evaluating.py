@@ -114,7 +114,10 @@ def _table(columns: dict[str, dict[str, float]]) -> str:
     head = " " * first + "".join(f"  {name:>{width}}" for name, width in widths.items())
     lines = [head, "─" * len(head)]
     for measure in measures:
-        cells = [f"{columns[name][measure]:.1%}" if "match" in measure else f"{columns[name][measure]:.4f}" for name in columns]
+        cells = [
+            f"{columns[name][measure]:.1%}" if "match" in measure else f"{columns[name][measure]:.4f}"
+            for name in columns
+        ]
         row = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True))
         lines.append(f"{measure:<{first}}{row}")
     return "\n".join(lines)

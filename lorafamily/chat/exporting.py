@@ -27,7 +27,7 @@ def converter() -> Path | None:
     return Path(named) / CONVERTER if named and (Path(named) / CONVERTER).is_file() else None
 
 
-def check(exports: Sequence[str], model: str) -> None:
+def check(exports: Sequence[str]) -> None:
     """Before anything is trained.
 
     Raises:

@@ -124,7 +124,9 @@ def _message(given: Any, number: int) -> dict[str, Any]:
     if content is None:
         raise RowError(f"message {number} has no content{nearest('content', [str(key) for key in message])}")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
         if not all(isinstance(part, str) for part in parts):
             raise RowError(f"message {number} has parts that are no text; only text is trained here")
         content = "".join(map(str, parts))

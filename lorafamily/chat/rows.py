@@ -132,7 +132,14 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _named(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
@@ -168,7 +175,7 @@ def _csv(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
             place = f"{path}, line {reader.line_num}"
             if None in values or None in values.values():
                 said = len(reader.fieldnames or ())
-                given = said + len(values.get(None, ())) - sum(value is None for value in values.values())  # type: ignore[call-overload]
+                given = said + len(values.get(None, ())) - sum(value is None for value in values.values())
                 complaints.add(place, f"{given} columns, where the header has {said}")
             else:
                 yield Row(place, {key: value for key, value in values.items() if value != ""})

@@ -170,8 +170,6 @@ class ResultOptions:
     """Print a JSON object at the end, and no progress."""
 
 
-
-
 @dataclass(frozen=True)
 class Train:
     """Fine-tune a causal language model on a file of conversations."""

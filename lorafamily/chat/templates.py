@@ -10,7 +10,7 @@ write.
 from __future__ import annotations
 
 import re
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from lorafamily.chat.rows import RowError
@@ -26,7 +26,7 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}"
 )
-"""For tokenizers without a template: a heading for each role, and the end-of-text token after what the assistant says."""
+"""For tokenizers without a template: a heading for each role, and the end-of-text token after the assistant's words."""
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -44,7 +44,9 @@ class Template:
         self.marked = bool(MARK.search(text))
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
+        self._special = (
+            re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
+        )
 
     def render(self, messages: Messages, *, prompt: bool = False, tools: list[Any] | None = None) -> str:
         """The conversation as text. `prompt`: with what comes before an answer of the assistant.
@@ -80,7 +82,7 @@ class Template:
             tail = self._tail(messages, at, text, content[1], tools)
             return begin, content[1] + self._length_of_end(tail, last=bool(messages[at].get("tool_calls")))
         until = self.render(messages[: at + 1], tools=tools)
-        shared = commonprefix([until, text])
+        shared = _shared(until, text)
         if floor == len(text) or (len(shared) < len(until.rstrip()) and at + 1 < len(messages)):
             raise RowError(
                 f"the chat template changes message {at + 1} so that what the assistant says cannot be found; use a "
@@ -96,16 +98,19 @@ class Template:
             if at:
                 raise
             return len(text)  # of nothing said before, which templates need not know; the content decides
-        if prompt == self.render(messages[:at], tools=tools):  # the template has no generation prompt
-            if not text[len(prompt) :].lstrip(" ").startswith(messages[at]["content"].strip()[:20]):
-                return len(text)  # but a heading, which the content's place tells from it
-        return len(commonprefix([prompt, text]))
+        content = messages[at]["content"].strip()[:20]
+        unprompted = prompt == self.render(messages[:at], tools=tools)  # the template has no generation prompt
+        if unprompted and not text[len(prompt) :].lstrip(" ").startswith(content):
+            return len(text)  # but a heading, which the content's place tells from it
+        return len(_shared(prompt, text))
 
     def _ends(self, messages: Messages, text: str, tools: list[Any] | None) -> dict[int, Span]:
         """Where the content of each message of the assistant is, from a rendering with characters around it that no
         text has. What a template writes in other words, or leaves out, is not in the answer."""
         before, after = _unused(text + "".join(str(message["content"]) for message in messages))
-        said = [at for at, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
+        said = [
+            at for at, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()
+        ]
         marked = [_around(m, before, after) if at in said else m for at, m in enumerate(messages)]
         try:
             rendered = self.render(marked, tools=tools)
@@ -133,7 +138,7 @@ class Template:
             return rest
         before, after = _unused(text + "".join(str(message["content"]) for message in messages))
         until = self.render([*messages[:at], _around(messages[at], before, after)], tools=tools)
-        return commonprefix([rest, until.rpartition(after)[2]])
+        return _shared(rest, until.rpartition(after)[2])
 
     def _length_of_end(self, tail: str, last: bool) -> int:
         """How much of what follows belongs to the turn: through its first (or last) special token, and without any all
@@ -167,7 +172,8 @@ class Template:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise RowError(f"the chat template refuses it ({str(error).splitlines()[0] if str(error) else error!r})")
+            said = str(error).splitlines()[0] if str(error) else repr(error)
+            raise RowError(f"the chat template refuses it ({said})") from None
         return texts[0], [(begin, end) for begin, end in spans[0]] if marks else []
 
 
@@ -183,3 +189,9 @@ def _unused(text: str) -> tuple[str, str]:
     """Two characters for private use that are not in the text."""
     found = [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text]
     return found[0], found[1]
+
+
+def _shared(one: str, other: str) -> str:
+    """The characters with which both texts begin."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(character for character, _ in pairs)
