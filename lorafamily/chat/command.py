@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,6 +48,8 @@ def _found(options: Any) -> tuple[dict[str, Any], str]:
 
 
 def _say(silent: bool) -> Callable[[str], None]:
+    """Prints lines, in the first of several processes."""
+    silent = silent or os.environ.get("RANK", "0") != "0"
     return (lambda line: None) if silent else (lambda line: print(line, flush=True))
 
 
