@@ -56,7 +56,6 @@ def test_from_a_file_of_conversations_to_answers_and_to_peft(here, capsys):
     given = "--method alora --budget 4000 --lr 3e-2 --epochs 6 --evaluate-every 9 --export peft serving merged"
     assert run(f"train --model base --data chats.jsonl {given} --method-options rounds=2 --out out") == 0
     said = capsys.readouterr().out
-    print(said)
     assert "24 rows" in said
     assert "evaluation at step 9" in said
     assert "→" in said

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from lorafamily.chat import evaluating, generating, settings, training
 from lorafamily.chat.generating import as_json
@@ -22,7 +22,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """Run one of the commands; returns the exit code."""
     warnings.showwarning = _warned
     try:
-        options = parsed(COMMANDS[command], arguments, command, settings.EXAMPLES[command])
+        options: Any = parsed(COMMANDS[command], arguments, command, settings.EXAMPLES[command])
         quiet()
         result, text = _found(options)
     except (LoraFamilyError, OSError) as error:
@@ -53,6 +53,13 @@ def _say(silent: bool) -> Callable[[str], None]:
     return (lambda line: None) if silent else (lambda line: print(line, flush=True))
 
 
-def _warned(message: Any, category: type[Warning], filename: str, *more: Any) -> None:
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """One line, without the place in our code."""
     print(f"lorafamily: {' '.join(str(message).split())}", file=sys.stderr)

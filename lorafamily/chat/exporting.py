@@ -51,7 +51,7 @@ def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[st
     for layout in ("peft", "serving"):
         if layout in exports:
             folder = _new(out / layout)
-            export_peft(base.model, folder, layout=layout)  # type: ignore[arg-type]
+            export_peft(base.model, folder, layout=layout)
             config = folder / "adapter_config.json"
             config.write_text(_with_base(config.read_text(encoding="utf-8"), model), encoding="utf-8")
             _tokenizer(base, folder)

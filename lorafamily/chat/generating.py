@@ -46,8 +46,10 @@ def generate(options: Generate) -> tuple[dict[str, Any], str]:
         prompts = [template.render([*before, {"role": "user", "content": one}], prompt=True) for one in asked]
     except RowError as error:
         raise DataError(str(error)) from None
-    sampling = {"temperature": options.temperature, "top_p": options.top_p}
-    answers = list(answers_to(base.model, template, prompts, options.max_new, **sampling))
+    written = answers_to(
+        base.model, template, prompts, options.max_new, temperature=options.temperature, top_p=options.top_p
+    )
+    answers = list(written)
     if len(answers) == 1:
         text = answers[0]
     else:
