@@ -67,7 +67,11 @@ def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[st
 
 
 def checkpoint_of(model: str) -> Path:
-    """The folder of a checkpoint; of a name on the hub that where it was downloaded to."""
+    """The folder of a checkpoint; of a name on the hub that where it was downloaded to.
+
+    Raises:
+        FileError: it cannot be found.
+    """
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     from huggingface_hub import snapshot_download

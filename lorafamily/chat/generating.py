@@ -22,7 +22,12 @@ RUN = "run.yaml"
 
 
 def generate(options: Generate) -> tuple[dict[str, Any], str]:
-    """The command: what it found, and as text."""
+    """The command: what it found, and as text.
+
+    Raises:
+        DataError: nothing was asked, or an option makes no sense.
+        FileError: no model or adapter there.
+    """
     if options.max_new < 1:
         raise DataError(f"--max-new {options.max_new}: must be at least 1 token")
     if options.temperature < 0 or not 0 < options.top_p <= 1:
@@ -143,4 +148,5 @@ def question_of(base: Base, messages: Messages, tools: list[Any] | None) -> str:
 
 
 def as_json(result: dict[str, Any]) -> str:
+    """For `--json`."""
     return json.dumps(result, indent=1, ensure_ascii=False)

@@ -61,7 +61,8 @@ def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], s
     """The command: what it found, and as text. `say`: prints a line before the result is there.
 
     Raises:
-        LoraFamilyError: nothing was trained, and nothing written; or what `lorafamily.train` raises.
+        DataError: rows that cannot be read or packed; nothing was trained, and nothing written.
+        LoraFamilyError: options, models and folders that do not fit; or what `lorafamily.train` raises.
         Interrupted: a signal stopped the run, and it is saved.
     """
     quiet()
@@ -223,7 +224,11 @@ def adapters_line(options: Train, base: Base) -> str:
 
 
 def begin_folder(options: Train, template: str) -> bool:
-    """What the result has from the beginning on; whether there was nothing yet."""
+    """What the result has from the beginning on; whether there was nothing yet.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     out = options.result.out
     assert out is not None
     if (out / RUN).is_file():
@@ -271,7 +276,12 @@ def _run(
 
 
 def finish(options: Train, base: Base, history: History, reporter: Reporter) -> tuple[dict[str, Any], str]:
-    """Save, export, and say what came out."""
+    """Save, export, and say what came out.
+
+    Raises:
+        TrainingError: no step was made.
+        StateError, FileError: an export cannot be written.
+    """
     out = options.result.out
     assert out is not None
     if not history.steps:
