@@ -1,6 +1,6 @@
-"""Look into adapter folders, merge, compress and export them, and plan them: the command `lorafamily`.
+"""Train on a file of conversations; look into adapter folders, merge, compress, export and plan them.
 
-Errors are one line on standard error and exit code 2.
+The command `lorafamily`. Errors are one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -25,12 +27,23 @@ from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.insight.figures import rank_grid, rank_heatmap, save
 from lorafamily.names import OUTSIDE, by_stack
 from lorafamily.planning import add_options, plan
+from lorafamily.terminal import any_text, nearest
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
+CHAT = {
+    "train": "Fine-tune a causal language model on a file of conversations.",
+    "generate": "Let a model with an adapter answer.",
+    "evaluate": "Loss, perplexity and exact match on a file of conversations.",
+}
+"""Commands of `lorafamily.chat`, which has their options."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    any_text()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in CHAT:
+        return _chat(arguments[0], arguments[1:])
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -40,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(json.dumps(result, indent=1) if given.json else text)
     return 0
+
+
+def _chat(command: str, arguments: Sequence[str]) -> int:
+    """The commands that need the extra packages."""
+    try:
+        from lorafamily.chat.command import run
+    except ImportError as error:
+        print(f'lorafamily {command}: needs {error.name}: pip install "lorafamily[chat]"', file=sys.stderr)
+        return 2
+    return run(command, arguments)
 
 
 def inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -128,9 +151,23 @@ def _class_of(architecture: str) -> Any:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with the nearest command or option."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        known += [name for action in self._actions for name in action.choices or () if isinstance(name, str)]
+        wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
+        close = nearest(wrong[1] or wrong[2], known) if wrong else ""
+        self.exit(2, f"{self.prog}: {message}{close}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lorafamily", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = _Parser(prog="lorafamily", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"lorafamily {version('lorafamily')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in CHAT.items():
+        commands.add_parser(name, help=about)
 
     def command(name: str, run: Any) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=run.__doc__, description=run.__doc__)

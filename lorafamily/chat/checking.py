@@ -1,0 +1,88 @@
+"""What `lorafamily train` refuses before anything is read: options without sense, and folders of something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from lorafamily.chat import exporting
+from lorafamily.chat.generating import RUN
+from lorafamily.chat.settings import Train
+from lorafamily.errors import DataError, StateError
+
+
+def check(options: Train) -> None:
+    """What can be refused before anything is read.
+
+    Raises:
+        DataError, StateError: an option that makes no sense, or a folder that is something else.
+    """
+    data, batches, evaluation, result = options.data, options.batches, options.evaluation, options.result
+    for name, value, least in (
+        ("--length", data.length, 2),
+        ("--batch", batches.batch, 1),
+        ("--accumulate", batches.accumulate, 1),
+        ("--chunk", batches.chunk, 0),
+        ("--samples", evaluation.samples, 0),
+        ("--preview", data.preview, 1),
+        ("--steps", options.optimisation.steps, 1),
+        ("--evaluate-every", evaluation.evaluate_every, 1),
+        ("--save-every", result.save_every, 1),
+    ):
+        if value is not None and value < least:
+            raise DataError(f"{name} {value}: must be at least {least}")
+    if not 0 <= data.eval_share < 1:
+        raise DataError(f"--eval-share {data.eval_share:g}: must be a share of the rows in [0, 1)")
+    if options.optimisation.epochs is not None and not options.optimisation.epochs > 0:
+        raise DataError(f"--epochs {options.optimisation.epochs:g}: must be more than 0")
+    if options.optimisation.epochs is not None and options.optimisation.steps is not None:
+        raise DataError("--steps and --epochs: give one of them")
+    if not data.data:
+        raise DataError("--data needs at least one file, folder or name on the hub")
+    if evaluation.patience is not None and not data.eval_share and not data.validation_data:
+        raise DataError("--patience has no effect without rows to evaluate on; give --eval-share or --validation-data")
+    if options.execution.compile and batches.chunk:
+        raise DataError("--compile needs the model's own loss: add --chunk 0")
+    exporting.check(result.export)
+    if data.preview is None and not result.dry_run:
+        if result.out is None:
+            raise DataError("needs --out, a folder for the result (or --preview or --dry-run)")
+        check_folder(options)
+
+
+def check_folder(options: Train) -> None:
+    """Whether the folder is new, or that of a run with the same options.
+
+    Raises:
+        StateError: it is something else.
+    """
+    out = options.result.out
+    assert out is not None
+    if out.is_file():
+        raise StateError(f"--out {out}: is a file; give a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / RUN).is_file():
+        raise StateError(f"--out {out}: the folder is not empty and not of a run; give another")
+    try:
+        then = yaml.safe_load((out / RUN).read_text(encoding="utf-8"))
+        groups = {name: dict(then[name]) for name in ("model", "data", "method", "batches", "optimisation")}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError):
+        raise StateError(f"--out {out}: its {RUN} is damaged; remove the folder or give another") from None
+    now = {name: vars(getattr(options, name)) for name in groups}
+    differing = [
+        f"--{key.replace('_', '-')} was {was}, is {_as_yaml(now[name].get(key))}"
+        for name, group in groups.items()
+        for key, was in group.items()
+        if was != _as_yaml(now[name].get(key)) and key != "preview"
+    ]
+    if differing and options.result.resume != "anyway":
+        raise StateError(
+            f"--out {out}: is of a run with other options: {'; '.join(differing)}. Give another folder, or go on "
+            "with the new ones by --resume anyway"
+        )
+
+
+def _as_yaml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

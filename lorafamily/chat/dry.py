@@ -1,0 +1,58 @@
+"""What a run would take: `plan`'s table for the longest batch, and whether this device has as much."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import lorafamily
+from lorafamily.chat.batches import ChatBatches
+from lorafamily.chat.model import Base, pad_of
+from lorafamily.chat.settings import Train
+from lorafamily.chat.tokens import Tokens
+from lorafamily.insight.costs import in_units
+
+
+def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[str, Any], str]:
+    """The plan as data, and as text."""
+    from lorafamily.chat.training import arguments, loss_of
+
+    given = options.batches
+    pack = options.data.length if given.pack else None
+    longest = sorted(rows, key=len)[-given.batch :]
+    batches = ChatBatches(longest if pack is None else rows, given.batch, pad_of(base.tokenizer), pack, shuffle=False)
+    batch = max(batches, key=lambda one: one["input_ids"].numel())
+    plan = lorafamily.plan(
+        base.model,
+        batch=batch,
+        loss_fn=loss_of(options, base),
+        checkpoint_activations=options.execution.checkpoint_activations,
+        **arguments(options.method),
+    )
+    device = next(base.model.parameters()).device
+    free, peak = free_memory(device), plan.use.memory.peak
+    rows_, length = batch["input_ids"].shape
+    fits = None if free is None else peak <= free
+    said = f"the longest batch is {rows_} × {length} tokens; {device.type} has "
+    said += (
+        "an unknown amount free" if free is None else f"{in_units(free)} free: it {'fits' if fits else 'DOES NOT FIT'}"
+    )
+    every = len(ChatBatches(rows, given.batch, pad_of(base.tokenizer), pack))
+    said += f"\n{every} batches a round; nothing was trained or written"
+    record = dataclasses.asdict(plan) | {"free": free, "fits": fits, "batch": [rows_, length]}
+    return record, f"{plan}\n{said}"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken, the base's weights that are there already included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_allocated(device))
+    try:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return None

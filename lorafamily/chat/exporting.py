@@ -1,0 +1,113 @@
+"""What a result is written as, besides the adapter itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorafamily.chat.model import Base
+from lorafamily.deploy.checkpoint import merge_checkpoint
+from lorafamily.deploy.files import read
+from lorafamily.deploy.peft import export_peft
+from lorafamily.errors import FileError, StateError
+
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+def converter() -> Path | None:
+    """llama.cpp's converter: on the path, or in the folder that LLAMA_CPP names."""
+    found = shutil.which(CONVERTER)
+    if found is not None:
+        return Path(found)
+    named = os.environ.get("LLAMA_CPP")
+    return Path(named) / CONVERTER if named and (Path(named) / CONVERTER).is_file() else None
+
+
+def check(exports: Sequence[str]) -> None:
+    """Before anything is trained.
+
+    Raises:
+        StateError: a GGUF file is asked for, and there is no converter.
+    """
+    if "gguf" in exports and converter() is None:
+        raise StateError(
+            f"--export gguf needs llama.cpp's {CONVERTER} on the path, or LLAMA_CPP=FOLDER that has it; leave gguf out "
+            "and convert the merged checkpoint later"
+        )
+
+
+def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[str, Path]:
+    """Write what was asked for into `out`, from the adapter that is saved there; folders by kind.
+
+    Raises:
+        StateError: something that the layout cannot hold.
+        FileError: a file cannot be written, or the converter fails.
+    """
+    written: dict[str, Path] = {}
+    for layout in ("peft", "serving"):
+        if layout in exports:
+            folder = _new(out / layout)
+            export_peft(base.model, folder, layout=layout)
+            config = folder / "adapter_config.json"
+            config.write_text(_with_base(config.read_text(encoding="utf-8"), model), encoding="utf-8")
+            _tokenizer(base, folder)
+            written[layout] = folder
+    if "merged" in exports or "gguf" in exports:
+        merged = _new(out / "merged")
+        merge_checkpoint(checkpoint_of(model), read(out), merged)
+        _tokenizer(base, merged)
+        written["merged"] = merged
+    if "gguf" in exports:
+        written["gguf"] = _gguf(written["merged"], out / "model.gguf")
+    return written
+
+
+def checkpoint_of(model: str) -> Path:
+    """The folder of a checkpoint; of a name on the hub that where it was downloaded to.
+
+    Raises:
+        FileError: it cannot be found.
+    """
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model))
+    except Exception as error:  # whatever the hub or the network raises
+        raise FileError(f"--model {model}: its files cannot be found for merging ({type(error).__name__})") from None
+
+
+def _with_base(config: str, model: str) -> str:
+    """peft's config names the base and what kind of model it is, so that servers and AutoPeftModel find it."""
+    import json
+
+    given = json.loads(config)
+    path = Path(model).expanduser()
+    given["base_model_name_or_path"] = str(path.resolve()) if path.is_dir() else model
+    return json.dumps(given | {"task_type": "CAUSAL_LM"}, indent=2)
+
+
+def _tokenizer(base: Base, folder: Path) -> None:
+    """The tokenizer with the template that was trained with: servers ask in the same words."""
+    base.tokenizer.chat_template = base.template.text
+    base.tokenizer.save_pretrained(folder)
+
+
+def _new(folder: Path) -> Path:
+    """A place for a folder; one of an earlier end of the same run goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _gguf(merged: Path, out: Path) -> Path:
+    command = [sys.executable, str(converter()), str(merged), "--outfile", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not out.is_file():
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise FileError(f"{out}: {CONVERTER} failed ({last}); the merged checkpoint is in {merged}")
+    return out

@@ -1,0 +1,146 @@
+"""The forms a row can have, found by its keys, all as one: a conversation, or a plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lorafamily.chat.rows import Complaints, Row, RowError
+from lorafamily.terminal import nearest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FORMS = "messages; prompt and completion; instruction, input (if any) and output; or text"
+KEYS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What one row says. `messages`: with `role` and `content`, as chat templates take them, or None of a plain text;
+    `tools`: descriptions of functions that the template may show."""
+
+    place: str
+    messages: list[dict[str, Any]] | None
+    text: str = ""
+    tools: list[Any] | None = None
+
+    @property
+    def question(self) -> list[dict[str, Any]]:
+        """What is said before the last thing that the assistant says."""
+        assert self.messages is not None
+        last = max(at for at, message in enumerate(self.messages) if message["role"] == "assistant")
+        return self.messages[:last]
+
+    @property
+    def answer(self) -> str:
+        """The last thing that the assistant says."""
+        assert self.messages is not None
+        return str([message for message in self.messages if message["role"] == "assistant"][-1]["content"])
+
+
+def conversations(rows: Iterable[Row]) -> list[Conversation]:
+    """Every row as a conversation or a text.
+
+    Raises:
+        DataError: rows that are none; the place and reason of the first.
+    """
+    found, complaints = [], Complaints()
+    for row in rows:
+        try:
+            found.append(_conversation(row))
+        except RowError as error:
+            complaints.add(row.place, str(error))
+    complaints.raise_if_any()
+    return found
+
+
+def _conversation(row: Row) -> Conversation:
+    values, place = row.values, row.place
+    if "messages" in values:
+        return Conversation(place, _messages(values["messages"]), tools=_tools(values.get("tools")))
+    if "prompt" in values or "completion" in values:
+        return Conversation(place, _pair(values))
+    if "instruction" in values or "output" in values:
+        asked = _text(values, "instruction")
+        more = _text(values, "input") if values.get("input") else ""
+        return Conversation(place, _said(f"{asked}\n\n{more}" if more else asked, _text(values, "output")))
+    if "text" in values:
+        text = _text(values, "text")
+        if not text.strip():
+            raise RowError("text is empty")
+        return Conversation(place, None, text)
+    keys = [str(key) for key in values]
+    close = next((hint for key in keys if (hint := nearest(key, KEYS))), "")
+    raise RowError(f"has the keys {', '.join(keys) or '(none)'}; a row needs {FORMS}{close}")
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    if key not in values:
+        raise RowError(f"has no {key}{nearest(key, [str(other) for other in values])}")
+    if not isinstance(values[key], str):
+        raise RowError(f"{key} must be a text, and is of type {type(values[key]).__name__}")
+    return str(values[key])
+
+
+def _said(user: str, assistant: str) -> list[dict[str, Any]]:
+    if not assistant.strip():
+        raise RowError("the answer is empty: there is nothing to learn")
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _pair(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """`prompt` and `completion`, both texts or both lists of messages."""
+    prompt, completion = values.get("prompt"), values.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _messages([*prompt, *completion])
+    return _said(_text(values, "prompt"), _text(values, "completion"))
+
+
+def _messages(given: Any) -> list[dict[str, Any]]:
+    if isinstance(given, str):  # a column of a CSV file
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise RowError(f"messages is a text that is no JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(given, list) or not given:
+        raise RowError("messages must be a list of at least one message")
+    messages = [_message(message, number) for number, message in enumerate(given, 1)]
+    said = [m for m in messages if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
+    if not said:
+        raise RowError("no message of the assistant says anything: there is nothing to learn")
+    return messages
+
+
+def _message(given: Any, number: int) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise RowError(f"message {number} must be an object with role and content")
+    message = {key: value for key, value in given.items() if value is not None}
+    role, content = message.get("role"), message.get("content", "" if message.get("tool_calls") else None)
+    if role is None:
+        raise RowError(f"message {number} has no role{nearest('role', [str(key) for key in message])}")
+    if role not in ROLES:
+        raise RowError(f'message {number} has the role "{role}"; known are {", ".join(ROLES)}{nearest(role, ROLES)}')
+    if content is None:
+        raise RowError(f"message {number} has no content{nearest('content', [str(key) for key in message])}")
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise RowError(f"message {number} has parts that are no text; only text is trained here")
+        content = "".join(map(str, parts))
+    if not isinstance(content, str):
+        raise RowError(f"content of message {number} must be a text, and is of type {type(content).__name__}")
+    return {**message, "role": role, "content": content}
+
+
+def _tools(given: Any) -> list[Any] | None:
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise RowError(f"tools is a text that is no JSON ({error.msg}, column {error.colno})") from None
+    if given is not None and not isinstance(given, list):
+        raise RowError("tools must be a list of function descriptions")
+    return given or None

@@ -1,0 +1,152 @@
+"""Answers of a model, many at a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafamily.chat.model import Base, device_of, pad_of, read_base, read_template
+from lorafamily.chat.rows import RowError
+from lorafamily.chat.settings import Generate
+from lorafamily.chat.templates import Messages, Template
+from lorafamily.deploy.files import RECORD, load
+from lorafamily.errors import DataError, FileError
+from lorafamily.terminal import nearest
+
+RUN = "run.yaml"
+
+
+def generate(options: Generate) -> tuple[dict[str, Any], str]:
+    """The command: what it found, and as text.
+
+    Raises:
+        DataError: nothing was asked, or an option makes no sense.
+        FileError: no model or adapter there.
+    """
+    if options.max_new < 1:
+        raise DataError(f"--max-new {options.max_new}: must be at least 1 token")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise DataError(
+            f"--temperature {options.temperature:g} --top-p {options.top_p:g}: must be at least 0, and in (0, 1]"
+        )
+    asked = list(options.prompt)
+    if not asked and not sys.stdin.isatty():
+        asked = [sys.stdin.read().rstrip("\n")]
+    if not any(prompt.strip() for prompt in asked):
+        raise DataError('nothing was asked: lorafamily generate --adapter FOLDER "Hello", or on standard input')
+    name = model_name(options.model, [options.adapter] if options.adapter else [])
+    device = device_of(options.device)
+    template = read_template(name, options.template, options.adapter)
+    base = read_base(name, options.dtype, options.quantise, device, template)
+    if options.adapter is not None:
+        load(base.model, options.adapter)
+    before = [{"role": "system", "content": options.system}] if options.system else []
+    torch.manual_seed(options.seed)
+    try:
+        prompts = [template.render([*before, {"role": "user", "content": one}], prompt=True) for one in asked]
+    except RowError as error:
+        raise DataError(str(error)) from None
+    written = answers_to(
+        base.model, template, prompts, options.max_new, temperature=options.temperature, top_p=options.top_p
+    )
+    answers = list(written)
+    if len(answers) == 1:
+        text = answers[0]
+    else:
+        text = "\n\n".join(f"> {one}\n{answer}" for one, answer in zip(asked, answers, strict=True))
+    return {"model": name, "answers": answers}, text
+
+
+def model_name(given: str | None, adapters: Sequence[Path]) -> str:
+    """The base: the one given, or that of the first adapter's run.
+
+    Raises:
+        FileError: an adapter's folder is none.
+        DataError: nobody says which.
+    """
+    for adapter in adapters:
+        if not (adapter / RECORD).is_file():
+            around = [one.name for one in adapter.parent.iterdir()] if adapter.parent.is_dir() else []
+            close = "" if adapter.exists() else nearest(adapter.name, around)
+            raise FileError(f"--adapter {adapter}: no {RECORD} there; it must be a folder that train wrote{close}")
+    if given is not None:
+        return given
+    if adapters and (adapters[0] / RUN).is_file():
+        import yaml
+
+        try:
+            return str(yaml.safe_load((adapters[0] / RUN).read_text(encoding="utf-8"))["model"]["model"])
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+            raise FileError(f"{adapters[0] / RUN}: not a run's options; give --model") from None
+    raise DataError("needs --model: the folder or name of the base")
+
+
+@torch.no_grad()
+def answers_to(
+    model: Any,
+    template: Template,
+    prompts: Sequence[str],
+    max_new: int,
+    *,
+    batch: int = 8,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Iterator[str]:
+    """What the model writes after each prompt (texts from the template), up to `max_new` tokens.
+
+    Ends at whatever the model's generation config or its tokenizer calls an end, and where the template ends a turn.
+    """
+    tokenizer = template.tokenizer
+    ends = end_tokens(model, template)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    device = next(model.parameters()).device
+    for begin in range(0, len(prompts), batch):
+        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts[begin : begin + batch]]
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), pad_of(tokenizer))
+        there = torch.zeros_like(ids)
+        for at, row in enumerate(rows):  # padded before the text: what is written follows directly
+            ids[at, length - len(row) :] = torch.tensor(row)
+            there[at, length - len(row) :] = 1
+        written = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=there.to(device),
+            max_new_tokens=max_new,
+            eos_token_id=ends,
+            pad_token_id=pad_of(tokenizer),
+            **sampling,
+        )
+        for row in written[:, length:].tolist():
+            end = next((at for at, token in enumerate(row) if token in ends), len(row))
+            yield tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+
+
+def end_tokens(model: Any, template: Template) -> list[int]:
+    """The tokens that end an answer."""
+    config = getattr(model, "generation_config", None)
+    given = getattr(config, "eos_token_id", None)
+    found = {template.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
+    try:
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text, spans = template.spans(said)
+        ids = template.tokenizer(text[slice(*spans[-1])], add_special_tokens=False)["input_ids"]
+        if ids[-1] in template.tokenizer.added_tokens_decoder:
+            found.add(ids[-1])
+    except (RowError, IndexError):
+        pass  # a template that refuses so short a conversation has the other two
+    return sorted(token for token in found if token is not None)
+
+
+def question_of(base: Base, messages: Messages, tools: list[Any] | None) -> str:
+    """The text that asks for the next answer."""
+    return base.template.render(messages, prompt=True, tools=tools)
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """For `--json`."""
+    return json.dumps(result, indent=1, ensure_ascii=False)

@@ -1,0 +1,168 @@
+"""The base model with its tokenizer and chat template, from a folder or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafamily.chat.templates import PLAIN, Template
+from lorafamily.errors import DataError, FileError
+from lorafamily.terminal import nearest
+
+TEMPLATE = "chat_template.jinja"
+"""Beside an adapter: the template it was trained with, so that `generate` asks in the same words."""
+
+
+@dataclass
+class Base:
+    """A causal language model that is not adapted yet. `name`: as it was asked for."""
+
+    name: str
+    model: Any
+    template: Template
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.template.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+
+def quiet() -> None:
+    """Libraries speak of loading bars and defaults that nobody asked here; warnings of ours stay."""
+    for logger in ("torch.utils.flop_counter", "torch.utils._pytree", "torchao"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for module in ("torch", "transformers", "bitsandbytes", "huggingface_hub"):
+        warnings.filterwarnings("ignore", module=module)
+
+
+def device_of(asked: str) -> torch.device:
+    """Raises:
+    DataError: no such device here.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DataError(f"--device {asked}: not here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def dtype_of(asked: str, device: torch.device) -> torch.dtype:
+    """Of the base's weights."""
+    if asked == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    found: torch.dtype = getattr(torch, asked)
+    return found
+
+
+def read_template(name: str, template: str | None, beside: Path | None = None) -> Template:
+    """The tokenizer of a model, with the template asked for: a file, "plain", that beside an adapter, or its own.
+
+    Raises:
+        FileError: no tokenizer, or no such file.
+    """
+    import transformers
+
+    _check_folder(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a folder without files, no network, a name that is not on the hub, a damaged file
+        raise FileError(f"--model {name}: no tokenizer can be read ({_first_line(error)})") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise FileError(f"--model {name}: its tokenizer does not say where tokens are in a text (no tokenizer.json)")
+    if tokenizer.eos_token is None:
+        raise FileError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), so no answer would end")
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    if template is None and beside is not None and (beside / TEMPLATE).is_file():
+        template = str(beside / TEMPLATE)
+    if template is None or template == "plain":
+        return Template(tokenizer, PLAIN if template == "plain" or not own else own)
+    path = Path(template)
+    try:
+        return Template(tokenizer, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        plain = nearest(template, ["plain"])
+        raise FileError(f'--template {template}: cannot be read ({error}); a Jinja file, or "plain"{plain}') from None
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileError(f"--model {name}: the folder has no config.json; it must be a transformers checkpoint")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        around = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileError(f"--model {name}: no such folder{nearest(path.name, around)}")
+
+
+def read_model(name: str, dtype: str, quantise: str | None, device: torch.device) -> Any:
+    """The model, in eval mode, on the device.
+
+    Raises:
+        FileError: it cannot be read, or is no causal language model.
+        DataError: quantisation without bitsandbytes.
+    """
+    import transformers
+
+    _check_folder(name)
+    kind = dtype_of(dtype, device)
+    options: dict[str, Any] = {"dtype": kind, "device_map": {"": device}}
+    if quantise == "nf4":
+        try:
+            import bitsandbytes  # noqa: F401  only whether it is there
+        except ImportError:
+            raise DataError("--quantise nf4 needs bitsandbytes: pip install bitsandbytes") from None
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
+        )
+    elif device.type == "cpu":
+        del options["device_map"]  # needs accelerate, for nothing
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+    except Exception as error:  # as for the tokenizer, and every model's own errors
+        raise FileError(f"--model {name}: cannot be read as a causal language model ({_first_line(error)})") from None
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+def read_base(name: str, dtype: str, quantise: str | None, device: torch.device, template: Template) -> Base:
+    """The model for a tokenizer that was read before it, since most mistakes show there and in the data.
+
+    Raises:
+        FileError: it cannot be read, or the tokenizer has tokens that it has no embedding for.
+    """
+    model = read_model(name, dtype, quantise, device)
+    base = Base(name, model, template)
+    if len(template.tokenizer) > base.vocabulary:
+        raise FileError(
+            f"--model {name}: the tokenizer has {len(template.tokenizer)} tokens and the model {base.vocabulary} "
+            "embeddings; they do not belong together"
+        )
+    return base
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The token to fill up with; masked wherever it stands, so any will do."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

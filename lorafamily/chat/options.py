@@ -1,0 +1,156 @@
+"""From the command line and a config file to typed options, and back to the file; errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from lorafamily.errors import DataError, FileError
+from lorafamily.terminal import nearest
+
+T = TypeVar("T")
+
+INSTEAD = (("budget", "rank", "rank_budget"), ("steps", "epochs"))
+"""Options of which one takes the place of the others: given on the command line, it does so in a config file too."""
+
+
+def parsed(of: type[T], arguments: Sequence[str], command: str, examples: str) -> T:
+    """The options, from the arguments and, for what they leave open, from the file that `--config` names.
+
+    Raises:
+        DataError: an option that does not exist or has no such value; one line, with the nearest name.
+        FileError: a config file that cannot be read, or is no mapping of options.
+        SystemExit: the help was asked for, and printed.
+    """
+    arguments, config = _config(list(arguments))
+    names = dict(_fields(of))
+    given = {name.removeprefix("no_") if name not in names else name for name in map(_name, arguments) if name}
+    arguments = [*_from_file(config, names, given), *arguments]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                of,
+                args=arguments,
+                prog=f"lorafamily {command}",
+                description=f"{(of.__doc__ or '').splitlines()[0]}\n\n{examples}",
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise DataError(_one_line(said.getvalue(), names)) from None
+
+
+def _config(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments without `--config FILE`, and the file."""
+    for at, argument in enumerate(arguments):
+        if argument == "--config":
+            if at + 1 == len(arguments):
+                raise DataError("--config needs a file: --config run.yaml")
+            return arguments[:at] + arguments[at + 2 :], Path(arguments[at + 1])
+        if argument.startswith("--config="):
+            return arguments[:at] + arguments[at + 1 :], Path(argument.partition("=")[2])
+    return arguments, None
+
+
+def _name(argument: str) -> str:
+    return argument[2:].partition("=")[0].replace("-", "_") if argument.startswith("--") else ""
+
+
+def _fields(of: Any) -> Iterator[tuple[str, Any]]:
+    """All options with the classes they stand in, groups taken apart."""
+    import typing
+
+    hints = typing.get_type_hints(of)
+    for one in dataclasses.fields(of):
+        if dataclasses.is_dataclass(hints[one.name]):
+            yield from _fields(hints[one.name])
+        else:
+            yield one.name, hints[one.name]
+
+
+def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> list[str]:
+    """What a config file says, as arguments, but for what is given on the command line."""
+    if path is None:
+        return []
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"--config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise FileError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(read, dict):
+        raise FileError(f"--config {path}: must have options by name, as the run.yaml of a run has")
+    flat: dict[str, Any] = {}
+    for key, value in read.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    hidden = {name for group in INSTEAD if given & set(group) for name in group}
+    arguments: list[str] = []
+    for key, value in flat.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            raise FileError(f"--config {path}: no option {key}{nearest(name, names)}")
+        if value is None or name in given | hidden:
+            continue
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list):
+            arguments += [f"--{option}", *map(str, value)] if value else []
+        else:
+            arguments += [f"--{option}", str(value)]
+    return arguments
+
+
+def _one_line(text: str, names: Mapping[str, Any]) -> str:
+    """What tyro says in a box, as one line; its first part only, which says what is wrong."""
+    lines = [re.sub(r"[│╭╮╰╯|+]|─{3,}|-{3,}", " ", line).strip() for line in text.splitlines()[1:]]
+    first: list[str] = []
+    for line in lines[not lines[:1] or not lines[0] :]:  # a rule below the title, where there is no box
+        if not line:
+            break
+        first.append(line)
+    said = " ".join(first)
+    if found := re.match(r"Unrecognized options: (--[^\s,=]+)", said):
+        option = found[1]
+        return f"no option {option}{nearest(option, ['--' + name.replace('_', '-') for name in names])}"
+    if found := re.match(r"Error parsing (\S+): .* instantiated from \[(.*)\]", said):
+        return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
+    if found := re.match(r"Error parsing (\S+): .*: ('.*')$", said):
+        return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
+    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", said):
+        choices = [choice.strip(" '") for choice in found[3].split(",") if choice.strip(" '") not in ("", "None")]
+        return f"{found[2]} {found[1]}: must be one of {', '.join(choices)}{nearest(found[1], choices)}"
+    if said.startswith("Missing from"):
+        missing = re.findall(r"(?<!\S)--[a-z-]+", said)
+        return f"needs {', '.join(missing)}; --help shows all options"
+    return said
+
+
+def _wanted(names: Mapping[str, Any], option: str) -> str:
+    kind = str(names.get(option.lstrip("-").replace("-", "_"), ""))
+    return "must be a number" if "float" in kind else "must be a whole number" if "int" in kind else "is no such value"
+
+
+def write(options: Any, path: Path) -> None:
+    """All options into a config file, as they were taken: `--config FILE` runs the same."""
+    groups = {
+        group.name: {key: _plain(value) for key, value in vars(getattr(options, group.name)).items()}
+        for group in dataclasses.fields(options)
+    }
+    path.write_text(yaml.safe_dump(groups, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

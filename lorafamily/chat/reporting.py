@@ -1,0 +1,186 @@
+"""What a run tells while it goes, and at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from lorafamily.batch import LossFn, to_device, weigher
+from lorafamily.chat.batches import ChatBatches
+from lorafamily.chat.forms import Conversation
+from lorafamily.chat.generating import answers_to, question_of
+from lorafamily.chat.loss import ChunkedLoss
+from lorafamily.chat.model import Base
+from lorafamily.chat.settings import Train
+from lorafamily.history import History, Step
+from lorafamily.insight.costs import in_units
+from lorafamily.training.batches import mean_loss
+from lorafamily.training.processes import Processes
+from lorafamily.training.schedule import total_steps
+
+LINES = 20  # of progress in a run, where there is no terminal for a bar
+SAMPLE = 64  # tokens of a sample at most
+EPOCHS = 3.0
+
+
+class Reporter:
+    """Of one run: evaluates, prints lines of progress, writes samples to TensorBoard, and puts the end into words."""
+
+    def __init__(
+        self,
+        options: Train,
+        base: Base,
+        asked: Sequence[Conversation],
+        batches: ChatBatches,
+        validation: ChatBatches | None,
+        loss_fn: LossFn,
+        processes: Processes,
+        say: Callable[[str], None],
+    ):
+        self.options, self.base, self.loss_fn, self.say = options, base, loss_fn, say
+        self.batches, self.validation, self.processes = batches, validation, processes
+        given = options.optimisation
+        epochs = EPOCHS if given.steps is None and given.epochs is None else given.epochs
+        self.total = total_steps(batches, given.steps, epochs, options.batches.accumulate)
+        self.evaluate_every = options.evaluation.evaluate_every or max(1, math.ceil(self.total / 10))
+        quiet = options.result.json
+        self.bar = sys.stderr.isatty() and not quiet
+        self.lines = not self.bar and not quiet and processes.first
+        talks = [one for one in asked if one.messages is not None][: options.evaluation.samples]
+        self.questions = [question_of(base, one.question, one.tools) for one in talks]
+        self.answers = [one.answer for one in talks]
+        self.weigh = weigher("tokens", base.model, loss_fn)
+        self.board: SummaryWriter | None = None
+        self.at = 0
+        self.first: tuple[float, int, int] | None = None
+        self.last = (0.0, 0, 0)
+        self.away = 0.0  # seconds in evaluations
+        if options.batches.chunk and not isinstance(loss_fn, ChunkedLoss):
+            say(f"{type(base.model).__name__} does more than a linear head before its loss: logits are not chunked")
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def step(self, step: Step) -> None:
+        """After each step, in the first process."""
+        self.at = step.step
+        self.last = (time.perf_counter() - self.away, self.batches.count.tokens, self.batches.count.places)
+        self.first = self.first or self.last
+        every = max(1, self.total // LINES)
+        if self.lines and (step.step % every == 0 or step.step in (1, self.total)):
+            rate = f"  {self.rate:,.0f} tokens/s" if self.rate else ""
+            self.say(f"step {step.step}/{self.total}  loss {step.loss:.4f}  lr {step.lr:.2e}  rank {step.rank}{rate}")
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of this process and, where there are several, all together; 0 where one step says none."""
+        if self.first is None or self.last[0] <= self.first[0]:
+            return 0.0
+        mine = (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
+        return mine * self.processes.world
+
+    def evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        """Loss in nats per token, and perplexity; samples go to TensorBoard."""
+        assert self.validation is not None
+        begun = time.perf_counter()
+        device = next(model.parameters()).device
+
+        def loss(batch: Any) -> torch.Tensor:
+            return self.loss_fn(model, to_device(batch, device))
+
+        value = mean_loss(self.validation, loss, self.weigh, self.processes)
+        if self.processes.first:
+            self._samples(model)
+            self._say_loss(value)
+        self.away += time.perf_counter() - begun
+        return {"loss": value, "perplexity": perplexity(value)}
+
+    def _say_loss(self, value: float) -> None:
+        line = f"evaluation at step {self.at}: loss {value:.4f}, perplexity {perplexity(value):.2f}"
+        if self.bar:
+            from tqdm import tqdm
+
+            tqdm.write(line, file=sys.stderr)
+        elif self.lines:
+            self.say(line)
+
+    def _samples(self, model: Any) -> None:
+        if not self.questions:
+            return
+        if self.board is None:
+            assert self.options.result.out is not None
+            self.board = SummaryWriter(str(self.options.result.out / "log"), filename_suffix=".samples")
+        written = answers_to(getattr(model, "_orig_mod", model), self.base.template, self.questions, SAMPLE)
+        for number, answer in enumerate(written):
+            parts = {"asked": self.questions[number], "written": answer, "given": self.answers[number]}
+            text = "\n\n".join(f"**{name}**\n\n{_code(value)}" for name, value in parts.items())
+            self.board.add_text(f"samples/{number + 1}", text, self.at)
+
+    def result(self, history: History) -> dict[str, Any]:
+        """For --json."""
+        losses = history.smoothed_loss()
+        return {
+            "steps": len(history.steps),
+            "loss": {"first": history.steps[0].loss, "last": losses[-1]},
+            "evaluation": history.metrics,
+            "best": None if history.best is None else {"step": history.best.step, **history.best.metrics},
+            "stopped": history.stopped,
+            "seconds": history.seconds,
+            "tokens per second": self.rate,
+            "padding": self.batches.count.padding,
+            "rank": {"start": sum(history.ranks_start.values()), "end": sum(history.ranks_end.values())},
+            "peak memory": _peak(),
+        }
+
+    def text(self, history: History, out: Path, written: Mapping[str, Path]) -> str:
+        """For people."""
+        found = self.result(history)
+        lines = [f"{found['stopped']}: loss {found['loss']['first']:.4f} → {found['loss']['last']:.4f}"]
+        if history.evaluations:
+            first, last = history.evaluations[0], history.evaluations[-1]
+            lines[0] += f"; on held-out rows {first.metrics['loss']:.4f} → {last.metrics['loss']:.4f}"
+            lines[0] += f", perplexity {last.metrics['perplexity']:.2f}"
+        speed = f"{self.rate:,.0f} tokens/s, " if self.rate else ""
+        peak = f", peak memory {in_units(found['peak memory'])}" if found["peak memory"] else ""
+        lines.append(f"{speed}{found['padding']:.1%} padding, {found['seconds']:.1f} s in steps{peak}")
+        start, end = found["rank"]["start"], found["rank"]["end"]
+        ranks = f"rank {start}" if start == end else f"rank {start} → {end}"
+        lines.append(f"{out}: adapter ({ranks}), run.yaml, log/" + "".join(f", {p.name}" for p in written.values()))
+        adapter = f"--model {self.options.model.model} --adapter {out}"
+        lines.append(f'try it:   lorafamily generate {adapter} "Hello"')
+        lines.append(f"watch it: tensorboard --logdir {out}")
+        return "\n".join(lines)
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss; infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _peak() -> int | None:
+    """Bytes: of the GPU if there is one, otherwise of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(used) if sys.platform == "darwin" else int(used) * 1024
+
+
+def _code(text: str) -> str:
+    """As Markdown that changes nothing in it."""
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])

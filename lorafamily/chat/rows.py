@@ -1,0 +1,218 @@
+"""Rows from files and from the hub, each with the place it came from, so that an error can name it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafamily.errors import DataError
+from lorafamily.terminal import nearest
+
+KINDS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".parquet")
+
+
+class RowError(Exception):
+    """What is wrong with one row; `read` and `conversations` add the place."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as the file has it. `place`: such as "chats.jsonl, line 3"."""
+
+    place: str
+    values: dict[str, Any]
+
+
+class Complaints:
+    """Gathers what is wrong with rows, so that the message has the first place and says how many more there are."""
+
+    def __init__(self) -> None:
+        self.first, self.count = "", 0
+
+    def add(self, place: str, reason: str) -> None:
+        self.first = self.first or f"{place}: {reason}"
+        self.count += 1
+
+    def raise_if_any(self) -> None:
+        """Raises:
+        DataError: something was added.
+        """
+        if self.count:
+            more = f" (and {self.count - 1} more rows are wrong)" if self.count > 1 else ""
+            raise DataError(f"{self.first}{more}; nothing was trained")
+
+
+def read(source: str, split: str = "train") -> list[Row]:
+    """All rows of a file, of a folder's files, or of a data set on the hub.
+
+    Args:
+        source: JSON lines, JSON (a list), CSV or Parquet, the first and third also gzipped; a folder of such files; or
+            a name on the hub, which `datasets` reads.
+        split: of a data set on the hub.
+
+    Raises:
+        DataError: nothing there, another kind of file, or rows that cannot be read: the first place, with the reason.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and _kind(file))
+        if not files:
+            raise DataError(f"{path}: the folder has no file that ends in {', '.join(KINDS)}")
+    elif path.is_file():
+        if not _kind(path):
+            raise DataError(f"{path}: data must end in {', '.join(KINDS)}, or be a folder of such files")
+        files = [path]
+    elif path.suffix or path.is_absolute() or source.startswith((".", "~")):
+        around = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such file{nearest(path.name, around)}")
+    else:
+        return _from_hub(source, split)
+    complaints, rows = Complaints(), list[Row]()
+    for file in files:
+        rows += _from_file(file, complaints)
+    complaints.raise_if_any()
+    if not rows:
+        raise DataError(f"{path}: no row in it; nothing was trained")
+    return rows
+
+
+def _kind(path: Path) -> str:
+    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if path.name.lower().endswith(kind)), "")
+
+
+def _from_file(path: Path, complaints: Complaints) -> list[Row]:
+    kind = _kind(path)
+    if kind == ".parquet":
+        return _parquet(path)
+    try:
+        data = path.read_bytes()
+        if kind.endswith(".gz"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); nothing was trained") from None
+    reading: Callable[[Path, bytes, Complaints], Iterator[Row]]
+    reading = _csv if kind.startswith(".csv") else _json if kind == ".json" else _json_lines
+    return list(reading(path, data.removeprefix(b"\xef\xbb\xbf"), complaints))
+
+
+def _json_lines(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
+    for number, line in enumerate(data.rstrip().split(b"\n") if data.strip() else [], 1):
+        place = f"{path}, line {number}"
+        try:
+            yield Row(place, _object(line))
+        except RowError as error:
+            complaints.add(place, str(error))
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """One line of JSON lines.
+
+    Raises:
+        RowError: empty, not UTF-8, not JSON, or no object.
+    """
+    if not line.strip():
+        raise RowError("the line is empty")
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise RowError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise RowError("JSON nested too deeply") from None
+    if not isinstance(value, dict):
+        raise RowError(f"must be a JSON object with keys, and is {_named(value)}")
+    return value
+
+
+def _named(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _json(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (at byte {error.start + 1}); nothing was trained") from None
+    except json.JSONDecodeError as error:
+        lines = "; one object a line belongs in a file that ends in .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}){lines}; nothing was trained") from None
+    if not isinstance(values, list):
+        raise DataError(f"{path}: must be a list of objects, and is {_named(values)}; nothing was trained")
+    for number, value in enumerate(values, 1):
+        place = f"{path}, row {number}"
+        if isinstance(value, dict):
+            yield Row(place, value)
+        else:
+            complaints.add(place, f"must be an object with keys, and is {_named(value)}")
+
+
+def _csv(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); nothing was trained"
+        ) from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for values in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in values or None in values.values():
+                said = len(reader.fieldnames or ())
+                given = said + len(values.get(None, ())) - sum(value is None for value in values.values())
+                complaints.add(place, f"{given} columns, where the header has {said}")
+            else:
+                yield Row(place, {key: value for key, value in values.items() if value != ""})
+    except csv.Error as error:
+        complaints.add(f"{path}, line {reader.line_num}", f"not CSV ({error})")
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        values = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.lib.ArrowException) as error:
+        raise DataError(f"{path}: not Parquet ({str(error).splitlines()[0]}); nothing was trained") from None
+    return [Row(f"{path}, row {number}", _without_nulls(row)) for number, row in enumerate(values, 1)]
+
+
+def _from_hub(name: str, split: str) -> list[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f'{name}: no such file, and the hub is read with datasets: pip install "lorafamily[chat]"'
+        ) from None
+    datasets.logging.set_verbosity_error()
+    try:
+        found = datasets.load_dataset(name, split=split)
+    except Exception as error:  # whatever the hub, the network or a script in the data set raises
+        raise DataError(
+            f"{name}: no such file or folder, and not a data set on the hub either "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from None
+    return [Row(f"{name}[{split}], row {number}", _without_nulls(dict(row))) for number, row in enumerate(found, 1)]
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Columns of tables are there in every row; what is null was not given."""
+    return {key: value for key, value in row.items() if value is not None}

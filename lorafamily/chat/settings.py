@@ -1,0 +1,274 @@
+"""The options of the three commands, typed; groups of `--help` and of a config file are the classes here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Export = Literal["peft", "serving", "merged", "gguf"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The base model."""
+
+    model: str
+    """Folder of a transformers checkpoint, or a name on the hub."""
+    dtype: Dtype = "auto"
+    """Of the base's weights; auto: bfloat16 on a GPU, float32 elsewhere. Adapters are float32."""
+    quantise: Literal["nf4"] | None = None
+    """Hold the base in 4 bits (bitsandbytes)."""
+    device: str = "auto"
+    """Such as cuda:1 or cpu; auto: the GPU, if there is one."""
+    template: str | None = None
+    """File with a chat template (Jinja), or "plain"; otherwise the model's own, and the plain one where it has none."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is learnt from."""
+
+    data: tuple[str, ...]
+    """Files (.jsonl, .json, .csv, each also .gz, .parquet), folders of such files, or names on the hub."""
+    split: str = "train"
+    """Of data sets on the hub."""
+    validation_data: str | None = None
+    """Rows to evaluate on, instead of a share of the data."""
+    eval_share: float = 0.05
+    """Share of the rows kept for evaluation, drawn by the seed; 0: none."""
+    loss_on: Literal["assistant", "everything"] = "assistant"
+    """Which tokens are learnt: what the assistant says, end-of-turn token included, or all of them."""
+    length: int = 1024
+    """Tokens of a row at most; of a packed row exactly."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What becomes of longer rows."""
+    preview: int | None = None
+    """Print so many rows with the learnt tokens coloured, and train nothing."""
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Which adapters; see lorafamily.apply."""
+
+    method: str = "lora"
+    """Such as alora, or "lora2+olora"."""
+    budget: float | None = None
+    """Trainable adapter parameters in all, such as 2e6; never exceeded."""
+    rank: int | None = None
+    """Of every layer, instead of a budget."""
+    rank_budget: int | None = None
+    """Rank slices of all layers together, instead of a budget."""
+    budget_at: Literal["peak", "end"] = "peak"
+    """Whether the budget holds at every step, or at the end of a method that prunes."""
+    targets: tuple[str, ...] = ()
+    """Regular expressions for the layers to adapt, or "attention"; none: all linear layers but the head."""
+    exclude: tuple[str, ...] = ()
+    """What of these is left out."""
+    also_train: tuple[str, ...] = ()
+    """Regular expressions for parameters that train too."""
+    dropout: float = 0.0
+    """Probability with which an entry of an adapter's input is dropped."""
+    dropout_kind: Literal["entries", "features"] = "entries"
+    """Drop single entries, or whole features of the batch."""
+    method_options: tuple[str, ...] = ()
+    """Options of the method, such as alpha=32 rounds=4."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How rows become batches."""
+
+    batch: int = 8
+    """Rows of a batch; with --pack packed rows."""
+    pack: bool = False
+    """Put several rows into one of --length tokens; none sees another."""
+    accumulate: int = 1
+    """Batches of an optimiser step."""
+    chunk: int = 256
+    """Tokens whose logits are in memory at a time; 0: all, the model's own loss."""
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """How long and how fast; see lorafamily.train."""
+
+    steps: int | None = None
+    """Optimiser steps, instead of --epochs."""
+    epochs: float | None = None
+    """Rounds through the data; 3 unless said."""
+    lr: float | None = None
+    """Peak learning rate; 0.001 unless said. LoRA² and AdaLoRA want more, OLoRA less."""
+    head_lr: float | None = None
+    """Of what --also-train names; ten times --lr unless said."""
+    up_lr: float | None = None
+    """Of the up factors (LoRA+)."""
+    weight_decay: float | None = None
+    """Of AdamW."""
+    warmup: int | float = 0.06
+    """Share of the run, or whole number of steps, in which the rate rises."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How it goes on."""
+    floor: float = 0.0
+    """Share of the peak below which it does not fall."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: they are not."""
+    seed: int = 0
+    """Of initialisation, shuffling, dropout and the choice of evaluation rows."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Looks at the run while it goes."""
+
+    evaluate_every: int | None = None
+    """Steps between evaluations; none: ten in all."""
+    patience: int | None = None
+    """Stop after so many evaluations without a lower loss."""
+    restore_best: bool = False
+    """Save the adapter of the best evaluation and not the last."""
+    samples: int = 2
+    """Evaluation rows whose answers are generated at each evaluation and shown on TensorBoard."""
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """How a step is computed."""
+
+    precision: Dtype = "auto"
+    """Of the computation (autocast); auto: bfloat16 on a GPU that has it."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward instead of keeping them."""
+    skip_nonfinite: int = 0
+    """Steps in a row that may be skipped because a number is not finite."""
+    check_gradients: bool = True
+    """Refuse to go on where adapters get no gradient."""
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """What is written, and where."""
+
+    out: Path | None = None
+    """Folder of the result; the same command again goes on where it stopped."""
+    save_every: int | None = None
+    """Steps between checkpoints; none: ten in all."""
+    keep: int = 2
+    """Checkpoints that stay, besides the best."""
+    resume: Literal["auto", "anyway"] = "auto"
+    """anyway: go on with other settings too, such as more steps."""
+    export: tuple[Export, ...] = ()
+    """Besides the adapter: a folder for peft, one for inference servers, a merged checkpoint, a GGUF file."""
+    dry_run: bool = False
+    """Say what it would take, and stop."""
+    json: bool = False
+    """Print a JSON object at the end, and no progress."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Fine-tune a causal language model on a file of conversations."""
+
+    model: ModelOptions
+    data: DataOptions
+    method: MethodOptions = field(default_factory=MethodOptions)
+    batches: BatchOptions = field(default_factory=BatchOptions)
+    optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
+    result: ResultOptions = field(default_factory=ResultOptions)
+
+    @property
+    def json(self) -> bool:
+        """Whether a JSON object is printed."""
+        return self.result.json
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Let a model with an adapter answer."""
+
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What the user says, each an own conversation; none: standard input."""
+    model: str | None = None
+    """The base; none: that of the adapter's run."""
+    adapter: Path | None = None
+    """Folder that lorafamily train or lorafamily.save wrote; none: the base alone."""
+    system: str | None = None
+    """What the system message says."""
+    max_new: int = 256
+    """Tokens of an answer at most."""
+    temperature: float = 0.0
+    """0: the likeliest token each time."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Of what is drawn."""
+    dtype: Dtype = "auto"
+    """Of the base's weights."""
+    quantise: Literal["nf4"] | None = None
+    """Hold the base in 4 bits."""
+    device: str = "auto"
+    """Such as cuda:1 or cpu."""
+    template: str | None = None
+    """File with a chat template, or "plain"; none: that of the adapter's run, or the model's own."""
+    json: bool = False
+    """Print a JSON object."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Loss, perplexity and exact match on a file of conversations, for the base and for each adapter."""
+
+    data: tuple[str, ...]
+    """As lorafamily train takes it."""
+    adapter: tuple[Path, ...] = ()
+    """Folders that lorafamily train or lorafamily.save wrote."""
+    model: str | None = None
+    """The base; none: that of the first adapter's run."""
+    split: str = "test"
+    """Of data sets on the hub."""
+    loss_on: Literal["assistant", "everything"] = "assistant"
+    """Which tokens count."""
+    length: int = 1024
+    """Tokens of a row at most; longer ones are cut."""
+    batch: int = 8
+    """Rows at a time."""
+    generate: int = 50
+    """Rows whose last answer is generated and compared with the one given; 0: none."""
+    max_new: int = 256
+    """Tokens of an answer at most."""
+    chunk: int = 256
+    """Tokens whose logits are in memory at a time; 0: all."""
+    dtype: Dtype = "auto"
+    """Of the base's weights."""
+    quantise: Literal["nf4"] | None = None
+    """Hold the base in 4 bits."""
+    device: str = "auto"
+    """Such as cuda:1 or cpu."""
+    template: str | None = None
+    """File with a chat template, or "plain"; none: that of the first adapter's run, or the model's own."""
+    json: bool = False
+    """Print a JSON object."""
+
+
+EXAMPLES = {
+    "train": """Examples:
+  lorafamily train --model Qwen/Qwen3-0.6B --data chats.jsonl --method alora --budget 2e6 --out my-adapter
+  lorafamily train --model base --data chats.jsonl --preview 3
+  lorafamily train --model base --data chats.jsonl --rank 8 --pack --quantise nf4 --dry-run
+  lorafamily train --config my-adapter/run.yaml --lr 3e-4 --out another""",
+    "generate": """Examples:
+  lorafamily generate --model Qwen/Qwen3-0.6B --adapter my-adapter "Hello"
+  lorafamily generate --adapter my-adapter --temperature 0.7 --seed 1 "Hello" "What is a rank?"
+  echo "Hello" | lorafamily generate --adapter my-adapter""",
+    "evaluate": """Examples:
+  lorafamily evaluate --model Qwen/Qwen3-0.6B --adapter my-adapter --data test.jsonl
+  lorafamily evaluate --adapter one another --data test.jsonl --generate 0""",
+}
+"""For `--help`."""

@@ -1,0 +1,197 @@
+"""Chat templates: the text of a conversation, and which of its characters the assistant says.
+
+Templates with generation marks ({% generation %}) say so themselves. For all others the conversation is rendered again
+with two characters of Unicode's private use area around each thing that the assistant says, which finds its place in
+the text whatever the template does around it; a turn begins where the generation prompt of the conversation so far
+ends, since from there on the model writes itself, and it ends with the end-of-turn token, which the model must learn to
+write.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import takewhile
+from typing import Any
+
+from lorafamily.chat.rows import RowError
+
+Span = tuple[int, int]
+Messages = list[dict[str, Any]]
+
+PLAIN = (
+    "{% for message in messages %}"
+    "{{ '### ' + message.role | capitalize + ':' }}"
+    "{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token + '\n\n' }}"
+    "{% else %}{{ '\n' + message.content + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}"
+)
+"""For tokenizers without a template: a heading for each role, and the end-of-text token after the assistant's words."""
+
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Template:
+    """A template with the tokenizer whose special tokens it writes.
+
+    Args:
+        tokenizer: of transformers.
+        text: Jinja, as in a tokenizer's `chat_template`.
+    """
+
+    def __init__(self, tokenizer: Any, text: str):
+        self.tokenizer, self.text = tokenizer, text
+        self.marked = bool(MARK.search(text))
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._special = (
+            re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
+        )
+
+    def render(self, messages: Messages, *, prompt: bool = False, tools: list[Any] | None = None) -> str:
+        """The conversation as text. `prompt`: with what comes before an answer of the assistant.
+
+        Raises:
+            RowError: the template refuses it, such as a system message that it does not know.
+        """
+        return self._rendered(messages, prompt, tools)[0]
+
+    def spans(self, messages: Messages, tools: list[Any] | None = None) -> tuple[str, list[Span]]:
+        """The conversation as text and what of it the assistant says, as [begin, end) in characters, end-of-turn token
+        included.
+
+        Raises:
+            RowError: the template refuses it, or changes what the assistant says so that its place is unknown.
+        """
+        if self.marked:
+            text, spans = self._rendered(messages, False, tools, marks=True)
+            return text, [(begin, self._through_end(text, begin, end)) for begin, end in spans if end > begin]
+        text = self.render(messages, tools=tools)
+        ends = self._ends(messages, text, tools)
+        spans = []
+        for at, message in enumerate(messages):
+            if message["role"] == "assistant":
+                spans.append(self._span(messages, at, text, ends.get(at), tools))
+        return text, [(begin, end) for begin, end in spans if end > begin]
+
+    def _span(self, messages: Messages, at: int, text: str, content: Span | None, tools: list[Any] | None) -> Span:
+        """Of message `at`. `content`: where its content is, as far as that is known."""
+        floor = self._begin(messages, at, text, tools)
+        if content is not None:
+            begin = min(floor, content[0])
+            tail = self._tail(messages, at, text, content[1], tools)
+            return begin, content[1] + self._length_of_end(tail, last=bool(messages[at].get("tool_calls")))
+        until = self.render(messages[: at + 1], tools=tools)
+        shared = _shared(until, text)
+        if floor == len(text) or (len(shared) < len(until.rstrip()) and at + 1 < len(messages)):
+            raise RowError(
+                f"the chat template changes message {at + 1} so that what the assistant says cannot be found; use a "
+                "template with generation marks, or --loss-on everything"
+            )
+        return floor, floor + self._length_of_end(shared[floor:], last=True)
+
+    def _begin(self, messages: Messages, at: int, text: str, tools: list[Any] | None) -> int:
+        """Where the model begins to write message `at`: the end of the generation prompt, as far as the text has it."""
+        try:
+            prompt = self.render(messages[:at], prompt=True, tools=tools)
+        except RowError:
+            if at:
+                raise
+            return len(text)  # of nothing said before, which templates need not know; the content decides
+        content = messages[at]["content"].strip()[:20]
+        unprompted = prompt == self.render(messages[:at], tools=tools)  # the template has no generation prompt
+        if unprompted and not text[len(prompt) :].lstrip(" ").startswith(content):
+            return len(text)  # but a heading, which the content's place tells from it
+        return len(_shared(prompt, text))
+
+    def _ends(self, messages: Messages, text: str, tools: list[Any] | None) -> dict[int, Span]:
+        """Where the content of each message of the assistant is, from a rendering with characters around it that no
+        text has. What a template writes in other words, or leaves out, is not in the answer."""
+        before, after = _unused(text + "".join(str(message["content"]) for message in messages))
+        said = [
+            at for at, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()
+        ]
+        marked = [_around(m, before, after) if at in said else m for at, m in enumerate(messages)]
+        try:
+            rendered = self.render(marked, tools=tools)
+        except RowError:
+            return {}
+        if rendered.replace(before, "").replace(after, "") != text or rendered.count(after) != len(said):
+            return {}
+        found: dict[int, Span] = {}
+        position, begin, ended = 0, None, iter(said)
+        for character in rendered:
+            if character == before:
+                begin = position
+            elif character == after:
+                # without the first: a template that keeps only what follows a part, such as a train of thought
+                found[next(ended)] = (len(text) if begin is None else begin, position)
+                begin = None
+            else:
+                position += 1
+        return found
+
+    def _tail(self, messages: Messages, at: int, text: str, end: int, tools: list[Any] | None) -> str:
+        """What the template writes after the content of message `at`, before anything of the next message."""
+        rest = text[end:]
+        if at + 1 == len(messages):
+            return rest
+        before, after = _unused(text + "".join(str(message["content"]) for message in messages))
+        until = self.render([*messages[:at], _around(messages[at], before, after)], tools=tools)
+        return _shared(rest, until.rpartition(after)[2])
+
+    def _length_of_end(self, tail: str, last: bool) -> int:
+        """How much of what follows belongs to the turn: through its first (or last) special token, and without any all
+        but white space at the end."""
+        found = list(self._special.finditer(tail)) if self._special else []
+        return found[-1 if last else 0].end() if found else len(tail.rstrip())
+
+    def _through_end(self, text: str, begin: int, end: int) -> int:
+        """Marks often leave out the token that ends the turn; where it follows directly, it is learnt too. White space
+        at the end is not: nothing is written after that token."""
+        inside = text[begin:end]
+        found = list(self._special.finditer(inside)) if self._special else []
+        if found and not inside[found[-1].end() :].strip():
+            return begin + found[-1].end()
+        following = self._special.match(text, end) if self._special else None
+        return following.end() if following else end
+
+    def _rendered(
+        self, messages: Messages, prompt: bool, tools: list[Any] | None, marks: bool = False
+    ) -> tuple[str, list[Span]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                [messages],
+                tools,
+                chat_template=self.text,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            said = str(error).splitlines()[0] if str(error) else repr(error)
+            raise RowError(f"the chat template refuses it ({said})") from None
+        return texts[0], [(begin, end) for begin, end in spans[0]] if marks else []
+
+
+def _around(message: dict[str, Any], before: str, after: str) -> dict[str, Any]:
+    """The message with a character before and after its content, inside white space, which templates trim."""
+    content = message["content"]
+    core = content.strip()
+    lead = content[: len(content) - len(content.lstrip())]
+    return {**message, "content": f"{lead}{before}{core}{after}{content[len(lead) + len(core) :]}"}
+
+
+def _unused(text: str) -> tuple[str, str]:
+    """Two characters for private use that are not in the text."""
+    found = [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text]
+    return found[0], found[1]
+
+
+def _shared(one: str, other: str) -> str:
+    """The characters with which both texts begin."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(character for character, _ in pairs)

@@ -1,0 +1,138 @@
+"""Conversations as tokens, with a mark at each that is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafamily.chat.forms import Conversation
+from lorafamily.chat.rows import Complaints, RowError
+from lorafamily.chat.templates import Span, Template
+from lorafamily.errors import DataError
+
+LossOn = Literal["assistant", "everything"]
+TooLong = Literal["cut", "drop"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row. `ids`: of its tokens; `learnt`: which of them count in the loss. The first never does: nothing comes
+    before it."""
+
+    ids: NDArray[np.int32]
+    learnt: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Rows that are trained, and what became of the others. `kept`: the conversations of these rows; `cut`: rows that
+    were longer than allowed; `dropped`: rows left out, because they were too long or nothing learnt was left."""
+
+    rows: list[Tokens]
+    kept: list[Conversation]
+    cut: int = 0
+    dropped: int = 0
+
+    def said(self) -> str:
+        """In one line."""
+        tokens, learnt = sum(map(len, self.rows)), sum(int(row.learnt.sum()) for row in self.rows)
+        more = [f"{self.cut} cut"] if self.cut else []
+        more += [f"{self.dropped} left out"] if self.dropped else []
+        return (
+            f"{len(self.rows):,} rows, {tokens:,} tokens, {learnt:,} of them learnt ({learnt / max(1, tokens):.0%}); "
+            f"longest {max(map(len, self.rows), default=0):,}" + (f"; {', '.join(more)} (--length)" if more else "")
+        )
+
+
+def tokenised(
+    conversations: Iterable[Conversation],
+    template: Template,
+    *,
+    length: int,
+    loss_on: LossOn = "assistant",
+    too_long: TooLong = "cut",
+) -> Tokenised:
+    """Every conversation as tokens of at most `length`.
+
+    Raises:
+        DataError: the template refuses rows (the first place and reason), or no row is left.
+    """
+    rows, kept, complaints = list[Tokens](), list[Conversation](), Complaints()
+    cut = dropped = 0
+    for conversation in conversations:
+        try:
+            row = tokens_of(conversation, template, loss_on)
+        except RowError as error:
+            complaints.add(conversation.place, str(error))
+            continue
+        if len(row) > length and too_long == "cut":
+            row, cut = Tokens(row.ids[:length], row.learnt[:length]), cut + 1
+        if len(row) > length or not row.learnt.any():
+            dropped += 1
+            continue
+        rows.append(row)
+        kept.append(conversation)
+    complaints.raise_if_any()
+    if not rows:
+        raise DataError(
+            f"all {dropped} rows are longer than --length {length} tokens, or nothing learnt is in its first "
+            f"{length}; raise --length"
+        )
+    return Tokenised(rows, kept, cut, dropped)
+
+
+def tokens_of(conversation: Conversation, template: Template, loss_on: LossOn = "assistant") -> Tokens:
+    """One conversation as tokens, of any length.
+
+    Raises:
+        RowError: the template refuses it.
+    """
+    tokenizer = template.tokenizer
+    if conversation.messages is None:
+        ids = list(tokenizer(conversation.text)["input_ids"])
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        return _row(ids, [True] * len(ids))
+    if loss_on == "everything":
+        ids = tokenizer(template.render(conversation.messages, tools=conversation.tools), add_special_tokens=False)
+        return _row(ids["input_ids"], [True] * len(ids["input_ids"]))
+    text, spans = template.spans(conversation.messages, conversation.tools)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return _row(found["input_ids"], _inside(found["offset_mapping"], spans))
+
+
+def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Which tokens end within a span. One that begins before it and ends within, such as a space with the first word,
+    is written by the model and not given to it, since the prompt ends where the span begins."""
+    learnt = [False] * len(offsets)
+    for begin, end in spans:
+        for at, (first, last) in enumerate(offsets):
+            if first < last and begin < last <= end:
+                learnt[at] = True
+    return learnt
+
+
+def _row(ids: Sequence[int], learnt: Sequence[bool]) -> Tokens:
+    marks = np.array(learnt, dtype=np.bool_)
+    marks[:1] = False
+    return Tokens(np.array(ids, dtype=np.int32), marks)
+
+
+def pieces(row: Tokens, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The text of a row, tokens that are learnt and that are not apart."""
+    for learnt, group in groupby(zip(row.ids.tolist(), row.learnt.tolist(), strict=True), key=lambda pair: pair[1]):
+        yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), learnt
+
+
+def preview(row: Tokens, tokenizer: Any, colour: bool) -> str:
+    """A row to look at: what is learnt in green, or between « and » where there are no colours."""
+    before, after = ("\x1b[1;32m", "\x1b[0m") if colour else ("«", "»")
+    return "".join(f"{before}{text}{after}" if learnt else text for text, learnt in pieces(row, tokenizer))

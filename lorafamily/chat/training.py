@@ -1,0 +1,295 @@
+"""The command `lorafamily train`: from a file of conversations to a folder with an adapter.
+
+OUT/adapter.safetensors, adapter.json   the adapter, as lorafamily.save writes it
+OUT/run.yaml                            all options, as they were taken
+OUT/chat_template.jinja                 the template it was trained with
+OUT/log/                                TensorBoard's events, steps, allocation, pictures, checkpoints
+OUT/peft, serving, merged, model.gguf   on request
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+
+import lorafamily
+from lorafamily.batch import LossFn
+from lorafamily.chat import exporting
+from lorafamily.chat.batches import ChatBatches, Count, sees_other_rows
+from lorafamily.chat.checking import check
+from lorafamily.chat.forms import Conversation, conversations
+from lorafamily.chat.generating import RUN
+from lorafamily.chat.loss import ChunkedLoss, difference, own_loss
+from lorafamily.chat.model import TEMPLATE, Base, device_of, pad_of, quiet, read_base, read_template
+from lorafamily.chat.options import write
+from lorafamily.chat.reporting import Reporter
+from lorafamily.chat.rows import read
+from lorafamily.chat.settings import MethodOptions, Train
+from lorafamily.chat.tokens import Tokenised, Tokens, preview, tokenised
+from lorafamily.errors import DataError, FileError, TrainingError
+from lorafamily.history import History
+from lorafamily.placement import placement_of
+from lorafamily.terminal import coloured
+from lorafamily.training.processes import Processes
+
+LOG = "log"
+SAME = 1e-3  # of losses computed in another order, in any precision
+LEAK = 0.1  # half precision rounds to 1e-2; a row that sees another changes by about 1
+
+
+@dataclass
+class Data:
+    """Rows to train on and to evaluate on."""
+
+    train: list[Tokens]
+    validation: list[Tokens]
+    asked: list[Conversation]
+    """Conversations of the rows to evaluate on."""
+    said: str
+    """What was read, in one line."""
+
+
+def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """The command: what it found, and as text. `say`: prints a line before the result is there.
+
+    Raises:
+        DataError: rows that cannot be read or packed; nothing was trained, and nothing written.
+        LoraFamilyError: options, models and folders that do not fit; or what `lorafamily.train` raises.
+        Interrupted: a signal stopped the run, and it is saved.
+    """
+    quiet()
+    check(options)
+    template = read_template(options.model.model, options.model.template)
+    data = read_data(options, template)
+    if options.data.preview is not None:
+        return _preview(options, data, template)
+    say(data.said)
+    device = _device(options)
+    base = read_base(options.model.model, options.model.dtype, options.model.quantise, device, template)
+    if options.result.dry_run:
+        from lorafamily.chat.dry import dry_run
+
+        return dry_run(options, base, data.train)
+    assert options.result.out is not None
+    processes = Processes(device)
+    batches, validation = batches_of(options, base, data, processes)
+    loss_fn = loss_of(options, base)
+    if options.batches.pack and (leak := sees_other_rows(base.model, base.vocabulary)) > LEAK:
+        raise DataError(
+            f"--pack: {type(base.model).__name__} lets packed rows see each other (a logit changes by {leak:.0%}); "
+            "train without it"
+        )
+    adapted(options, base, batches, loss_fn)
+    say(adapters_line(options, base))
+    with Reporter(options, base, data.asked, batches, validation, loss_fn, processes, say) as reporter:
+        new = processes.first and begin_folder(options, template.text)
+        try:
+            history = _run(options, base, batches, validation, loss_fn, reporter)
+        except BaseException:
+            if new and not reporter.at:  # refused before the first step
+                shutil.rmtree(options.result.out, ignore_errors=True)
+            raise
+    if not processes.first:
+        return {}, ""
+    return finish(options, base, history, reporter)
+
+
+def _device(options: Train) -> torch.device:
+    """Of this process; torchrun's processes take a GPU each."""
+    device = device_of(options.model.device)
+    if device.type == "cuda" and device.index is None and (local := os.environ.get("LOCAL_RANK")):
+        torch.cuda.set_device(int(local))
+        return torch.device("cuda", int(local))
+    return device
+
+
+def read_data(options: Train, template: Any) -> Data:
+    """Rows as tokens, and which of them are for evaluation.
+
+    Raises:
+        DataError: a row that is no conversation, or none left.
+    """
+    given = options.data
+
+    def taken(sources: tuple[str, ...]) -> Tokenised:
+        rows = [row for source in sources for row in read(source, given.split)]
+        return tokenised(
+            conversations(rows), template, length=given.length, loss_on=given.loss_on, too_long=given.too_long
+        )
+
+    found = taken(given.data)
+    if given.validation_data is not None:
+        apart = taken((given.validation_data,))
+        return Data(found.rows, apart.rows, apart.kept, f"{found.said()}; {len(apart.rows):,} for evaluation")
+    count = max(1, round(given.eval_share * len(found.rows))) if given.eval_share else 0
+    if count and len(found.rows) < 2:
+        raise DataError("one row cannot be shared between training and evaluation; add rows, or --eval-share 0")
+    order = torch.randperm(len(found.rows), generator=torch.Generator().manual_seed(options.optimisation.seed)).tolist()
+    held = sorted(order[:count])
+    return Data(
+        [found.rows[at] for at in sorted(order[count:])],
+        [found.rows[at] for at in held],
+        [found.kept[at] for at in held],
+        f"{found.said()}; {count:,} for evaluation",
+    )
+
+
+def _preview(options: Train, data: Data, template: Any) -> tuple[dict[str, Any], str]:
+    import sys
+
+    colour = coloured(sys.stdout) and not options.result.json
+    texts = [preview(row, template.tokenizer, colour) for row in data.train[: options.data.preview]]
+    marks = "in green" if colour else "between « and »"
+    head = [f"{data.said}", f"learnt tokens are {marks}"]
+    parts = [f"── row {at} ──\n{text}" for at, text in enumerate(texts, 1)]
+    return {"rows": texts, "data": data.said}, "\n".join([*head, *parts])
+
+
+def batches_of(options: Train, base: Base, data: Data, processes: Processes) -> tuple[ChatBatches, ChatBatches | None]:
+    """Batches to train on, divided among the processes, and to evaluate on, the same in all."""
+    given, pad = options.batches, pad_of(base.tokenizer)
+    batches = ChatBatches(
+        data.train,
+        given.batch,
+        pad,
+        options.data.length if given.pack else None,
+        seed=options.optimisation.seed,
+        rank=processes.rank,
+        num_replicas=processes.world,
+    )
+    if not data.validation:
+        return batches, None
+    ordered = sorted(data.validation, key=len)
+    return batches, ChatBatches(ordered, given.batch, pad, shuffle=False)
+
+
+def loss_of(options: Train, base: Base) -> LossFn:
+    """Chunked, unless the model does more between its head and its loss."""
+    if not options.batches.chunk:
+        return own_loss
+    if difference(base.model, base.vocabulary) > SAME:
+        return own_loss  # such as capped logits; `Reporter` says it
+    return ChunkedLoss(options.batches.chunk)
+
+
+def adapted(options: Train, base: Base, batches: ChatBatches, loss_fn: LossFn) -> None:
+    """Put the adapters on."""
+    method = options.method
+    more: dict[str, Any] = {}
+    if _asks_for_data(method.method):  # the same in all processes
+        more = {"data": dataclasses.replace(batches, rank=0, num_replicas=1, count=Count()), "loss_fn": loss_fn}
+    lorafamily.apply(base.model, seed=options.optimisation.seed, **arguments(method), **more)
+
+
+def arguments(method: MethodOptions) -> dict[str, Any]:
+    """Of `lorafamily.apply` and `lorafamily.plan`, from the options."""
+    given = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    own = dict(map(_method_option, given.pop("method_options")))
+    for name in ("targets", "exclude", "also_train"):
+        given[name] = given[name] or None
+        if given[name] in (("attention",), ("all-linear",)):
+            given[name] = given[name][0]
+        elif given[name]:
+            given[name] = list(given[name])
+    return given | own
+
+
+def _method_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise DataError(f"--method-options {text}: must be name=value, such as alpha=32")
+    return name.replace("-", "_"), yaml.safe_load(value)
+
+
+def _asks_for_data(method: str) -> bool:
+    from lorafamily.method import FromEvidence
+    from lorafamily.registry import find
+
+    return isinstance(find(method).initialisation, FromEvidence)
+
+
+def adapters_line(options: Train, base: Base) -> str:
+    """What was adapted, in one line."""
+    trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    ranks = [adapter.rank for adapter in placement_of(base.model).adapters.values()]
+    return f"{options.method.method}: {trained:,} trainable parameters, rank {sum(ranks):,} on {len(ranks)} layers"
+
+
+def begin_folder(options: Train, template: str) -> bool:
+    """What the result has from the beginning on; whether there was nothing yet.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    out = options.result.out
+    assert out is not None
+    if (out / RUN).is_file():
+        return False
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write(options, out / RUN)
+        (out / TEMPLATE).write_text(template, encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"--out {out}: cannot be written ({error})") from None
+    return True
+
+
+def _run(
+    options: Train,
+    base: Base,
+    batches: ChatBatches,
+    validation: ChatBatches | None,
+    loss_fn: LossFn,
+    reporter: Reporter,
+) -> History:
+    optimisation, evaluation, execution = options.optimisation, options.evaluation, options.execution
+    assert options.result.out is not None
+    settings = dataclasses.asdict(optimisation) | {"epochs": None, "steps": reporter.total}
+    return lorafamily.train(
+        base.model,
+        batches,
+        loss_fn=loss_fn,
+        loss_over="tokens",
+        accumulate=options.batches.accumulate,
+        validation=validation,
+        evaluate=reporter.evaluate if validation else None,
+        evaluate_every=reporter.evaluate_every if validation else None,
+        patience=evaluation.patience,
+        restore_best=evaluation.restore_best,
+        progress=reporter.bar,
+        on_step=reporter.step,
+        log_dir=options.result.out / LOG,
+        save_every=options.result.save_every or max(1, math.ceil(reporter.total / 10)),
+        keep=options.result.keep,
+        resume=options.result.resume,
+        **settings,
+        **dataclasses.asdict(execution),
+    )
+
+
+def finish(options: Train, base: Base, history: History, reporter: Reporter) -> tuple[dict[str, Any], str]:
+    """Save, export, and say what came out.
+
+    Raises:
+        TrainingError: no step was made.
+        StateError, FileError: an export cannot be written.
+    """
+    out = options.result.out
+    assert out is not None
+    if not history.steps:
+        raise TrainingError("no step was made")
+    lorafamily.save(base.model, out)
+    write(options, out / RUN)  # with what a run that went on was given
+    for picture in (out / LOG).glob("*.png"):
+        shutil.copyfile(picture, out / picture.name)
+    written = exporting.export(options.result.export, options.model.model, base, out)
+    result = reporter.result(history) | {"out": str(out), "exports": {k: str(v) for k, v in written.items()}}
+    return result, reporter.text(history, out, written)

@@ -1,0 +1,50 @@
+"""What the commands print: colours where there is a terminal, any text on any stream, the nearest name in errors."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+PLAINER = {
+    **dict.fromkeys("─━┄╌", "-"),
+    **dict.fromkeys("│┃", "|"),
+    **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼", "+"),
+    **dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True)),
+    **{"→": "->", "×": "x", "‖": "||", "Δ": "d", "≤": "<=", "≥": ">=", "−": "-", "·": ".", "…": "..."},
+    **{"«": "<<", "»": ">>", "²": "2", "–": "-", "′": "'"},
+}
+
+
+def any_text() -> None:
+    """Let standard output and error take every character: what their encoding lacks is written in plainer ones."""
+    codecs.register_error("lorafamily", _plainer)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure is not None and getattr(stream, "errors", None) in ("strict", "backslashreplace"):
+            reconfigure(errors="lorafamily")
+
+
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    plain = "".join(PLAINER.get(character, "?") for character in text)
+    try:
+        plain.encode(error.encoding)
+    except UnicodeEncodeError:
+        plain = "?" * len(text)
+    return plain, error.end
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?", or nothing where no name is close."""
+    found = difflib.get_close_matches(str(name), list(known), 1, 0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def coloured(stream: TextIO) -> bool:
+    """Whether colours are shown: on a terminal, unless NO_COLOR says otherwise (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
