@@ -9,8 +9,12 @@ asked for the update of every layer. llama.cpp's converter comes with the source
 from __future__ import annotations
 
 import ast
+import atexit
+import functools
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -104,10 +108,8 @@ def llama_cpp(package: Path, folder: Path, base: Path) -> Updates:
     """The GGUF file of llama.cpp's converter, and the rule by which llama.cpp adds it: alpha / the tensor's rank."""
     import gguf
 
+    script = _converter(package) / "convert_lora_to_gguf.py"
     with tempfile.TemporaryDirectory() as at:
-        with tarfile.open(package) as archive:
-            archive.extractall(at, filter="data")
-        (script,) = Path(at).glob("*/vendor/llama.cpp/convert_lora_to_gguf.py")
         out = Path(at) / "adapter.gguf"
         command = [sys.executable, str(script), "--base", str(base), "--outfile", str(out), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -129,6 +131,18 @@ def llama_cpp(package: Path, folder: Path, base: Path) -> Updates:
             update = update.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
         found[f"model.layers.{block}.{GGUF[what]}"] = update
     return found
+
+
+@functools.cache
+def _converter(package: Path) -> Path:
+    """The folder of llama.cpp's source, with what its converters need, taken out once."""
+    at = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, at)
+    with tarfile.open(package) as archive:
+        needed = [one for one in archive if re.search(r"/llama\.cpp/(conver[^/]*|gguf-py)(/|$)", one.name)]
+        archive.extractall(at, needed, filter="data")
+    (folder,) = Path(at).glob("*/vendor/llama.cpp")
+    return folder
 
 
 class _Quiet(logging.LoggerAdapter[logging.Logger]):
