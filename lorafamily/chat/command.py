@@ -28,6 +28,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except (LoraFamilyError, OSError) as error:
         print(f"lorafamily {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        print(f'lorafamily {command}: needs {error.name}: pip install "lorafamily[chat]"', file=sys.stderr)
+        return 2
     except Interrupted:
         print("lorafamily train: the same command goes on from there", file=sys.stderr)
         raise
