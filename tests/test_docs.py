@@ -363,7 +363,7 @@ def raised_by(function: FunctionType) -> set[str]:
     return {name for name in names if hasattr(errors, name)}
 
 
-# Raised deeper down, and ruled out before: the options are the package's own, and so are the reference's layers and size.
+# Raised deeper down, and ruled out before: the options are the package's own, and so are the reference's layers.
 RULED_OUT = {("import_peft", "MethodError"), ("compress", "MethodError")}
 RULED_OUT |= {("suggest_lr", "BudgetError"), ("suggest_lr", "TargetError")}
 
