@@ -95,19 +95,10 @@ def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]
     said = []
     if "planted" in found:
         study = next(study for study in studies if study.problem.name == "planted")
-        solved = {name: solves(study, found["planted"], name) for name in FINDERS}
-        good, bad, open_ = ([name for name, ok in solved.items() if ok is way] for way in (True, False, None))
-        words = [f"{_list(bad)} {'does' if len(bad) == 1 else 'do'} not pass"] if bad else []
-        if good:
-            share = {name: f"{100 * (puts_it_there(study.of(name)) or (0, 0))[0]:.0f} %" for name in good}
-            where = ", ".join(f"{name} {share[name]}" for name in good)
-            words.append(
-                f"{_list(good)} put the rank where it helps ({where} of it, where equal ranks have 50 %) and beat "
-                "equal ranks and their own pattern shuffled"
-            )
-        words += [f"{_list(open_)} had too few runs to say"] if open_ else []
         said.append(
-            f"On a planted problem, where half of the layers can help and the others cannot, {'; '.join(words)}."
+            "On a planted problem, where half of the layers can help and the others cannot, "
+            + "; ".join(outcome(study, found["planted"], name) for name in FINDERS)
+            + "."
         )
         random = {c.arm: c for c in found["planted"] if "random scores" in c.arm and c.other == "uniform"}
         words = [f"{name} is {c.verdict} ({_signed(c)})" for name, c in random.items()]
@@ -124,14 +115,16 @@ def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]
     return said
 
 
-def solves(study: Study, comparisons: Sequence[Comparison], name: str) -> bool | None:
-    """Whether an arm puts the rank into the planted layers, and beats uniform and its pattern shuffled; None where too
-    little was run."""
+def outcome(study: Study, comparisons: Sequence[Comparison], name: str) -> str:
+    """Where an arm puts the rank, and what it comes to against uniform and against its pattern shuffled."""
     share = puts_it_there(study.of(name))
-    verdicts = [c.verdict for c in comparisons if c.arm == name]
+    verdicts = {c.other == "uniform": c.verdict for c in comparisons if c.arm == name}
     if share is None or len(verdicts) < 2:
-        return None
-    return share[1] < LEVEL and verdicts == ["better", "better"]
+        return f"{name} had too few runs to say"
+    end = f"is {verdicts[True]} than equal ranks and {verdicts[False]} against its pattern shuffled"
+    if verdicts[True] == verdicts[False]:
+        end = f"is {verdicts[True]} than equal ranks and than its pattern shuffled"
+    return f"{name} has {100 * share[0]:.0f} % of the rank where it helps (equal ranks: 50 %) and {end}"
 
 
 def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
@@ -290,7 +283,3 @@ def _p(c: Comparison) -> str:
 
 def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
     return "–" if value is None else form(value)
-
-
-def _list(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
