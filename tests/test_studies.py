@@ -69,7 +69,10 @@ def test_paired_is_students_t():
 
 
 def row(arm, quarter, seed, quality):
-    return {"arm": arm.name, "quarter": quarter, "seed": seed, "failed": None, "tuning_metric": quality, "key": ""}
+    return {"arm": arm.name, "quarter": quarter, "seed": seed, "failed": None, "ranks_end": {}} | {
+        "tuning_metric": quality,
+        "key": "",
+    }
 
 
 def test_the_grid_is_extended_until_the_best_is_inside():

@@ -51,7 +51,7 @@ def test_a_worker_that_is_killed_costs_no_row(tmp_path):
 
 def test_jobs_that_follow_from_rows_are_run_too(tmp_path):
     waiting = [[10], [11], []]
-    found = list(sweep.rows([1], functools.partial(doubling, tmp_path), Where(workers=2), lambda: waiting.pop(0)))
+    found = list(sweep.rows([1], functools.partial(doubling, tmp_path), Where(workers=1), lambda: waiting.pop(0)))
     assert [job for job, _ in found] == [1, 10, 11]
 
 
