@@ -298,7 +298,7 @@ def test_a_peft_file_for_other_experts_is_refused(tmp_path):
 SCHEDULES = {
     "adalora": {"warmup": 1, "final": 2, "interval": 1, "target": 0.5},
     "lora2": {"warmup": 1, "final": 2, "interval": 1, "target": 0.5},
-    "alora": {"rounds": 2, "warmup": 1, "interval": 2, "scores": "first-order"},
+    "alora": {"rounds": 2, "warmup": 1, "interval": 2, "scorer": "first-order"},
 }
 
 
@@ -331,7 +331,7 @@ def test_a_slice_of_an_expert_that_was_never_visited_scores_as_one_without_use(s
     model = model_of("mixtral")
     x = ids(1, 3)
     batch, visited = {"input_ids": x, "labels": x}, visits(model, x)
-    pruning = {"scores": scores, "warmup": 1, "final": 1, "interval": 1, "target": 0.5}
+    pruning = {"scorer": scores, "warmup": 1, "final": 1, "interval": 1, "target": 0.5}
     lorafamily.apply(model, "lora+pruning", rank=1, targets=[r"q_proj", r"experts\.\d+\.down"], seed=0, **pruning)
     perturb_(model, size=0.01)
     # Adapters move what comes to the routers: unused are those that no token goes to with them and without.

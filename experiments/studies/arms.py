@@ -47,7 +47,7 @@ def _found(name: str) -> list[Arm]:
 
 UNIFORM = Arm("uniform")
 """Plain LoRA, the same rank everywhere: what everything is held against."""
-ALORA = Arm("ALoRA", "alora", (("scores", "exact"),))
+ALORA = Arm("ALoRA", "alora", (("scorer", "exact"),))
 ADALORA = Arm("AdaLoRA", "adalora", budget_at="end", start=-1.75)
 ONE = ("drop", 1)
 """ALoRA's n_A on the planted problem. The paper's, the layers of one block, is a 256th of all slices in LLaMA-2-7B;
@@ -56,21 +56,21 @@ here it would be half of them, and every second round would undo the one before.
 PLANTED: tuple[Arm, ...] = (
     UNIFORM,
     Arm("uniform at the peak size", size=1.5),
-    Arm("ALoRA", "alora", (("scores", "exact"), ONE)),
-    Arm("ALoRA first-order", "alora", (("scores", "first-order"), ONE)),
-    Arm("ALoRA, eight slices a round", "alora", (("scores", "exact"),), rates_of="ALoRA"),
-    Arm("ALoRA, random scores", "alora", (("scores", "random"), ONE)),
-    Arm("ALoRA, state dropped", "alora", (("scores", "exact"), ONE), dropped="state", rates_of="ALoRA"),
+    Arm("ALoRA", "alora", (("scorer", "exact"), ONE)),
+    Arm("ALoRA first-order", "alora", (("scorer", "first-order"), ONE)),
+    Arm("ALoRA, eight slices a round", "alora", (("scorer", "exact"),), rates_of="ALoRA"),
+    Arm("ALoRA, random scores", "alora", (("scorer", "random"), ONE)),
+    Arm("ALoRA, state dropped", "alora", (("scorer", "exact"), ONE), dropped="state", rates_of="ALoRA"),
     Arm(
         "ALoRA, state and schedule dropped",
         "alora",
-        (("scores", "exact"), ONE),
+        (("scorer", "exact"), ONE),
         dropped="state and schedule",
         rates_of="ALoRA",
     ),
     ADALORA,
-    Arm("AdaLoRA, task-only scores", "adalora", (("scores_on", "task"),), budget_at="end", start=-1.75),
-    Arm("AdaLoRA, random scores", "adalora", (("scores", "random"),), budget_at="end", start=-1.75),
+    Arm("AdaLoRA, task-only scores", "adalora", (("gradient_of", "task"),), budget_at="end", start=-1.75),
+    Arm("AdaLoRA, random scores", "adalora", (("scorer", "random"),), budget_at="end", start=-1.75),
     Arm("EVA", "eva"),
     Arm("GoRA", "gora"),
     Arm("LoRA then cut", cut_from=1.5),
@@ -89,26 +89,26 @@ EMBEDDED: tuple[Arm, ...] = (
     Arm("rsLoRA", "rslora", start=-2.25),
     Arm("LoRA+", up_ratio=16.0, start=-2.75),
     ALORA,
-    Arm("ALoRA first-order", "alora", (("scores", "first-order"),)),
-    Arm("ALoRA, random scores", "alora", (("scores", "random"),)),
+    Arm("ALoRA first-order", "alora", (("scorer", "first-order"),)),
+    Arm("ALoRA, random scores", "alora", (("scorer", "random"),)),
     Arm(
         "ALoRA, optimiser state dropped",
         "alora",
-        (("scores", "first-order"),),
+        (("scorer", "first-order"),),
         dropped="state",
         rates_of="ALoRA first-order",
     ),
     Arm(
         "ALoRA, state and schedule dropped",
         "alora",
-        (("scores", "first-order"),),
+        (("scorer", "first-order"),),
         dropped="state and schedule",
         rates_of="ALoRA first-order",
     ),
     ADALORA,
-    Arm("AdaLoRA, task-only scores", "adalora", (("scores_on", "task"),), budget_at="end", start=-1.75),
+    Arm("AdaLoRA, task-only scores", "adalora", (("gradient_of", "task"),), budget_at="end", start=-1.75),
     Arm("AdaLoRA, budget at the peak", "adalora", start=-1.75),
-    Arm("AdaLoRA, budget at the peak, task-only scores", "adalora", (("scores_on", "task"),), start=-1.75),
+    Arm("AdaLoRA, budget at the peak, task-only scores", "adalora", (("gradient_of", "task"),), start=-1.75),
     Arm("LoRA² at 1/8", "lora2", size=1 / 8, start=-1.75),
     Arm("LoRA²", "lora2", start=-1.75),
     Arm("OLoRA", "olora", start=-3.0),
