@@ -262,7 +262,7 @@ def where_of(settings: Compare, device: str) -> Where:
     Raises:
         TaskError: settings that contradict each other, or would have no effect.
     """
-    if settings.cpus_per_cell < 1 or settings.gpus_per_cell < 0 or (settings.workers or 1) < 1:
+    if settings.cpus_per_cell < 1 or settings.gpus_per_cell < 0 or settings.workers not in (None, *range(1, 100_000)):
         raise TaskError("--workers and --cpus-per-cell must be at least 1, --gpus-per-cell at least 0")
     if settings.cluster is not None:
         if settings.workers is not None:
