@@ -190,7 +190,8 @@ def missing(studies: Sequence[Study]) -> str:
     said.append(
         "Planted: the first five of eight seeds were run and looked at; the comparisons with shuffled patterns were "
         "then undecided. The protocol's other three were run after that, for uniform LoRA, the four methods and their "
-        "patterns alone; p-values do not know of this look. "
+        "patterns alone; p-values do not know of this look. The problem's length and ALoRA's slices a round were "
+        "chosen while looking at seed 0, which is one of the judged. "
         "Fewer than the eight seeds of the protocol where n says so. ALoRA drops one slice a round on the planted "
         "problem; its paper's number, the layers of a block, would be half of all slices here, and is an arm of "
         "its own. EVA looks at inputs alone, and the planted layers' inputs vary in few directions; the problem "
