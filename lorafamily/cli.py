@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,11 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from tqdm import tqdm
 
-from lorafamily.deploy.checkpoint import FOLDER, entries_of, merge_checkpoint
+from lorafamily.deploy.checkpoint import FOLDER, entries_of, is_weights, merge_checkpoint, refuse_used
 from lorafamily.deploy.combine import Cut, compressed
 from lorafamily.deploy.files import Saved, load, read, write
+from lorafamily.deploy.merge import merge as merge_in_memory
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN
 from lorafamily.errors import FileError, LoraFamilyError, StateError
@@ -92,11 +95,28 @@ def inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def merge(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Merge an adapter into a checkpoint on disk."""
     saved = read(given.adapter)
+    if given.dequantise is not None:
+        return _merge_dequantised(given, saved)
     size = sum(file.stat().st_size for file in {entry.file for entry in entries_of(given.base).values()})
     with tqdm(total=size, unit="B", unit_scale=True, desc="merging", disable=given.json) as bar:
         merge_checkpoint(given.base, saved, given.out, bar.update)
     result = {"out": str(given.out), "merged": len(saved.adapters), "bytes": size}
     return result, f"{given.out}: {given.base} with {len(saved.adapters)} layers merged, {size / 2**20:,.0f} MiB"
+
+
+def _merge_dequantised(given: argparse.Namespace, saved: Saved) -> tuple[dict[str, Any], str]:
+    """The base's own loader knows its format; the whole model is in memory, quantised, and an ordinary one after it."""
+    refuse_used(given.out)
+    model = load(_base(given, saved), given.adapter)
+    merge_in_memory(model, dequantise=getattr(torch, given.dequantise), keep="none")
+    model.save_pretrained(given.out)
+    for file in given.base.iterdir():  # the tokenizer; an index of shards is not the one of these weights
+        of_weights = is_weights(file) or file.name.endswith(".index.json")
+        if file.is_file() and not of_weights and not (given.out / file.name).exists():
+            shutil.copyfile(file, given.out / file.name)
+    size = sum(file.stat().st_size for file in given.out.iterdir())
+    result = {"out": str(given.out), "merged": len(saved.adapters), "bytes": size}
+    return result, f"{given.out}: {given.base} in {given.dequantise} with {len(saved.adapters)} layers merged"
 
 
 def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -123,13 +143,17 @@ def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def export(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write an adapter as a LoRA folder of peft, or one that inference servers or diffusers read."""
     saved = read(given.adapter)
+    folder = export_peft(load(_base(given, saved), given.adapter), given.out, layout=given.layout)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return {"out": str(folder), "bytes": size}, f"{folder}: {size / 1024:,.0f} KiB, layout {given.layout}"
+
+
+def _base(given: argparse.Namespace, saved: Saved) -> Any:
+    """The model that the adapter was made for, read by its own library."""
     kind = _class_of(saved.record["base"]["architecture"])
     if not (given.base / "config.json").is_file():
         raise FileError(f"{given.base}: no config.json there; {FOLDER}")
-    model = kind.from_pretrained(given.base)
-    folder = export_peft(load(model, given.adapter), given.out, layout=given.layout)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return {"out": str(folder), "bytes": size}, f"{folder}: {size / 1024:,.0f} KiB, layout {given.layout}"
+    return kind.from_pretrained(given.base)
 
 
 def _class_of(architecture: str) -> Any:
@@ -145,9 +169,10 @@ def _class_of(architecture: str) -> Any:
         if isinstance(kind, type) and issubclass(kind, getattr(module, parent)):
             return kind
     if not installed:
-        raise StateError("exporting reads the base with transformers or diffusers, and neither is installed")
+        raise StateError("this reads the base with transformers or diffusers, and neither is installed")
     raise StateError(
-        f"{architecture} is no model of {' or '.join(installed)}; load the adapter in Python and call export_peft"
+        f"{architecture} is no model of {' or '.join(installed)}; load base and adapter in Python, and call "
+        "lorafamily.export_peft or merge"
     )
 
 
@@ -186,6 +211,11 @@ def _parser() -> argparse.ArgumentParser:
     looking.add_argument("--png", type=Path, help="draw the ranks by layer and matrix into this file")
     merging = converting("merge", merge, out="new folder for the merged checkpoint")
     merging.add_argument("--base", type=Path, required=True, help="folder of a transformers checkpoint (safetensors)")
+    merging.add_argument(
+        "--dequantise",
+        choices=("bfloat16", "float16", "float32"),
+        help="of a quantised checkpoint: write an ordinary one of this dtype, with the whole model in memory",
+    )
     smaller = converting("compress", compress, out="folder for the smaller adapter")
     amount = smaller.add_mutually_exclusive_group(required=True)
     amount.add_argument("--rank", type=int, help="of every layer at most")

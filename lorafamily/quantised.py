@@ -476,7 +476,20 @@ def forget_quantised(model: nn.Module) -> dict[str, dict[str, Any]]:
             noted["quantization_config"] = config.pop("quantization_config")
         if noted:
             taken[at] = noted
+        conversions = vars(module).get("_weight_conversions")  # between disk and memory, as the model was loaded
+        if noted and conversions is not None:
+            noted["_weight_conversions"] = conversions
+            vars(module)["_weight_conversions"] = [one for one in conversions if _has_way_back(one)]
     return taken
+
+
+def _has_way_back(conversion: Any) -> bool:
+    """Whether transformers can save what it loaded so; packed weights that it read are gone."""
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def remember_quantised(model: nn.Module, taken: dict[str, dict[str, Any]]) -> None:

@@ -343,14 +343,31 @@ def test_its_file_fits_the_base_it_was_quantised_from(base, checkpoints, archite
     model.save_pretrained(tmp_path / "quantised")
 
 
-def test_a_quantised_checkpoint_is_not_merged_into_on_disk(base, tmp_path, capsys):
+def test_a_quantised_checkpoint_on_disk_becomes_an_ordinary_one_where_that_is_asked_for(base, tmp_path, capsys):
     model = base("llama", "nf4")
-    model.save_pretrained(tmp_path / "base")
-    lorafamily.save(lorafamily.apply(model, "lora", rank=4, seed=0), tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    lorafamily.apply(model, "alora", rank=4, seed=0)
+    perturb_(model)
+    lorafamily.save(model, tmp_path / "adapter")
     command = ["merge", "--base", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--json"]
-    assert main([*command, "--out", str(tmp_path / "merged")]) == 2
+    command += ["--out", str(tmp_path / "merged")]
+    assert main(command) == 2
     assert "quantised from" in (said := capsys.readouterr().err)
-    assert "dequantise=torch.bfloat16" in said
+    assert "--dequantise bfloat16" in said
+    assert not (tmp_path / "merged").exists()
+    assert main([*command, "--dequantise", "bfloat16"]) == 0
+    merged = lorafamily.merge(model, dequantise=torch.bfloat16)
+    on_disk = type(model).from_pretrained(tmp_path / "merged")
+    assert {type(module) for module in on_disk.modules()} == {type(module) for module in plain("llama").modules()}
+    held = merged.state_dict()
+    for name, value in on_disk.state_dict().items():
+        assert torch.equal(value, held[name]), name
+    names = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert "tokenizer.json" in names
+    assert "model.safetensors.index.json" not in names  # the base's, of shards that are not here
+    assert main([*command, "--dequantise", "bfloat16"]) == 2
+    assert "is there and not empty" in capsys.readouterr().err
 
 
 def test_what_cannot_be_merged_is_refused(base):

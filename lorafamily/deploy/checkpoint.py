@@ -60,8 +60,7 @@ def merge_checkpoint(
             which there is no way back; or `out` is not empty.
         StateError: an adapted weight is tied to another in the model, which would change too; as in memory.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileError(f"{out}: is there and not empty; a merged checkpoint goes into a folder of its own")
+    refuse_used(out)
     entries = entries_of(base)
     changes = _Changes(*_checked(saved, entries, base), entries)
     beside = out.with_name(out.name + ".partial")
@@ -74,13 +73,28 @@ def merge_checkpoint(
         for file in sorted(base.iterdir()):
             if file in by_file:
                 _rewrite(file, by_file[file], changes, beside / file.name, progress)
-            elif file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack"):
+            elif file.is_file() and not is_weights(file):
                 shutil.copyfile(file, beside / file.name)  # config, tokenizer; no weights in other formats
         if out.exists():
             out.rmdir()
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # after a failure; once renamed it is not there
+
+
+def refuse_used(out: Path) -> None:
+    """A merged checkpoint goes where nothing is.
+
+    Raises:
+        FileError: something is.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileError(f"{out}: is there and not empty; a merged checkpoint goes into a folder of its own")
+
+
+def is_weights(file: Path) -> bool:
+    """Whether a checkpoint's file holds weights, in whatever format, and not its config or tokenizer."""
+    return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
 
 
 def entries_of(base: Path) -> dict[str, Entry]:
@@ -230,7 +244,7 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
             raise FileError(
                 f"{base}: {source} is stored as {entries[source].dtype}; merging needs plain floating-point weights. "
                 "Where it is quantised, merge into the checkpoint it was quantised from, which the adapter fits, or "
-                "load it, call lorafamily.merge(model, dequantise=torch.bfloat16) and save the model"
+                "let lorafamily merge --dequantise bfloat16 write an ordinary one"
             )
         if entries[source].dtype != entries[first].dtype:
             raise FileError(
@@ -248,7 +262,7 @@ def _if_quantised(base: Path) -> str:
         return ""
     return (
         "; by its config it is quantised: merge into the checkpoint it was quantised from, which the adapter fits, or "
-        "load it, call lorafamily.merge(model, dequantise=torch.bfloat16) and save the model"
+        "let lorafamily merge --dequantise bfloat16 write an ordinary one"
     )
 
 
