@@ -99,7 +99,8 @@ def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
         StateError: they were in the model when accelerate offloaded it.
     """
     for at, adapter in adapters.items():
-        if any(parameter.is_meta for parameter in adapter.parameters()):
+        hooked = any("_hf_hook" in vars(module) for module in adapter.modules())
+        if hooked and any(parameter.is_meta for parameter in adapter.parameters()):
             raise StateError(
                 f"the adapter of {at} was offloaded along with its layer, and what trains must be here; {BACK}; "
                 "offload the model before adapters come"

@@ -64,6 +64,30 @@ def test_the_method_in_one_file(monkeypatch):
     assert_close(logits(lorafamily.merge(model)), adapted, rtol=1e-4, atol=1e-4)  # float32, another order of sums
 
 
+@pytest.mark.parametrize("method", ["alora", "lora"])
+def test_the_script_prints_what_is_shown(method, monkeypatch, tmp_path, capsys):
+    """README: ranks and parameters to the digit; the loss of the noise, 0.01, with ALoRA, and 0.5 with plain LoRA."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = [code for code in blocks("README.md") if code.startswith("import copy")]
+    code = code.replace('"alora"', f'"{method}"').replace("lorafamily.train(", "history = lorafamily.train(")
+    scope: dict = {}
+    with torch.random.fork_rng():
+        exec(code, scope)
+
+    def rows(text: str) -> list[list[str]]:
+        return [line.split()[:-1] for line in text.splitlines() if line.startswith("layers")]
+
+    loss = scope["history"].smoothed_loss()[-1]
+    if method == "alora":
+        (shown,) = blocks("README.md", "text")
+        assert len(rows(shown)) == 4
+        assert rows(capsys.readouterr().out) == rows(shown)
+        assert loss == pytest.approx(0.01, abs=0.002)
+    else:
+        assert loss == pytest.approx(0.5, abs=0.05)
+    assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
+
+
 def test_the_analysis_page(capsys):
     model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, seed=0))
     run_page("docs/analysis.md", {"model": model})
