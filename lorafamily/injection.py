@@ -17,7 +17,7 @@ from lorafamily.beside import base_values, movable_buffers
 from lorafamily.budget import Sizing, ranks_by_module, solve
 from lorafamily.deploy.merge import unmerge
 from lorafamily.dropout import Dropout, DropoutKind
-from lorafamily.elsewhere import refuse_elsewhere
+from lorafamily.elsewhere import offloaded_value, refuse_elsewhere
 from lorafamily.errors import BudgetError, MethodError, TargetError
 from lorafamily.evidence import Evidence, LayerEvidence
 from lorafamily.gathering import Stop, gathered, weights_of
@@ -439,7 +439,8 @@ def match_beside(
     beside = targeting.match_parameters(model, patterns)
     weights = {id(target.held): path for path, target in adapted.items()}
     packed = packed_parameters(model)
-    refuse_elsewhere(beside, beside, "which also_train names")
+    planned = {at for at, p in beside.items() if p.is_meta and offloaded_value(model, at) is None}  # nobody's weights
+    refuse_elsewhere(beside, beside.keys() - planned, "which also_train names")
     for name, parameter in beside.items():
         if id(parameter) in packed:
             raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")

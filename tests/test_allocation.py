@@ -655,7 +655,7 @@ def test_a_loop_that_does_not_keep_the_task_s_gradient_is_refused():
     [
         ({"scorer": "magnitude", "gradient_of": "task"}, "scorer='magnitude' has no use for gradient_of"),
         ({"scorer": "exact", "gradient_of": "task"}, "no use for gradient_of; it takes scoring_rows, scoring_memory"),
-        ({"scores": "first-order", "scoring_memory": 4.0}, "no use for scoring_memory; it takes scoring_rows"),
+        ({"scorer": "first-order", "scoring_memory": 4.0}, "no use for scoring_memory; it takes scoring_rows"),
         ({"scorer": "sensitivity", "scoring_rows": 4}, "no use for scoring_rows"),
         ({"scorer": "sensitivity", "gradient_of": "penalty"}, "gradient_of='penalty': must be"),
         ({"scoring_rows": 0}, "scoring_rows=0"),
