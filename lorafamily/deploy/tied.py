@@ -30,6 +30,8 @@ def tying(model: nn.Module, modules: Iterable[str]) -> dict[str, Any]:
     """The setting with which peft ties modules that it saves. It makes a linear layer of each but the embedding, so it
     is left out where there are others; all have the same values then, and are trained on apart."""
     tied = [at for at in modules if any(f"{at}.{name}" in tied_names(model) for name, _ in _own(model, at))]
+    if not tied:  # models without text have no embedding to ask for
+        return {}
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     others = [layer for layer in map(model.get_submodule, tied) if layer is not embedding]
     linear = bool(others) and all(isinstance(layer, nn.Linear) for layer in others)
