@@ -25,8 +25,9 @@ FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this process writes files and talks; under torchrun there are others."""
 NONE, FULL = "none", "full"
 """What is compared beside adapters: nothing adapted (a new task head still trains), everything trained."""
-TRAIN_BUDGET = "train_budget"
-"""Of any method, as an option: train with this budget, then cut to the cell's, as in lora:train_budget=160e3."""
+TRAIN_TIMES = "train_times"
+"""Of any method, as an option: train with so many times the cell's budget or rank, then cut to it through all layers at
+once, as in lora:train_times=2."""
 ALL = "all"
 """Targets: every linear layer but the head."""
 MATRICES = {
@@ -63,6 +64,11 @@ class Cell:
         """The same configuration at another learning rate and seed."""
         return replace(self, lr=lr, seed=seed)
 
+    def limit(self, layers: int) -> dict[str, int]:
+        """Its size as one limit for all of its adapted layers together."""
+        assert self.size is not None
+        return {"budget": self.size.value} if self.size.by == "budget" else {"rank_budget": self.size.value * layers}
+
     @property
     def key(self) -> str:
         """Names the cell in files and folders."""
@@ -88,11 +94,18 @@ class Training:
 
     def options_of(self, method: str) -> dict[str, Any]:
         """Options set for a method: for the parts that it is made of, then its own."""
-        return {name: value for name, value in self._all_options(method).items() if name != TRAIN_BUDGET}
+        return {name: value for name, value in self._all_options(method).items() if name != TRAIN_TIMES}
 
-    def train_budget(self, method: str) -> float | None:
-        """The budget to train with where the cell's is only cut to afterwards, None where it is trained with."""
-        return self._all_options(method).get(TRAIN_BUDGET)
+    def train_times(self, method: str) -> float:
+        """How many times the cell's size is trained with, and cut to it afterwards; 1: it is trained with.
+
+        Raises:
+            TaskError: less than 1, or no number.
+        """
+        times = self._all_options(method).get(TRAIN_TIMES, 1)
+        if isinstance(times, bool) or not isinstance(times, (int, float)) or times < 1:
+            raise TaskError(f"{method}: {TRAIN_TIMES}={times!r} must be a number, 1 or more")
+        return times
 
     def _all_options(self, method: str) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -154,9 +167,8 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
     peak = memory.read()
     after = history.metrics or before
     cut_error, ranks_end = None, history.ranks_end
-    if adapts and not failed and training.train_budget(cell.method) is not None:
-        assert cell.size is not None
-        report = lorafamily.compress(model, budget=cell.size.value)
+    if adapts and not failed and training.train_times(cell.method) > 1:
+        report = lorafamily.compress(model, **cell.limit(len(history.ranks_start)))
         cut_error, ranks_end = report.error, {row.module: row.rank_after for row in report}
         after = task.evaluate(model.eval())
     row: dict[str, Any] = {
@@ -235,11 +247,7 @@ def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training, da
     """Put the cell's adapters into a model. `data`: for methods that look at some first; None on the meta device."""
     assert cell.size is not None
     assert cell.targets is not None
-    sizing: dict[str, Any] = {cell.size.by: cell.size.value}
-    if (larger := training.train_budget(cell.method)) is not None:
-        if cell.size.by != "budget" or larger < cell.size.value:
-            raise TaskError(f"{cell.method} at {cell.size}: {TRAIN_BUDGET} needs a budget, no larger than itself")
-        sizing = {"budget": larger}
+    sizing: dict[str, Any] = {cell.size.by: int(training.train_times(cell.method) * cell.size.value)}
     looks = isinstance(find_method(cell.method.partition(":")[0]).initialisation, lorafamily.FromEvidence)
     lorafamily.apply(
         model,

@@ -97,7 +97,9 @@ def _work(
 ) -> None:
     """Run the cells that are not among the rows, and add theirs."""
     missing = [cell for cell in cells if cell.key not in rows]
-    _say(f"{len(cells)} {what} on {work.training.device}, {len(cells) - len(missing)} of them done\n")
+    _say(f"{len(cells)} {what} on {work.training.device}, {len(cells) - len(missing)} of them done")
+    if missing and not where.cluster:
+        _say(f"about {minutes(missing, task, work.training, where):.0f} min\n")
     found = _one_after_another(missing, task, work, settings.progress)
     line = Line(len(missing), quiet=not (where.beside_others and FIRST))
     if where.beside_others:
@@ -113,6 +115,27 @@ def _work(
             line.show(f"{cell.key}, {said}")
             if not where.beside_others:
                 _say(f"    {said}")
+
+
+def minutes(cells: Sequence[Cell], task: Task, training: Training, where: Where) -> float:
+    """What they will take, from some steps of plain LoRA, or of what there is, and one evaluation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(where.cpus if where.beside_others else threads)
+    model, head = task.model(seed=0)
+    model.to(training.device)
+    adapted = [cell for cell in cells if cell.size is not None]
+    if adapted:
+        adapt(model, head, dataclasses.replace(adapted[0], method="lora"), training)
+    options = {"lr": 1e-5, "seed": 0, "progress": False, "check_gradients": False}
+    step = min(lorafamily.train(model, task.training(0), steps=3, **options).seconds / 3 for _ in range(2))
+    begun = time.perf_counter()
+    task.evaluate(model.eval())
+    evaluation = time.perf_counter() - begun
+    torch.set_num_threads(threads)
+    evaluations = 1 + training.steps // training.evaluate_every
+    training_ones = sum(cell.method != NONE for cell in cells)
+    alone = len(cells) * evaluation * evaluations + training_ones * training.steps * step
+    return alone / 60 / (where.workers if where.beside_others else 1)
 
 
 def _one_after_another(

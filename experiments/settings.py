@@ -24,7 +24,10 @@ TRADED_OFF = ("alora.scorer=first-order",)
 
 TUNED = ("1e-2", "full=2e-3", "olora=1e-3", "lora2=2e-2", "adalora=2e-2", "svd=2e-2", "dual-plane=2e-2")
 """For the embedded setting: each method's best of four on another seed, docs/results.md has the numbers."""
-CHOSEN = " The learning rates are each method's best of four, tried beforehand with another seed (docs/results.md)."
+CHOSEN = (
+    " The learning rates are each method's best of four, tried beforehand with another seed (docs/results.md); EVA has "
+    "LoRA's, untried."
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ class Compare:
     """folder or hub id of a transformers model; none for the embedded one"""
     data: Path | None = None
     """folder of <task>/{train,validation}.jsonl.gz, none to take it from the hub; text: a file"""
-    methods: tuple[str, ...] = (NONE, FULL, "lora", "olora", "alora", "lora2", "adalora")
+    methods: tuple[str, ...] = (NONE, FULL, "lora", "olora", "alora", "lora2", "adalora", "eva", "lora:train_times=2")
     """any of lorafamily.methods(), joined by + to combine, with options of their own as in alora:scorer=exact,rounds=4;
-    lora:train_budget=160e3 trains with that and is then cut to the budget, once through all layers; none: no adaptation
-    (a task head still trains); full: all"""
+    lora:train_times=2 trains with twice the size and is then cut to it, once through all layers; none: no adaptation (a
+    task head still trains); full: all"""
     budgets: tuple[str, ...] = ("80e3", "10e3")
     """trainable adapter numbers, each exceeded at no step, NUMBER for all or METHOD=NUMBER; on the embedded model 80e3
     is LoRA at rank 8, 10e3 rank 1"""

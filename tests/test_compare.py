@@ -70,14 +70,14 @@ def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
             assert row["merge_difference"] < 1e-3
             assert list((folder / "cells" / row["key"]).glob("events.*"))
             loaded = lorafamily.load(embedded.pretrained(), folder / "cells" / row["key"] / "adapter")
-            assert sum(r.rank for r in lorafamily.summary(loaded).rows) == sum(row["ranks_end"].values())
+            assert sum(r.slices for r in lorafamily.summary(loaded).rows) == sum(row["ranks_end"].values())
     by_method = {row["method"]: row for row in done}
     assert by_method["none"]["trainable"] == 0
     assert by_method["none"]["metric"] > by_method["lora"]["metric"]
 
 
 def test_what_is_cut_after_training_and_what_looks_at_data_first(tmp_path):
-    larger = "lora:train_budget=20e3"
+    larger = "lora:train_times=2"
     compare.main(small(tmp_path, seeds=1, budgets=("10e3",), methods=("lora", larger, "eva", "gora")))
     done = {row["method"]: row for row in rows(tmp_path / "embedded")}
     assert all(row["failed"] is None and row["trainable"] <= 10_000 for row in done.values())
@@ -215,7 +215,7 @@ def test_several_learning_rates_are_said_in_the_report(tmp_path):
         ({"model": "bert"}, "--task code adapts the embedded model"),
         ({"methods": ("lora3",)}, 'no method named "lora3"'),
         ({"methods": ()}, "nothing to compare"),
-        ({"methods": ("lora:train_budget=5e3",)}, "train_budget needs a budget, no larger than itself"),
+        ({"methods": ("lora:train_times=0.5",)}, "train_times=0.5 must be a number, 1 or more"),
         ({"budgets": ("100",)}, "budget 100 is too small"),
         ({"options": ("alora",)}, "must be METHOD.OPTION=VALUE"),
         ({"options": ("lora.gamma=1",)}, "unknown option gama|unknown option gamma"),
