@@ -169,6 +169,22 @@ def test_a_config_file_says_everything_and_the_command_line_more(here, capsys, m
     assert "no step was made" in capsys.readouterr().err
 
 
+def test_a_rate_may_be_suggested_and_the_folder_has_a_card(here, capsys):
+    given = "--method adalora --steps 12 --samples 0 --lr auto --out suggested"
+    assert run(f"{TRAIN} {given} --method-options warmup=2 final=3 interval=2") == 0
+    said = capsys.readouterr()
+    (line,) = [line for line in (said.out + said.err).splitlines() if "times plain LoRA's" in line]
+    suggested = float(re.search(r"lr (\S+):", line)[1])
+    peak = max(json.loads(line)["lr"] for line in Path("suggested/log/steps.jsonl").read_text().splitlines())
+    assert peak == pytest.approx(suggested, rel=0.06)  # printed with two digits
+    assert peak != pytest.approx(1e-3, rel=0.06)
+    assert "lr: auto" in Path("suggested/run.yaml").read_text()
+    card = Path("suggested/README.md").read_text()
+    assert "library_name: lorafamily" in card
+    assert 'lorafamily.load(base, "THIS_FOLDER")' in card
+    assert Path("suggested/ranks.png").is_file()
+
+
 def test_a_dry_run_plans_and_writes_nothing(here, capsys):
     before = set(here.iterdir())
     assert run(f"{TRAIN} --dry-run --checkpoint-activations") == 0

@@ -100,8 +100,8 @@ class OptimisationOptions:
     """Optimiser steps, instead of --epochs."""
     epochs: float | None = None
     """Rounds through the data; 3 unless said."""
-    lr: float | None = None
-    """Peak learning rate; 0.001 unless said. LoRA² and AdaLoRA want more, OLoRA less."""
+    lr: float | Literal["auto"] | None = None
+    """Peak learning rate; 0.001 unless said. LoRA² and AdaLoRA want more, OLoRA less. auto: lorafamily.suggest_lr's."""
     head_lr: float | None = None
     """Of what --also-train names; ten times --lr unless said."""
     up_lr: float | None = None

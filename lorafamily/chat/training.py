@@ -32,8 +32,9 @@ from lorafamily.chat.model import TEMPLATE, Base, device_of, pad_of, quiet, read
 from lorafamily.chat.options import write
 from lorafamily.chat.reporting import Reporter
 from lorafamily.chat.rows import read
-from lorafamily.chat.settings import MethodOptions, Train
+from lorafamily.chat.settings import MethodOptions, OptimisationOptions, Train
 from lorafamily.chat.tokens import Tokenised, Tokens, preview, tokenised
+from lorafamily.deploy.model_card import NATIVE, write_card
 from lorafamily.errors import DataError, FileError, TrainingError
 from lorafamily.history import History
 from lorafamily.placement import placement_of
@@ -89,10 +90,17 @@ def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], s
         )
     adapted(options, base, batches, loss_fn)
     say(adapters_line(options, base))
+    optimisation = options.optimisation
+    if optimisation.lr == "auto":
+        suggestion = lorafamily.suggest_lr(
+            base.model, _of_all_processes(batches), loss_fn=loss_fn, seed=optimisation.seed
+        )
+        say(str(suggestion))
+        optimisation = dataclasses.replace(optimisation, lr=processes.agreed(suggestion.lr))
     with Reporter(options, base, data.asked, batches, validation, loss_fn, processes, say) as reporter:
         new = processes.first and begin_folder(options, template.text)
         try:
-            history = _run(options, base, batches, validation, loss_fn, reporter)
+            history = _run(options, optimisation, base, batches, validation, loss_fn, reporter)
         except BaseException:
             if new and not reporter.at:  # refused before the first step
                 shutil.rmtree(options.result.out, ignore_errors=True)
@@ -185,8 +193,12 @@ def adapted(options: Train, base: Base, batches: ChatBatches, loss_fn: LossFn) -
     method = options.method
     more: dict[str, Any] = {}
     if _asks_for_data(method.method):  # the same in all processes
-        more = {"data": dataclasses.replace(batches, rank=0, num_replicas=1, count=Count()), "loss_fn": loss_fn}
+        more = {"data": _of_all_processes(batches), "loss_fn": loss_fn}
     lorafamily.apply(base.model, seed=options.optimisation.seed, **arguments(method), **more)
+
+
+def _of_all_processes(batches: ChatBatches) -> ChatBatches:
+    return dataclasses.replace(batches, rank=0, num_replicas=1, count=Count())
 
 
 def arguments(method: MethodOptions) -> dict[str, Any]:
@@ -244,13 +256,14 @@ def begin_folder(options: Train, template: str) -> bool:
 
 def _run(
     options: Train,
+    optimisation: OptimisationOptions,
     base: Base,
     batches: ChatBatches,
     validation: ChatBatches | None,
     loss_fn: LossFn,
     reporter: Reporter,
 ) -> History:
-    optimisation, evaluation, execution = options.optimisation, options.evaluation, options.execution
+    evaluation, execution = options.evaluation, options.execution
     assert options.result.out is not None
     settings = dataclasses.asdict(optimisation) | {"epochs": None, "steps": reporter.total}
     return lorafamily.train(
@@ -287,6 +300,7 @@ def finish(options: Train, base: Base, history: History, reporter: Reporter) -> 
     if not history.steps:
         raise TrainingError("no step was made")
     lorafamily.save(base.model, out)
+    write_card(out, base.model, placement_of(base.model), NATIVE, options.model.model)
     write(options, out / RUN)  # with what a run that went on was given
     for picture in (out / LOG).glob("*.png"):
         shutil.copyfile(picture, out / picture.name)

@@ -15,6 +15,8 @@ from lorafamily.insight.figures import rank_heatmap, save
 from lorafamily.placement import Placement
 
 CARD, PICTURE = "README.md", "ranks.png"
+NATIVE = "lorafamily"
+"""The layout of `lorafamily.save`."""
 OURS = "<!-- Written by lorafamily. Without this line the next export leaves the file as it is. -->"
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -61,7 +63,7 @@ def _text(model: nn.Module, placement: Placement, layout: str, base: str | None)
 
 # {placement.spec} on {architecture}
 
-A low-rank update ΔW = s · U V of the base's weights, trained with lorafamily and written as plain LoRA.
+A low-rank update ΔW = s · U V of the base's weights, trained with lorafamily{_form(layout)}.
 
 | | |
 | --- | --- |
@@ -75,13 +77,17 @@ A low-rank update ΔW = s · U V of the base's weights, trained with lorafamily 
 """
 
 
+def _form(layout: str) -> str:
+    return "" if layout == NATIVE else " and written as plain LoRA"
+
+
 def _front(model: nn.Module, layout: str, base: str | None) -> str:
     """The block of YAML at the top. The base is named there only if it has a name on the Hub: a folder would be
     refused when the card is pushed."""
     on_hub = base is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists()
     task = PIPELINES.get(task_of(model, dict(model.named_modules())) or "")
     lines = [f"base_model: {json.dumps(base)}"] if on_hub else []
-    lines += [f"library_name: {'diffusers' if layout == 'diffusers' else 'peft'}"]
+    lines += [f"library_name: {layout if layout in ('diffusers', NATIVE) else 'peft'}"]
     lines += [f"pipeline_tag: {task}"] if task else []
     return "\n".join(["---", *lines, "tags:", "- lora", "- lorafamily", "---"])
 
@@ -103,4 +109,6 @@ def _usage(model: nn.Module, layout: str, base: str | None) -> str:
         made = f"pipeline = diffusers.DiffusionPipeline.from_pretrained({found})"
         return f'{made}\npipeline.load_lora_weights("THIS_FOLDER")'
     made = f"base = {type(model).__module__.partition('.')[0]}.{type(model).__name__}.from_pretrained({found})"
+    if layout == NATIVE:
+        return f'{made}\nmodel = lorafamily.load(base, "THIS_FOLDER")'
     return f'{made}\nmodel = peft.PeftModel.from_pretrained(base, "THIS_FOLDER")'
