@@ -302,6 +302,7 @@ def test_a_glue_task_runs_end_to_end(tmp_path):
             budgets=("2000",),
             seeds=1,
             lr=("2e-2",),
+            head_lr=2e-2,
             steps=60,
         )
     )

@@ -196,6 +196,7 @@ def shard(model: Model) -> Model:
 
     Raises:
         TrainingError: this is one process alone, or the base is quantised otherwise.
+        StateError: this is a part of the model that adapters were placed in.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
