@@ -11,6 +11,7 @@ import torch
 
 import lorafamily
 from lorafamily.chat.batches import ChatBatches
+from lorafamily.chat.loss import loss_of
 from lorafamily.chat.model import Base, pad_of
 from lorafamily.chat.settings import Train
 from lorafamily.chat.tokens import Tokens
@@ -19,8 +20,6 @@ from lorafamily.insight.costs import in_units
 
 def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[str, Any], str]:
     """The plan as data, and as text."""
-    from lorafamily.chat.training import arguments, loss_of
-
     given = options.batches
     pack = options.data.length if given.pack else None
     longest = sorted(rows, key=len)[-given.batch :]
@@ -29,9 +28,9 @@ def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[st
     plan = lorafamily.plan(
         base.model,
         batch=batch,
-        loss_fn=loss_of(options, base),
+        loss_fn=loss_of(given.chunk, base.model, base.vocabulary),
         checkpoint_activations=options.execution.checkpoint_activations,
-        **arguments(options.method),
+        **options.method.arguments(),
     )
     device = next(base.model.parameters()).device
     free, peak = free_memory(device), plan.use.memory.peak

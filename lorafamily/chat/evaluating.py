@@ -14,13 +14,12 @@ from lorafamily.batch import to_device, weigher
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.forms import Conversation, conversations
 from lorafamily.chat.generating import answers_to, model_name, question_of
-from lorafamily.chat.loss import ChunkedLoss, difference, own_loss
+from lorafamily.chat.loss import SAME, ChunkedLoss, difference, own_loss
 from lorafamily.chat.model import Base, device_of, pad_of, read_base, read_template
 from lorafamily.chat.reporting import perplexity
 from lorafamily.chat.rows import read
 from lorafamily.chat.settings import Evaluate
 from lorafamily.chat.tokens import tokenised
-from lorafamily.chat.training import SAME
 from lorafamily.errors import DataError
 from lorafamily.training.batches import mean_loss
 from lorafamily.training.processes import Processes

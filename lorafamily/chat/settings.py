@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
+import yaml
+
+from lorafamily.errors import DataError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Export = Literal["peft", "serving", "merged", "gguf"]
@@ -76,6 +80,29 @@ class MethodOptions:
     """Drop single entries, or whole features of the batch."""
     method_options: tuple[str, ...] = ()
     """Options of the method, such as alpha=32 rounds=4."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `lorafamily.apply` and `lorafamily.plan`.
+
+        Raises:
+            DataError: an option of the method without a value.
+        """
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own = dict(map(_method_option, given.pop("method_options")))
+        for name in ("targets", "exclude", "also_train"):
+            given[name] = given[name] or None
+            if given[name] in (("attention",), ("all-linear",)):
+                given[name] = given[name][0]
+            elif given[name]:
+                given[name] = list(given[name])
+        return given | own
+
+
+def _method_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise DataError(f"--method-options {text}: must be name=value, such as alpha=32")
+    return name.replace("-", "_"), yaml.safe_load(value)
 
 
 @dataclass(frozen=True)

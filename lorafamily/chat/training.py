@@ -18,21 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 
 import lorafamily
 from lorafamily.batch import LossFn
 from lorafamily.chat import exporting
 from lorafamily.chat.batches import ChatBatches, Count, sees_other_rows
 from lorafamily.chat.checking import check
+from lorafamily.chat.dry import dry_run
 from lorafamily.chat.forms import Conversation, conversations
 from lorafamily.chat.generating import RUN
-from lorafamily.chat.loss import ChunkedLoss, difference, own_loss
+from lorafamily.chat.loss import loss_of
 from lorafamily.chat.model import TEMPLATE, Base, device_of, pad_of, quiet, read_base, read_template
 from lorafamily.chat.options import write
 from lorafamily.chat.reporting import Reporter
 from lorafamily.chat.rows import read
-from lorafamily.chat.settings import MethodOptions, OptimisationOptions, Train
+from lorafamily.chat.settings import OptimisationOptions, Train
 from lorafamily.chat.tokens import Tokenised, Tokens, preview, tokenised
 from lorafamily.deploy.model_card import NATIVE, write_card
 from lorafamily.errors import DataError, FileError, TrainingError
@@ -42,7 +42,6 @@ from lorafamily.terminal import coloured
 from lorafamily.training.processes import Processes
 
 LOG = "log"
-SAME = 1e-3  # of losses computed in another order, in any precision
 LEAK = 0.1  # half precision rounds to 1e-2; a row that sees another changes by about 1
 
 
@@ -76,13 +75,11 @@ def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], s
     device = _device(options)
     base = read_base(options.model.model, options.model.dtype, options.model.quantise, device, template)
     if options.result.dry_run:
-        from lorafamily.chat.dry import dry_run
-
         return dry_run(options, base, data.train)
     assert options.result.out is not None
     processes = Processes(device)
     batches, validation = batches_of(options, base, data, processes)
-    loss_fn = loss_of(options, base)
+    loss_fn = loss_of(options.batches.chunk, base.model, base.vocabulary)
     if options.batches.pack and (leak := sees_other_rows(base.model, base.vocabulary)) > LEAK:
         raise DataError(
             f"--pack: {type(base.model).__name__} lets packed rows see each other (a logit changes by {leak:.0%}); "
@@ -179,46 +176,17 @@ def batches_of(options: Train, base: Base, data: Data, processes: Processes) -> 
     return batches, ChatBatches(ordered, given.batch, pad, shuffle=False)
 
 
-def loss_of(options: Train, base: Base) -> LossFn:
-    """Chunked, unless the model does more between its head and its loss."""
-    if not options.batches.chunk:
-        return own_loss
-    if difference(base.model, base.vocabulary) > SAME:
-        return own_loss  # such as capped logits; `Reporter` says it
-    return ChunkedLoss(options.batches.chunk)
-
-
 def adapted(options: Train, base: Base, batches: ChatBatches, loss_fn: LossFn) -> None:
     """Put the adapters on."""
     method = options.method
     more: dict[str, Any] = {}
     if _asks_for_data(method.method):  # the same in all processes
         more = {"data": _of_all_processes(batches), "loss_fn": loss_fn}
-    lorafamily.apply(base.model, seed=options.optimisation.seed, **arguments(method), **more)
+    lorafamily.apply(base.model, seed=options.optimisation.seed, **method.arguments(), **more)
 
 
 def _of_all_processes(batches: ChatBatches) -> ChatBatches:
     return dataclasses.replace(batches, rank=0, num_replicas=1, count=Count())
-
-
-def arguments(method: MethodOptions) -> dict[str, Any]:
-    """Of `lorafamily.apply` and `lorafamily.plan`, from the options."""
-    given = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    own = dict(map(_method_option, given.pop("method_options")))
-    for name in ("targets", "exclude", "also_train"):
-        given[name] = given[name] or None
-        if given[name] in (("attention",), ("all-linear",)):
-            given[name] = given[name][0]
-        elif given[name]:
-            given[name] = list(given[name])
-    return given | own
-
-
-def _method_option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise DataError(f"--method-options {text}: must be name=value, such as alpha=32")
-    return name.replace("-", "_"), yaml.safe_load(value)
 
 
 def _asks_for_data(method: str) -> bool:
