@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+PIECE = 1 << 18
+"""Entries that a CPU sums at a time: it makes 64-bit copies of them first."""
+
 
 def fingerprints(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """A number for each tensor, the sum of its bits read as integers: every single flipped bit changes it."""
@@ -19,7 +22,10 @@ def _fingerprint(value: Tensor) -> Tensor:
     local = value.detach()
     local = local.to_local() if hasattr(local, "to_local") else local  # a sharded tensor: the part that is here
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(local.element_size(), torch.int64)
-    return local.contiguous().view(words).sum(dtype=torch.int64)
+    bits = local.contiguous().view(words).flatten()
+    if bits.device.type != "cpu" or bits.numel() <= PIECE:
+        return bits.sum(dtype=torch.int64)
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in bits.split(PIECE)]).sum()
 
 
 def added_up(pieces: list[int]) -> int:

@@ -173,7 +173,7 @@ def test_gathered_merged_weights_have_the_bits_of_merging_in_one_process(dtype, 
 
 def test_a_4_bit_base_is_sharded_too(spread):
     """The base computes in float32, to whose rounding outputs agree; factors are float64."""
-    (alone, expected, _), (both, tensors, folder) = spread
+    (alone, expected, folder_of_one), (both, tensors, folder) = spread
     if "nf4" not in alone:
         pytest.skip("bitsandbytes is an extra; nothing to test without it")
     assert both["nf4"]["losses"] == pytest.approx(alone["nf4"]["losses"], abs=1e-6)
@@ -182,6 +182,12 @@ def test_a_4_bit_base_is_sharded_too(spread):
     whole = lorafamily.load(four_bits(), folder / "nf4")
     with torch.no_grad():
         assert_close(whole(input_ids=tokens(rows=16)[:4] % 90).logits, tensors["nf4 logits"], rtol=0, atol=1e-5)
+    merged = [
+        lorafamily.merge(lorafamily.load(four_bits(), at / "nf4"), dequantise=torch.float32).state_dict()
+        for at in (folder_of_one, folder)
+    ]
+    for name, value in merged[0].items():
+        assert_close(merged[1][name], value, rtol=0, atol=1e-6)
     assert "is quantised and spread over processes; save the adapter" in both["nf4 merge"]
     assert "only bitsandbytes' 4-bit ones are spread" in both["int8"]
 
