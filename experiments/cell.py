@@ -64,7 +64,7 @@ class Cell:
         """The same configuration at another learning rate and seed."""
         return replace(self, lr=lr, seed=seed)
 
-    def limit(self, layers: int) -> dict[str, int]:
+    def limit(self, layers: int) -> dict[str, Any]:
         """Its size as one limit for all of its adapted layers together."""
         assert self.size is not None
         return {"budget": self.size.value} if self.size.by == "budget" else {"rank_budget": self.size.value * layers}
@@ -248,7 +248,7 @@ def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training, da
     assert cell.size is not None
     assert cell.targets is not None
     sizing: dict[str, Any] = {cell.size.by: int(training.train_times(cell.method) * cell.size.value)}
-    looks = isinstance(find_method(cell.method.partition(":")[0]).initialisation, lorafamily.FromEvidence)
+    looks = find_method(cell.method.partition(":")[0]).looks_at_data
     lorafamily.apply(
         model,
         cell.method.partition(":")[0],

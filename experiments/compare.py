@@ -126,7 +126,7 @@ def minutes(cells: Sequence[Cell], task: Task, training: Training, where: Where)
     adapted = [cell for cell in cells if cell.size is not None]
     if adapted:
         adapt(model, head, dataclasses.replace(adapted[0], method="lora"), training)
-    options = {"lr": 1e-5, "seed": 0, "progress": False, "check_gradients": False}
+    options: dict[str, Any] = {"lr": 1e-5, "seed": 0, "progress": False, "check_gradients": False}
     step = min(lorafamily.train(model, task.training(0), steps=3, **options).seconds / 3 for _ in range(2))
     begun = time.perf_counter()
     task.evaluate(model.eval())

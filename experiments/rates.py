@@ -112,7 +112,7 @@ def _missing(settings: Settings, task: Task, rows: list[dict[str, str]]) -> Iter
 def _adapted(method: str, settings: Settings, task: Task) -> torch.nn.Module:
     name, _, rank = method.partition("@")
     model, head = task.model(settings.seed)
-    looks = isinstance(lorafamily.methods()[name].initialisation, lorafamily.FromEvidence)
+    looks = lorafamily.methods()[name].looks_at_data
     data = task.training(settings.seed) if looks else None
     given: dict[str, Any] = {"evidence_batches": 4} if looks else {}
     return lorafamily.apply(model, name, rank=int(rank), also_train=head, seed=settings.seed, data=data, **given)

@@ -63,11 +63,16 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     return next(cls for cls in type(model).__mro__ if fsdp is None or not issubclass(cls, fsdp.FSDPModule))
 
 
+def _hooks_on(module: nn.Module) -> list[Any]:
+    """Those of accelerate, one that holds several taken apart."""
+    hook = vars(module).get("_hf_hook")
+    return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
+
+
 def offloaded_value(model: nn.Module, name: str) -> Tensor | None:
     """The value of a parameter that accelerate keeps elsewhere, by full name; None where it does not."""
     at, _, own = name.rpartition(".")
-    hook = vars(model.get_submodule(at)).get("_hf_hook")
-    for one in (hook, *getattr(hook, "hooks", ())):
+    for one in _hooks_on(model.get_submodule(at)):
         values = getattr(one, "weights_map", None)
         if values is not None:
             value: Tensor = values[own]
@@ -82,8 +87,7 @@ def refuse_whole_blocks(model: nn.Module) -> None:
         StateError: it was offloaded with preload_module_classes.
     """
     for at, module in model.named_modules():
-        hook = vars(module).get("_hf_hook")
-        for one in (hook, *getattr(hook, "hooks", ())):
+        for one in _hooks_on(module):
             if getattr(one, "offload", False) and getattr(one, "place_submodules", False):
                 raise StateError(
                     f"{at or type(module).__name__} is offloaded as a whole (accelerate's preload_module_classes), by "
@@ -99,7 +103,7 @@ def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
         StateError: they were in the model when accelerate offloaded it.
     """
     for at, adapter in adapters.items():
-        hooked = any("_hf_hook" in vars(module) for module in adapter.modules())
+        hooked = any(_hooks_on(module) for module in adapter.modules())
         if hooked and any(parameter.is_meta for parameter in adapter.parameters()):
             raise StateError(
                 f"the adapter of {at} was offloaded along with its layer, and what trains must be here; {BACK}; "

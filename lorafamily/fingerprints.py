@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lorafamily.elsewhere import local
+
 PIECE = 1 << 18
 """Entries that a CPU sums at a time: it makes 64-bit copies of them first."""
 
@@ -19,10 +21,9 @@ def fingerprints(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
 @torch.no_grad()
 def _fingerprint(value: Tensor) -> Tensor:
-    local = value.detach()
-    local = local.to_local() if hasattr(local, "to_local") else local  # a sharded tensor: the part that is here
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(local.element_size(), torch.int64)
-    bits = local.contiguous().view(words).flatten()
+    here = local(value)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(here.element_size(), torch.int64)
+    bits = here.contiguous().view(words).flatten()
     if bits.device.type != "cpu" or bits.numel() <= PIECE:
         return bits.sum(dtype=torch.int64)
     return torch.stack([piece.sum(dtype=torch.int64) for piece in bits.split(PIECE)]).sum()

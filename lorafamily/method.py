@@ -243,6 +243,11 @@ class Method:
         return method
 
     @property
+    def looks_at_data(self) -> bool:
+        """Whether its start follows from data, which `apply` must be given."""
+        return isinstance(self.initialisation, FromEvidence)
+
+    @property
     def layered(self) -> dict[str, Mapping[str, Any]]:
         """Options that are given by layer."""
         options = {"alpha": self.alpha, **self.parametrisation_options}

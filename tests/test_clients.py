@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import clients
 import lorafamily
 from conftest import perturb_
 from lorafamily import cli
@@ -30,34 +32,13 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def unet() -> nn.Module:
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra; nothing to compare with without it")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
+    pytest.importorskip("diffusers", reason="diffusers is an extra; nothing to compare with without it")
+    return clients.unet(Path())
 
 
 def flux() -> nn.Module:
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra; nothing to compare with without it")
-    torch.manual_seed(0)
-    return diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
+    pytest.importorskip("diffusers", reason="diffusers is an extra; nothing to compare with without it")
+    return clients.flux(Path())
 
 
 MODELS = {"unet": unet, "transformer": flux}

@@ -151,7 +151,7 @@ def _adapt(model: torch.nn.Module, trial: Trial, problem: Problem) -> None:
         sizing = {"rank": dict(trial.pattern)}
     elif arm.budget_at == "end":
         sizing["budget_at"] = "end"
-    looks = isinstance(find_method(arm.method).initialisation, lorafamily.FromEvidence)
+    looks = find_method(arm.method).looks_at_data
     data = problem.training(trial.seed) if looks else None
     lorafamily.apply(model, arm.method, seed=trial.seed, data=data, **sizing, **dict(arm.options))
 

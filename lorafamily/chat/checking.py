@@ -19,7 +19,7 @@ def check(options: Train) -> None:
         DataError, StateError: an option that makes no sense, or a folder that is something else.
     """
     data, batches, evaluation, result = options.data, options.batches, options.evaluation, options.result
-    for name, value, least in (
+    at_least(
         ("--length", data.length, 2),
         ("--batch", batches.batch, 1),
         ("--accumulate", batches.accumulate, 1),
@@ -29,9 +29,7 @@ def check(options: Train) -> None:
         ("--steps", options.optimisation.steps, 1),
         ("--evaluate-every", evaluation.evaluate_every, 1),
         ("--save-every", result.save_every, 1),
-    ):
-        if value is not None and value < least:
-            raise DataError(f"{name} {value}: must be at least {least}")
+    )
     if not 0 <= data.eval_share < 1:
         raise DataError(f"--eval-share {data.eval_share:g}: must be a share of the rows in [0, 1)")
     if options.optimisation.epochs is not None and not options.optimisation.epochs > 0:
@@ -86,3 +84,14 @@ def check_folder(options: Train) -> None:
 
 def _as_yaml(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def at_least(*given: tuple[str, int | None, int]) -> None:
+    """Options with their values and the least that each may be.
+
+    Raises:
+        DataError: one is less.
+    """
+    for name, value, least in given:
+        if value is not None and value < least:
+            raise DataError(f"{name} {value}: must be at least {least}")

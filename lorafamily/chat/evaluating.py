@@ -12,6 +12,7 @@ import torch
 import lorafamily
 from lorafamily.batch import to_device, weigher
 from lorafamily.chat.batches import ChatBatches
+from lorafamily.chat.checking import at_least
 from lorafamily.chat.forms import Conversation, conversations
 from lorafamily.chat.generating import answers_to, model_name, question_of
 from lorafamily.chat.loss import SAME, ChunkedLoss, difference, own_loss
@@ -57,15 +58,13 @@ def evaluate(options: Evaluate, say: Callable[[str], None]) -> tuple[dict[str, A
 
 
 def _check(options: Evaluate) -> None:
-    for name, value, least in (
+    at_least(
         ("--length", options.length, 2),
         ("--batch", options.batch, 1),
         ("--generate", options.generate, 0),
         ("--max-new", options.max_new, 1),
         ("--chunk", options.chunk, 0),
-    ):
-        if value < least:
-            raise DataError(f"{name} {value}: must be at least {least}")
+    )
     if not options.data:
         raise DataError("--data needs at least one file, folder or name on the hub")
 

@@ -38,6 +38,7 @@ from lorafamily.deploy.model_card import NATIVE, write_card
 from lorafamily.errors import DataError, FileError, TrainingError
 from lorafamily.history import History
 from lorafamily.placement import placement_of
+from lorafamily.registry import find
 from lorafamily.terminal import coloured
 from lorafamily.training.processes import Processes
 
@@ -180,20 +181,13 @@ def adapted(options: Train, base: Base, batches: ChatBatches, loss_fn: LossFn) -
     """Put the adapters on."""
     method = options.method
     more: dict[str, Any] = {}
-    if _asks_for_data(method.method):  # the same in all processes
+    if find(method.method).looks_at_data:  # the same in all processes
         more = {"data": _of_all_processes(batches), "loss_fn": loss_fn}
     lorafamily.apply(base.model, seed=options.optimisation.seed, **method.arguments(), **more)
 
 
 def _of_all_processes(batches: ChatBatches) -> ChatBatches:
     return dataclasses.replace(batches, rank=0, num_replicas=1, count=Count())
-
-
-def _asks_for_data(method: str) -> bool:
-    from lorafamily.method import FromEvidence
-    from lorafamily.registry import find
-
-    return isinstance(find(method).initialisation, FromEvidence)
 
 
 def adapters_line(options: Train, base: Base) -> str:

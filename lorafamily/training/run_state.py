@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.elsewhere import offloaded_value
+from lorafamily.elsewhere import is_sharded, offloaded_value
 from lorafamily.errors import AllocationError, StateError, TrainingError
 from lorafamily.fingerprints import added_up, fingerprints
 from lorafamily.history import Decision, Evaluation, History, Step, Weights
@@ -78,7 +78,7 @@ class RunState:
         its pieces together."""
         own = [(name, p) for name, p in tensors_of(self.model).items() if not p.requires_grad]
         found = fingerprints((name, self._here(name, p)) for name, p in own)
-        if sharded := [name for name, p in own if hasattr(p, "to_local")]:
+        if sharded := [name for name, p in own if is_sharded(p)]:
             pieces = self.processes.gathered({name: found[name] for name in sharded})
             found |= {name: added_up([piece[name] for piece in pieces]) for name in sharded}
         return found

@@ -114,9 +114,9 @@ class Session:
         self.model, self.around, self.seed, self.loss_fn = model, around, seed, loss_fn
         self.owner, state = noted(model)
         refuse_merged(state)
-        refuse_offloaded_adapters({} if state is None else placement_of(self.owner).adapters)
         self.placement: Placement | None = None if state is None else placement_of(self.owner)
         self.adapters = {} if self.placement is None else self.placement.adapters
+        refuse_offloaded_adapters(self.adapters)
         check_optimizer(optimizer)
         self.optimizer = steppers(optimizer)[0]
         self.method = None if self.placement is None else self.placement.method

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lorafamily.deploy.folder import listed
+from lorafamily.elsewhere import is_sharded
 from lorafamily.errors import TrainingError
 
 
@@ -57,6 +58,6 @@ def holding_engine(model: nn.Module, optimizer: Any) -> str | None:
             return engine
     if "deepspeed" in type(optimizer).__module__ or any("DeepSpeed" in name for name in names):
         return "DeepSpeed"
-    if any(hasattr(p, "to_local") for p in model.parameters() if p.requires_grad):
+    if any(is_sharded(p) for p in model.parameters() if p.requires_grad):
         return "FSDP"
     return "DDP" if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
