@@ -181,7 +181,7 @@ def write(
 
 
 EXPLAINED = (
-    "Trainable: adapter numbers at the start, task heads not counted. Rank: slices in all modules; LoRA² counts its "
+    "Trainable: adapter parameters at the start, task heads not counted. Rank: slices in all modules; LoRA² counts its "
     "singular values, the rank of its ΔW is at most k a module. Train loss: mean of the last 10 steps. Steps to LoRA's "
     "loss: until the validation loss is where plain LoRA of that size ends (full: of the largest one). Peak memory: of "
     "tensors on a GPU, of the whole process otherwise. Merged − unmerged: largest difference in the logits."

@@ -55,8 +55,8 @@ class Compare:
     lora:train_times=2 trains with twice the size and is then cut to it, once through all layers; none: no adaptation (a
     task head still trains); full: all"""
     budgets: tuple[str, ...] = ("80e3", "10e3")
-    """trainable adapter numbers, each exceeded at no step, NUMBER for all or METHOD=NUMBER; on the embedded model 80e3
-    is LoRA at rank 8, 10e3 rank 1"""
+    """trainable adapter parameters, each exceeded at no step, NUMBER for all or METHOD=NUMBER; on the embedded model
+    80e3 is LoRA at rank 8, 10e3 rank 1"""
     ranks: tuple[int, ...] = ()
     """beside budgets: ranks of every adapted layer"""
     targets: tuple[str, ...] = ("all",)

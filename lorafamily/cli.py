@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     amount = smaller.add_mutually_exclusive_group(required=True)
     amount.add_argument("--rank", type=int, help="of every layer at most")
     amount.add_argument("--energy", type=float, help="share of every layer's ‖ΔW‖² to keep at least")
-    amount.add_argument("--budget", type=float, help="trainable adapter numbers in all; see lorafamily.compress")
+    amount.add_argument("--budget", type=float, help="trainable adapter parameters in all; see lorafamily.compress")
     amount.add_argument("--rank-budget", type=int, help="rank slices in all")
     exporting = converting("export", export, out="folder for the files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
@@ -243,7 +243,7 @@ def _table(saved: Saved, result: dict[str, Any]) -> str:
         lines.append(f"{at:<{width}}  {f'{d_out} × {d_in}':>13}  {rank:>9}  {entry['scale']:>6.3g}  {norm:>9.3g}")
     lines.append("─" * len(head))
     size = f"{result['bytes'] / 1024:,.0f} KiB on disk"
-    lines.append(f"{result['parameters']:,} adapter numbers, total rank {result['rank']}, {size}")
+    lines.append(f"{result['parameters']:,} adapter parameters, total rank {result['rank']}, {size}")
     if saved.beside:
         lines.append(f"trained beside the adapters: {', '.join(saved.beside)}")
     return "\n".join(lines)

@@ -73,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("model", help=f"folder of a transformers checkpoint, its config.json, or one of {', '.join(SHAPES)}")
     add("--method", nargs="+", metavar="NAME", help='such as lora2, or "lora2+olora"; default: every method')
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--budget", type=float, help="trainable adapter numbers, such as 0.17e6")
+    size.add_argument("--budget", type=float, help="trainable adapter parameters, such as 0.17e6")
     size.add_argument("--rank", type=int, help="of every layer; default: the method's own")
     size.add_argument("--rank-budget", type=int, help="rank slices of all layers together")
     add("--budget-at", choices=("peak", "end"), default="peak", help="see lorafamily.apply")

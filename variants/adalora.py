@@ -3,7 +3,7 @@
 P (d_out, r) and Q (r, d_in) start from N(0, 0.02²), λ (r) from zero; sec. 3.1. Triplet i is (P[:, i], λ_i, Q[i]); its
 importance is the sensitivity of all three (sec. 3.2), and the total rank falls on a cubic schedule (sec. 3.3). P and Q
 are kept near orthonormal by a penalty (eq. 4).
-Trainable numbers: r (d_in + d_out + 1).   Axes: d_in, d_out of the weight; r = rank.
+Trainable parameters: r (d_in + d_out + 1).   Axes: d_in, d_out of the weight; r = rank.
 """
 
 import torch

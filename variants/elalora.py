@@ -3,7 +3,7 @@
 Slices are scored by AdaLoRA's smoothed sensitivity. Every Δ_T steps the b(t) lowest slices of the whole network are
 pruned, and the b(t) matrices whose lowest slice scores highest grow by one each; b(t) falls cubically to 0. The total
 rank stays what it was.
-Trainable numbers: r (d_in + d_out + 1).   Axes: d_in, d_out of the weight; r = rank.
+Trainable parameters: r (d_in + d_out + 1).   Axes: d_in, d_out of the weight; r = rank.
 
 A new slice has λ = 0 and random vectors, so that the function does not change, and zero moments in the optimiser; all
 others keep theirs. The authors' code makes a new optimiser at every exchange, which loses all moments, and lets the

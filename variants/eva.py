@@ -4,7 +4,7 @@ Before training, the inputs of every layer are decomposed over some batches; A's
 directions, B is zero, so the adapted model starts as the base. Ranks follow from the same decomposition: the shares of
 variance that the directions of all layers explain are sorted together, and the highest that fit the budget win, at most
 ρ r of one layer, where r is what every layer would have alike.
-Trainable numbers: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
+Trainable parameters: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
 
 As in `peft`'s code, which is the authors', inputs are centred, the scale is alpha / r for all layers, whatever rank
 they get, and a layer is looked at no more once the directions that its rank takes have turned no further than a cosine

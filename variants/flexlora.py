@@ -3,7 +3,7 @@
 With s_i = λ_i² / Σ λ² a matrix scores   H = −Σ s_i log s_i / log r,   from 0 (one direction has all) to 1 (all have the
 same). Every Δ_T steps the b(t) matrices with the lowest H lose the slice of their smallest |λ|, and the b(t) with the
 highest gain one; b(t) falls cubically to 0.
-Trainable numbers: r (d_in + d_out + 1).   Axes: d_in, d_out of the weight; r = rank.
+Trainable parameters: r (d_in + d_out + 1).   Axes: d_in, d_out of the weight; r = rank.
 
 The formula is 0 / 0 at r = 1 and where all λ are zero. Here one slice is used evenly, H = 1, as r equal ones are for
 any r; λ = 0 throughout has learnt nothing and asks for nothing, H = 0, and so has a matrix of rank 0, which is last to

@@ -6,7 +6,7 @@ share a = I / ΣI; with b = Σ √(d_in + d_out) r_ref in all
 where r_ref is what every layer would have alike, and r_min, r_max are r_ref / 2 and 4 r_ref (4 and 32 for 8 there).
 Start: A random, B = −ξ (G Aᵀ)(A Aᵀ)⁻¹ with ξ = γ √d_in / alpha, the best approximation of −G in the rows of A, so
 that s B A is about as large as γ G, a step down the gradient.
-Trainable numbers: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
+Trainable parameters: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
 
 As published B A stays: the adapted model does not start as the base, but a step ahead of it. `keep_step=False`
 subtracts a frozen copy instead. The authors' code misses the budget by up to a tenth; here it is met.

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685, sec. 4.1):   ΔW = s · B A,   s = alpha / r.
 
 A (r, d_in) starts random, B (d_out, r) at zero, so the adapted model starts as the base.
-Trainable numbers: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
+Trainable parameters: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
 
 rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) changes the scale alone:   s = alpha / √r.
 """

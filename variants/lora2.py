@@ -3,7 +3,7 @@
 The factors of AdaLoRA's SVD are low-rank products themselves: A (k, d_in), B (r, k), E (r), aa (k, r), bb (d_out, k).
 The width k is what parameters buy; the r slices in between, a singular value E each, cost almost nothing, and the rank
 that ΔW can have is min(k, r). E starts at zero, the rest from N(0, 0.02²).
-Trainable numbers: k (d_in + d_out) + 2kr + r.   Axes: d_in, d_out of the weight; k = `width`; r = `slices`.
+Trainable parameters: k (d_in + d_out) + 2kr + r.   Axes: d_in, d_out of the weight; k = `width`; r = `slices`.
 
 Slice i is (aa[:, i], E_i, B[i]); only these are scored for pruning, A and bb never, which is the paper's saving in
 importance scores. The authors' code is followed in forward, schedule and scores, not elsewhere: its merge is wrong for

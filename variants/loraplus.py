@@ -3,7 +3,7 @@
 At one rate for both, B's updates are too small where a layer is wide (sec. 4); λ of about 16 is the paper's advice. The
 rate itself is the optimiser's: `train` and `lorafamily.parameter_groups` set it, and a session warns of an optimiser
 that has another.
-Trainable numbers: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
+Trainable parameters: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
 """
 
 from lorafamily.variants.lora import lora

@@ -2,7 +2,7 @@
 
 The paper moves the start into the base weight, W ← W − s B0 A0. Here the base stays as it is and the frozen start is
 subtracted instead, ΔW = s (B A − B0 A0): the same function and gradients, and a second adapter, switching the adapter
-off and merging in bfloat16 go right. Trainable numbers: as LoRA.   Axes: d_in, d_out of the weight; r = rank.
+off and merging in bfloat16 go right. Trainable parameters: as LoRA.   Axes: d_in, d_out of the weight; r = rank.
 """
 
 from dataclasses import dataclass

@@ -48,12 +48,12 @@ def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[st
         FileError: a file cannot be written, or the converter fails.
     """
     written: dict[str, Path] = {}
+    path = Path(model).expanduser()
+    found_at = str(path.resolve()) if path.is_dir() else model
     for layout in ("peft", "serving"):
         if layout in exports:
             folder = _new(out / layout)
-            export_peft(base.model, folder, layout=layout)
-            config = folder / "adapter_config.json"
-            config.write_text(_with_base(config.read_text(encoding="utf-8"), model), encoding="utf-8")
+            export_peft(base.model, folder, layout=layout, base=found_at)
             _tokenizer(base, folder)
             written[layout] = folder
     if "merged" in exports or "gguf" in exports:
@@ -80,16 +80,6 @@ def checkpoint_of(model: str) -> Path:
         return Path(snapshot_download(model))
     except Exception as error:  # whatever the hub or the network raises
         raise FileError(f"--model {model}: its files cannot be found for merging ({type(error).__name__})") from None
-
-
-def _with_base(config: str, model: str) -> str:
-    """peft's config names the base and what kind of model it is, so that servers and AutoPeftModel find it."""
-    import json
-
-    given = json.loads(config)
-    path = Path(model).expanduser()
-    given["base_model_name_or_path"] = str(path.resolve()) if path.is_dir() else model
-    return json.dumps(given | {"task_type": "CAUSAL_LM"}, indent=2)
 
 
 def _tokenizer(base: Base, folder: Path) -> None:
