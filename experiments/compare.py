@@ -99,7 +99,7 @@ def _work(
     missing = [cell for cell in cells if cell.key not in rows]
     _say(f"{len(cells)} {what} on {work.training.device}, {len(cells) - len(missing)} of them done")
     if missing and not where.cluster:
-        _say(f"about {minutes(missing, task, work.training, where):.0f} min\n")
+        _say(f"about {minutes(missing, task, work.training, where):.0f} min of training steps, and evaluations\n")
     found = _one_after_another(missing, task, work, settings.progress)
     line = Line(len(missing), quiet=not (where.beside_others and FIRST))
     if where.beside_others:
@@ -118,7 +118,7 @@ def _work(
 
 
 def minutes(cells: Sequence[Cell], task: Task, training: Training, where: Where) -> float:
-    """What they will take, from some steps of plain LoRA, or of what there is, and one evaluation."""
+    """What their training steps will take, from some of plain LoRA, or of what there is."""
     threads = torch.get_num_threads()
     torch.set_num_threads(where.cpus if where.beside_others else threads)
     model, head = task.model(seed=0)
@@ -128,14 +128,9 @@ def minutes(cells: Sequence[Cell], task: Task, training: Training, where: Where)
         adapt(model, head, dataclasses.replace(adapted[0], method="lora"), training)
     options: dict[str, Any] = {"lr": 1e-5, "seed": 0, "progress": False, "check_gradients": False}
     step = min(lorafamily.train(model, task.training(0), steps=3, **options).seconds / 3 for _ in range(2))
-    begun = time.perf_counter()
-    task.evaluate(model.eval())
-    evaluation = time.perf_counter() - begun
     torch.set_num_threads(threads)
-    evaluations = 1 + training.steps // training.evaluate_every
-    training_ones = sum(cell.method != NONE for cell in cells)
-    alone = len(cells) * evaluation * evaluations + training_ones * training.steps * step
-    return alone / 60 / (where.workers if where.beside_others else 1)
+    steps = training.steps * sum(cell.method != NONE for cell in cells)
+    return steps * step / 60 / (where.workers if where.beside_others else 1)
 
 
 def _one_after_another(
