@@ -170,12 +170,10 @@ class Looks:
 
 
 def _legend(axes: Any) -> None:
-    """Inside where it is short, beside the panel where it is long."""
+    """Beside the panel: to look for the best place inside takes seconds where lines are long."""
     number = len(axes.get_legend_handles_labels()[1])
-    if number <= 8:
-        axes.legend(fontsize=8)
-    else:
-        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=1 + number // 24, frameon=False)
+    size = 8 if number <= 8 else 6
+    axes.legend(fontsize=size, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=1 + number // 24, frameon=False)
 
 
 def _no_adaptation_line(axes: Any, groups: Sequence[Group]) -> None:

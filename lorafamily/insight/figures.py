@@ -353,7 +353,7 @@ def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure |
         axes.set_xlabel("score", fontsize=9)
         axes.tick_params(labelsize=8)
     figure.axes[0].set_ylabel("slices")
-    figure.axes[-1].legend(fontsize=8)
+    figure.axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle("Scores of the rank slices when decisions were made (higher is worth more)", fontsize=10)
     return figure
 
