@@ -3,13 +3,15 @@
     python experiments/rates.py                                             # embedded model
     python experiments/rates.py --model PATH --task sst2 --data DIR --batch 32 --length 96
 
-For every method a grid of rates, a quarter of a decade apart, around those that plain LoRA's best and the suggestion
-name. Each finished run is a line of `runs/NAME.csv` and is not run again; `--table` prints the table of what is there.
+For every method rates a quarter of a decade apart, as the studies choose them: three around a start, and outwards until
+the best lies inside. A new head has one rate for all. Each finished run is a line of `runs/NAME.csv` and is not run
+again; `--table` prints the table of what is there.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ import tyro
 
 import lorafamily
 from report import as_text
+from studies.protocol import to_try
 from tasks import Task, TaskError, find
 
 METHODS = ("lora@1", "lora@8", "lora@64", "olora@8", "lora2@8", "adalora@8", "eva@8")
@@ -41,10 +44,12 @@ class Settings:
     """as in compare.py"""
     methods: tuple[str, ...] = METHODS
     """METHOD@RANK"""
-    reference_lr: float = 1e-2
-    """plain LoRA's rate, which suggestions are multiples of; the table then takes LoRA's best at rank 8 instead"""
-    grid: tuple[int, ...] = (-16, -12, -11, -10, -9, -8, -7, -6, -5, -4)
-    """quarters of a decade: -8 is 10⁻²"""
+    start: int = -8
+    """the first rate tried, in quarters of a decade: -8 is 10⁻²"""
+    head_lr: float = 1e-2
+    """of a new head, under every method"""
+    run_steps: int = 600
+    """of the run that a suggestion's time is a share of"""
     steps: int = 100
     """of a run"""
     batch: int = 16
@@ -85,7 +90,7 @@ def main(settings: Settings) -> None:
         higher = task.higher_is_better
     else:
         higher = settings.task not in ("code", "text")
-    print(table(rows, higher))
+    print(table(rows, higher, settings))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -96,45 +101,52 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _missing(settings: Settings, task: Task, rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Rows that are not there yet: all suggestions, then rates from the middle of the grid outwards."""
-    done = {(row["method"], row["what"], f"{float(row['lr']):.3g}" if row["what"] == "run" else "") for row in rows}
+    """Rows that are not there yet: all suggestions, then runs, of each method in turn. `rows` grows meanwhile."""
     for method in settings.methods:
-        if (method, "suggested", "") not in done:
+        if not any((row["method"], row["what"]) == (method, "suggested") for row in rows):
             yield _suggested(method, settings, task)
-    middle = sum(settings.grid) / len(settings.grid)
-    for quarter in sorted(settings.grid, key=lambda q: abs(q - middle)):
-        for method in settings.methods:
-            lr = 10 ** (quarter / 4)
-            if (method, "run", f"{lr:.3g}") not in done:
-                yield _run(method, lr, settings, task)
+    while missing := [(m, q) for m in settings.methods for q in to_try(settings.start, _tried(rows, m, task))]:
+        for method, quarter in missing:
+            yield _run(method, 10 ** (quarter / 4), settings, task)
 
 
-def _adapted(method: str, settings: Settings, task: Task) -> torch.nn.Module:
+def _tried(rows: list[dict[str, str]], method: str, task: Task) -> dict[int, float]:
+    """By quarter the metric, so that lower is better; infinite where a run diverged."""
+    sign = -1 if task.higher_is_better else 1
+    return {
+        round(4 * math.log10(float(row["lr"]))): math.inf if row["metric"] == DIVERGED else sign * float(row["metric"])
+        for row in rows
+        if row["method"] == method and row["what"] == "run"
+    }
+
+
+def _adapted(method: str, settings: Settings, task: Task) -> tuple[torch.nn.Module, dict[str, float]]:
+    """The model, and the rate of its head as `train` takes it."""
     name, _, rank = method.partition("@")
     model, head = task.model(settings.seed)
     looks = lorafamily.methods()[name].looks_at_data
     data = task.training(settings.seed) if looks else None
     given: dict[str, Any] = {"evidence_batches": 4} if looks else {}
-    return lorafamily.apply(model, name, rank=int(rank), also_train=head, seed=settings.seed, data=data, **given)
+    lorafamily.apply(model, name, rank=int(rank), also_train=head, seed=settings.seed, data=data, **given)
+    return model, {} if head is None else {"head_lr": settings.head_lr}
 
 
 def _suggested(method: str, settings: Settings, task: Task) -> dict[str, Any]:
-    model = _adapted(method, settings, task)
-    found = lorafamily.suggest_lr(
-        model, task.training(settings.seed), reference_lr=settings.reference_lr, seed=settings.seed
-    )
+    model, _ = _adapted(method, settings, task)
+    found = lorafamily.suggest_lr(model, task.training(settings.seed), seed=settings.seed)
     return _row(method, "suggested", found.ratio, "", found.seconds, str(found))
 
 
 def _run(method: str, lr: float, settings: Settings, task: Task) -> dict[str, Any]:
-    model, begun = _adapted(method, settings, task), time.perf_counter()
+    model, head = _adapted(method, settings, task)
+    begun = time.perf_counter()
     try:
         history = lorafamily.train(
             model,
             task.training(settings.seed),
             steps=settings.steps,
             lr=lr,
-            head_lr=lr,
+            **head,
             validation=task.validation(),
             evaluate=task.evaluate,
             seed=settings.seed,
@@ -150,7 +162,7 @@ def _row(method: str, what: str, lr: float, metric: str, seconds: float, note: s
     return dict(zip(FIELDS, values, strict=True))
 
 
-def table(rows: list[dict[str, str]], higher_is_better: bool) -> str:
+def table(rows: list[dict[str, str]], higher_is_better: bool, settings: Settings) -> str:
     """Per method the best rate tried, the suggested one (its ratio times the best of LoRA at rank 8), and theirs."""
     sign = 1 if higher_is_better else -1
     best: dict[str, tuple[float, float]] = {}
@@ -161,7 +173,8 @@ def table(rows: list[dict[str, str]], higher_is_better: bool) -> str:
                 best.get(row["method"], (-float("inf"), 0.0)), (sign * float(row["metric"]), float(row["lr"]))
             )
             seconds[row["method"]] = float(row["seconds"])
-    lines = [["method", "rates tried", "best rate", "its metric", "suggested", "suggested / best", "time, of a run"]]
+    share = f"time, of {settings.run_steps} steps"
+    lines = [["method", "rates tried", "best rate", "its metric", "suggested", "suggested / best", share]]
     reference = best.get("lora@8", (0.0, float("nan")))[1]
     for row in rows:
         method = row["method"]
@@ -170,8 +183,8 @@ def table(rows: list[dict[str, str]], higher_is_better: bool) -> str:
         metric, lr = best[method]
         suggested = float(row["lr"]) * reference
         tried = sum(other["method"] == method and other["what"] == "run" for other in rows)
-        share = float(row["seconds"]) / seconds[method]
-        cells = [f"{lr:.2g}", f"{sign * metric:.4f}", f"{suggested:.2g}", f"{suggested / lr:.2g}", f"{share:.0%}"]
+        part = float(row["seconds"]) / seconds[method] * settings.steps / settings.run_steps
+        cells = [f"{lr:.2g}", f"{sign * metric:.4f}", f"{suggested:.2g}", f"{suggested / lr:.2g}", f"{part:.1%}"]
         lines.append([method, str(tried), *cells])
     return as_text(lines)
 

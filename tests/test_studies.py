@@ -78,7 +78,7 @@ def row(arm, quarter, seed, quality):
 def test_the_grid_is_extended_until_the_best_is_inside():
     """A quality with its best at quarter −12, from a start at −8: five steps outwards."""
     tried: dict[int, float] = {}
-    while more := protocol.to_try(UNIFORM, tried):
+    while more := protocol.to_try(-8, tried):
         tried |= {quarter: abs(quarter + 12) for quarter in more}
     assert sorted(tried) == list(range(-13, -6))
     assert protocol.best_quarter(tried) == -12

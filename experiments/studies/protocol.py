@@ -37,9 +37,9 @@ def qualities(arm: Arm, rows: Iterable[Row], seeds: Sequence[int]) -> dict[int, 
     return {quarter: statistics.fmean(own.values()) for quarter, own in found.items() if len(own) == len(seeds)}
 
 
-def to_try(arm: Arm, tried: Mapping[int, float]) -> list[int]:
-    """Quarters that must be tried next; empty where the best is inside, or nothing is left to try."""
-    start = round(4 * arm.start)
+def to_try(start: int, tried: Mapping[int, float]) -> list[int]:
+    """Quarters that must be tried next, beginning around `start`; empty where the best is inside, or nothing is left to
+    try."""
     if missing := [quarter for quarter in (start - 1, start, start + 1) if quarter not in tried]:
         return missing
     best = min(tried, key=lambda quarter: tried[quarter])
@@ -60,7 +60,7 @@ def tuning_trials(problem: Problem, arms: Sequence[Arm], rows: Sequence[Row]) ->
     """What must be run next to choose rates; empty once all are chosen or void."""
     found = []
     for arm in tuned(arms):
-        for quarter in to_try(arm, qualities(arm, rows, problem.tuning_seeds)):
+        for quarter in to_try(round(4 * arm.start), qualities(arm, rows, problem.tuning_seeds)):
             found += [Trial(problem.name, arm, quarter, seed) for seed in problem.tuning_seeds]
     return _missing(found, rows)
 
@@ -70,7 +70,7 @@ def rates(problem: Problem, arms: Sequence[Arm], rows: Sequence[Row]) -> dict[st
     found: dict[str, int] = {}
     for arm in tuned(arms):
         tried = qualities(arm, rows, problem.tuning_seeds)
-        if tried and not to_try(arm, tried) and (best := best_quarter(tried)) is not None:
+        if tried and not to_try(round(4 * arm.start), tried) and (best := best_quarter(tried)) is not None:
             found[arm.name] = best
     for arm in arms:
         if arm.rates_of is not None and arm.rates_of in found:
