@@ -120,7 +120,7 @@ def _tried(rows: list[dict[str, str]], method: str, task: Task) -> dict[int, flo
     }
 
 
-def _adapted(method: str, settings: Settings, task: Task) -> tuple[torch.nn.Module, dict[str, float]]:
+def _adapted(method: str, settings: Settings, task: Task) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model, and the rate of its head as `train` takes it."""
     name, _, rank = method.partition("@")
     model, head = task.model(settings.seed)
