@@ -1,6 +1,7 @@
 """Run a study of where the rank goes, and write docs/study.md from its stored rows.
 
     python experiments/study.py run planted
+    python experiments/study.py run sst2 --model FOLDER --data FOLDER
     nice -n 19 python experiments/study.py run embedded --workers 1 --arms uniform ALoRA\\ first-order
     python experiments/study.py store runs/study-planted/results.jsonl
     python experiments/study.py page
@@ -44,7 +45,11 @@ class Run:
     """Run the trials of a study that are missing."""
 
     problem: tyro.conf.Positional[str]
-    """planted, misleading or embedded"""
+    """planted, misleading, embedded, sst2 or mrpc"""
+    model: str | None = None
+    """of sst2 and mrpc: a folder of all-MiniLM-L6-v2"""
+    data: Path | None = None
+    """of sst2 and mrpc: a folder with TASK/train.jsonl.gz, validation.jsonl.gz and test.jsonl.gz"""
     arms: tuple[str, ...] = ()
     """names of arms, none: all; arms whose rate or pattern others take are run with them"""
     seeds: int | None = None
@@ -93,7 +98,9 @@ def run(given: Run) -> list[dict[str, Any]]:
     if given.problem not in PROBLEMS:
         raise TaskError(f"{given.problem}: no such problem; there are {', '.join(PROBLEMS)}")
     problem, arms = PROBLEMS[given.problem], chosen(given)
+    problem.read(given.model, given.data)
     folder = (given.out / f"study-{given.problem}").absolute()
+    trials = Trials(given.problem, folder / "trials", given.model, given.data and given.data.absolute())
     torch.set_num_threads(1)  # as in workers, so that one worker gives the rows of many
     where = Where(given.workers or (1 if given.cluster else sweep.cores()), given.cluster)
     with FolderLock(folder):
@@ -101,7 +108,7 @@ def run(given: Run) -> list[dict[str, Any]]:
         text = path.read_text() if path.exists() else ""
         rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a line that was cut
-        _work(problem, arms, problem.seeds[: given.seeds], where, folder, rows)
+        _work(problem, arms, problem.seeds[: given.seeds], where, trials, path, rows)
     return rows
 
 
@@ -110,25 +117,26 @@ def _work(
     arms: Sequence[Arm],
     seeds: Sequence[int],
     where: Where,
-    folder: Path,
+    trials: Trials,
+    path: Path,
     rows: list[dict[str, Any]],
 ) -> None:
     """Run what is missing: rates first, and what follows from a row as soon as it does."""
     given: set[str] = set()
 
     def more() -> list[Trial]:
-        trials = protocol.tuning_trials(problem, arms, rows)
-        trials += [trial for trial in protocol.judging_trials(problem, arms, rows) if trial.seed in seeds]
-        trials = [trial for trial in trials if trial.key not in given]
-        given.update(trial.key for trial in trials)
-        line.total += len(trials)
-        return trials
+        found = protocol.tuning_trials(problem, arms, rows)
+        found += [trial for trial in protocol.judging_trials(problem, arms, rows) if trial.seed in seeds]
+        found = [trial for trial in found if trial.key not in given]
+        given.update(trial.key for trial in found)
+        line.total += len(found)
+        return found
 
     line = Line(0)
-    with contextlib.closing(sweep.rows(more(), Trials(folder / "trials"), where, more)) as found:
+    with contextlib.closing(sweep.rows(more(), trials, where, more)) as found:
         for trial, row in found:
             rows.append(row)
-            with open(folder / "results.jsonl", "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             line.show(f"{trial.key}: {'failed' if row['failed'] else format(row['metric'], '.4f')}")
 

@@ -6,7 +6,7 @@ controls differ from the arm that they control in one thing only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Dropped = Literal["state", "state and schedule"]
@@ -71,6 +71,8 @@ PLANTED: tuple[Arm, ...] = (
     ADALORA,
     Arm("AdaLoRA, task-only scores", "adalora", (("gradient_of", "task"),), budget_at="end", start=-1.75),
     Arm("AdaLoRA, random scores", "adalora", (("scorer", "random"),), budget_at="end", start=-1.75),
+    Arm("ElaLoRA", "elalora", start=-1.75),
+    Arm("FlexLoRA", "flexlora", start=-1.75),
     Arm("EVA", "eva"),
     Arm("GoRA", "gora"),
     Arm("LoRA then cut", cut_from=1.5),
@@ -111,6 +113,8 @@ EMBEDDED: tuple[Arm, ...] = (
     Arm("AdaLoRA, budget at the peak, task-only scores", "adalora", (("gradient_of", "task"),), start=-1.75),
     Arm("LoRA² at 1/8", "lora2", size=1 / 8, start=-1.75),
     Arm("LoRA²", "lora2", start=-1.75),
+    Arm("ElaLoRA", "elalora", start=-1.75),
+    Arm("FlexLoRA", "flexlora", start=-1.75),
     Arm("OLoRA", "olora", start=-3.0),
     Arm("EVA", "eva"),
     Arm("GoRA", "gora", start=-2.25),
@@ -122,5 +126,19 @@ EMBEDDED: tuple[Arm, ...] = (
 )
 """On the embedded model; the budget is LoRA's at rank 8."""
 
-ARMS = {"planted": PLANTED, "misleading": PLANTED, "embedded": EMBEDDED}
+SENTENCES: tuple[Arm, ...] = (
+    replace(UNIFORM, start=-2.5),
+    Arm("uniform at the peak size", size=1.5, start=-2.5),
+    Arm("ALoRA first-order", "alora", (("scorer", "first-order"),), start=-2.5),
+    replace(ADALORA, start=-2.0),
+    Arm("LoRA²", "lora2", start=-2.0),
+    Arm("EVA", "eva", start=-2.75),
+    Arm("LoRA then cut", cut_from=1.5, start=-2.5),
+    *_found("ALoRA first-order"),
+    *_found("AdaLoRA"),
+    *_found("EVA"),
+)
+"""On sentences; the budget is LoRA's at rank 4."""
+
+ARMS = {"sst2": SENTENCES, "mrpc": SENTENCES, "planted": PLANTED, "misleading": PLANTED, "embedded": EMBEDDED}
 """By problem."""

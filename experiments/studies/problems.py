@@ -1,4 +1,5 @@
-"""What the arms are tried on: the planted problem, where it is known which layers can help, and the embedded model.
+"""What the arms are tried on: the planted problem, where it is known which layers can help, the embedded model, and
+sentences for a pretrained encoder.
 
 Every problem has three texts or samples: one to train on, one to tune on (rates are chosen by it, curves are drawn on
 it, and methods that score ranks score them on it), and one to judge on, which nothing else sees.
@@ -11,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 
 import embedded
 from lorafamily.batch import to_device
+from tasks import Glue, TaskError
+from tasks.task import read_rows
 
 Batch = dict[str, Tensor]
 
@@ -29,22 +33,36 @@ class Problem(ABC):
     `margin`: the difference in the metric that nobody would mind, fixed before any run. `tuning_seeds`, `seeds`: those
     that choose rates, and those that are judged. `goal`: the metric on the tuning split that steps are counted to."""
 
-    name: ClassVar[str]
-    what: ClassVar[str]
-    metric: ClassVar[str]
-    budget: ClassVar[int]
-    steps: ClassVar[int]
-    evaluations: ClassVar[int]
-    margin: ClassVar[float]
-    goal: ClassVar[float]
-    tuning_seeds: ClassVar[Sequence[int]] = (100,)
-    seeds: ClassVar[Sequence[int]] = range(8)
-    logs: ClassVar[bool] = True
+    name: str
+    what: str
+    metric: str
+    budget: int
+    steps: int
+    evaluations: int
+    margin: float
+    goal: float
+    tuning_seeds: Sequence[int] = (100,)
+    seeds: Sequence[int] = range(8)
+    head_lr: float | None = None
+    logs: bool = True
     """Whether a run writes logs and checkpoints; one of some seconds is sooner done again than its pictures drawn."""
+
+    def read(self, model: str | None, data: Path | None) -> None:
+        """Take the model and the data from there.
+
+        Raises:
+            TaskError: they cannot be read, or the problem has its own.
+        """
+        if model is not None or data is not None:
+            raise TaskError(f"the problem {self.name} comes with its model and data; leave out --model and --data")
 
     @abstractmethod
     def model(self, seed: int) -> nn.Module:
         """A fresh model, as it was before anything is adapted."""
+
+    def head(self, seed: int) -> str | None:
+        """A regular expression for the new task head, which trains with every arm at `head_lr`."""
+        return None
 
     @abstractmethod
     def training(self, seed: int) -> Any:
@@ -63,6 +81,10 @@ class Problem(ABC):
     def quality(self, loss: float, seed: int) -> float:
         """The metric, from a mean loss."""
         return loss
+
+    def measure(self, model: nn.Module, batches: Sequence[Batch], seed: int) -> float:
+        """The metric of a model."""
+        return self.quality(self.loss(model, batches), seed)
 
     def loss(self, model: nn.Module, batches: Sequence[Batch]) -> float:
         """Mean over batches of one size, in eval mode."""
@@ -260,4 +282,75 @@ def _pieces(which: str, wanted: int) -> Sequence[Batch]:
     return [{"bytes": part} for part in rows.split(64)]
 
 
-PROBLEMS: dict[str, Problem] = {problem.name: problem for problem in (Planted(), Misleading(), Embedded())}
+class Sentences(Problem):
+    """A GLUE task for MiniLM, tuned on the validation split and judged on the test split.
+
+    The budget is LoRA's at rank 4 on every linear layer of the encoder, a singular value per slice included.
+    """
+
+    metric = "share of sentences classified wrongly"
+    budget = 4 * 6 * (4 * (384 + 384 + 1) + 2 * (384 + 1536 + 1))
+    steps, batch, length = 600, 16, 64
+    evaluations = 15
+    margin = 0.01
+    seeds = range(5)
+    head_lr = 1e-2
+    curve = 436
+    """Rows of the validation split that curves are drawn on, and ranks scored on."""
+
+    def __init__(self, name: str, what: str, goal: float):
+        self.name, self.what, self.goal = name, what, goal
+
+    def read(self, model: str | None, data: Path | None) -> None:
+        if model is None or data is None:
+            raise TaskError(f"the problem {self.name} needs --model, a folder of all-MiniLM-L6-v2, and --data")
+        self.task = Glue(self.name, model, data, self.batch, self.length)
+        self.test = read_rows(data / self.name / "test.jsonl.gz")
+
+    def model(self, seed: int) -> nn.Module:
+        return self.task.model(seed)[0]
+
+    def head(self, seed: int) -> str | None:
+        return self.task.model(seed)[1]
+
+    def training(self, seed: int) -> Any:
+        return self.task.training(seed)
+
+    def tuning(self, seed: int) -> Sequence[Batch]:
+        every = max(1, len(self.task.held_out) // self.curve)
+        return self._batches(self.task.held_out[::every][: self.curve])
+
+    def judging(self, seed: int) -> Sequence[Batch]:
+        return self._batches(self.test)
+
+    def measure(self, model: nn.Module, batches: Sequence[Batch], seed: int) -> float:
+        was, device = model.training, next(model.parameters()).device
+        model.eval()
+        wrong = rows = 0
+        with torch.no_grad():
+            for batch in batches:
+                found = model(**to_device(batch, device)).logits.argmax(-1).cpu()
+                wrong, rows = wrong + int((found != batch["labels"]).sum()), rows + len(found)
+        model.train(was)
+        return wrong / rows
+
+    def _batches(self, rows: Sequence[dict[str, Any]]) -> Sequence[Batch]:
+        """All rows in batches of 64, those of like length together."""
+        columns = self.task.task.columns
+        ordered = sorted(rows, key=lambda row: sum(len(row[column]) for column in columns))
+        return [self.task.collate(ordered[i : i + 64]) for i in range(0, len(ordered), 64)]
+
+
+MINILM = (
+    "all-MiniLM-L6-v2 (22M parameters, six layers of width 384) with a new head whose rate is 0.01 under every arm, on "
+)
+PROBLEMS: dict[str, Problem] = {
+    problem.name: problem
+    for problem in (
+        Planted(),
+        Misleading(),
+        Embedded(),
+        Sentences("sst2", MINILM + "on SST-2: is the sentence of a film review positive or negative?", 0.15),
+        Sentences("mrpc", MINILM + "on MRPC: do two sentences say the same?", 0.25),
+    )
+}

@@ -62,11 +62,15 @@ class Forgetful(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class Trials:
-    """What a worker needs to run trials; `folder`: of all of them."""
+    """What a worker needs to run trials of a problem; `folder`: of all of them."""
 
+    problem: str
     folder: Path
+    model: str | None = None
+    data: Path | None = None
 
     def __call__(self) -> Callable[[Trial], dict[str, Any]]:
+        PROBLEMS[self.problem].read(self.model, self.data)
         return self.run
 
     def run(self, trial: Trial) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     """
     problem, arm = PROBLEMS[trial.problem], trial.arm
     begun = time.perf_counter()
-    model = problem.model(trial.seed)
+    model = problem.model(trial.seed).to("cuda" if torch.cuda.is_available() else "cpu")
     source_before = problem.loss(model, problem.source()) if problem.source() else None
     _adapt(model, trial, problem)
     start = {row.module: row.rank for row in lorafamily.summary(model).rows}
@@ -97,7 +101,10 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     rates: dict[str, Any] = {"optimizer": optimizer} if arm.dropped else {"lr": trial.lr}
     if arm.up_ratio is not None:
         rates["up_lr"] = arm.up_ratio * trial.lr
-    before = problem.quality(problem.loss(model, problem.tuning(trial.seed)), trial.seed)
+    if problem.head_lr is not None and not arm.dropped:
+        rates["head_lr"] = problem.head_lr
+    tuning = problem.tuning(trial.seed)
+    before = problem.measure(model, tuning, trial.seed)
     every = problem.steps // problem.evaluations
     failed, history = None, lorafamily.History()
     logs: dict[str, Any] = {"log_dir": folder, "save_every": every, "resume": "auto"} if problem.logs else {}
@@ -107,7 +114,8 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
             problem.training(trial.seed),
             steps=problem.steps,
             **rates,
-            validation=problem.tuning(trial.seed),
+            validation=tuning,
+            evaluate=lambda model: {"metric": problem.measure(model, tuning, trial.seed)},
             evaluate_every=every,
             seed=trial.seed,
             progress=False,
@@ -120,7 +128,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         report = lorafamily.compress(model, budget=round(problem.budget * arm.size))
         end = {row.module: row.rank_after for row in report}
     curve = [[0, before]]
-    curve += [[e.step, problem.quality(e.metrics["loss"], trial.seed)] for e in history.evaluations]
+    curve += [[e.step, e.metrics["metric"]] for e in history.evaluations]
     row: dict[str, Any] = {
         **{"key": trial.key, "problem": trial.problem, "arm": arm.name, "quarter": trial.quarter, "seed": trial.seed},
         **{"failed": failed, "metric": None, "tuning_metric": None, "curve": curve, "forgetting": None, "bytes": None},
@@ -130,10 +138,8 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     }
     if failed:
         return row
-    judged = problem.loss(model, problem.judging(trial.seed))
-    tuned = problem.loss(model, problem.tuning(trial.seed))
-    row["metric"] = problem.quality(judged, trial.seed)
-    row["tuning_metric"] = problem.quality(tuned, trial.seed)
+    row["metric"] = problem.measure(model, problem.judging(trial.seed), trial.seed)
+    row["tuning_metric"] = problem.measure(model, tuning, trial.seed)
     if source_before is not None:
         row["forgetting"] = (problem.loss(model, problem.source()) - source_before) / 0.6931471805599453
     row["parameters_end"] = lorafamily.summary(model).parameters
@@ -153,7 +159,9 @@ def _adapt(model: torch.nn.Module, trial: Trial, problem: Problem) -> None:
         sizing["budget_at"] = "end"
     looks = find_method(arm.method).looks_at_data
     data = problem.training(trial.seed) if looks else None
-    lorafamily.apply(model, arm.method, seed=trial.seed, data=data, **sizing, **dict(arm.options))
+    also_train = problem.head(trial.seed)
+    options = dict(arm.options)
+    lorafamily.apply(model, arm.method, seed=trial.seed, data=data, also_train=also_train, **sizing, **options)
 
 
 def shuffled(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, int]:

@@ -88,16 +88,16 @@ class Glue(Task):
         return model, "|".join(f"^{re.escape(name)}$" for name in new) if new else None
 
     def training(self, seed: int) -> Batches:
-        return loader(self.train, self.batch, self._collate, seed)
+        return loader(self.train, self.batch, self.collate, seed)
 
     def validation(self) -> Batches:
-        return loader(self.held_out, 64, self._collate)
+        return loader(self.held_out, 64, self.collate)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
         losses, predicted, true = [], [], []
-        for batch in loader(self.by_length, 64, self._collate):
+        for batch in loader(self.by_length, 64, self.collate):
             output = model(**to_device(batch, device))
             losses += [output.loss.item()] * len(batch["labels"])
             logits = output.logits.float().cpu()
@@ -106,7 +106,8 @@ class Glue(Task):
         score = glue_score(self.metric, torch.cat(predicted).numpy(), torch.cat(true).numpy())
         return {"loss": sum(losses) / len(losses), self.metric: score}
 
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A padded batch with its labels."""
         texts = [[row[column] for row in rows] for column in self.task.columns]
         batch = dict(self.tokenizer(*texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"))
         kind = torch.float32 if self.task.labels == 1 else torch.long
