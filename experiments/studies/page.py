@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +13,14 @@ from matplotlib.figure import Figure
 from lorafamily.insight.figures import COLOURS, save
 from page import Heading, Part, Picture, Table, Text, markdown
 from studies import protocol
+from studies.arms import UNIFORM
+from studies.problems import PROBLEMS
 from studies.results import LEVEL, Comparison, Row, Study, area, mean_of, puts_it_there, read, steps_to
 
 FINDERS = ("ALoRA", "AdaLoRA", "EVA", "GoRA")
+MOVES = ("ALoRA", "ALoRA first-order", "AdaLoRA", "LoRA²", "ElaLoRA", "FlexLoRA", "EVA", "GoRA", "LoRA then cut")
+"""Arms that end with unequal ranks, without controls."""
+REAL = ("embedded", "sst2", "mrpc")
 COLOUR = {"better": "#009E73", "on par": COLOURS[0], "undecided": "#777777", "worse": "#D55E00"}
 
 
@@ -90,41 +95,71 @@ AGAIN = (
 
 
 def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[str]:
-    """What was found, in three sentences; failures first."""
-    found = {study.problem.name: list(own) for study, own in zip(studies, compared, strict=True)}
-    said = []
-    if "planted" in found:
-        study = next(study for study in studies if study.problem.name == "planted")
+    """What was found, in a sentence a kind of problem; failures first."""
+    found = {study.problem.name: (study, list(own)) for study, own in zip(studies, compared, strict=True)}
+    said = [planted(*found["planted"])] if "planted" in found else []
+    if "misleading" in found:
+        verdicts = verdicts_of(found["misleading"][1], FINDERS)
         said.append(
-            "On a planted problem, where half of the layers can help and the others cannot, "
-            + "; ".join(outcome(study, found["planted"], name) for name in FINDERS)
-            + "."
+            "Where inputs vary most in the layers that need nothing, against equal ranks: "
+            f"{grouped(verdicts) or 'too few runs to say'}."
         )
-        random = {c.arm: c for c in found["planted"] if "random scores" in c.arm and c.other == "uniform"}
-        words = [f"{name} is {c.verdict} ({_signed(c)})" for name, c in random.items()]
-        same = "With random scores in place of their own, held against equal ranks: "
-        said.append(same + (", ".join(words) if words else "not run") + ".")
-    real = found.get("embedded", [])
-    verdicts = [f"{c.arm} {c.verdict}" for c in real if c.other == "uniform" and c.arm in FINDERS]
-    said.append(
-        f"On the embedded model, against uniform LoRA: {', '.join(verdicts)}."
-        if verdicts
-        else "Whether it matters on a model that was not made for the question is not answered here: too few runs were "
-        "made on the embedded one, and none on a larger one."
-    )
+    real = [on_a_model(*found[name]) for name in REAL if name in found]
+    if any(real):
+        said.append("At equal parameters, each at its own best rate: " + "; ".join(filter(None, real)) + ".")
+    else:
+        said.append("Whether it matters on a model that was not made for the question is not answered: too few runs.")
     return said
 
 
-def outcome(study: Study, comparisons: Sequence[Comparison], name: str) -> str:
-    """Where an arm puts the rank, and what it comes to against uniform and against its pattern shuffled."""
-    share = puts_it_there(study.of(name))
-    verdicts = {c.other == "uniform": c.verdict for c in comparisons if c.arm == name}
-    if share is None or len(verdicts) < 2:
-        return f"{name} had too few runs to say"
-    end = f"is {verdicts[True]} than equal ranks and {verdicts[False]} against its pattern shuffled"
-    if verdicts[True] == verdicts[False]:
-        end = f"is {verdicts[True]} than equal ranks and than its pattern shuffled"
-    return f"{name} has {100 * share[0]:.0f} % of the rank where it helps (equal ranks: 50 %) and {end}"
+def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
+    """Whether methods find the layers that can help, and gain by it."""
+    solved, failed, shares = [], [], []
+    for name in FINDERS:
+        share = puts_it_there(study.of(name))
+        verdicts = [c.verdict for c in comparisons if c.arm == name]
+        if share is None or len(verdicts) < 2:
+            continue
+        if verdicts == ["better", "better"] and share[1] < LEVEL:
+            solved.append(name)
+            shares.append(round(100 * share[0]))
+        else:
+            failed.append(name)
+    said = [f"{listed(failed)} fail"] if failed else []
+    if solved:
+        said.append(
+            f"{listed(solved)} put {min(shares)} to {max(shares)} % of the rank into these layers and beat equal ranks "
+            "and their own patterns shuffled"
+        )
+    random = {c.arm: c.verdict for c in comparisons if "random scores" in c.arm and c.other == UNIFORM.name}
+    if random:
+        said.append(f"against equal ranks, random scores are {listed(sorted(set(random.values())))}")
+    return "On a planted problem, where only half of the layers can help: " + "; ".join(said) + "."
+
+
+def on_a_model(study: Study, comparisons: Sequence[Comparison]) -> str:
+    """What allocation is worth on a model that was not made for the question; empty where too little was run."""
+    against = grouped(verdicts_of(comparisons, MOVES))
+    anew = {c.arm: c.verdict for c in comparisons if c.arm.endswith("anew") and c.other != UNIFORM.name}
+    said = [f"against uniform LoRA {against}"] if against else []
+    said += [f"against the same ranks shuffled {grouped(anew)}"] if anew else []
+    return f"on {study.problem.name}, " + ", and ".join(said) if said else ""
+
+
+def verdicts_of(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict[str, str]:
+    """Against uniform LoRA."""
+    found = {c.arm: c.verdict for c in comparisons if c.other == UNIFORM.name}
+    return {name: found[name] for name in names if name in found}
+
+
+def grouped(verdicts: Mapping[str, str]) -> str:
+    """Names by verdict, in words."""
+    by = {verdict: [name for name, own in verdicts.items() if own == verdict] for verdict in COLOUR}
+    return ", ".join(f"{listed(names)} {'is' if len(names) == 1 else 'are'} {v}" for v, names in by.items() if names)
+
+
+def listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
@@ -179,14 +214,15 @@ def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
 
 def missing(studies: Sequence[Study]) -> str:
     """What was not run, and what nobody should conclude."""
-    said = ["Nothing was run on SST-2 or a second real task, and nothing on a model of more than a million parameters."]
+    said = []
     for study in studies:
         if void := study.void():
             said.append(f"Void on {study.problem.name}, best at an edge of the rates: {', '.join(void)}.")
         if absent := study.not_run():
             said.append(f"Not run on {study.problem.name}, or with too few seeds: {', '.join(absent)}.")
     names = {study.problem.name for study in studies}
-    said += [f"The problem {name} was not run." for name in ("misleading", "embedded") if name not in names]
+    if absent := [name for name in PROBLEMS if name not in names]:
+        said.append(f"Not run at all: {listed(absent)}.")
     said.append(
         "Planted: the first five of eight seeds were run and looked at; the comparisons with shuffled patterns were "
         "then undecided. The protocol's other three were run after that, for uniform LoRA, the four methods and their "
