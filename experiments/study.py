@@ -6,7 +6,8 @@
     python experiments/study.py store runs/study-planted/results.jsonl
     python experiments/study.py page
 
-Each finished trial is a line of `runs/study-NAME/results.jsonl`; the same command goes on with what is missing.
+Each finished trial is a line of `runs/study-NAME/results.jsonl`; the same command goes on with what is missing. A study
+that has no such file yet begins with the rows that are stored.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def run(given: Run) -> list[dict[str, Any]]:
     where = Where(given.workers or (1 if given.cluster else sweep.cores()), given.cluster)
     with FolderLock(folder):
         path = folder / "results.jsonl"
-        text = path.read_text() if path.exists() else ""
+        text = path.read_text() if path.exists() else stored(given.problem)
         rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a line that was cut
         _work(problem, arms, problem.seeds[: given.seeds], where, trials, path, rows)
@@ -154,6 +155,12 @@ def chosen(given: Run) -> list[Arm]:
             raise TaskError(f"{name}: no such arm; there are {', '.join(arms)}")
         wanted += [other for other in (arms[name].rates_of, arms[name].pattern) if other and other not in wanted]
     return [arm for arm in arms.values() if arm.name in wanted]
+
+
+def stored(problem: str) -> str:
+    """The rows in docs/study/, as lines."""
+    path = STORED / f"{problem}.jsonl.gz"
+    return gzip.decompress(path.read_bytes()).decode() if path.exists() else ""
 
 
 def store(given: Store) -> None:

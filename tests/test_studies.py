@@ -15,6 +15,7 @@ import scipy.stats
 import torch
 
 import lorafamily
+import study
 from studies import protocol
 from studies.arms import ARMS, UNIFORM, Arm
 from studies.intervals import coverage, equivalence, holm, paired
@@ -22,6 +23,7 @@ from studies.page import write
 from studies.problems import PROBLEMS
 from studies.results import area, steps_to
 from studies.trials import Forgetful, Trial, shuffled, with_pattern
+from tasks import TaskError
 
 STORED = Path(__file__).parents[1] / "docs" / "study"
 
@@ -182,6 +184,42 @@ def test_another_row_is_another_page(tmp_path):
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(r) + "\n" for r in rows)
     assert write(folder, tmp_path / "study.md") != STORED.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_study_runs_what_is_missing_and_nothing_else(tmp_path, capsys):
+    """All rows are there but one: that one is made again, as it was but for rounding."""
+    rows = [json.loads(line) for line in study.stored("planted").splitlines()]
+    lost = next(r for r in rows if r["arm"] == "uniform" and r["seed"] == 0)
+    path = tmp_path / "study-planted" / "results.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows if r is not lost) + '{"arm": "unif')  # and one was cut
+    found = study.run(study.Run("planted", arms=("uniform",), seeds=1, workers=1, out=tmp_path))
+    assert len(found) == len(rows)
+    again = found[-1]
+    assert again["key"] == lost["key"]
+    assert again["metric"] == pytest.approx(lost["metric"], rel=1e-3)  # 120 steps, on another processor perhaps
+    assert again["ranks_end"] == lost["ranks_end"]
+    assert again["parameters_peak"] == lost["parameters_peak"]
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == [r["key"] for r in found]
+
+
+def test_a_study_that_has_no_rows_of_its_own_begins_with_the_stored_ones(tmp_path):
+    found = study.run(study.Run("planted", arms=("uniform",), seeds=1, workers=1, out=tmp_path))
+    assert len(found) == len(study.stored("planted").splitlines())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"problem": "plnted"}, "plnted: no such problem; there are planted, misleading"),
+        ({"arms": ("unform",)}, "unform: no such arm; there are uniform, "),
+        ({"data": Path("x")}, "the problem planted comes with its model and data"),
+        ({"problem": "sst2"}, "the problem sst2 needs --model"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused(tmp_path, given, message):
+    with pytest.raises(TaskError, match=message):
+        study.run(study.Run(**{"problem": "planted", "workers": 1, "out": tmp_path} | given))
 
 
 def test_trials_can_be_sent_to_workers():

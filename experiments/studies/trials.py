@@ -90,7 +90,9 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     model = problem.model(trial.seed).to("cuda" if torch.cuda.is_available() else "cpu")
     source_before = problem.loss(model, problem.source()) if problem.source() else None
     _adapt(model, trial, problem)
-    start = {row.module: row.rank for row in lorafamily.summary(model).rows}
+    adapters = lorafamily.summary(model)
+    start = {row.module: row.rank for row in adapters.rows}
+    head = sum(p.numel() for p in model.parameters() if p.requires_grad) - adapters.parameters
     forgetful: list[Forgetful] = []
 
     def optimizer(trained: lorafamily.Trained) -> torch.optim.Optimizer:
@@ -123,7 +125,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         )
     except lorafamily.NonFiniteError as error:
         failed = str(error)
-    end, parameters = history.ranks_end, [step.trainable for step in history.steps]
+    end, parameters = history.ranks_end, [step.trainable - head for step in history.steps]
     if arm.cut_from is not None and not failed:
         report = lorafamily.compress(model, budget=round(problem.budget * arm.size))
         end = {row.module: row.rank_after for row in report}
