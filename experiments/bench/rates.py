@@ -1,7 +1,7 @@
 """Whether `lorafamily.suggest_lr` finds a method's best learning rate: suggested rates against a grid of tried ones.
 
-    python experiments/rates.py                                             # embedded model
-    python experiments/rates.py --model PATH --task sst2 --data DIR --batch 32 --length 96
+    python experiments/bench/rates.py                                             # embedded model
+    python experiments/bench/rates.py --model PATH --task sst2 --data DIR --batch 32 --length 96
 
 For every method a grid of rates, a quarter of a decade apart, around those that plain LoRA's best and the suggestion
 name. Each finished run is a line of `runs/NAME.csv` and is not run again; `--table` prints the table of what is there.
@@ -9,19 +9,22 @@ name. Each finished run is a line of `runs/NAME.csv` and is not run again; `--ta
 
 from __future__ import annotations
 
-import csv
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
+
+import csv
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
 import lorafamily
-from report import as_text
+from pages.report import as_text
 from tasks import Task, TaskError, find
 
 METHODS = ("lora@1", "lora@8", "lora@64", "olora@8", "lora2@8", "adalora@8", "eva@8")
