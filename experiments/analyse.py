@@ -37,7 +37,7 @@ from lorafamily.deploy.files import read
 from lorafamily.insight import analysis
 from lorafamily.insight.figures import COLOURS, pixels, save
 from lorafamily.names import kind_labels
-from report import as_text
+from pages.report import as_text
 
 AT_MOST = 6  # pairs that are drawn; all are in the JSON
 

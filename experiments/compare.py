@@ -34,15 +34,15 @@ import torch
 import embedded
 import lorafamily
 import presets
-import report
-import sweep
-from cell import FIRST, FULL, NONE, Cell, Training, Work, adapt, forget_checkpoints, run
+from cells import sweep
+from cells.cell import FIRST, FULL, NONE, Cell, Training, Work, adapt, forget_checkpoints, run
+from cells.settings import Compare, best_rates, cells_of, departures, training_of, what_rows_depend_on, where_of
+from cells.sweep import Line, Where
 from lorafamily.allocation.run import Run
 from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
 from lorafamily.training.folder_lock import FolderLock
-from settings import Compare, best_rates, cells_of, departures, training_of, what_rows_depend_on, where_of
-from sweep import Line, Where
+from pages import report
 from tasks import Task, TaskError, find
 
 
@@ -219,7 +219,7 @@ def _facts(settings: Compare, training: Training, where: Where) -> dict[str, str
 def _ensure_weights() -> None:
     if not embedded.WEIGHTS.exists():
         print(f"{embedded.WEIGHTS} is absent; pretraining it first, about 20 minutes on two cores", flush=True)
-        subprocess.run([sys.executable, str(Path(__file__).with_name("pretrain.py"))], check=True)
+        subprocess.run([sys.executable, str(Path(__file__).parent / "embedded" / "pretrain.py")], check=True)
 
 
 if __name__ == "__main__":

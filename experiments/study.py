@@ -27,14 +27,14 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-import sweep
+from cells import sweep
+from cells.sweep import Line, Where
 from lorafamily.training.folder_lock import FolderLock
 from studies import protocol
 from studies.arms import ARMS, Arm
 from studies.page import write
 from studies.problems import PROBLEMS, Problem
 from studies.trials import Trial, Trials
-from sweep import Line, Where
 from tasks import TaskError
 
 STORED = Path(__file__).parents[1] / "docs" / "study"

@@ -14,9 +14,9 @@ from torch import nn
 pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 pytest.importorskip("peft", reason="peft is an extra; one of the checks loads with it")
 
-import architectures
 import lorafamily
-from architectures import ARCHITECTURES, CHECKS, METHODS, Notes, Row, examined, page_of, stands, without_dropout
+from checks import architectures
+from checks.architectures import ARCHITECTURES, CHECKS, METHODS, Notes, Row, examined, page_of, stands, without_dropout
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-import bench_gpu
+from bench import bench, bench_gpu
 
 pytest.importorskip("transformers", reason="transformers is an extra; the benchmarks build its models")
 pytest.importorskip("peft", reason="peft is an extra; the benchmarks measure it beside")

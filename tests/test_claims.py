@@ -13,10 +13,10 @@ import pytest
 import scipy.stats
 
 import claims
-import statements
 from claims import Claims
-from statements import STATEMENTS, Arm, Setting, Statement, judge, outcomes
+from studies import statements
 from studies.intervals import holm
+from studies.statements import STATEMENTS, Arm, Setting, Statement, judge, outcomes
 
 STORED = Path(__file__).parents[1] / "docs" / "claims"
 NOISE = np.array([0.31, -0.42, 0.17, -0.28, 0.22])  # mean zero

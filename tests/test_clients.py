@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import clients
 import lorafamily
+from checks import clients
 from conftest import perturb_
 from lorafamily import cli
 from lorafamily.placement import placement_of

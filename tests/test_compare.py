@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-import cell as cells
 import compare
 import embedded
 import lorafamily
-import report
 import tasks
-from groups import Group
-from settings import Compare, training_of
+from cells import cell as cells
+from cells.settings import Compare, training_of
+from pages import report
+from pages.groups import Group
 
 ROOT = Path(__file__).parents[1]
 TINY = {"steps": 12, "evaluations": 2, "batch": 4, "progress": False, "lr": ("2e-3",), "workers": 1}

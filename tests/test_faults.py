@@ -1,11 +1,10 @@
-"""Processes killed and files damaged: a few of what experiments/faults.py and fuzz.py do; see docs/results.md."""
+"""Processes killed and files damaged: some of what faults.py and fuzz.py in experiments/checks do; docs/results.md."""
 
 from __future__ import annotations
 
 import pytest
 
-import faults
-import fuzz
+from checks import faults, fuzz
 from lorafamily.training import log
 from lorafamily.training.board import Board
 

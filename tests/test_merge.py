@@ -26,7 +26,7 @@ def with_five(dtype: torch.dtype) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merging_and_switching_for_long_never_changes_a_bit(dtype):
-    """experiments/deploying.py does the same for ten thousand cycles, beside peft."""
+    """experiments/bench/deploying.py does the same for ten thousand cycles, beside peft."""
     model = with_five(dtype)
     base = {name: value.clone() for name, value in tiny().to(dtype).state_dict().items()}
     first = {}

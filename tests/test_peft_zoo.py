@@ -15,7 +15,7 @@ from torch import nn
 pytest.importorskip("tyro", reason="tyro is an extra; experiments need it")
 pytest.importorskip("peft", reason="peft is an extra; nothing to write files for without it")
 
-import peft_zoo
+from checks import peft_zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers is about to rename
 ROOT = Path(__file__).parents[1]
@@ -178,7 +178,7 @@ def test_peft_s_models(tmp_path):
     checkout = os.environ.get("PEFT_CHECKOUT")
     if not checkout:
         pytest.skip("PEFT_CHECKOUT names no checkout of github.com/huggingface/peft, whose models this runs")
-    command = [sys.executable, "experiments/peft_zoo.py", "--peft", checkout, "--out", str(tmp_path)]
+    command = [sys.executable, "experiments/checks/peft_zoo.py", "--peft", checkout, "--out", str(tmp_path)]
     done = subprocess.run([*command, "--page", str(tmp_path / "page.md")], cwd=ROOT, capture_output=True, text=True)
     assert (tmp_path / "zoo.json").exists(), done.stderr
     zoo = json.loads((tmp_path / "zoo.json").read_text())

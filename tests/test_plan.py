@@ -167,7 +167,7 @@ def test_predicted_peak_is_what_the_process_takes():
     experiments = Path(__file__).parents[1] / "experiments"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17), "PYTHONPATH": str(experiments)}
     output = subprocess.run(
-        [sys.executable, experiments / "planned.py", "lora", "full"],
+        [sys.executable, experiments / "bench" / "planned.py", "lora", "full"],
         env=environment, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     for line in output.splitlines():

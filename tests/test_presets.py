@@ -12,15 +12,15 @@ import torch
 import compare
 import embedded
 import lorafamily
-import page
 import presets
 import tasks
-from cell import MATRICES, Cell, Size, layers_named
+from cells.cell import MATRICES, Cell, Size, layers_named
+from cells.settings import Compare, cells_of, training_of
 from compare import _check
 from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
 from lorafamily.targets import match
-from settings import Compare, cells_of, training_of
+from pages import page
 from test_compare import TINY, rows, tiny_bert, write_task
 
 EMBEDDED = ("embedded", "which-weights", "rank-sweep", "budget-sweep", "scorers", "axes", "claims")

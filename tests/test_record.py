@@ -14,14 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lorafamily
 from conftest import data, every_method, few_rounds, tiny
-from groups import Group
 from lorafamily import cli
 from lorafamily.history import Decision, History, Step
 from lorafamily.insight import figures
 from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap, small_grids
 from lorafamily.insight.record import pictures, read_decisions, read_steps
 from lorafamily.training import board
-from plots import allocation
+from pages.groups import Group
+from pages.plots import allocation
 
 PICTURES = {"rank-by-layer.png", "rank-history.png", "course.png"}
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import compare
-import sweep
+from cells import sweep
+from cells.settings import Compare, where_of
+from cells.sweep import Where
 from lorafamily.training.interrupt import Interrupted
-from settings import Compare, where_of
-from sweep import Where
 from tasks import TaskError
 
 
@@ -118,7 +118,7 @@ def test_settings_without_effect_are_refused(settings, device, message):
 
 
 def test_cells_run_on_all_cores_by_default_on_a_cpu_and_alone_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("settings.cores", lambda: 8)
+    monkeypatch.setattr("cells.settings.cores", lambda: 8)
     assert where_of(Compare(), "cpu") == Where(workers=8)
     assert where_of(Compare(cpus_per_cell=4), "cpu") == Where(workers=2, cpus=4)
     assert where_of(Compare(), "cuda") == Where(workers=1)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import tyro
 
-from settings import Compare
+from cells.settings import Compare
 from tasks import TaskError
 
 

@@ -5,8 +5,8 @@ A penalty needs frames, which the plain product has not; a gated parametrisation
 
 from itertools import product
 
+from cells.settings import Compare
 from presets import Preset
-from settings import Compare
 
 STARTS = ("", "+olora")
 ALLOCATIONS = ("", "+pruning", "+alora")

@@ -1,7 +1,7 @@
 """Quality against trainable numbers, all methods."""
 
+from cells.settings import Compare
 from presets import Preset
-from settings import Compare
 
 preset = Preset(
     Compare(budgets=("10e3", "20e3", "40e3", "80e3", "160e3"), seeds=3),

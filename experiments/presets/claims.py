@@ -4,8 +4,8 @@ Every method gets the same learning rates, tried with a seed that is used for no
 one with other seeds. "Small" is LoRA² at width 1, which the paper's 0.17M is on DeBERTaV3-base; "large" is rank 8.
 """
 
+from cells.settings import Compare
 from presets import Preset
-from settings import Compare
 
 MINILM = {
     "name": "claims-sst2",

@@ -4,8 +4,8 @@ For people with a GPU, the weights and the data (--data DIR). Labels are not smo
 fine-tuning gets 5e-5, a customary rate.
 """
 
+from cells.settings import Compare
 from presets import SHORT, Preset
-from settings import Compare
 
 preset = Preset(
     Compare(

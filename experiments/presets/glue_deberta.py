@@ -5,8 +5,8 @@ Target rank, inner rank, γ, t_i, t_f, Δ_T and alpha are the paper's; AdaLoRA s
 2e-5, a customary rate that is none of the papers'; the head has the papers' rate, for every method.
 """
 
+from cells.settings import Compare
 from presets import SHORT, Preset
-from settings import Compare
 
 METHODS = ("lora", "olora", "alora", "adalora", "lora2")
 

@@ -6,8 +6,8 @@ the adapter trained on MNLI, each starts afresh here. Full fine-tuning gets 2e-5
 head has the rate of the paper's adapters, for every method.
 """
 
+from cells.settings import Compare
 from presets import SHORT, Preset
-from settings import Compare
 
 # task: batch, epochs, rate
 PAPER = {

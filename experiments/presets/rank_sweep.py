@@ -1,7 +1,7 @@
 """How much rank is enough, on few and on many kinds of matrix: LoRA's Table 6."""
 
+from cells.settings import Compare
 from presets import Preset
-from settings import Compare
 
 preset = Preset(
     Compare(methods=("lora",), budgets=(), ranks=(1, 2, 4, 8, 16, 32, 64), targets=("q", "qv", "qkvo", "all"), seeds=3),

@@ -1,8 +1,8 @@
 """One allocator, five ideas of what a rank is worth: ALoRA's ablation, with chance as the control."""
 
 import lorafamily
+from cells.settings import Compare
 from presets import Preset
-from settings import Compare
 
 preset = Preset(
     Compare(

@@ -1,7 +1,7 @@
 """Which weights to adapt, at one budget: LoRA's Table 5. Few kinds of matrix at a high rank, or many at a low one."""
 
+from cells.settings import Compare
 from presets import Preset
-from settings import Compare
 
 preset = Preset(
     Compare(

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lorafamily.insight.figures import COLOURS, save
-from page import Heading, Part, Picture, Table, Text, markdown
+from pages.page import Heading, Part, Picture, Table, Text, markdown
 from studies import protocol
 from studies.arms import UNIFORM
 from studies.problems import PROBLEMS

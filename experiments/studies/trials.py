@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 import lorafamily
+from cells.sweep import wait_until_free
 from lorafamily.registry import find as find_method
 from studies.arms import Arm, Dropped
 from studies.problems import PROBLEMS, Problem
-from sweep import wait_until_free
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cell import FULL, NONE
-from groups import Group
+from cells.cell import FULL, NONE
 from lorafamily.insight.figures import draw_grid, rank_grid
 from lorafamily.names import by_stack
+from pages.groups import Group
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers say the same a second time.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]

@@ -1,23 +1,26 @@
 """What deploying costs and keeps: drift over ten thousand merges, switching, routing, merging on disk.
 
-    python experiments/deploying.py --model PATH
+    python experiments/bench/deploying.py --model PATH
 
 Every number is measured beside what it is held against, in one run.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
+
 import waiting  # noqa: F401 - before torch
 
 # isort: split
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 import lorafamily
 from embedded import ByteDecoder, tiny
 from lorafamily.placement import placement_of
-from report import as_text
+from pages.report import as_text
 
 FIVE = {"a": ("lora", 2), "b": ("olora", 3), "c": ("lora2", 4), "d": ("adalora", 1), "e": ("rslora+alora", 5)}
 

@@ -1,7 +1,7 @@
 """The fast path on a GPU, in one call: first whether it is right, then every ratio.
 
-    python experiments/bench_gpu.py                         # LLaMA shape, 1.1B parameters, bfloat16, sequence 2048
-    python experiments/bench_gpu.py --device cpu --layers 1 --width 64 --inner 128 --tokens 16 --rounds 2
+    python experiments/bench/bench_gpu.py                   # LLaMA shape, 1.1B parameters, bfloat16, sequence 2048
+    python experiments/bench/bench_gpu.py --device cpu --layers 1 --width 64 --inner 128 --tokens 16 --rounds 2
 
 Prints what is checked with the bound it is held against, then the table of steps and that of forwards, and writes
 `bench_gpu.json`. Ends with code 1 if a check fails.
@@ -9,27 +9,30 @@ Prints what is checked with the bound it is held against, then the table of step
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
+
 import waiting  # noqa: F401 - before torch
 
 # isort: split
 import copy
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor, nn
 
 import lorafamily
-from bench import table
+from bench.bench import table
+from bench.measuring import Setting, facts, forwards, llama, ready, steps
 from embedded import tiny
 from lorafamily.placement import placement_of
-from measuring import Setting, facts, forwards, llama, ready, steps
-from report import as_text
+from pages.report import as_text
 
 CHECKED = ("lora", "olora", "alora", "lora2", "adalora")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from report import first_crossing
+from pages.report import first_crossing
 from studies.intervals import above, holm, paired
 
 Row = Mapping[str, Any]

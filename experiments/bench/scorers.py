@@ -1,6 +1,6 @@
 """What scoring ranks costs, and whether the cheap score of AB-LoRA agrees with the exact one.
 
-    python experiments/scorers.py --model PATH --task sst2 --data DIR
+    python experiments/bench/scorers.py --model PATH --task sst2 --data DIR
 
 Prints three tables: exact against first-order scores after training, seed by seed; wall time of the definition, of the
 exact scorer and of the first-order one, alternating in one run; the share of a training step that keeping sensitivity
@@ -9,15 +9,18 @@ scores takes, and how many numbers are scored for it.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
+
 import waiting  # noqa: F401 - before torch
 
 # isort: split
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import scipy.stats
@@ -34,7 +37,7 @@ from lorafamily.batch import first_rows, loss_of
 from lorafamily.history import Decision
 from lorafamily.names import modules_per_block
 from lorafamily.placement import placement_of
-from report import as_text
+from pages.report import as_text
 from tasks import Task, TaskError, find
 
 

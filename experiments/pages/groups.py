@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cell import ALL
+from cells.cell import ALL
 
 Row = Mapping[str, Any]
 

@@ -1,13 +1,18 @@
 """The models of peft's own test suite with our adapters: every model class, every set of targets, every promise.
 
-    python experiments/peft_zoo.py --peft PATH                          # PATH: a checkout of huggingface/peft
-    python experiments/peft_zoo.py --peft PATH --page docs/peft-zoo.md  # writes the page as well
+    python experiments/checks/peft_zoo.py --peft PATH                          # PATH: a checkout of huggingface/peft
+    python experiments/checks/peft_zoo.py --peft PATH --page docs/peft-zoo.md  # writes the page as well
 
 Models, targets and options are read from the checkout, `TEST_CASES` in tests/test_custom_models.py; the checks are
 ours. Nothing of that repository is kept here. Ends with exit code 1 if a check fails.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 
@@ -19,7 +24,6 @@ import inspect
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -30,7 +34,6 @@ from datetime import date
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from io import StringIO
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -39,8 +42,8 @@ import tyro
 from torch import Tensor, nn
 
 import lorafamily
-import page
-from page import Heading, Part, Table, Text
+from pages import page
+from pages.page import Heading, Part, Table, Text
 
 RANK, ALPHA = 8, 8.0
 """peft's defaults, for cases of methods that are not LoRA."""
@@ -662,7 +665,7 @@ def as_page(zoo: Zoo, results: Results, facts: Mapping[str, str]) -> list[Part]:
     count = totals(results)
     in_cases = sum(bool(case.sources) for case, _ in results)
     parts: list[Part] = [
-        Text("Written by `experiments/peft_zoo.py`; do not edit."),
+        Text("Written by `experiments/checks/peft_zoo.py`; do not edit."),
         Text(
             "The models, targets and options of `TEST_CASES` in `tests/test_custom_models.py` of "
             "[peft](https://github.com/huggingface/peft), with our adapters on them and our checks. A case of peft's "
@@ -709,7 +712,7 @@ def main(settings: Settings) -> None:
         results.append((case, run(case)))
         count = totals(results[-1:])
         print(f"{case.label}: {', '.join(f'{n} {status}' for status, n in count.items())}", flush=True)
-    command = "python experiments/peft_zoo.py --peft PATH --page docs/peft-zoo.md"
+    command = "python experiments/checks/peft_zoo.py --peft PATH --page docs/peft-zoo.md"
     facts = {"command": f"`{command}`", "date": str(date.today()), "peft's tests": commit_of(settings.peft)}
     facts |= {name: version(name) for name in ("peft", "torch", "transformers", "lorafamily")}
     write_json(settings.out, zoo, results, facts)

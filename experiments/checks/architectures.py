@@ -1,14 +1,19 @@
 """docs/architectures.md: what holds for which architecture of `transformers` under which method.
 
-    python experiments/architectures.py                                 # a line an architecture, and a JSON file
-    python experiments/architectures.py --page docs/architectures.md    # writes the page, too
-    python experiments/architectures.py --only wavlm mamba --methods lora
+    python experiments/checks/architectures.py                                 # a line an architecture, and a JSON file
+    python experiments/checks/architectures.py --page docs/architectures.md    # writes the page, too
+    python experiments/checks/architectures.py --only wavlm mamba --methods lora
 
 Every model is random, made from a small configuration, and adapted with the default targets. `CHECKS` names what is
 checked; each check has a model to itself, so that one that fails spoils no other.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 
@@ -17,7 +22,6 @@ import copy
 import datetime
 import json
 import re
-import sys
 import tempfile
 import time
 import warnings
@@ -26,7 +30,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +42,7 @@ import lorafamily
 from lorafamily.experts import Expert, expert_weights
 from lorafamily.parts import possible_targets
 from lorafamily.placement import placement_of
-from page import Heading, Part, Table, Text, markdown
+from pages.page import Heading, Part, Table, Text, markdown
 
 METHODS = ("lora", "olora", "alora", "lora2", "adalora")
 HOLDS, NOT_APPLICABLE = "holds", "–"
@@ -821,8 +824,8 @@ def page_of(rows: Sequence[Row], about: Mapping[str, str]) -> list[Part]:
     parts: list[Part] = [
         Text(
             f"What holds for {len(rows)} architectures of `transformers` under {len(METHODS)} methods. Written by "
-            f"`python experiments/architectures.py --page docs/architectures.md` on {about['date']} with {versions}; "
-            "do not edit."
+            f"`python experiments/checks/architectures.py --page docs/architectures.md` on {about['date']} with "
+            f"{versions}; do not edit."
         ),
         Text(
             "Each model is random, from a small configuration, on the CPU in float32, adapted with rank 2 and the "

@@ -1,6 +1,6 @@
 """What looking at data before training costs: forwards and backwards, time and memory, beside a step of training.
 
-    python experiments/evidence.py --model PATH --task sst2 --data DIR --batches 32
+    python experiments/bench/evidence.py --model PATH --task sst2 --data DIR --batches 32
 
 Time is measured in one process, looking and training in turn. Memory is that of tensors made and alive at once, which
 leaves out weights and optimiser state; sums of gradients that lie in a file are not in it.
@@ -9,12 +9,15 @@ leaves out weights and optimiser state; sums of gradients that lie in a file are
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 import lorafamily
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.placement import placement_of
-from report import as_text
+from pages.report import as_text
 from tasks import Task, TaskError, find
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import lorafamily
-from cell import FULL, NONE, Cell, Size, Training
+from cells.cell import FULL, NONE, Cell, Size, Training
+from cells.sweep import Where, cores
 from lorafamily.registry import find as find_method
-from sweep import Where, cores
 from tasks import TaskError
 
 TRADED_OFF = ("alora.scorer=first-order",)

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import page
-from groups import Group, Row, grouped, size_of
 from lorafamily.insight.figures import save
-from page import Heading, Part, Picture, Table, Text
-from plots import allocation, quality_by_size, quality_by_step
+from pages import page
+from pages.groups import Group, Row, grouped, size_of
+from pages.page import Heading, Part, Picture, Table, Text
+from pages.plots import allocation, quality_by_size, quality_by_step
 
 
 def steps_to_reach(groups: Sequence[Group], group: Group) -> str:

@@ -1,13 +1,18 @@
 """Kill workers, drivers and simulated Ray nodes in the middle of sweeps, and compare the rows they end with.
 
-    python experiments/sweep_faults.py
-    python experiments/sweep_faults.py --kinds worker driver --kills 3
+    python experiments/checks/sweep_faults.py
+    python experiments/checks/sweep_faults.py --kinds worker driver --kills 3
 
 Short cells of compare.py on the embedded model. The reference is made one cell after another with one thread. Of a
 sweep that was hit, every row must be there once, and all but its times and memory equal to the bit. Linux only.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 
@@ -17,19 +22,17 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from report import as_text
+from pages.report import as_text
 
-COMPARE = Path(__file__).with_name("compare.py")
+COMPARE = Path(__file__).parents[1] / "compare.py"
 MEASURED = ("seconds_per_step", "peak_mib")
 ARGUMENTS = (
     *("--methods", "lora", "adalora", "alora", "--budgets", "10e3", "--lr", "5e-3", "--steps", "30", "--batch", "4"),

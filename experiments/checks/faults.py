@@ -1,7 +1,7 @@
 """Kill training processes at random moments, let them go on, and compare their end with that of a run left alone.
 
-    python experiments/faults.py                # 20 kills of each method
-    python experiments/faults.py --kills 3 --methods alora
+    python experiments/checks/faults.py                # 20 kills of each method
+    python experiments/checks/faults.py --kills 3 --methods alora
 
 A process is killed with SIGKILL, which it cannot notice, while it trains and while it writes checkpoints; then the same
 command is started again, until a run comes through. Adapter files, history and `allocation.jsonl` must be, byte for
@@ -9,6 +9,11 @@ byte, those of the run that nobody killed.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 
@@ -19,11 +24,9 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ from torch.utils.data import DataLoader
 
 import lorafamily
 from embedded import tiny
-from report import as_text
+from pages.report import as_text
 
 COMPARED = ("adapter/adapter.safetensors", "adapter/adapter.json", "history.json", "allocation.jsonl", "steps.jsonl")
 

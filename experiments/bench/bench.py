@@ -1,12 +1,17 @@
 """What low-rank training costs beyond the frozen model: ours, peft's, full fine-tuning, as ratios in one run.
 
-    python experiments/bench.py                                 # everything, about ten minutes on two cores
-    python experiments/bench.py --parts steps --shapes bert --methods lora lora2 --rounds 30
+    python experiments/bench/bench.py                                 # everything, about ten minutes on two cores
+    python experiments/bench/bench.py --parts steps --shapes bert --methods lora lora2 --rounds 30
 
 Writes `bench.json`, and pictures beside it.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 
@@ -17,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,12 +31,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafamily
+from bench.measuring import BESIDE, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed
 from lorafamily.functional import adapted_linear
 from lorafamily.insight.figures import COLOURS, save
 from lorafamily.placement import placement_of
 from lorafamily.targets import match
-from measuring import BESIDE, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed
-from report import as_text
+from pages.report import as_text
 
 Part = Literal["steps", "forwards", "starts", "products", "scaling"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -1,6 +1,6 @@
 """How much memory a training step of BERT really takes, against what was planned: a line for each way to train.
 
-    MALLOC_MMAP_THRESHOLD_=131072 python experiments/planned.py lora lora2 full
+    MALLOC_MMAP_THRESHOLD_=131072 python experiments/bench/planned.py lora lora2 full
 
 Way, MB planned, MB by which the resident set of the process grew at its highest, their ratio. The ways must come with
 the least first, for the highest is that since the process began. Of Linux alone, which says it in /proc. The
@@ -9,20 +9,23 @@ variable lets glibc give freed tensors back; without it the process keeps more t
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
+
 import waiting  # noqa: F401 - before torch
 
 # isort: split
 import gc
 import re
-import sys
-from pathlib import Path
 
 import torch
 
 import lorafamily
+from bench.measuring import bert
 from lorafamily.insight.plan import Planner
 from lorafamily.placement import placement_of
-from measuring import bert
 
 FULL, RANK = "full", 8
 

@@ -1,20 +1,23 @@
-"""Pretrain the embedded byte-level decoder on English prose:   python experiments/pretrain.py
+"""Pretrain the embedded byte-level decoder on English prose:   python experiments/embedded/pretrain.py
 
-Writes `experiments/weights/prose-bytes.safetensors` (float16) with the command, the hash of the data, versions and
-losses in its header, and the log beside it. About 20 minutes on two CPU cores; `compare.py` calls it where the file is
-absent.
+Writes `experiments/embedded/weights/prose-bytes.safetensors` (float16) with the command, the hash of the data, versions
+and losses in its header, and the log beside it. About 20 minutes on two CPU cores; `compare.py` calls it where the file
+is absent.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 
 # isort: split
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import tyro
@@ -57,7 +60,7 @@ def pretrain(settings: Pretrain) -> None:
     )
     bits = {e.step: round(e.metrics["loss"] / math.log(2), 4) for e in history.evaluations}
     made = {
-        "command": " ".join(["python experiments/pretrain.py", *sys.argv[1:]]),
+        "command": " ".join(["python experiments/embedded/pretrain.py", *sys.argv[1:]]),
         "settings": json.dumps({k: str(v) for k, v in asdict(settings).items() if k != "out"}),
         "data": digest(text),
         "torch": torch.__version__,

@@ -1,10 +1,15 @@
 """What adapters on experts cost: a training step with them, the frozen model's and peft's, as ratios in one run.
 
-python experiments/experts.py                            # 64 experts, about five minutes on one core
-python experiments/experts.py --experts 8 --rounds 3     # for a look
+python experiments/bench/experts.py                            # 64 experts, about five minutes on one core
+python experiments/bench/experts.py --experts 8 --rounds 3     # for a look
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 

@@ -1,7 +1,7 @@
 """What `lorafamily train` takes: memory of the chunked loss, and a LLaMA in 4 bits beside peft with Trainer.
 
-    python experiments/chat_bench.py loss     # a vocabulary of 150,000: logits at once and in chunks
-    python experiments/chat_bench.py llama    # 300M parameters, nf4, checkpointed activations, ours and peft's
+    python experiments/bench/chat_bench.py loss     # a vocabulary of 150,000: logits at once and in chunks
+    python experiments/bench/chat_bench.py llama    # 300M parameters, nf4, checkpointed activations, ours and peft's
 
 Each measurement is a process of its own, whose peak is what the system says it took (ru_maxrss); the two ways
 alternate. Weights are random, the text is made up, and speed is of the steps after the first.
@@ -9,16 +9,19 @@ alternate. Weights are random, the text is made up, and speed is of the steps af
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
+
 import dataclasses
 import json
 import os
 import random
 import resource
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 import torch

@@ -1,7 +1,7 @@
 """Whether `lorafamily.suggest_lr` finds a method's best learning rate: suggested rates against a grid of tried ones.
 
-    python experiments/rates.py                                             # embedded model
-    python experiments/rates.py --model PATH --task sst2 --data DIR --batch 32 --length 96
+    python experiments/bench/rates.py                                             # embedded model
+    python experiments/bench/rates.py --model PATH --task sst2 --data DIR --batch 32 --length 96
 
 For every method rates a quarter of a decade apart, as the studies choose them: three around a start, and outwards until
 the best lies inside. A new head has one rate for all. Each finished run is a line of `runs/NAME.csv` and is not run
@@ -10,20 +10,23 @@ again; `--table` prints the table of what is there.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
+
 import csv
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
 import lorafamily
-from report import as_text
+from pages.report import as_text
 from studies.protocol import to_try
 from tasks import Task, TaskError, find
 

@@ -4,10 +4,15 @@ A LLaMA of random weights is quantised to nf4 and adapted, by lorafamily or by p
 Every measurement is a process of its own, in turn. Its peak is the most memory that the operating system gave it in a
 step; of that the step's share is what it did not have before the step.
 
-    OMP_NUM_THREADS=1 python experiments/quantised.py
+    OMP_NUM_THREADS=1 python experiments/bench/quantised.py
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 
@@ -15,10 +20,8 @@ import waiting  # noqa: F401 - before torch
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch

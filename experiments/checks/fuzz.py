@@ -1,6 +1,6 @@
 """Damage adapter and checkpoint files in thousands of ways, and see that every one is refused in one line.
 
-    python experiments/fuzz.py                  # 5,000 damaged files
+    python experiments/checks/fuzz.py                  # 5,000 damaged files
 
 Bits flipped, files cut, bytes put in and taken out, header lengths, JSON structure, shapes and types of tensors. Files
 whose seal (SHA-256) was put right again after the damage are adapters that somebody made so: nothing of the seal
@@ -8,6 +8,11 @@ protects against them, and they may load, but must not crash, hang, take memory 
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import waiting  # noqa: F401 - before torch
 
@@ -18,7 +23,6 @@ import json
 import pickle
 import random
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -26,7 +30,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -35,13 +38,13 @@ import torch
 import tyro
 
 import lorafamily
-from cell import PeakMemory
+from cells.cell import PeakMemory
 from embedded import ByteDecoder
 from lorafamily.deploy.files import RECORD, TENSORS
 from lorafamily.deploy.folder import write_sealed
 from lorafamily.fingerprints import fingerprints
 from lorafamily.training.checkpoints import Checkpoints
-from report import as_text
+from pages.report import as_text
 
 SLOWEST, MOST_MEMORY = 2.0, 1024.0
 """Seconds and MiB that reading a damaged file may take."""

@@ -6,17 +6,21 @@ output, over the largest output; what was refused says by whom.
 
     pip download --no-deps -d servers vllm sglang
     pip download --no-deps --no-binary :all: -d servers llama-cpp-python
-    python experiments/clients.py --packages servers
+    python experiments/checks/clients.py --packages servers
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
 import copy
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ import tyro
 from torch import Tensor, nn
 
 import lorafamily
-import servers
+from checks import servers
 from lorafamily.deploy.peft import Layout
 from lorafamily.placement import placement_of
 

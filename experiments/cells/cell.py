@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import lorafamily
+from cells.sweep import wait_until_free
 from lorafamily.batch import to_device
 from lorafamily.registry import find as find_method
-from sweep import wait_until_free
 from tasks import Task, TaskError
 from tasks import find as find_task
 

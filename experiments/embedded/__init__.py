@@ -118,7 +118,7 @@ def pretrained() -> ByteDecoder:
     """The shipped model, float32.
 
     Raises:
-        FileNotFoundError: the weights are not there; `experiments/pretrain.py` makes them.
+        FileNotFoundError: the weights are not there; `experiments/embedded/pretrain.py` makes them.
     """
     model = ByteDecoder()
     weights = load_file(WEIGHTS)
