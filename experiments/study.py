@@ -33,7 +33,8 @@ from lorafamily.training.folder_lock import FolderLock
 from studies import protocol
 from studies.arms import ARMS, Arm
 from studies.page import write
-from studies.problems import PROBLEMS, Problem
+from studies.problem import Problem
+from studies.problems import PROBLEMS
 from studies.trials import Trial, Trials
 from tasks import TaskError
 
@@ -46,11 +47,13 @@ class Run:
     """Run the trials of a study that are missing."""
 
     problem: tyro.conf.Positional[str]
-    """planted, misleading, embedded, sst2 or mrpc"""
+    """planted, misleading, embedded, sst2, mrpc, llm-gsm8k or llm-text"""
     model: str | None = None
-    """of sst2 and mrpc: a folder of all-MiniLM-L6-v2"""
+    """folder or hub id, of sst2 and mrpc: all-MiniLM-L6-v2; of llm-gsm8k and llm-text: a causal language model"""
     data: Path | None = None
-    """of sst2 and mrpc: a folder with TASK/train.jsonl.gz, validation.jsonl.gz and test.jsonl.gz"""
+    """folder of sst2/ and mrpc/{train,validation,test}.jsonl.gz, gsm8k/{train,validation}.jsonl.gz; llm-text: a file"""
+    steps: int | None = None
+    """of a run, to see it work: the rows are then in a folder of their own, and no others' equals"""
     arms: tuple[str, ...] = ()
     """names of arms, none: all; arms whose rate or pattern others take are run with them"""
     seeds: int | None = None
@@ -98,15 +101,17 @@ def run(given: Run) -> list[dict[str, Any]]:
     """
     if given.problem not in PROBLEMS:
         raise TaskError(f"{given.problem}: no such problem; there are {', '.join(PROBLEMS)}")
-    problem, arms = PROBLEMS[given.problem], chosen(given)
-    problem.read(given.model, given.data)
-    folder = (given.out / f"study-{given.problem}").absolute()
-    trials = Trials(given.problem, folder / "trials", given.model, given.data and given.data.absolute())
+    arms = chosen(given)
+    short = "" if given.steps is None else f"-{given.steps}-steps"
+    folder = (given.out / f"study-{given.problem}{short}").absolute()
+    data = given.data and given.data.absolute()
+    trials = Trials(given.problem, folder / "trials", given.model, data, given.steps)
+    problem = trials.opened()
     torch.set_num_threads(1)  # as in workers, so that one worker gives the rows of many
     where = Where(given.workers or (1 if given.cluster else sweep.cores()), given.cluster)
     with FolderLock(folder):
         path = folder / "results.jsonl"
-        text = path.read_text() if path.exists() else stored(given.problem)
+        text = path.read_text() if path.exists() else "" if short else stored(given.problem)
         rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a line that was cut
         _work(problem, arms, problem.seeds[: given.seeds], where, trials, path, rows)

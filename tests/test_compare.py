@@ -208,7 +208,7 @@ def test_several_learning_rates_are_said_in_the_report(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "sst3"}, "unknown task 'sst3'; there are code, text, e2e, cola"),
+        ({"task": "sst3"}, "unknown task 'sst3'; there are code, text, e2e, gsm8k, cola"),
         ({"task": "sst2"}, "needs --model"),
         ({"task": "text"}, "--task text needs --data"),
         ({"task": "text", "data": Path("/nowhere")}, "/nowhere: no such file"),

@@ -32,7 +32,7 @@ def small(tmp_path, **changes) -> Compare:
 
 
 def test_all_presets_are_known_and_mentioned_where_one_looks():
-    expected = [*EMBEDDED, "glue-deberta", "glue-roberta", "e2e-gpt2"]
+    expected = [*EMBEDDED, "glue-deberta", "glue-roberta", "e2e-gpt2", "allocation-llm"]
     assert sorted(presets.names()) == sorted(expected)
     for name in expected:
         assert name in (Compare.__doc__ or "")
@@ -231,7 +231,7 @@ def test_the_e2e_challenge(tmp_path, monkeypatch):
     assert list(task.references) == ["word0", "word1"]
     model = task.model(0)[0]
     assert 0 <= task.evaluate(model.eval())["BLEU"] < 100
-    monkeypatch.setattr(task, "_write", lambda model, meaning, device: f"good bad good {meaning} bad")
+    monkeypatch.setattr(task, "write", lambda model, meaning: f"good bad good {meaning} bad")
     assert task.evaluate(model)["BLEU"] == pytest.approx(100)  # the references themselves
     batch = next(iter(task.validation()))
     kept = batch["labels"][0][batch["labels"][0] != -100]

@@ -28,6 +28,8 @@ NONE, FULL = "none", "full"
 TRAIN_TIMES = "train_times"
 """Of any method, as an option: train with so many times the cell's budget or rank, then cut to it through all layers at
 once, as in lora:train_times=2."""
+BUDGET_AT = "budget_at"
+"""Of any method, as an option: `apply`'s, as in adalora:budget_at=end."""
 ALL = "all"
 """Targets: every linear layer but the head."""
 MATRICES = {
@@ -94,7 +96,11 @@ class Training:
 
     def options_of(self, method: str) -> dict[str, Any]:
         """Options set for a method: for the parts that it is made of, then its own."""
-        return {name: value for name, value in self._all_options(method).items() if name != TRAIN_TIMES}
+        return {k: value for k, value in self._all_options(method).items() if k not in (TRAIN_TIMES, BUDGET_AT)}
+
+    def budget_at(self, method: str) -> dict[str, Any]:
+        """When a budget must hold, as an argument of `apply`; empty where nothing is said."""
+        return {name: value for name, value in self._all_options(method).items() if name == BUDGET_AT}
 
     def train_times(self, method: str) -> float:
         """How many times the cell's size is trained with, and cut to it afterwards; 1: it is trained with.
@@ -259,6 +265,7 @@ def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training, da
         seed=cell.seed,
         data=data if looks else None,
         **sizing,
+        **training.budget_at(cell.method),
         **training.options_of(cell.method),
     )
 

@@ -35,7 +35,7 @@ class Compare:
     """Compare low-rank methods at equal parameter budgets.
 
     Presets: embedded, which-weights, rank-sweep, budget-sweep, scorers, axes, claims, glue-deberta, glue-roberta,
-    e2e-gpt2. Whatever else is given overrides what the preset says.
+    e2e-gpt2, allocation-llm. Whatever else is given overrides what the preset says.
     """
 
     preset: str = "embedded"
@@ -45,14 +45,15 @@ class Compare:
     name: str | None = None
     """folder under --out; the same name again goes on with the cells that are missing; none: the preset's name"""
     task: str = "code"
-    """code (embedded model, Python source), text (--data FILE), e2e, or a GLUE task: sst2, rte, cola, mrpc, stsb, …"""
+    """code (embedded model, Python source), text (--data FILE), e2e, gsm8k, or a GLUE task: sst2, rte, cola, mrpc, …"""
     model: str | None = None
     """folder or hub id of a transformers model; none for the embedded one"""
     data: Path | None = None
     """folder of <task>/{train,validation}.jsonl.gz, none to take it from the hub; text: a file"""
     methods: tuple[str, ...] = (NONE, FULL, "lora", "olora", "alora", "lora2", "adalora", "eva", "lora:train_times=2")
     """any of lorafamily.methods(), joined by + to combine, with options of their own as in alora:scorer=exact,rounds=4;
-    lora:train_times=2 trains with twice the size and is then cut to it, once through all layers; none: no adaptation (a
+    lora:train_times=2 trains with twice the size and is then cut to it, once through all layers; adalora:budget_at=end
+    holds the budget at the end, and not at every step; none: no adaptation (a
     task head still trains); full: all"""
     budgets: tuple[str, ...] = ("80e3", "10e3")
     """trainable adapter parameters, each exceeded at no step, NUMBER for all or METHOD=NUMBER; on the embedded model

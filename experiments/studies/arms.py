@@ -126,7 +126,7 @@ EMBEDDED: tuple[Arm, ...] = (
 )
 """On the embedded model; the budget is LoRA's at rank 8."""
 
-SENTENCES: tuple[Arm, ...] = (
+PRETRAINED: tuple[Arm, ...] = (
     replace(UNIFORM, start=-2.5),
     Arm("uniform at the peak size", size=1.5, start=-2.5),
     Arm("ALoRA first-order", "alora", (("scorer", "first-order"),), start=-2.5),
@@ -139,6 +139,11 @@ SENTENCES: tuple[Arm, ...] = (
     *_found("EVA"),
 )
 """On sentences; the budget is LoRA's at rank 4."""
+LANGUAGE = tuple(replace(arm, start=arm.start - 0.75) for arm in PRETRAINED)
+"""On language models; the budget is LoRA's at rank 8."""
 
-ARMS = {"sst2": SENTENCES, "mrpc": SENTENCES, "planted": PLANTED, "misleading": PLANTED, "embedded": EMBEDDED}
+ARMS = {
+    **{"planted": PLANTED, "misleading": PLANTED, "embedded": EMBEDDED},
+    **{"sst2": PRETRAINED, "mrpc": PRETRAINED, "llm-gsm8k": LANGUAGE, "llm-text": LANGUAGE},
+}
 """By problem."""

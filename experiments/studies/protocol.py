@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from studies.arms import Arm
-from studies.problems import Problem
+from studies.problem import Problem
 from studies.trials import Trial, with_pattern
 
 Row = Mapping[str, Any]

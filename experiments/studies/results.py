@@ -14,7 +14,8 @@ from typing import Any
 from studies import protocol
 from studies.arms import ARMS, UNIFORM, Arm
 from studies.intervals import Paired, above, equivalence, holm, paired
-from studies.problems import PROBLEMS, Problem
+from studies.problem import Problem
+from studies.problems import PROBLEMS
 
 Row = Mapping[str, Any]
 LEVEL = 0.05

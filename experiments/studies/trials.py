@@ -15,7 +15,9 @@ import lorafamily
 from cells.sweep import wait_until_free
 from lorafamily.registry import find as find_method
 from studies.arms import Arm, Dropped
-from studies.problems import PROBLEMS, Problem
+from studies.problem import Problem
+from studies.problems import PROBLEMS
+from tasks import TaskError
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,31 @@ class Forgetful(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class Trials:
-    """What a worker needs to run trials of a problem; `folder`: of all of them."""
+    """What a worker needs to run trials of a problem. `folder`: of all trials; `steps`: of a run, if not the problem's."""
 
     problem: str
     folder: Path
     model: str | None = None
     data: Path | None = None
+    steps: int | None = None
 
     def __call__(self) -> Callable[[Trial], dict[str, Any]]:
-        PROBLEMS[self.problem].read(self.model, self.data)
+        self.opened()
         return self.run
+
+    def opened(self) -> Problem:
+        """The problem, with its model and data read.
+
+        Raises:
+            TaskError: they cannot be, or a run would have too few steps.
+        """
+        problem = PROBLEMS[self.problem]
+        problem.read(self.model, self.data)
+        if self.steps is not None:
+            if self.steps < problem.evaluations:
+                raise TaskError(f"--steps {self.steps}: a run has {problem.evaluations} evaluations, and as many steps")
+            problem.steps = self.steps
+        return problem
 
     def run(self, trial: Trial) -> dict[str, Any]:
         folder = self.folder / trial.key
@@ -105,8 +122,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         rates["up_lr"] = arm.up_ratio * trial.lr
     if problem.head_lr is not None and not arm.dropped:
         rates["head_lr"] = problem.head_lr
-    tuning = problem.tuning(trial.seed)
-    before = problem.measure(model, tuning, trial.seed)
+    before = problem.tuned(model, trial.seed)
     every = problem.steps // problem.evaluations
     failed, history = None, lorafamily.History()
     logs: dict[str, Any] = {"log_dir": folder, "save_every": every, "resume": "auto"} if problem.logs else {}
@@ -116,8 +132,8 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
             problem.training(trial.seed),
             steps=problem.steps,
             **rates,
-            validation=tuning,
-            evaluate=lambda model: {"metric": problem.measure(model, tuning, trial.seed)},
+            validation=problem.tuning(trial.seed),
+            evaluate=lambda model: {"metric": problem.tuned(model, trial.seed)},
             evaluate_every=every,
             seed=trial.seed,
             progress=False,
@@ -140,8 +156,8 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     }
     if failed:
         return row
-    row["metric"] = problem.measure(model, problem.judging(trial.seed), trial.seed)
-    row["tuning_metric"] = problem.measure(model, tuning, trial.seed)
+    row["metric"] = problem.judged(model, trial.seed)
+    row["tuning_metric"] = problem.tuned(model, trial.seed)
     if source_before is not None:
         row["forgetting"] = (problem.loss(model, problem.source()) - source_before) / 0.6931471805599453
     row["parameters_end"] = lorafamily.summary(model).parameters

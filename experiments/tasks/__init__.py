@@ -7,10 +7,11 @@ from pathlib import Path
 import embedded
 from tasks.e2e import E2E
 from tasks.glue import GLUE, Glue, glue_score
+from tasks.maths import GSM8K
 from tasks.task import Batches, Task, TaskError
 from tasks.texts import Bytes, CausalText, read_text
 
-__all__ = ["E2E", "GLUE", "Batches", "Bytes", "CausalText", "Glue", "Task", "TaskError", "find", "glue_score"]
+__all__ = ["E2E", "GLUE", "GSM8K", "Batches", "Bytes", "CausalText", "Glue", "Task", "TaskError", "find", "glue_score"]
 
 
 def find(
@@ -39,4 +40,8 @@ def find(
         if model is None:
             raise TaskError("--task e2e needs --model: a folder or hub id of a causal language model")
         return E2E(model, data, batch, length, held_out)
-    raise TaskError(f"unknown task {task!r}; there are code, text, e2e, {', '.join(GLUE)}")
+    if task == "gsm8k":
+        if model is None:
+            raise TaskError("--task gsm8k needs --model: a folder or hub id of a causal language model")
+        return GSM8K(model, data, batch, length, held_out)
+    raise TaskError(f"unknown task {task!r}; there are code, text, e2e, gsm8k, {', '.join(GLUE)}")

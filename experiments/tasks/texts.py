@@ -82,10 +82,10 @@ class CausalText(Task):
         return pretrained(AutoModelForCausalLM, self.path)[0], None
 
     def training(self, seed: int) -> Batches:
-        return loader(self.pieces[0], self.batch, _with_labels, seed)
+        return loader(self.pieces[0], self.batch, with_labels, seed)
 
     def validation(self) -> Batches:
-        return loader(self.pieces[1], self.batch, _with_labels)
+        return loader(self.pieces[1], self.batch, with_labels)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         loss = _mean_loss(model, self.validation())
@@ -108,7 +108,8 @@ def _mean_loss(model: nn.Module, batches: Batches) -> float:
     return sum(loss * rows for loss, rows in losses) / sum(rows for _, rows in losses)
 
 
-def _with_labels(pieces: list[Tensor]) -> dict[str, Tensor]:
+def with_labels(pieces: list[Tensor]) -> dict[str, Tensor]:
+    """A batch of pieces of one length."""
     tokens = torch.stack(pieces)
     return {"input_ids": tokens, "labels": tokens}
 

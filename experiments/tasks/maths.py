@@ -1,0 +1,104 @@
+"""Word problems: trained on MetaMathQA (Yu et al. 2023), judged on GSM8K (Cobbe et al. 2021), as peft's benchmark does.
+
+What is learnt is the answer alone; peft's benchmark learns the question too.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tasks.prompted import Prompted
+from tasks.task import TaskError, read_rows
+
+PROMPT = "Question: {} Think step by step.\nAnswer:"
+LONGEST = 1300
+"""Characters of question and answer; longer rows are left out, as in peft's benchmark."""
+MARKS = re.compile(r"(?:answer is:?|####)\s*\$?\s*(-?[\d,]*\.?\d+)")
+"""How MetaMathQA and GSM8K mark the final answer."""
+
+
+def final(answer: str) -> Decimal | None:
+    """The number that an answer ends with; None where none is marked."""
+    found = MARKS.findall(answer)
+    try:
+        return Decimal(found[-1].replace(",", "")) if found else None
+    except InvalidOperation:
+        return None
+
+
+class GSM8K(Prompted):
+    """A causal language model of `transformers` that is taught to reason in words, and must end with the right number.
+
+    `tuning`: the last 500 rows to train on, which nothing trains on. Answers are written greedily.
+    """
+
+    name, metric = "gsm8k", "accuracy"
+    higher_is_better = True
+    kept_back, together = 500, 32
+
+    def __init__(self, model: str, data: Path | None, batch: int, length: int, held_out: int | None = None):
+        super().__init__(model, batch, length)
+        rows = _rows(data, "train", ("query", "response"))
+        pairs = [(PROMPT.format(q), a) for q, a in rows if len(q) + len(a) < LONGEST]
+        back = min(self.kept_back, len(pairs) // 10)
+        self.train, self.tuning = pairs[: len(pairs) - back], pairs[len(pairs) - back :]
+        self.questions = _rows(data, "validation", ("question", "answer"))[:held_out]
+        self.held_out = [(PROMPT.format(q), a) for q, a in self.questions]
+        self.rows = len(self.train)
+        self.about = (
+            f"{model} on {self.rows:,} rows of MetaMathQA, judged on {len(self.questions):,} questions of GSM8K by "
+            "whether the answer ends with the right number."
+        )
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of questions that are answered by the right number."""
+        right = 0
+        for begin in range(0, len(self.questions), self.together):
+            own = self.questions[begin : begin + self.together]
+            written = self.written(model, [PROMPT.format(q) for q, _ in own], max_length=self.length)
+            right += sum(final(text) == final(answer) for text, (_, answer) in zip(written, own, strict=True))
+        return right / len(self.questions)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {"loss": self.loss(model, self.validation()), self.metric: self.accuracy(model)}
+
+
+def _rows(data: Path | None, split: str, keys: tuple[str, str]) -> list[tuple[str, str]]:
+    if data is None:
+        rows: list[dict[str, Any]] = _from_hub(split)
+        where = f"the hub, {split}"
+    else:
+        path = data / "gsm8k" / f"{split}.jsonl.gz"
+        rows, where = read_rows(path), str(path)
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in keys if not isinstance(row.get(key), str)]:
+            raise TaskError(f"{where}, row {number}: no text under {' and '.join(missing)}")
+        if split == "validation" and final(row[keys[1]]) is None:
+            raise TaskError(f"{where}, row {number}: the answer has no number after ####")
+    if not rows:
+        raise TaskError(f"{where}: the {split} split is empty")
+    return [(row[keys[0]], row[keys[1]]) for row in rows]
+
+
+def _from_hub(split: str) -> list[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise TaskError(
+            "gsm8k without --data takes its rows from the hub and needs the package datasets: "
+            "pip install 'lorafamily[tasks]', or give --data DIR"
+        ) from None
+    name = ("meta-math/MetaMathQA",) if split == "train" else ("openai/gsm8k", "main")
+    try:
+        return [dict(row) for row in load_dataset(*name, split="train" if split == "train" else "test")]
+    except Exception as error:  # whatever the hub client raises, the remedy is the same
+        raise TaskError(
+            f"{name[0]} could not be loaded from the hub ({type(error).__name__}: {error}); give --data DIR"
+        ) from None
