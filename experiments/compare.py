@@ -19,6 +19,7 @@ import waiting  # noqa: F401 - before torch
 # isort: split
 import contextlib
 import dataclasses
+import functools
 import json
 import platform
 import subprocess
@@ -36,7 +37,17 @@ import lorafamily
 import presets
 from cells import sweep
 from cells.cell import FIRST, FULL, NONE, Cell, Training, Work, adapt, forget_checkpoints, run
-from cells.settings import Compare, best_rates, cells_of, departures, training_of, what_rows_depend_on, where_of
+from cells.settings import (
+    AUTO,
+    Compare,
+    best_rates,
+    cells_of,
+    departures,
+    suggested,
+    training_of,
+    what_rows_depend_on,
+    where_of,
+)
 from cells.sweep import Line, Where
 from lorafamily.allocation.run import Run
 from lorafamily.placement import placement_of
@@ -57,6 +68,9 @@ def main(settings: Compare) -> None:
     tuning = [] if settings.tuning_seed is None else cells_of(settings, [settings.tuning_seed])
     cells = cells_of(settings, settings.run_seeds)
     _check(cells, task, training)
+    if AUTO in settings.lr:
+        suggest = functools.partial(_suggest, task, training)
+        cells = cells_of(settings, settings.run_seeds, suggested(settings, cells, suggest))
     same = what_rows_depend_on(settings, training)
     work = Work(arguments, training, folder / "cells")
     begun = time.perf_counter()
@@ -169,6 +183,15 @@ def _check(cells: list[Cell], task: Task, training: Training) -> None:
         )
         placement.method.allocation.begin(trial)
         lorafamily.remove(model)
+
+
+def _suggest(task: Task, training: Training, cell: Cell, reference: float) -> float:
+    """The rate that `lorafamily.suggest_lr` gives to a cell's adapters, from plain LoRA's."""
+    model, head = task.model(seed=0)
+    adapt(model, head, dataclasses.replace(cell, seed=0), training, task.training(0))
+    suggestion = lorafamily.suggest_lr(model, reference_lr=reference)
+    _say(f"{cell.method} at {cell.size}: {suggestion}")
+    return suggestion.lr
 
 
 def _finished(path: Path, same: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -32,9 +32,11 @@ from cells.sweep import Line, Where
 from lorafamily.training.folder_lock import FolderLock
 from studies import protocol
 from studies.arms import ARMS, Arm
+from studies.entry import write_entry
 from studies.page import write
 from studies.problem import Problem
 from studies.problems import PROBLEMS
+from studies.results import read
 from studies.trials import Trial, Trials
 from tasks import TaskError
 
@@ -86,10 +88,25 @@ class Page:
     """the page"""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Write AdaLoRA at its tuned rate as an entry of peft's benchmark."""
+
+    problem: tyro.conf.Positional[str]
+    """whose stored rows choose the rate: llm-gsm8k"""
+    out: Path
+    """folder of the entry, such as experiments/adalora/llama-3.2-3B-rank32-tuned of the benchmark"""
+    rank: int = 32
+    """slices a layer at the end"""
+    folder: Path = STORED
+    """of the rows"""
+
+
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Store, tyro.conf.subcommand("store")]
     | Annotated[Page, tyro.conf.subcommand("page")]
+    | Annotated[Entry, tyro.conf.subcommand("entry")]
 )
 
 
@@ -179,7 +196,19 @@ def store(given: Store) -> None:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def main(given: Run | Store | Page) -> None:
+def entry(given: Entry) -> None:
+    """As the command says.
+
+    Raises:
+        TaskError: no rows are stored, or they choose no rate for AdaLoRA.
+    """
+    studies = {study.problem.name: study for study in read(given.folder)}
+    if given.problem not in studies:
+        raise TaskError(f"{given.folder}: no stored rows of {given.problem}; study.py run, then study.py store")
+    print(write_entry(studies[given.problem], given.rank, given.out))
+
+
+def main(given: Run | Store | Page | Entry) -> None:
     match given:
         case Run():
             run(given)
@@ -187,6 +216,8 @@ def main(given: Run | Store | Page) -> None:
             store(given)
         case Page():
             write(given.folder, given.out)
+        case Entry():
+            entry(given)
 
 
 if __name__ == "__main__":

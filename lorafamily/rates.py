@@ -1,253 +1,136 @@
-"""A learning rate for a method, from how sharply the loss curves in its adapters' parameters.
+"""A learning rate for a method, from how far its parameters' steps move the weights.
 
-Studies that tune every variant find best rates inversely proportional to the largest eigenvalue of the loss's Hessian
-in the adapter's parameters at the start (arXiv:2602.04998). That is a claim about AdamW in runs of theirs;
-whether it holds here has not been measured yet (docs/results.md).
+AdamW moves every parameter by about the learning rate, whatever its gradient, so that a rate says how far parameters
+go; how far the weights go with them depends on what the parameters are factors of, and on their first values. The rate
+suggested is the one at which they go as far as plain LoRA's do at a rate that is good for it. It costs no data and no
+gradient. docs/results.md has what it is worth, beside the rule that fails: a rate inversely proportional to the largest
+eigenvalue of the loss's Hessian (arXiv:2602.04998).
 """
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from scipy.optimize import brentq
+from torch import nn
 
-from lorafamily.batch import LossFn, loss_of, refuse_one_batch, to_device, weigher
+from lorafamily.adapter import Adapter, Factors
 from lorafamily.budget import check_budget
-from lorafamily.errors import BudgetError, DataError, MethodError
-from lorafamily.functional import fast_path
+from lorafamily.errors import BudgetError, MethodError, StateError
 from lorafamily.injection import apply, remove, switch
-from lorafamily.placement import placement_of
-from lorafamily.training.execution import evaluating
+from lorafamily.placement import Placement, placement_of
 from lorafamily.training.optimisation import LR
 
 REFERENCE = "suggest_lr-reference"
-ENOUGH = 0.02
-"""Relative residual below which iterating further would not change a rate that is good to a factor of two anyway."""
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """The largest eigenvalue of a Hessian. `residual`: ‖Hv − λv‖ of its unit vector v, within which an eigenvalue is;
-    `products`: Hessian-vector products that it took; `differences`: whether they were differences of gradients."""
-
-    eigenvalue: float
-    residual: float
-    products: int
-    differences: bool
+STEPS = 6.0
+"""Steps in one direction that a run comes to, in which steps mostly cancel: chosen on the embedded model, tried on
+another."""
+FEWER, MORE = 2.0, 18.0
+"""A third and three times as many, for the range of a suggestion."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """`lr`: `ratio` times the rate that is good for plain LoRA; `low`, `high`: of the ratio, as far as the eigenvalues'
-    residuals leave it open, which says nothing of how well the rule holds. `seconds`: what it took; `steps`: about so
-    many training steps take as long."""
+    """`lr`: `ratio` times the rate that is good for plain LoRA; `low`, `high`: of the ratio, for a third as many steps
+    in one direction and for three times as many. `seconds`: what it took."""
 
     lr: float
     ratio: float
     low: float
     high: float
-    method: Curvature
-    reference: Curvature
     seconds: float
-    steps: int
 
     def __str__(self) -> str:
-        kind = "differences of gradients" if self.method.differences else "Hessian-vector products"
         return (
             f"lr {self.lr:.2g}: {self.ratio:.3g} times plain LoRA's (between {self.low:.3g} and {self.high:.3g}); "
-            f"largest eigenvalue {self.method.eigenvalue:.3g}, of LoRA {self.reference.eigenvalue:.3g}; {kind}, "
-            f"{self.seconds:.1f} s, about {self.steps} training steps"
+            f"{self.seconds:.1f} s"
         )
 
 
-def suggest_lr(
-    model: nn.Module,
-    batches: Any,
-    *,
-    reference_lr: float = LR,
-    count: int = 1,
-    iterations: int = 6,
-    loss_fn: LossFn | None = None,
-    seed: int = 0,
-) -> Suggestion:
-    """A learning rate for the active adapters: that of plain LoRA with as many parameters on the same layers, divided
-    by how many times sharper the loss curves. Ask it right after `apply`; `print` it.
+def suggest_lr(model: nn.Module, *, reference_lr: float = LR, seed: int = 0) -> Suggestion:
+    """A peak learning rate of AdamW for the active adapters: the one at which they move the weights as far as plain
+    LoRA, with as many parameters on the same layers, does at `reference_lr`. Ask it right after `apply`; `print` it.
 
     Args:
         model: with adapters as `apply` left them; it is afterwards what it was, bit for bit.
-        batches: as `train` takes them; the first `count` are looked at.
         reference_lr: a peak rate that is good for plain LoRA on this model and data.
-        iterations: Hessian-vector products at most, for each of the two; fewer where an eigenvalue is sure to 2 %.
-        loss_fn: as `train` takes it.
-        seed: of the first vector, and of the plain LoRA's start.
+        seed: of the directions that parameters are moved in, and of plain LoRA's start.
 
     Raises:
-        StateError: no adapter is active, or one is merged.
-        DataError: no batch, or none with a label that counts.
-        MethodError: an argument that is no such number, or a loss that does not curve in the adapters' parameters.
+        StateError: no adapter is active, one is merged, or parameters that move without the weights.
+        MethodError: `reference_lr` is no positive number.
     """
-    for name, value in (("count", count), ("iterations", iterations)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise MethodError(f"{name}={value!r}: must be a whole number of at least 1")
     if not isinstance(reference_lr, int | float) or not 0 < reference_lr < math.inf:
         raise MethodError(f"reference_lr={reference_lr!r}: must be a positive number")
     begun = time.perf_counter()
     own = placement_of(model)
-    pieces = _weighed(model, batches, count, loss_fn)
-    method = curvature(model, pieces, iterations=iterations, loss_fn=loss_fn, seed=seed)
+    method = _Path(own, seed)
     with _reference(model, seed):
-        reference = curvature(model, pieces, iterations=iterations, loss_fn=loss_fn, seed=seed)
+        reference = _Path(placement_of(model), seed)
+        wanted = {steps: reference.distance(steps * reference_lr) for steps in (FEWER, STEPS, MORE)}
     assert placement_of(model) is own
-    for name, found in (("these adapters", method), ("plain LoRA", reference)):
-        if found.eigenvalue <= 0:
-            raise MethodError(
-                f"the loss does not curve upwards in the parameters of {name} (largest eigenvalue "
-                f"{found.eigenvalue:.3g}), and no rate follows from it; give lr yourself"
-            )
-    ratio = reference.eigenvalue / method.eigenvalue
-    low = max(reference.eigenvalue - reference.residual, 0.0) / (method.eigenvalue + method.residual)
-    least = method.eigenvalue - method.residual
-    high = (reference.eigenvalue + reference.residual) / least if least > 0 else math.inf
-    passes = 2 * (method.products + reference.products)  # a product is two forwards and backwards, either way
-    return Suggestion(
-        reference_lr * ratio, ratio, low, high, method, reference, time.perf_counter() - begun, passes * len(pieces)
-    )
+    ratios = {steps: method.reaches(far) / steps / reference_lr for steps, far in wanted.items()}
+    low, high = min(ratios.values()), max(ratios.values())
+    ratio = ratios[STEPS]
+    return Suggestion(reference_lr * ratio, ratio, low, high, time.perf_counter() - begun)
 
 
-def curvature(
-    model: nn.Module,
-    pieces: Sequence[tuple[Any, float]],
-    *,
-    iterations: int,
-    loss_fn: LossFn | None = None,
-    seed: int = 0,
-    differences: bool = False,
-) -> Curvature:
-    """The largest eigenvalue of the Hessian of the loss in the active adapters' parameters, by Lanczos' iteration.
-
-    `pieces`: batches, and by how much the loss of each counts. `differences`: take differences of gradients, as where
-    an operation has no second derivative.
-    """
-    parameters = [
-        p for a in placement_of(model).adapters.values() for p in a.update.parameters() if p.requires_grad and p.numel()
-    ]
-    device = parameters[0].device
-    loss = _Loss(model, pieces, parameters, loss_fn)
-    generator = torch.Generator().manual_seed(seed)
-    v = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
-    with evaluating(model, device), fast_path(False), sdpa_kernel(SDPBackend.MATH):
-        if not differences:
-            try:
-                return Curvature(*_largest(loss.product, v, iterations), differences=False)
-            except (RuntimeError, NotImplementedError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                warnings.warn(
-                    f"{type(model).__name__} has no second derivative ({str(error).splitlines()[0]}); differences of "
-                    "gradients are taken instead",
-                    stacklevel=2,
-                )
-        return Curvature(*_largest(loss.differences, v, iterations), differences=True)
-
-
-def _largest(
-    product: Callable[[list[Tensor]], list[Tensor]], v: list[Tensor], iterations: int
-) -> tuple[float, float, int]:
-    """The largest eigenvalue of H, its residual and how many products it took, by Lanczos' iteration from v.
-
-    Some products find an eigenvalue that a power iteration needs many times as many for, and negative eigenvalues of
-    greater size do not hide it. The basis is orthogonalised in full, as there are few vectors.
-    """
-    basis: list[list[Tensor]] = []
-    T = np.zeros((iterations, iterations))  # of which the upper triangle is filled: H in the basis
-    v = _unit(v)
-    for k in range(iterations):
-        basis.append(v)
-        rest = product(v)
-        for j, q in enumerate(basis):
-            T[j, k] = _dot(q, rest)
-            rest = [r - T[j, k] * x for r, x in zip(rest, q, strict=True)]
-        values, vectors = np.linalg.eigh(T[: k + 1, : k + 1], UPLO="U")
-        value, residual = float(values[-1]), math.sqrt(_dot(rest, rest)) * abs(float(vectors[-1, -1]))
-        if residual <= ENOUGH * abs(value):
-            break
-        v = _unit(rest)
-    return value, residual, len(basis)
-
-
-class _Loss:
-    """The loss in some parameters, and its derivatives along a vector."""
-
-    def __init__(
-        self, model: nn.Module, pieces: Sequence[tuple[Any, float]], parameters: list[nn.Parameter], fn: LossFn | None
-    ):
-        self.model, self.pieces, self.parameters, self.fn = model, pieces, parameters, fn
-
-    def _gradients(self, *, create_graph: bool) -> Iterator[list[Tensor]]:
-        with torch.enable_grad():
-            for batch, share in self.pieces:
-                loss = share * loss_of(self.model, batch, self.fn)
-                found = torch.autograd.grad(loss, self.parameters, create_graph=create_graph, allow_unused=True)
-                yield [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.parameters, strict=True)]
-
-    def product(self, v: list[Tensor]) -> list[Tensor]:
-        """H v."""
-        leaves = [p for p in self.model.parameters() if p.requires_grad]
-        kept = [p.grad for p in leaves]
-        try:
-            for p in leaves:
-                p.grad = None
-            for gradient in self._gradients(create_graph=True):
-                along = torch.stack([(g * x).sum() for g, x in zip(gradient, v, strict=True)]).sum()
-                if along.requires_grad:
-                    # Not `grad` with respect to the parameters: it passes over operations that can be differentiated
-                    # once only, without a word, where a whole backward raises.
-                    along.backward()
-            return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        finally:
-            for p, value in zip(leaves, kept, strict=True):
-                p.grad = value
+class _Path:
+    """Every parameter of adapters on its way up or down, as a sign drawn for it says, all as fast as each other."""
 
     @torch.no_grad()
-    def differences(self, v: list[Tensor]) -> list[Tensor]:
-        """H v, from gradients a little before and behind: exact to second order in the step."""
-        length = math.sqrt(sum(_dot([p], [p]) for p in self.parameters)) or 1.0
-        eps = torch.finfo(self.parameters[0].dtype).eps ** (1 / 3) * length / math.sqrt(_dot(v, v))
-        kept = [p.detach().clone() for p in self.parameters]
-        total = [torch.zeros_like(x) for x in v]
+    def __init__(self, placement: Placement, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.adapters = list(placement.adapters.values())
+        self.start = [_scaled(adapter) for adapter in self.adapters]
+        self.signs = [
+            (p, torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).to(p.device) * 2 - 1)
+            for adapter in self.adapters
+            for p in adapter.update.parameters()
+            if p.requires_grad
+        ]
+
+    @torch.no_grad()
+    def distance(self, moved: float) -> float:
+        """‖ΔW − ΔW at the start‖ over all layers, after every parameter was moved that far."""
+        kept = [p.clone() for p, _ in self.signs]
         try:
-            for sign in (1, -1):
-                for p, value, x in zip(self.parameters, kept, v, strict=True):
-                    p.copy_(value + sign * eps * x)
-                for gradient in self._gradients(create_graph=False):
-                    for sum_, g in zip(total, gradient, strict=True):
-                        sum_ += sign * g / (2 * eps)
+            for p, sign in self.signs:
+                p.add_(sign, alpha=moved)
+            squares = [_difference(_scaled(a), start) for a, start in zip(self.adapters, self.start, strict=True)]
         finally:
-            for p, value in zip(self.parameters, kept, strict=True):
+            for (p, _), value in zip(self.signs, kept, strict=True):
                 p.copy_(value)
-        return total
+        return math.sqrt(max(math.fsum(squares), 0.0))
+
+    def reaches(self, distance: float) -> float:
+        """How far parameters must be moved for the weights to go so far.
+
+        Raises:
+            StateError: they never do.
+        """
+        low, high = -20.0, 5.0  # natural logarithms
+        if self.distance(math.exp(high)) < distance:
+            raise StateError("the adapters' parameters move without moving the weights; no rate follows from that")
+        return math.exp(brentq(lambda at: self.distance(math.exp(at)) - distance, low, high, xtol=1e-4))
 
 
-def _weighed(model: nn.Module, batches: Any, count: int, loss_fn: LossFn | None) -> list[tuple[Any, float]]:
-    """Batches on the model's device, and by how much the loss of each counts."""
-    refuse_one_batch(batches)
-    weigh = weigher("auto", model, loss_fn)
-    device = next(p for p in model.parameters() if p.requires_grad).device
-    found = [(to_device(batch, device), weigh(batch)) for batch in islice(iter(batches), count)]
-    total = sum(weight for _, weight in found)
-    if not total:
-        raise DataError("no batch to look at, or none with a label that counts")
-    return [(batch, weight / total) for batch, weight in found if weight]
+def _scaled(adapter: Adapter) -> Factors:
+    """Factors of ΔW, its scale included, in float64."""
+    U, V = adapter.factors()
+    return adapter.scale * U.double(), V.double().clone()
+
+
+def _difference(now: Factors, start: Factors) -> float:
+    """The squared norm of U V − U₀ V₀, without ever making a matrix of d_out × d_in."""
+    U, V = torch.cat([now[0], start[0]], 1), torch.cat([now[1], -start[1]])
+    return float(((U.T @ U) * (V @ V.T)).sum())
 
 
 @contextmanager
@@ -267,12 +150,3 @@ def _reference(model: nn.Module, seed: int) -> Iterator[None]:
         around.callback(switch, model, own.name)
         around.callback(remove, model, REFERENCE)
         yield
-
-
-def _unit(v: list[Tensor]) -> list[Tensor]:
-    length = math.sqrt(_dot(v, v))
-    return [x / length for x in v]
-
-
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return math.fsum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))

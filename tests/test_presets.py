@@ -15,7 +15,7 @@ import lorafamily
 import presets
 import tasks
 from cells.cell import MATRICES, Cell, Size, layers_named
-from cells.settings import Compare, cells_of, training_of
+from cells.settings import Compare, cells_of, suggested, training_of
 from compare import _check
 from lorafamily.placement import placement_of
 from lorafamily.registry import find as find_method
@@ -239,6 +239,42 @@ def test_the_e2e_challenge(tmp_path, monkeypatch):
     bad = write_task(tmp_path / "bad", "e2e", [{"meaning_representation": "a"}], pairs)
     with pytest.raises(tasks.TaskError, match="row 1: no text under human_reference"):
         tasks.find("e2e", model=str(tmp_path / "gpt"), data=bad, batch=2, length=20)
+
+
+def test_suggested_rates_are_plain_loras_times_a_ratio_and_others_as_given(tmp_path):
+    settings = small(tmp_path, methods=("none", "full", "lora", "olora", "lora2"), budgets=("10e3",), name="auto")
+    settings = replace(settings, lr=("auto", "1e-2", "full=2e-3", "lora2=3e-2"))
+    found = suggested(
+        settings, cells_of(settings, [0, 1]), lambda cell, rate: {"lora": 1.0, "olora": 0.25}[cell.method] * rate
+    )
+    rates = {cell.method: rate for cell, rate in found.items()}
+    assert rates == {"none": 1e-2, "full": 2e-3, "lora": 1e-2, "olora": 2.5e-3, "lora2": 3e-2}
+    assert {cell.lr for cell in cells_of(settings, [0], found) if cell.method == "olora"} == {2.5e-3}
+
+
+@pytest.mark.parametrize(
+    ("lr", "more", "message"),
+    [
+        (("auto",), {}, "--lr auto takes one rate, plain LoRA's"),
+        (("auto", "1e-2", "2e-2"), {}, "--lr auto takes one rate"),
+        (("auto", "1e-2"), {"tuning_seed": 100}, "no --tuning-seed"),
+        (("auto", "1e-2"), {"methods": ("full", "lora")}, "give full=RATE"),
+    ],
+)
+def test_rates_that_cannot_be_suggested_are_refused(tmp_path, lr, more, message):
+    settings = replace(small(tmp_path, methods=("lora",), budgets=("10e3",), name="auto"), lr=lr, **more)
+    with pytest.raises(tasks.TaskError, match=message):
+        suggested(settings, cells_of(settings, [0]), lambda cell, rate: rate)
+
+
+def test_a_comparison_at_suggested_rates(tmp_path, capsys):
+    settings = small(tmp_path, methods=("lora", "olora"), budgets=("10e3",), seeds=1, name="auto", lr=("auto", "1e-2"))
+    compare.main(settings)
+    rates = {row["method"]: row["lr"] for row in rows(tmp_path / "auto")}
+    assert rates["lora"] == pytest.approx(1e-2, rel=1e-3)
+    assert rates["olora"] < 8e-3
+    assert f"olora at 10,000: lr {rates['olora']:.2g}: " in capsys.readouterr().out
+    assert "by lorafamily.suggest_lr, untried" in (tmp_path / "auto" / "report.md").read_text()
 
 
 def test_rows_are_plain_json(tmp_path):

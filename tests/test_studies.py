@@ -222,5 +222,17 @@ def test_a_study_that_cannot_be_run_is_refused(tmp_path, given, message):
         study.run(study.Run(**{"problem": "planted", "workers": 1, "out": tmp_path} | given))
 
 
+def test_an_entry_of_pefts_benchmark_is_what_peft_reads(tmp_path):
+    """With the rate that the planted problem's rows choose, which says nothing of language models."""
+    peft = pytest.importorskip("peft", reason="peft is an extra")
+    study.entry(study.Entry("planted", tmp_path / "entry"))
+    config = peft.PeftConfig.from_pretrained(tmp_path / "entry")
+    assert (config.init_r, config.target_r, config.tinit, config.tfinal, config.deltaT) == (48, 32, 500, 2500, 50)
+    chosen = json.loads((tmp_path / "entry" / "training_params.json").read_text())
+    assert chosen == {"optimizer_kwargs": {"lr": 0.018, "weight_decay": 0.1}}
+    with pytest.raises(TaskError, match="no stored rows of llm-gsm8k"):
+        study.entry(study.Entry("llm-gsm8k", tmp_path / "other"))
+
+
 def test_trials_can_be_sent_to_workers():
     assert dataclasses.replace(Trial("planted", UNIFORM, -8, 0), seed=1) in {Trial("planted", UNIFORM, -8, 1)}

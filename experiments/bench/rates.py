@@ -30,6 +30,8 @@ from pages.report import as_text
 from studies.protocol import to_try
 from tasks import Task, TaskError, find
 
+REFERENCE = "lora@8"
+"""Whose best rate suggestions start from."""
 METHODS = ("lora@1", "lora@8", "lora@64", "olora@8", "lora2@8", "adalora@8", "eva@8")
 FIELDS = ("method", "what", "lr", "metric", "seconds", "note")
 DIVERGED = "diverged"
@@ -104,13 +106,15 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _missing(settings: Settings, task: Task, rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Rows that are not there yet: all suggestions, then runs, of each method in turn. `rows` grows meanwhile."""
-    for method in settings.methods:
-        if not any((row["method"], row["what"]) == (method, "suggested") for row in rows):
-            yield _suggested(method, settings, task)
+    """Rows that are not there yet: runs, of each method in turn, then suggestions. `rows` grows meanwhile."""
     while missing := [(m, q) for m in settings.methods for q in to_try(settings.start, _tried(rows, m, task))]:
         for method, quarter in missing:
             yield _run(method, 10 ** (quarter / 4), settings, task)
+    tried = _tried(rows, REFERENCE, task)
+    good = 10 ** (min(tried, key=lambda quarter: tried[quarter]) / 4)
+    for method in settings.methods:
+        if not any((row["method"], row["what"]) == (method, "suggested") for row in rows):
+            yield _suggested(method, good, settings, task)
 
 
 def _tried(rows: list[dict[str, str]], method: str, task: Task) -> dict[int, float]:
@@ -134,10 +138,10 @@ def _adapted(method: str, settings: Settings, task: Task) -> tuple[torch.nn.Modu
     return model, {} if head is None else {"head_lr": settings.head_lr}
 
 
-def _suggested(method: str, settings: Settings, task: Task) -> dict[str, Any]:
+def _suggested(method: str, good: float, settings: Settings, task: Task) -> dict[str, Any]:
     model, _ = _adapted(method, settings, task)
-    found = lorafamily.suggest_lr(model, task.training(settings.seed), seed=settings.seed)
-    return _row(method, "suggested", found.ratio, "", found.seconds, str(found))
+    found = lorafamily.suggest_lr(model, reference_lr=good, seed=settings.seed)
+    return _row(method, "suggested", found.lr, "", found.seconds, str(found))
 
 
 def _run(method: str, lr: float, settings: Settings, task: Task) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def _row(method: str, what: str, lr: float, metric: str, seconds: float, note: s
 
 
 def table(rows: list[dict[str, str]], higher_is_better: bool, settings: Settings) -> str:
-    """Per method the best rate tried, the suggested one (its ratio times the best of LoRA at rank 8), and theirs."""
+    """Per method the best rate tried, the suggested one, and their ratio."""
     sign = 1 if higher_is_better else -1
     best: dict[str, tuple[float, float]] = {}
     seconds: dict[str, float] = {}
@@ -178,13 +182,12 @@ def table(rows: list[dict[str, str]], higher_is_better: bool, settings: Settings
             seconds[row["method"]] = float(row["seconds"])
     share = f"time, of {settings.run_steps} steps"
     lines = [["method", "rates tried", "best rate", "its metric", "suggested", "suggested / best", share]]
-    reference = best.get("lora@8", (0.0, float("nan")))[1]
     for row in rows:
         method = row["method"]
         if row["what"] != "suggested" or method not in best:
             continue
         metric, lr = best[method]
-        suggested = float(row["lr"]) * reference
+        suggested = float(row["lr"])
         tried = sum(other["method"] == method and other["what"] == "run" for other in rows)
         part = float(row["seconds"]) / seconds[method] * settings.steps / settings.run_steps
         cells = [f"{lr:.2g}", f"{sign * metric:.4f}", f"{suggested:.2g}", f"{suggested / lr:.2g}", f"{part:.1%}"]

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ TRADED_OFF = ("alora.scorer=first-order",)
 
 TUNED = ("1e-2", "full=2e-3", "olora=1e-3", "lora2=2e-2", "adalora=2e-2", "svd=2e-2", "dual-plane=2e-2")
 """For the embedded setting: each method's best of four on another seed, docs/results.md has the numbers."""
+AUTO = "auto"
 CHOSEN = (
     " The learning rates are each method's best of four, tried beforehand with another seed (docs/results.md); EVA has "
     "LoRA's, untried."
 )
+
+SUGGESTED = " The learning rates follow from plain LoRA's by lorafamily.suggest_lr, untried (docs/results.md)."
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Compare:
     length: int = 128
     """tokens per sequence at most (the embedded model takes 128 bytes always)"""
     lr: tuple[str, ...] = TUNED
-    """peak learning rates, RATE for all or METHOD=RATE; as many for every method, of several each shows its best"""
+    """peak learning rates, RATE for all or METHOD=RATE; as many for every method, of several each shows its best. auto
+    RATE METHOD=RATE: RATE is plain LoRA's, and others get what lorafamily.suggest_lr makes of it"""
     tuning_seed: int | None = None
     """try the learning rates with this seed alone, and run --seeds at the one that was best for each row"""
     head_lr: float = 1e-2
@@ -167,7 +171,7 @@ def departures(settings: Compare) -> str:
     """What a reader of the table must know besides the task: where rates come from, options unlike a method's own."""
     used = {part for method in settings.methods for part in parts_of(method)}
     options = [setting for setting in settings.options if setting.partition(".")[0] in used]
-    said = CHOSEN if settings.lr == TUNED else ""
+    said = CHOSEN if settings.lr == TUNED else SUGGESTED if AUTO in settings.lr else ""
     return said + (f" Options that differ from the methods' own: {', '.join(options)}." if options else "")
 
 
@@ -176,9 +180,32 @@ def parts_of(method: str) -> list[str]:
     return method.partition(":")[0].split("+")
 
 
+def suggested(settings: Compare, cells: Iterable[Cell], rate: Callable[[Cell, float], float]) -> dict[Cell, float]:
+    """For each configuration what `rate` makes of plain LoRA's, unless --lr gives its method one.
+
+    Raises:
+        TaskError: --lr auto without one rate, or without one for `full`, which has no adapters; rates are tried too.
+    """
+    given = _by_method([entry for entry in settings.lr if entry != AUTO], "--lr")
+    if any(len(own) != 1 for own in given.values()) or settings.tuning_seed is not None:
+        raise TaskError("--lr auto takes one rate, plain LoRA's, as in --lr auto 1e-2, and no --tuning-seed")
+    if FULL in settings.methods and FULL not in given:
+        raise TaskError("--lr auto suggests rates of adapters; give full=RATE, or leave full out of --methods")
+    found: dict[Cell, float] = {}
+    for cell in cells:
+        whole = cell.at(0.0, 0)
+        if whole not in found:
+            own = given.get(cell.method) or given[""]
+            asked = cell.size is not None and cell.method not in given
+            found[whole] = rate(cell, own[0]) if asked else own[0]
+    return found
+
+
 def _rates(settings: Compare) -> dict[str, list[float]]:
     """Learning rates by method: its own where --lr gives it some, else those of its parts, else those for all."""
-    given = _by_method(settings.lr, "--lr")
+    given = _by_method([entry for entry in settings.lr if entry != AUTO], "--lr")
+    if AUTO in settings.lr:
+        return dict.fromkeys(settings.methods, given[""][:1] or [0.0])  # to be replaced by what is suggested
     rates = {}
     for method in settings.methods:
         # A combination without rates of its own must be gentle enough for the most delicate of its parts.

@@ -64,7 +64,7 @@ class Forgetful(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class Trials:
-    """What a worker needs to run trials of a problem. `folder`: of all trials; `steps`: of a run, if not the problem's."""
+    """What a worker needs to run trials of a problem. `folder`: of all; `steps`: in place of the problem's."""
 
     problem: str
     folder: Path

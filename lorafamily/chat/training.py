@@ -90,9 +90,7 @@ def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], s
     say(adapters_line(options, base))
     optimisation = options.optimisation
     if optimisation.lr == "auto":
-        suggestion = lorafamily.suggest_lr(
-            base.model, _of_all_processes(batches), loss_fn=loss_fn, seed=optimisation.seed
-        )
+        suggestion = lorafamily.suggest_lr(base.model, seed=optimisation.seed)
         say(str(suggestion))
         optimisation = dataclasses.replace(optimisation, lr=processes.agreed(suggestion.lr))
     with Reporter(options, base, data.asked, batches, validation, loss_fn, processes, say) as reporter:
