@@ -1,0 +1,37 @@
+"""What mkdocs does besides: pages that live outside docs/, links to these, and formulas without a script."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for name, at in OUTSIDE.items():
+        text = (ROOT / name).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, at, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    for name, at in {**OUTSIDE, "README.md": "index.md"}.items():
+        markdown = markdown.replace(f"](../{name}", f"]({at}")
+    return markdown
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """TeX becomes MathML, which browsers draw themselves."""
+    return FORMULA.sub(lambda found: mathml(unescape(found[2]), found[1]), html)
+
+
+def mathml(formula: str, tag: str) -> str:
+    return convert(formula, display="block" if tag == "div" else "inline")
