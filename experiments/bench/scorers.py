@@ -104,7 +104,7 @@ def main(settings: Settings) -> None:
     print(as_text(rows))
     print(f"largest difference of exact and definition: {_largest_difference(exact, defined):.1e}", flush=True)
 
-    rows = [["method", "numbers scored", "of adalora's", "s/step with", "s/step without", "bookkeeping"]]
+    rows = [["method", "entries scored", "of adalora's", "s/step with", "s/step without", "bookkeeping"]]
     numbers: dict[str, int] = {}
     for method in ("adalora", "lora2"):
         numbers[method], with_scores, without = _bookkeeping(task, settings, method)
