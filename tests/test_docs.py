@@ -352,6 +352,14 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(found), f"{target}: no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    named = re.findall(
+        r"\b((?:experiments|lorafamily|variants|tests|docs)/[\w./-]+\.(?:py|md|png))\b", page.read_text()
+    )
+    assert set(named) - {"tests/test_custom_models.py"} == {path for path in named if (ROOT / path).exists()}  # peft's
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     """Reference and pages: a link or heading that is not there, or a page left out of the navigation, is a warning."""
     pytest.importorskip("mkdocstrings", reason="mkdocs and its plugins are the extra docs")

@@ -18,6 +18,8 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, at in OUTSIDE.items():
         text = (ROOT / name).read_text().replace("](docs/", "](")
+        for other, page in OUTSIDE.items():
+            text = text.replace(f"]({other}", f"]({page}")
         files.append(File.generated(config, at, content=text))
     return files
 
