@@ -13,6 +13,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+NUMBER = re.compile(r'<td (style="text-align: right;")>([^<]{1,24})</td>')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -31,7 +32,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """TeX becomes MathML, which browsers draw themselves."""
+    """TeX becomes MathML, which browsers draw themselves; short cells of numbers stay on one line."""
+    html = NUMBER.sub(r'<td class="number" \1>\2</td>', html)
     return FORMULA.sub(lambda found: mathml(unescape(found[2]), found[1]), html)
 
 
