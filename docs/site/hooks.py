@@ -11,7 +11,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+SCRIPT = re.compile(r"\[[^]]+\]\((experiments/[^)]+)\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 NUMBER = re.compile(r'<td (style="text-align: right;")>([^<]{1,24})</td>')
 
@@ -21,12 +22,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / name).read_text().replace("](docs/", "](")
         for other, page in OUTSIDE.items():
             text = text.replace(f"]({other}", f"]({page}")
+        text = SCRIPT.sub(r"`\1`", text)  # no page of the site
         files.append(File.generated(config, at, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    for name, at in {**OUTSIDE, "README.md": "index.md"}.items():
+    for name, at in OUTSIDE.items():
         markdown = markdown.replace(f"](../{name}", f"]({at}")
     return markdown
 
