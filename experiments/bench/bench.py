@@ -3,7 +3,7 @@
     python experiments/bench/bench.py                                 # everything, about ten minutes on two cores
     python experiments/bench/bench.py --parts steps --shapes bert --methods lora lora2 --rounds 30
 
-Writes `bench.json`, and pictures beside it.
+Writes `bench.json` and pictures into one folder.
 """
 
 from __future__ import annotations
