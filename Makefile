@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test lint clean
+.PHONY: compare test lint docs clean
 
 compare: .venv/compare-ready
 	$(BIN)/python experiments/compare.py
@@ -17,6 +17,10 @@ lint: .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site: site/index.html.
+docs: .venv/test-ready
+	$(BIN)/python -m mkdocs build --strict
 
 # constraints.txt pins every version, so that a number can be had again.
 .venv/compare-ready: pyproject.toml constraints.txt

@@ -15,8 +15,11 @@ pytest.importorskip("transformers", reason="transformers is an extra; nothing to
 pytest.importorskip("peft", reason="peft is an extra; one of the checks loads with it")
 
 import lorafamily
-from checks import architectures
-from checks.architectures import ARCHITECTURES, CHECKS, METHODS, Notes, Row, examined, page_of, stands, without_dropout
+from checks import architectures, architectures_checks
+from checks.architectures import examined
+from checks.architectures_checks import CHECKS, stands
+from checks.architectures_models import ARCHITECTURES, without_dropout
+from checks.architectures_page import METHODS, Notes, Row, page_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
@@ -81,9 +84,9 @@ def case_of(model: nn.Module, tmp_path: Path) -> architectures.Case:
 
 def test_adapters_without_gradient_or_effect_are_named(tmp_path):
     case = case_of(Idle(), tmp_path)
-    assert architectures.gradients(case) == "never called, no gradient: idle"
-    assert architectures.effect(case) == "without effect: idle and 1 more"
-    assert architectures.generate(case) == "–"
+    assert architectures_checks.gradients(case) == "never called, no gradient: idle"
+    assert architectures_checks.effect(case) == "without effect: idle and 1 more"
+    assert architectures_checks.generate(case) == "–"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_an_error_is_a_reason(tmp_path):
         raise ValueError("first line\nsecond line")
 
     case = case_of(Idle(), tmp_path)
-    assert architectures.judged(failing, case) == "ValueError: first line"
+    assert architectures_checks.judged(failing, case) == "ValueError: first line"
     assert not stands("ValueError: first line")
     assert stands("holds (2 unvisited)")
     assert stands("–")

@@ -8,6 +8,8 @@ import inspect
 import json
 import pkgutil
 import re
+import subprocess
+import sys
 import textwrap
 import tomllib
 import unicodedata
@@ -28,7 +30,7 @@ from lorafamily.allocation.run import Run
 from lorafamily.placement import placement_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: str, language: str = "python") -> list[str]:
@@ -348,6 +350,28 @@ def test_links_lead_somewhere(page):
         assert found.exists(), f"{target} is not there"
         if anchor:
             assert anchor in anchors(found), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    named = re.findall(
+        r"\b((?:experiments|lorafamily|variants|tests|docs)/[\w./-]+\.(?:py|md|png))\b", page.read_text()
+    )
+    assert set(named) - {"tests/test_custom_models.py"} == {path for path in named if (ROOT / path).exists()}  # peft's
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Reference and pages: a link or heading that is not there, or a page left out of the navigation, is a warning."""
+    pytest.importorskip("mkdocstrings", reason="mkdocs and its plugins are the extra docs")
+    pytest.importorskip("material", reason="the site's theme is in the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    reference = "".join(page.read_text() for page in (tmp_path / "reference").glob("*.html"))
+    assert [name for name in lorafamily.__all__ if f'id="lorafamily.{name}"' not in reference] == []
+    methods = (tmp_path / "methods.html").read_text()
+    assert methods.count("<math") > 50  # every formula is drawn
+    assert "arithmatex" not in methods
 
 
 def source_of(function: FunctionType) -> ast.AST:

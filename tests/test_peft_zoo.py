@@ -15,7 +15,7 @@ from torch import nn
 pytest.importorskip("tyro", reason="tyro is an extra; experiments need it")
 pytest.importorskip("peft", reason="peft is an extra; nothing to write files for without it")
 
-from checks import peft_zoo
+from checks import peft_cases, peft_zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers is about to rename
 ROOT = Path(__file__).parents[1]
@@ -81,8 +81,8 @@ class Ignoring(nn.Module):
         return x + 0 * self.layer(x)
 
 
-def case(make, x, layers, **options) -> peft_zoo.Case:
-    return peft_zoo.Case(make.__name__, peft_zoo.built(make), x, layers, rank=2, **options)
+def case(make, x, layers, **options) -> peft_cases.Case:
+    return peft_cases.Case(make.__name__, peft_cases.built(make), x, layers, rank=2, **options)
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -162,16 +162,16 @@ def test_targets_are_read_as_peft_reads_them():
     )
     expected = {"lin": ["lin"], r".*\.lin": ["a.lin"]}
     for modules, names in expected.items():
-        assert peft_zoo.targeted(model, LoraConfig, {"target_modules": modules}) == names
-    assert peft_zoo.targeted(model, LoraConfig, {"target_modules": ["lin"]}) == ["lin", "a.lin"]
-    assert peft_zoo.targeted(model, LoraConfig, {"target_parameters": ["a.lin.weight"]}) == ["a.lin"]
+        assert peft_cases.targeted(model, LoraConfig, {"target_modules": modules}) == names
+    assert peft_cases.targeted(model, LoraConfig, {"target_modules": ["lin"]}) == ["lin", "a.lin"]
+    assert peft_cases.targeted(model, LoraConfig, {"target_parameters": ["a.lin.weight"]}) == ["a.lin"]
 
 
 def test_no_option_is_dropped_in_silence():
     understood = {"r": 4, "target_modules": ["lin0"], "init_lora_weights": False, "modules_to_save": ["lin1"]}
-    assert peft_zoo.without_equivalent(understood) == []
-    assert peft_zoo.without_equivalent(understood | {"use_dora": True}) == ["use_dora"]
-    assert peft_zoo.without_equivalent({"init_lora_weights": "mica"}) == ["init_lora_weights='mica'"]
+    assert peft_cases.without_equivalent(understood) == []
+    assert peft_cases.without_equivalent(understood | {"use_dora": True}) == ["use_dora"]
+    assert peft_cases.without_equivalent({"init_lora_weights": "mica"}) == ["init_lora_weights='mica'"]
 
 
 def test_peft_s_models(tmp_path):

@@ -3,7 +3,7 @@
     python experiments/bench/bench.py                                 # everything, about ten minutes on two cores
     python experiments/bench/bench.py --parts steps --shapes bert --methods lora lora2 --rounds 30
 
-Writes `bench.json`, and pictures beside it.
+Writes `bench.json` and pictures into one folder.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def starts(width: int) -> dict[str, float]:
     on_meta = timed(lambda: lorafamily.apply(large, "lora2", rank=8), "cpu")
     assert all(parameter.is_meta for parameter in large.parameters())
     return {
-        f"QR start, {width} × {width}, rank 8 (s)": own,
+        f"QR initialisation, {width} × {width}, rank 8 (s)": own,
         "peft's (s)": other,
         "peft's / ours": other / own,
         "largest difference of B A": (U.detach() @ V.detach() - product).abs().max().item(),

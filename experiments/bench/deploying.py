@@ -2,7 +2,7 @@
 
     python experiments/bench/deploying.py --model PATH
 
-Every number is measured beside what it is held against, in one run.
+Every measurement and what it is compared with come from one run.
 """
 
 from __future__ import annotations

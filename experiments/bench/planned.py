@@ -2,9 +2,9 @@
 
     MALLOC_MMAP_THRESHOLD_=131072 python experiments/bench/planned.py lora lora2 full
 
-Way, MB planned, MB by which the resident set of the process grew at its highest, their ratio. The ways must come with
-the least first, for the highest is that since the process began. Of Linux alone, which says it in /proc. The
-variable lets glibc give freed tensors back; without it the process keeps more than is alive.
+Way, MB planned, MB by which the resident set of the process grew at its highest, their ratio. Name the
+way that takes least first: the peak counts since the process began. Linux only, since it reads /proc. The variable
+lets glibc give freed tensors back; without it the process keeps more memory than is alive.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Prints three tables: exact against first-order scores after training, seed by seed; wall time of the definition, of the
 exact scorer and of the first-order one, alternating in one run; the share of a training step that keeping sensitivity
-scores takes, and how many numbers are scored for it.
+scores takes, and how many entries are scored for it.
 """
 
 from __future__ import annotations
@@ -104,15 +104,15 @@ def main(settings: Settings) -> None:
     print(as_text(rows))
     print(f"largest difference of exact and definition: {_largest_difference(exact, defined):.1e}", flush=True)
 
-    rows = [["method", "numbers scored", "of adalora's", "s/step with", "s/step without", "bookkeeping"]]
-    numbers: dict[str, int] = {}
+    rows = [["method", "entries scored", "of adalora's", "s/step with", "s/step without", "bookkeeping"]]
+    scored: dict[str, int] = {}
     for method in ("adalora", "lora2"):
-        numbers[method], with_scores, without = _bookkeeping(task, settings, method)
+        scored[method], with_scores, without = _bookkeeping(task, settings, method)
         rows.append(
             [
                 method,
-                f"{numbers[method]:,}",
-                f"{numbers[method] / numbers['adalora']:.2%}",
+                f"{scored[method]:,}",
+                f"{scored[method] / scored['adalora']:.2%}",
                 f"{with_scores:.4f}",
                 f"{without:.4f}",
                 f"{with_scores / without - 1:.2%}",

@@ -43,7 +43,7 @@ MATRICES = {
 
 @dataclass(frozen=True)
 class Size:
-    """How large an adapter may be: a budget of trainable numbers, or the rank of every layer."""
+    """How large an adapter may be: a budget of trainable parameters, or the rank of every layer."""
 
     by: Literal["budget", "rank"]
     value: int

@@ -1,4 +1,4 @@
-"""A report as Markdown and as one self-contained HTML file: the same parts in two dresses."""
+"""A report as Markdown and as one self-contained HTML file: one list of parts, written in two ways."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG that lies beside the report; inside it in HTML."""
+    """A PNG in the report's folder; in HTML it is inside the file."""
 
     what: str
     path: Path

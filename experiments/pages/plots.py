@@ -47,7 +47,7 @@ def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
         _no_adaptation_line(axes, groups)
         axes.set_xlabel("optimiser steps")
         if size is not None:
-            axes.set_title(size if size.startswith("rank") else f"{size} trainable numbers", fontsize=10)
+            axes.set_title(size if size.startswith("rank") else f"{size} trainable parameters", fontsize=10)
         axes.grid(alpha=0.3)
         unadapted = [row["metric"] for g in groups if g.method == NONE for row in g.runs]
         _zoom(axes, [*unadapted, *(value for g in shown for row in g.runs for _, value in row["curve"][1:])])
@@ -58,7 +58,7 @@ def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
 
 
 def quality_by_size(groups: Sequence[Group], metric: str) -> Figure:
-    """Final metric against trainable numbers."""
+    """Final metric against trainable parameters."""
     looks = Looks(groups)
     figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -79,7 +79,7 @@ def quality_by_size(groups: Sequence[Group], metric: str) -> Figure:
         )
     _no_adaptation_line(axes, groups)
     axes.set_xscale("log")
-    axes.set_xlabel("trainable numbers (task head not counted)")
+    axes.set_xlabel("trainable parameters (task head not counted)")
     axes.set_ylabel(f"validation {metric}")
     axes.set_title("Quality against size (bars: standard deviation over seeds)", fontsize=11)
     axes.grid(alpha=0.3, which="both")

@@ -1,4 +1,4 @@
-"""Quality against trainable numbers, all methods."""
+"""Quality against trainable parameters, all methods."""
 
 from cells.settings import Compare
 from presets import Preset
