@@ -133,6 +133,26 @@ def test_weight_decay_pulls_to_the_base_where_the_start_is_not_zero():
     assert norms[1] < 0.5 * norms[0]  # towards zero instead of the start it would be many times as large
 
 
+def test_lora_plus_by_the_recipe_of_the_docs_and_a_warning_without_it(tmp_path):
+    """After one step of Adam every tensor has moved by its rate: U by 16 times the rate of V."""
+    moved = {}
+    for recipe in (True, False):
+        model = adapted("loraplus")
+        before = {name: p.clone() for name, p in model.named_parameters() if "adapters" in name and p.requires_grad}
+        optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-3), weight_decay=0.0)
+        trainer, _ = trainer_of(model, tmp_path / str(recipe), max_steps=1, lr_scheduler_type="constant")
+        if recipe:
+            trainer.optimizer = optimizer
+            trainer.train()
+        else:
+            with pytest.warns(UserWarning, match="trains the tensors that make U at 16 times the rate of the others"):
+                trainer.train()
+        sizes = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters() if name in before}
+        moved[recipe] = {role: max(v for name, v in sizes.items() if name.endswith(f".{role}")) for role in "AB"}
+    assert moved[True]["B"] == pytest.approx(16e-3, rel=0.01)
+    assert moved[False]["B"] == pytest.approx(5e-3, rel=0.01)  # the Trainer's own rate
+
+
 def test_the_penalty_acts():
     errors = []
     for gamma in (0.0, 1.0):
