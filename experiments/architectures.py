@@ -36,9 +36,9 @@ import tyro
 from torch import Tensor, nn
 
 import lorafamily
-from lorafamily.experts import Expert, expert_weights
-from lorafamily.parts import possible_targets
-from lorafamily.placement import placement_of
+from lorafamily.layers.experts import Expert, expert_weights
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.target import possible_targets
 from page import Heading, Part, Table, Text, markdown
 
 METHODS = ("lora", "olora", "alora", "lora2", "adalora")

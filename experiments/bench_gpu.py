@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import lorafamily
 from bench import table
 from embedded import tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from measuring import Setting, facts, forwards, llama, ready, steps
 from report import as_text
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import lorafamily
 import servers
 from lorafamily.deploy.peft import Layout
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 BOUND = 1e-5
 """Relative; float32 outputs are sums of some hundred terms, each rounded to 6e-8."""

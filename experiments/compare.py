@@ -38,7 +38,7 @@ import report
 import sweep
 from cell import FIRST, FULL, NONE, Cell, Training, Work, adapt, forget_checkpoints, run
 from lorafamily.allocation.run import Run
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find as find_method
 from lorafamily.training.folder_lock import FolderLock
 from settings import Compare, best_rates, cells_of, departures, training_of, what_rows_depend_on, where_of

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import lorafamily
 from lorafamily.allocation.replay import PeakActivations
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from report import as_text
 from tasks import Task, TaskError, find
 

@@ -37,9 +37,9 @@ import tyro
 import lorafamily
 from cell import PeakMemory
 from embedded import ByteDecoder
-from lorafamily.deploy.files import RECORD, TENSORS
 from lorafamily.deploy.folder import write_sealed
-from lorafamily.fingerprints import fingerprints
+from lorafamily.deploy.saved import RECORD, TENSORS
+from lorafamily.layers.fingerprints import fingerprints
 from lorafamily.training.checkpoints import Checkpoints
 from report import as_text
 

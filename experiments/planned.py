@@ -21,7 +21,7 @@ import torch
 
 import lorafamily
 from lorafamily.insight.plan import Planner
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from measuring import bert
 
 FULL, RANK = "full", 8

@@ -14,6 +14,7 @@ if _os.path.basename("".join(_sys.argv[:1])).partition(".")[0] == "lorafamily":
     _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # isort: split
+from lorafamily.activation import disabled, remove, switch
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.scorer import Scorer
 from lorafamily.budget import Sizing
@@ -38,13 +39,13 @@ from lorafamily.errors import (
 from lorafamily.evidence import Evidence, LayerEvidence
 from lorafamily.functional import fast_path
 from lorafamily.history import History
-from lorafamily.injection import apply, disabled, gather, remove, switch
+from lorafamily.injection import apply, gather
 from lorafamily.insight import analysis
 from lorafamily.insight.costs import Plan
 from lorafamily.insight.plan import plan
 from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
-from lorafamily.layers import LayerKind, register_layer_kind
+from lorafamily.layers.kinds import LayerKind, register_layer_kind
 from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
 from lorafamily.rates import Suggestion, suggest_lr
 from lorafamily.registry import methods, scorers

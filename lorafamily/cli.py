@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from lorafamily.deploy.checkpoint import FOLDER, entries_of, is_weights, merge_checkpoint, refuse_used
+from lorafamily.deploy.checkpoint import merge_checkpoint
+from lorafamily.deploy.checkpoint_entries import FOLDER, entries_of, is_weights, refuse_used
 from lorafamily.deploy.combine import Cut, compressed
-from lorafamily.deploy.files import Saved, load, read, write
+from lorafamily.deploy.files import load
 from lorafamily.deploy.merge import merge as merge_in_memory
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN
+from lorafamily.deploy.saved import Saved, read, write
 from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.insight.figures import rank_grid, rank_heatmap, save
 from lorafamily.names import OUTSIDE, by_stack

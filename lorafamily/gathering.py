@@ -26,8 +26,8 @@ from tqdm import tqdm
 from lorafamily.batch import IGNORED, LossFn, call, fingerprint, loss_of, refuse_one_batch, to_device, weigher
 from lorafamily.errors import DataError, MethodError
 from lorafamily.evidence import Evidence, LayerEvidence, Wanted
-from lorafamily.layers import whole_weights
-from lorafamily.parts import Target
+from lorafamily.layers.target import Target
+from lorafamily.layers.weights import whole_weights
 from lorafamily.principal import Principal
 from lorafamily.training.execution import evaluating
 from lorafamily.training.processes import Processes

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lorafamily.activation import remove, switch
 from lorafamily.batch import LossFn, loss_of, refuse_one_batch, to_device, weigher
 from lorafamily.budget import check_budget
 from lorafamily.errors import BudgetError, DataError, MethodError
 from lorafamily.functional import fast_path
-from lorafamily.injection import apply, remove, switch
-from lorafamily.placement import placement_of
+from lorafamily.injection import apply
+from lorafamily.layers.placement import placement_of
 from lorafamily.training.execution import evaluating
 from lorafamily.training.optimisation import LR
 

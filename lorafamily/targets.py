@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from lorafamily.beside import tied_names
 from lorafamily.errors import TargetError
-from lorafamily.experts import Expert, expert_weights, why_no_experts
-from lorafamily.layers import kind_of, why_not
+from lorafamily.layers.experts import Expert, expert_weights, why_no_experts
+from lorafamily.layers.extra_trained import tied_names
+from lorafamily.layers.formats import refused_layers
+from lorafamily.layers.kinds import kind_of, why_not
+from lorafamily.layers.rows import Fused
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.target import Target, possible_targets
 from lorafamily.names import join
-from lorafamily.parts import Fused, Target, possible_targets
-from lorafamily.quantised import refused_layers
-from lorafamily.site import base_parameters
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -40,7 +41,7 @@ def match(
     of experts; "attention": those of them inside attention; one or several regular expressions, searched for in full
     names, of linear layers or, where one matches none of these, of embeddings, convolutions and other kinds; or a
     predicate of (name, module). `exclude` takes the same. `fused`: layers in whose place their parts are matched, see
-    `parts.py`.
+    `layers/rows.py`.
 
     Raises:
         TargetError: a target that matches no layer, or only layers that cannot carry an adapter, with the reason.

@@ -22,7 +22,7 @@ from lorafamily.allocation.run import Run
 from lorafamily.allocation.sensitivity import Sensitivity
 from lorafamily.allocation.surgery import follow_resize
 from lorafamily.batch import loss_of
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.variants.alora import PruneAndGrow
 from lorafamily.variants.lora import Plain
 

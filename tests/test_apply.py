@@ -11,8 +11,8 @@ from torch import nn
 
 import lorafamily
 from conftest import every_method, logits, tiny
-from lorafamily.placement import placement_of
-from lorafamily.site import sites_in
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.site import sites_in
 
 
 class DebertaShaped(nn.Module):

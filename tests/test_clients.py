@@ -16,7 +16,7 @@ import clients
 import lorafamily
 from conftest import perturb_
 from lorafamily import cli
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 peft = pytest.importorskip("peft", reason="peft is an extra; diffusers and transformers load adapters through it")
 

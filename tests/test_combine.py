@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, every_method, logits, perturb_, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 
 def two(first: str = "lora", second: str = "olora", **options):

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import data, logits, perturb_, tiny
 from lorafamily.gathering import masks_of
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.principal import EXACT, Principal
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}

@@ -17,7 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.testing import assert_close
 
 from lorafamily.adapter import Adapter
-from lorafamily.placement import Placement, placement_of
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.state import Placement
 from test_docs import ROOT, blocks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -16,7 +16,7 @@ from conftest import perturb_
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import follow_resize, forget
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.training.around_steps import AroundSteps
 from lorafamily.variants.lora import Plain
 

@@ -22,9 +22,9 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import METHODS, data, every_method, few_rounds, perturb_, tiny
 from lorafamily.deploy.checkpoint import merge_checkpoint
-from lorafamily.deploy.files import read
-from lorafamily.placement import placement_of
-from lorafamily.site import base_parameters, sites_in
+from lorafamily.deploy.saved import read
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.site import base_parameters, sites_in
 from lorafamily.targets import match
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")

@@ -17,7 +17,7 @@ import presets
 import tasks
 from cell import MATRICES, Cell, Size, layers_named
 from compare import _check
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find as find_method
 from lorafamily.targets import match
 from settings import Compare, cells_of, training_of

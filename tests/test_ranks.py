@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, every_method, few_rounds, logits, perturb_, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 STEPS = 40
 SOME = {"blocks.0.attention.query": 5, r"blocks\.1.*mlp": 2, "attention": 3}

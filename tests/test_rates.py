@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import lorafamily
 from conftest import data, logits, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.rates import _Loss, curvature
 
 

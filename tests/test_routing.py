@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, logits, perturb_, tiny, tokens
-from lorafamily.placement import placement_of
-from lorafamily.site import sites_in
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.site import sites_in
 
 
 def with_all() -> nn.Module:

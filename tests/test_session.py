@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, few_rounds, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.training.processes import Processes
 from lorafamily.training.schedule import lr_factor
 

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.beside import trained_beside
 from lorafamily.budget import Sizing, check_budget, check_rank_budget, highest
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
 from lorafamily.errors import StateError
-from lorafamily.method import Method
-from lorafamily.placement import (
+from lorafamily.layers.extra_trained import trained_beside
+from lorafamily.layers.placement import (
     Model,
-    Placement,
     check_can_place,
     let_train,
     noted,
@@ -26,7 +24,9 @@ from lorafamily.placement import (
     state_of,
     targets_of,
 )
-from lorafamily.site import site_on
+from lorafamily.layers.site import site_on
+from lorafamily.layers.state import Placement
+from lorafamily.method import Method
 
 
 def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:

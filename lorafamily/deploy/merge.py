@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.batch import call
-from lorafamily.elsewhere import BACK, is_sharded, local, put_whole, refuse_offloaded_adapters, reshard, whole
-from lorafamily.errors import StateError
-from lorafamily.layers import Acting
-from lorafamily.names import join
-from lorafamily.parts import Target
-from lorafamily.placement import Model, ModelState, Placement, noted, placement_of, targets_of
-from lorafamily.quantised import (
-    Quantised,
-    Replaced,
+from lorafamily.deploy.merge_quantised import (
     check_replacement,
-    exchange,
     forget_quantised,
     plain_layer,
-    quantised_layers,
     remember_quantised,
+    replace_layer,
 )
-from lorafamily.site import keep_padding, sites_in
+from lorafamily.errors import StateError
+from lorafamily.layers.kinds import Acting
+from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
+from lorafamily.layers.placement import Model, noted, placement_of, targets_of
+from lorafamily.layers.quantised import Quantised, quantised_layers
+from lorafamily.layers.sharded import is_sharded, local, put_whole, reshard, whole
+from lorafamily.layers.site import keep_padding, sites_in
+from lorafamily.layers.state import ModelState, Placement, Replaced
+from lorafamily.layers.target import Target
+from lorafamily.names import join
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def merge(
         else:
             changes[_replaceable(path, targets[path])].append((path, targets[path], adapter))
     for _, site in sites_in(owner):
-        site.step_aside()
+        site.detach()
     originals: dict[str, Tensor | None] = {}
     state.originals = originals
     try:
@@ -104,7 +104,7 @@ def merge(
             if own or dequantise:
                 W = changed_weight(kind.weight(layer), [(target.kind, adapter) for _, target, adapter in own])
                 new = plain_layer(kind, layer, W, dequantise) if dequantise else kind.requantised(layer, W)
-                state.quantised.layers[at] = exchange(owner, at, new, keep)
+                state.quantised.layers[at] = replace_layer(owner, at, new, keep)
                 if requantise:
                     lost = kind.weight(new) - W
                     state.quantised.lost |= {path: float(t.kind.matrix(lost).norm()) for path, t, _ in own}
@@ -157,7 +157,7 @@ def unmerge(model: Model) -> Model:
 def _undo(owner: nn.Module, state: ModelState) -> None:
     reshard(owner)
     for at, layer in state.quantised.layers.items():
-        exchange(owner, at, layer)
+        replace_layer(owner, at, layer)
     remember_quantised(owner, state.quantised.noted)
     targets = targets_of(owner)
     _put_back(state.originals or {}, targets)
@@ -166,7 +166,7 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
             like = targets[path].held
             adapter.to(like.device, torch.promote_types(next(adapter.parameters()).dtype, like.dtype))
     for _, site in sites_in(owner):
-        site.stand()
+        site.attach()
     keep_padding(owner)
     state.originals, state.quantised = None, Replaced()
 

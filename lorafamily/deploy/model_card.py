@@ -12,7 +12,7 @@ from torch import nn
 from lorafamily.deploy.folder import write_text
 from lorafamily.deploy.peft_config import found_at, task_of
 from lorafamily.insight.figures import rank_heatmap, save
-from lorafamily.placement import Placement
+from lorafamily.layers.state import Placement
 
 CARD, PICTURE = "README.md", "ranks.png"
 NATIVE = "lorafamily"

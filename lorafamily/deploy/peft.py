@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.beside import trained_beside
 from lorafamily.deploy.diffusers_files import prefix_of, write_diffusers
 from lorafamily.deploy.folder import write_json, write_tensors
 from lorafamily.deploy.model_card import write_card
@@ -37,11 +36,15 @@ from lorafamily.deploy.plain import padded
 from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
 from lorafamily.deploy.tied import tying, under_all_names
 from lorafamily.errors import StateError
-from lorafamily.experts import Expert
-from lorafamily.layers import Convolution, kind_of
-from lorafamily.parts import Rows, Target
-from lorafamily.placement import Placement, noted, placement_of, refuse_untold, targets_of, warn_of_no_session
-from lorafamily.site import NAME
+from lorafamily.layers.experts import Expert
+from lorafamily.layers.extra_trained import trained_beside
+from lorafamily.layers.kinds import kind_of
+from lorafamily.layers.placement import noted, placement_of, refuse_untold, targets_of, warn_of_no_session
+from lorafamily.layers.rows import Rows
+from lorafamily.layers.site import NAME
+from lorafamily.layers.standard import Convolution
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import Target
 
 Layout = Literal["peft", "serving", "diffusers"]
 Tensors = dict[str, Tensor]

@@ -12,16 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorafamily.adapter import Adapter
-from lorafamily.beside import movable_buffers
 from lorafamily.budget import Sizing
 from lorafamily.dropout import Dropout
-from lorafamily.elsewhere import refuse_elsewhere
 from lorafamily.errors import FileError, MethodError
+from lorafamily.layers.extra_trained import movable_buffers
+from lorafamily.layers.offloaded import refuse_absent
+from lorafamily.layers.placement import Model, noted, place
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import Target
 from lorafamily.method import Method
-from lorafamily.parts import Target
-from lorafamily.placement import Model, Placement, noted, place
 from lorafamily.registry import find
-from lorafamily.site import base_parameters
 
 PLAIN = "lora"
 
@@ -52,7 +53,7 @@ def place_plain(
             on_device[at] = U.to(device), V.to(device)
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
     parameters, buffers = base_parameters(owner), movable_buffers(owner)
-    refuse_elsewhere(parameters, beside, "which the file has values for")
+    refuse_absent(parameters, beside, "which the file has values for")
     placement = Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, {})
     for at, value in beside.items():
         of, like = (placement.parked, parameters) if at in parameters else (placement.buffers, buffers)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.plain import padded
-from lorafamily.elsewhere import refuse_offloaded_adapters
 from lorafamily.errors import StateError
-from lorafamily.layers import Acting, onloaded, whole_update
-from lorafamily.placement import Model, Placement, activate, noted, placement_of, refuse_merged, targets_of
-from lorafamily.site import Site, sites_in
+from lorafamily.layers.kinds import Acting, whole_update
+from lorafamily.layers.offloaded import refuse_offloaded_adapters
+from lorafamily.layers.placement import Model, activate, noted, placement_of, refuse_merged, targets_of
+from lorafamily.layers.site import Site, sites_in
+from lorafamily.layers.state import Placement
+from lorafamily.layers.weights import onloaded
 
 
 class Route:

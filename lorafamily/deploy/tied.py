@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.beside import tied_names
 from lorafamily.errors import FileError
+from lorafamily.layers.extra_trained import tied_names
 
 
 def under_all_names(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:

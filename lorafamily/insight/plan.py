@@ -14,16 +14,18 @@ from torch.utils._pytree import tree_leaves
 from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
 from lorafamily.batch import LossFn
-from lorafamily.deploy.files import described, sizes
+from lorafamily.choice import Choice, choose
+from lorafamily.deploy.files import described
+from lorafamily.deploy.saved import sizes
 from lorafamily.errors import MethodError
-from lorafamily.injection import Choice, choose, put
+from lorafamily.injection import put
 from lorafamily.insight.blocks import alike_blocks, on_meta
 from lorafamily.insight.costs import FLOOR, FULL, Memory, Plan, Use
 from lorafamily.insight.tracing import Held, NotTracedError, Penalty, Ready, held_in_step
-from lorafamily.parts import Fused
-from lorafamily.placement import Placement
-from lorafamily.quantised import counts_of, packed_parameters, quantised_layers, tensors_of
-from lorafamily.site import base_parameters
+from lorafamily.layers.quantised import counts_of, packed_parameters, quantised_layers, tensors_of
+from lorafamily.layers.rows import Fused
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.state import Placement
 from lorafamily.training.guards import check_keys
 
 COUNTER = 4  # bytes of the number of steps that AdamW keeps for each tensor

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.experts import Expert
+from lorafamily.layers.experts import Expert
+from lorafamily.layers.placement import noted, placement_of, targets_of
+from lorafamily.layers.quantised import Quantised, counts_of
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import Target
 from lorafamily.names import expert_of
-from lorafamily.parts import Target
-from lorafamily.placement import Placement, noted, placement_of, targets_of
-from lorafamily.quantised import Quantised, counts_of
-from lorafamily.site import base_parameters
 from lorafamily.targets import what_is
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lorafamily.batch import batch_axes, cut_rows
 from lorafamily.errors import DataError, TrainingError
-from lorafamily.placement import noted
-from lorafamily.quantised import quantised_layers
-from lorafamily.site import sites_in
+from lorafamily.layers.placement import noted
+from lorafamily.layers.quantised import quantised_layers
+from lorafamily.layers.site import sites_in
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)

@@ -24,11 +24,12 @@ from lorafamily.allocation.allocator import Allocator, Fixed
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
 from lorafamily.batch import LossFn, LossOver, gather_rows, loss_of, to_device, weigher
-from lorafamily.elsewhere import refuse_offloaded_adapters
 from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
-from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
-from lorafamily.reading import leave_out, watch_first_batch
+from lorafamily.layers.offloaded import refuse_offloaded_adapters
+from lorafamily.layers.placement import noted, placement_of, refuse_merged, refuse_untold, targets_of
+from lorafamily.layers.state import Placement
+from lorafamily.layers.uncalled import leave_out, watch_first_batch
 from lorafamily.training.around_steps import AroundSteps, check_optimizer, steppers
 from lorafamily.training.execution import evaluating
 from lorafamily.training.guards import CUT, FrozenBuffers

@@ -18,9 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lorafamily.allocation.surgery import forget
 from lorafamily.errors import TargetError
-from lorafamily.parts import ReadRows, Target
-from lorafamily.placement import Placement, targets_of
-from lorafamily.site import site_on
+from lorafamily.layers.placement import targets_of
+from lorafamily.layers.rows import ReadRows
+from lorafamily.layers.site import site_on
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import Target
 
 _GRAD = vars(torch._C.TensorBase)["grad"].__get__
 """Asking for a gradient is no use of a weight."""

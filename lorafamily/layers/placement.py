@@ -1,81 +1,24 @@
-"""What lorafamily notes of a model: which adapters were placed under which name, and which of them is in effect.
-
-The note hangs on the sites of the adapted layers, so that it is found through whatever wraps the model.
-"""
+"""Putting adapters into a model, and finding through the sites of its layers what was put there."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
-from lorafamily.beside import base_values, movable_buffers, swap
-from lorafamily.budget import Sizing
-from lorafamily.elsewhere import refuse_whole_blocks
 from lorafamily.errors import StateError
-from lorafamily.fingerprints import fingerprints
-from lorafamily.method import Method
-from lorafamily.parts import Target
-from lorafamily.quantised import Replaced
-from lorafamily.site import Site, base_parameters, keep_padding, site_for, sites_in
+from lorafamily.layers.extra_trained import base_values, movable_buffers, swap
+from lorafamily.layers.offloaded import refuse_whole_blocks
+from lorafamily.layers.site import Site, base_parameters, keep_padding, site_for, sites_in
+from lorafamily.layers.state import ModelState, Placement
+from lorafamily.layers.target import Target
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass
-class Placement:
-    """Everything placed in a model under one name.
-
-    `adapters`: by full name of what they adapt. `parked`: for each parameter that trains beside the adapters, and for
-    each buffer that training may move, the values that are not in the model now: the base's while this placement is
-    active, its own while it is not.
-    """
-
-    name: str
-    spec: str
-    method: Method
-    sizing: Sizing
-    adapters: dict[str, Adapter]
-    parked: dict[str, Tensor]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    by_default: bool = False
-    """Whether nobody named the targets, so that one without effect may be left out."""
-    had_session: bool = False
-    """Whether a session was made for it here."""
-    as_read: dict[str, int] | None = None
-    """Fingerprints of its tensors where they came from a file."""
-
-    def trainable(self) -> int:
-        """Trainable adapter parameters at the present ranks; what trains beside them is not counted."""
-        return sum(adapter.trainable() for adapter in self.adapters.values())
-
-    def fingerprints(self) -> dict[str, int]:
-        """Of the adapters' tensors, by name, dtype and shape: a cast one, or one of another rank, is another tensor."""
-        own = [(f"{at}: {name}", p) for at, a in self.adapters.items() for name, p in a.named_parameters()]
-        return fingerprints((f"{name} {p.dtype} {tuple(p.shape)}", p) for name, p in own)
-
-
-@dataclass
-class ModelState:
-    """What lorafamily notes of a model: placements by name, the active one, which base parameters trained before, and
-    while a placement is merged the original weights by module name (None for those that were not kept)."""
-
-    trained_before: dict[str, bool]
-    placements: dict[str, Placement] = field(default_factory=dict)
-    active: str | None = None
-    originals: dict[str, Tensor | None] | None = None
-    quantised: Replaced = field(default_factory=Replaced)
-
-    @property
-    def merged(self) -> bool:
-        return self.originals is not None
 
 
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
@@ -234,7 +177,7 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
     for path, adapter in placement.adapters.items():
         target = targets[path]
         sites[id(target.layer)].put(target.part, target.kind, placement.name, adapter)
-        sites[id(target.layer)].stand()
+        sites[id(target.layer)].attach()
     keep_padding(model)
     placement.buffers = base_values(movable_buffers(model), {}) | placement.buffers
     state.placements[placement.name] = placement

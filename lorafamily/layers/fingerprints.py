@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lorafamily.elsewhere import local
+from lorafamily.layers.sharded import local
 
 PIECE = 1 << 18
 """Entries that a CPU sums at a time: it makes 64-bit copies of them first."""
