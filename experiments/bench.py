@@ -136,7 +136,7 @@ def starts(width: int) -> dict[str, float]:
     layer, weight = nn.Sequential(linear), linear.weight.detach().clone()
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights="olora")
     own = timed(lambda: lorafamily.apply(layer, "olora", rank=8, alpha=8, targets="0"), "cpu")
-    start = placement_of(layer).adapters["0"].start
+    start = placement_of(layer).adapters["0"].initial
     assert start is not None
     U, V = start.factors()
     lorafamily.remove(layer)

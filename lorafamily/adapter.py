@@ -36,7 +36,7 @@ class Parametrisation(nn.Module, ABC):
 
     slices: ClassVar[Mapping[str, int]]
     """Name of each tensor that has rank slices -> the axis they lie on."""
-    switch: ClassVar[str]
+    zeroed: ClassVar[str]
     """The sliced tensor that is zero where a slice contributes nothing but can still learn."""
     sized_by: ClassVar[str] = "rank"
     """The size that a budget buys: `rank`, or what it is called where slices are something else."""
@@ -82,7 +82,7 @@ class Parametrisation(nn.Module, ABC):
     @property
     def rank(self) -> int:
         """Number of slices present."""
-        return cast(Tensor, getattr(self, self.switch)).shape[self.slices[self.switch]]
+        return cast(Tensor, getattr(self, self.zeroed)).shape[self.slices[self.zeroed]]
 
     @property
     def largest_rank(self) -> int:
@@ -119,7 +119,7 @@ class Parametrisation(nn.Module, ABC):
     @torch.no_grad()
     def mask(self, off: Int[Tensor, " n"]) -> None:
         """Set the given slices to contribute nothing; they keep training and may come back."""
-        self.get_parameter(self.switch).index_fill_(self.slices[self.switch], off, 0)
+        self.get_parameter(self.zeroed).index_fill_(self.slices[self.zeroed], off, 0)
 
     def resize(self, keep: Int[Tensor, " n"], new: Mapping[str, Tensor]) -> list[Resize]:
         """Keep the given slices, in that order, and append `new` ones; the tensors really change size.
@@ -152,8 +152,8 @@ class Adapter(nn.Module):
     """The update of one weight: a parametrisation that trains, a scale, and, where the start is not zero, the frozen
     start that is subtracted so that the adapted layer begins as the base layer.
 
-    `update` is U V in some parametrisation; `start` is its frozen copy or None; `scale` is s; `dropout` acts on the
-    input of the update in training; `start_rank` is the number of slices it began with, for whoever compares;
+    `update` is U V in some parametrisation; `initial` is its frozen copy or None; `scale` is s; `dropout` acts on the
+    input of the update in training; `initial_rank` is the number of slices it began with, for whoever compares;
     `settled` says that an allocation came to the present rank and was done.
     """
 
@@ -163,23 +163,23 @@ class Adapter(nn.Module):
         *,
         scale: float,
         dropout: Dropout = Dropout(),
-        start_rank: int | None = None,
+        initial_rank: int | None = None,
         settled: bool = False,
     ):
         super().__init__()
         self.update = update
-        self.start_rank = update.rank if start_rank is None else start_rank
+        self.initial_rank = update.rank if initial_rank is None else initial_rank
         self.settled = settled
-        self.start: Parametrisation | None = None
+        self.initial: Parametrisation | None = None
         self.scale = scale
         self.dropout = dropout
         self.off = False
         """Whether the adapted layer computes as if it had no adapter, for now."""
         self._gate: Tensor | None = None
 
-    def freeze_start(self) -> None:
+    def freeze_initial(self) -> None:
         """From now on ΔW counts from the present values: ΔW = s (U V − U0 V0), zero to the last bit now."""
-        self.start = copy.deepcopy(self.update).requires_grad_(False)
+        self.initial = copy.deepcopy(self.update).requires_grad_(False)
 
     def factors(self, *, dropping: bool = False) -> Factors:
         """(U, V) with ΔW = s · U V: the one answer to what the update is, gate and frozen start included.
@@ -191,8 +191,8 @@ class Adapter(nn.Module):
         full = torch.autocast(self.device.type, enabled=False) if autocasts(self.device) else nullcontext()
         with full:
             U, V = self.update(self._gate)
-            if self.start is not None:
-                U0, V0 = self.start(self._gate)
+            if self.initial is not None:
+                U0, V0 = self.initial(self._gate)
                 U, V = torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
             if dropping and self.drops("features"):
                 V = V * feature_mask(V, self.drops("features"))
@@ -258,8 +258,8 @@ class Adapter(nn.Module):
     def mask(self, off: Int[Tensor, " n"]) -> None:
         """Switch slices off, in the frozen start as well: a slice's contribution is its difference to its start."""
         self.update.mask(off)
-        if self.start is not None:
-            self.start.mask(off)
+        if self.initial is not None:
+            self.initial.mask(off)
 
     def resize(
         self, keep: Int[Tensor, " n"], add: int = 0, *, generator: torch.Generator | None = None
@@ -271,13 +271,13 @@ class Adapter(nn.Module):
                 raise TypeError("adding slices draws random numbers: pass a generator")
             with torch.device("cpu"):  # where the generator is, whatever the default device
                 new = self.update.fresh(add, generator)
-        if self.start is not None:
-            self.start.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
+        if self.initial is not None:
+            self.initial.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
         return self.update.resize(keep, new)
 
     def differs_in_rank(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether these are, by the names of `state_dict()`, the tensors of this adapter at another rank."""
-        along = {p: axis for update in (self.update, self.start) if update is not None for p, axis in update.sliced()}
+        along = {p: axis for update in (self.update, self.initial) if update is not None for p, axis in update.sliced()}
         present, given = set(), set()
         for name, parameter in self.named_parameters():
             shape, axis = list(tensors[name].shape), along.get(parameter)
@@ -304,12 +304,12 @@ class Adapter(nn.Module):
         """What, besides the tensors, rebuilds the adapter; plain data for a file."""
         return {
             "sizes": self.update.sizes(),
-            "start_rank": self.start_rank,
+            "initial_rank": self.initial_rank,
             "settled": self.settled,
             "scale": self.scale,
             "dropout": self.dropout.p,
             "dropout_kind": self.dropout.kind,
-            "frozen_start": self.start is not None,
+            "frozen_initial": self.initial is not None,
         }
 
     def extra_repr(self) -> str:

@@ -27,14 +27,14 @@ class Sizing:
     """What was asked for and what it comes to.
 
     `budget`: trainable adapter parameters, not bytes; `rank_budget`: rank slices of all modules together; each None
-    where something else was asked for. `rank`: of every module at the start, the largest where they differ; `start`:
-    trainable parameters at the start; `ranks`: by module where they were not all to be the same.
+    where something else was asked for. `rank`: initial rank of every module, the largest where they differ; `ranks`: by
+    module where they are not all the same; `initial_parameters`: trainable parameters at these ranks.
     """
 
     budget: int | None
     budget_at: Literal["peak", "end"]
     rank: int
-    start: int
+    initial_parameters: int
     rank_budget: int | None = None
     ranks: Mapping[str, int] | None = None
 

@@ -34,7 +34,7 @@ from lorafamily.training.execution import evaluating
 class Choice:
     """What `apply` is going to do, decided and checked: which method of which size on which layers of a model.
 
-    `targets`: what gets an adapter, `beside`: parameters that train too, both by full name.
+    `targets`: what gets an adapter, `extra_trained`: parameters that train too, both by full name.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class Choice:
     method: Method
     sizing: Sizing
     targets: dict[str, Target]
-    beside: dict[str, nn.Parameter]
+    extra_trained: dict[str, nn.Parameter]
     dropout: Dropout
     by_default: bool
     evidence: Mapping[str, LayerEvidence] | None = None
@@ -63,7 +63,7 @@ class Choice:
         }
         for path, target in self.targets.items():
             with onloaded(target.layer) if meta else whole_weights(target.layer):
-                held = target.held.dtype if target.held.is_floating_point() else torch.float32
+                held = target.stored.dtype if target.stored.is_floating_point() else torch.float32
                 planned = torch.empty(target.shape, dtype=dtype or held, device="meta")
                 built[path] = self.method.at(path).build(  # a quantised weight's value is gone with the call
                     planned if meta else target.weight,
@@ -109,7 +109,7 @@ def choose(
     by_default = targeting.by_default(targets)
     if example is not None:
         matched = _with_effect(model, matched, example, by_default)
-    beside = match_beside(model, also_train, matched)
+    extra_trained = match_extra_trained(model, also_train, matched)
     shapes = shapes_of_targets(matched)
     own = find(method).options()
     by_name = {option: by_layer(value, shapes, option, own[option]) for option, value in chosen.layered.items()}
@@ -119,7 +119,7 @@ def choose(
     elif rank is not None:
         chosen = _with_slices_for(chosen, rank, shapes, given="slices" in method_options)
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
-    return Choice(model, name, method, chosen, sizing, matched, beside, drops, by_default)
+    return Choice(model, name, method, chosen, sizing, matched, extra_trained, drops, by_default)
 
 
 def _width(method: str, rank: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -173,7 +173,7 @@ def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_
     Raises:
         TargetError: somebody named one that is without effect, or none is left.
     """
-    device = next(iter(matched.values())).held.device
+    device = next(iter(matched.values())).stored.device
     buffers = {at: buffer.clone() for at, buffer in movable_buffers(model).items()}
     with Reads(matched) as reads, evaluating(model, device), torch.no_grad():
         call(model, to_device(example, device))
@@ -184,21 +184,22 @@ def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_
     return {name: target for name, target in matched.items() if name not in names}
 
 
-def match_beside(
+def match_extra_trained(
     model: nn.Module, patterns: str | Sequence[str] | None, adapted: Mapping[str, Target]
 ) -> dict[str, nn.Parameter]:
-    """The parameters that train beside the adapters; never the weight of an adapted layer, which merging replaces.
+    """The parameters that train along with the adapters; never the weight of an adapted layer, which merging replaces.
 
     Raises:
         TargetError: a pattern that matches no parameter, or one that matches such a weight.
         StateError: a parameter that is offloaded, or spread over processes.
     """
-    beside = targeting.match_parameters(model, patterns)
-    weights = {id(target.held): path for path, target in adapted.items()}
+    extra_trained = targeting.match_parameters(model, patterns)
+    weights = {id(target.stored): path for path, target in adapted.items()}
     packed = packed_parameters(model)
-    planned = {at for at, p in beside.items() if p.is_meta and offloaded_value(model, at) is None}  # nobody's weights
-    refuse_absent(beside, beside.keys() - planned, "which also_train names")
-    for name, parameter in beside.items():
+    # A parameter on the meta device that is not offloaded belongs to a model that is only planned.
+    planned = {at for at, p in extra_trained.items() if p.is_meta and offloaded_value(model, at) is None}
+    refuse_absent(extra_trained, extra_trained.keys() - planned, "which also_train names")
+    for name, parameter in extra_trained.items():
         if id(parameter) in packed:
             raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")
         if id(parameter) in weights:
@@ -206,4 +207,4 @@ def match_beside(
                 f"also_train names {name}, the weight of a layer that gets an adapter ({weights[id(parameter)]}); "
                 "train one or the other"
             )
-    return beside
+    return extra_trained

@@ -50,7 +50,8 @@ def _start_ranks(choice: Choice, start: FromEvidence, evidence: Mapping[str, Lay
 
     if sizing.budget is not None:
         # With budget_at="end" the start is larger: what equal ranks begin with.
-        limit, cost = max(sizing.budget, sizing.start) if sizing.budget_at == "end" else sizing.budget, parameters
+        limit = max(sizing.budget, sizing.initial_parameters) if sizing.budget_at == "end" else sizing.budget
+        cost = parameters
     else:
         limit, cost = sum(min(sizing.rank, *shape) for shape in shapes.values()), slices
         limit = sizing.rank_budget or limit
@@ -75,7 +76,7 @@ def with_evidence(choice: Choice, data: Any, loss_fn: LossFn | None, evidence: E
         raise MethodError("data and evidence are both given; evidence is what data gave, so give one")
     if data is None and loss_fn is not None:
         raise MethodError("loss_fn is for data, and there is none")
-    if all(target.held.is_meta for target in choice.targets.values()):
+    if all(target.stored.is_meta for target in choice.targets.values()):
         return choice  # of nothing nothing can be computed, ranks neither
     if data is None and evidence is None:
         raise MethodError(
@@ -91,7 +92,9 @@ def with_evidence(choice: Choice, data: Any, loss_fn: LossFn | None, evidence: E
         return choice
     ranks, shapes = _start_ranks(choice, start, layers), shapes_of_targets(choice.targets)
     begins = sum(choice.method.at(layer).count(*shapes[layer], rank) for layer, rank in ranks.items())
-    return replace(choice, sizing=replace(choice.sizing, ranks=ranks, rank=max(ranks.values()), start=begins))
+    return replace(
+        choice, sizing=replace(choice.sizing, ranks=ranks, rank=max(ranks.values()), initial_parameters=begins)
+    )
 
 
 def _check_evidence(choice: Choice, start: FromEvidence, evidence: Evidence) -> None:

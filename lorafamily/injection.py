@@ -139,7 +139,7 @@ def put(choice: Choice, adapters: Mapping[str, Adapter]) -> None:
     """Place what was chosen for a model and built."""
     state = state_of(choice.model)
     active = None if state is None or state.active is None else state.placements[state.active]
-    parked = base_values(choice.beside, {} if active is None else active.parked)
-    placement = Placement(choice.name, choice.spec, choice.method, choice.sizing, dict(adapters), parked)
+    inactive = base_values(choice.extra_trained, {} if active is None else active.inactive_values)
+    placement = Placement(choice.name, choice.spec, choice.method, choice.sizing, dict(adapters), inactive)
     placement.by_default = choice.by_default
     place(choice.model, placement, choice.targets)

@@ -28,12 +28,12 @@ arXiv:2312.03732); "alpha" is one scale for all layers, whatever their ranks."""
 class Initialisation(ABC):
     """The first values of a parametrisation. Fields are options of the methods that use it."""
 
-    frozen_start: ClassVar[bool] = False
+    frozen_initial: ClassVar[bool] = False
     """Whether U V is not zero at the start, so that the adapter must subtract a frozen copy of it."""
 
     def freezes(self) -> bool:
-        """`frozen_start`, where that is a setting."""
-        return self.frozen_start
+        """`frozen_initial`, where that is a setting."""
+        return self.frozen_initial
 
     @abstractmethod
     def __call__(
@@ -118,7 +118,7 @@ class FromEvidence(Initialisation):
 
 
 @dataclass(frozen=True)
-class OwnStart(Initialisation):
+class DefaultInitialisation(Initialisation):
     """Whatever the parametrisation's paper starts from: U V = 0."""
 
     def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
@@ -150,7 +150,7 @@ class Method:
     """
 
     parametrisation: type[Parametrisation]
-    initialisation: Initialisation = OwnStart()
+    initialisation: Initialisation = DefaultInitialisation()
     allocation: Allocation = Fixed()
     penalty: Penalty | None = None
     scaling: Scaling = "alpha/r"
@@ -330,7 +330,7 @@ class Method:
                 else:
                     self.initialisation(update, weight.detach(), generator)
         if self.initialisation.freezes():
-            adapter.freeze_start()
+            adapter.freeze_initial()
         return adapter.to(weight.device)
 
 

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, and which parameters train beside the adapters."""
+"""Which layers get an adapter, and which parameters train along with the adapters."""
 
 from __future__ import annotations
 
@@ -140,12 +140,12 @@ def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
 
 
 def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a layer chooses among experts: a `router`, or a `gate` beside experts."""
+    """Whether a layer chooses among experts: a `router`, or a `gate` next to experts."""
     *before, last = path = name.split(".")
     if "router" in path:
         return True
-    beside = [child for child, _ in model.get_submodule(".".join(before)).named_children()] if before else []
-    return bool(_GATE.search(last)) and any("expert" in child for child in beside if child != last)
+    siblings = [child for child, _ in model.get_submodule(".".join(before)).named_children()] if before else []
+    return bool(_GATE.search(last)) and any("expert" in child for child in siblings if child != last)
 
 
 def is_of_a_kernel(model: nn.Module, name: str) -> bool:

@@ -323,7 +323,7 @@ def test_budgets_are_met(method):
             for at, a in placement.adapters.items()
             if sizing.ranks[at] < min(a.update.d_in, a.update.d_out)
         )
-        assert budget - cheapest < placement.trainable() == sizing.start <= budget
+        assert budget - cheapest < placement.trainable() == sizing.initial_parameters <= budget
         uneven += len(set(sizing.ranks.values())) > 1
         lorafamily.remove(model)
     assert uneven >= 3

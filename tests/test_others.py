@@ -500,7 +500,7 @@ def test_everything_follows_the_models_dtype(name, dtype, tmp_path):
 
     def adapted():
         model = perturb_(lorafamily.apply(make(), "olora", rank=2, seed=0, **options))
-        for at in placement_of(model).parked:
+        for at in placement_of(model).inactive_values:
             model.get_parameter(at).add_(0.1)
         return model
 

@@ -185,7 +185,7 @@ def test_a_loralib_checkpoint():
 def test_what_a_file_of_peft_cannot_hold_is_refused(tmp_path):
     model = lorafamily.apply(model_of("bert"), "lora", rank=2, also_train=["classifier", "query.bias"])
     with pytest.raises(
-        lorafamily.StateError, match=r"query\.bias.*trained beside the adapters; peft's modules_to_save"
+        lorafamily.StateError, match=r"query\.bias.*trained along with the adapters; peft's modules_to_save"
     ):
         lorafamily.export_peft(model, tmp_path / "a")
     with pytest.raises(lorafamily.StateError, match=r"servers load no trained .*classifier\.weight"):

@@ -76,7 +76,7 @@ def test_routes_that_cannot_be_are_refused():
         (["a", "c"], 'no adapter named "c"; this model has "a", "head"'),
         ("a", "must be a list with the name of an adapter"),
         ([], "must be a list"),
-        (["a", "head"], 'adapter "head" has its own .*norm.*, trained beside it'),
+        (["a", "head"], 'adapter "head" has its own .*norm.*, trained along with it'),
     ):
         with pytest.raises(lorafamily.StateError, match=message), lorafamily.routing(model, names):
             pass

@@ -75,6 +75,7 @@ def refuse_one_batch(data: Any, name: str = "data") -> None:
 
 
 def is_array(node: Any) -> bool:
+    """Whether it is a tensor or an array of numpy."""
     return isinstance(node, (Tensor, np.ndarray))
 
 

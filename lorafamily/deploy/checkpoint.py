@@ -27,7 +27,7 @@ def merge_checkpoint(
     """Write into `out` the checkpoint `base` with an adapter merged into its weights.
 
     Weights are rounded as `merge` rounds them: the tensors are those that merging in memory and saving gives.
-    Everything is checked before anything is written; the folder is written beside its place and renamed into it.
+    Everything is checked before anything is written; the folder is written next to its place and renamed into it.
     `progress` is told how many bytes were written, again and again. In memory is one tensor at a time, or as many as
     are one in the model: all experts of a layer.
 
@@ -39,23 +39,23 @@ def merge_checkpoint(
     refuse_used(out)
     entries = entries_of(base)
     changes = _Changes(*changes_of(saved, entries, base), entries)
-    beside = out.with_name(out.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)  # of a merge that was killed; mostly there is none
-    beside.mkdir(parents=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a merge that was killed; mostly there is none
+    partial.mkdir(parents=True)
     try:
         by_file: dict[Path, list[tuple[str, Entry]]] = defaultdict(list)
         for name, entry in entries.items():
             by_file[entry.file].append((name, entry))
         for file in sorted(base.iterdir()):
             if file in by_file:
-                _rewrite(file, by_file[file], changes, beside / file.name, progress)
+                _rewrite(file, by_file[file], changes, partial / file.name, progress)
             elif file.is_file() and not is_weights(file):
-                shutil.copyfile(file, beside / file.name)  # config, tokenizer; no weights in other formats
+                shutil.copyfile(file, partial / file.name)  # config, tokenizer; no weights in other formats
         if out.exists():
             out.rmdir()
-        beside.rename(out)
+        partial.rename(out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)  # after a failure; once renamed it is not there
+        shutil.rmtree(partial, ignore_errors=True)  # after a failure; once renamed it is not there
 
 
 class _Changes:

@@ -41,7 +41,7 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
             )
         adapters[kind.stored_as(at)].append((at, kind))
     shapes = {name: entry.shape for name, entry in entries.items()}
-    names = names_of(base, shapes, saved.record["base"]["architecture"], [*adapters, *saved.beside])
+    names = names_of(base, shapes, saved.record["base"]["architecture"], [*adapters, *saved.extra_trained])
     groups: dict[int, Group] = {}
     changes: dict[str, Change] = {}
     for name, of in adapters.items():
@@ -58,12 +58,12 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
             changed_weight, acting=[(kind, saved.adapters[at]) for at, kind in of]
         )
         groups[id(group)] = group
-    for name, value in saved.beside.items():
+    for name, value in saved.extra_trained.items():
         together = _together(name, saved, names, base)
         found = [(other, group) for other in together if (group := names.of(other)) is not None]
         if not found:
             wrong.append(
-                f"{name}, which trained beside the adapter, {names.why_not(name)}; save the model with it first"
+                f"{name}, which trained along with the adapter, {names.why_not(name)}; save the model with it first"
             )
         for other, group in found:
             at = other.removeprefix(names.prefix)

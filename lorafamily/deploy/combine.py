@@ -13,7 +13,7 @@ from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing, check_budget, check_rank_budget, highest
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
 from lorafamily.errors import StateError
-from lorafamily.layers.extra_trained import trained_beside
+from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.placement import (
     Model,
     check_can_place,
@@ -33,7 +33,7 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     """Place a new adapter whose update is the weighted sum of others, and make it the active one.
 
     Exact: the factors are put side by side, so ranks add up; `compress` makes them small again. What only one of them
-    trained beside its adapters (a task head) comes along.
+    trained along with its adapters (a task head) comes along.
 
     Raises:
         StateError: an unknown name, a name that is taken, a merged model, or a head that several of them trained.
@@ -45,7 +45,7 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     parts = {own: placement_of(model, own) for own in weights}
     check_can_place(model, name)
     owner, _ = noted(model)
-    beside = _beside(owner, parts)
+    extra_trained = _extra_trained(owner, parts)
     layers = {at for part in parts.values() for at in part.adapters}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for at in layers:
@@ -54,9 +54,8 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
             both = [(weight * adapter.scale, *adapter.factors()) for weight, adapter in of_layer]
         factors[at] = torch.cat([s * U for s, U, _ in both], 1), torch.cat([V for _, _, V in both], 0)
     rank = max(len(V) for _, V in factors.values())
-    return place_plain(
-        model, name, targets_of(owner), factors, dict.fromkeys(layers, 1.0), beside, rank=rank, options={"alpha": rank}
-    )
+    scales, options = dict.fromkeys(layers, 1.0), {"alpha": rank}
+    return place_plain(model, name, targets_of(owner), factors, scales, extra_trained, rank=rank, options=options)
 
 
 @dataclass(frozen=True)
@@ -201,15 +200,15 @@ def _exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapte
     let_train(owner, placement, state.active == placement.name)
 
 
-def _beside(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:
-    beside: dict[str, Tensor] = {}
+def _extra_trained(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:
+    extra_trained: dict[str, Tensor] = {}
     owner, state = noted(model)
     assert state is not None
     for part in parts.values():
-        for at, value in trained_beside(owner, part.parked, part.buffers, state.active == part.name).items():
-            if at in beside:
+        for at, value in extra_trained_values(owner, state, part).items():
+            if at in extra_trained:
                 raise StateError(
                     f"{at} was trained with several of these adapters; which of them counts is not defined"
                 )
-            beside[at] = value.clone()
-    return beside
+            extra_trained[at] = value.clone()
+    return extra_trained

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorafamily.deploy.folder import listed
 from lorafamily.deploy.saved import FORMAT, Saved, read, write
 from lorafamily.errors import FileError, StateError
-from lorafamily.layers.extra_trained import movable_buffers, tied_names, trained_beside
+from lorafamily.layers.extra_trained import extra_trained_values, movable_buffers, tied_names
 from lorafamily.layers.offloaded import refuse_absent, refuse_offloaded_adapters
 from lorafamily.layers.placement import (
     Model,
@@ -25,7 +25,7 @@ from lorafamily.layers.placement import (
     noted,
     place,
     placement_of,
-    refuse_untold,
+    refuse_unsaved,
     targets_of,
     warn_of_no_session,
 )
@@ -39,10 +39,10 @@ from lorafamily.names import join
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, hash_base: bool = False) -> Path:
-    """Write the adapters of one name (default: the active ones), with what was trained beside them, into a folder.
+    """Write the adapters of one name (default: the active ones), with what was trained along with them, into a folder.
 
     Ranks may differ between modules and may be zero. Saving what was loaded writes the same bytes. Each file is
-    written beside its place and renamed into it. Warns of adapters that were trained without what their method does in
+    written next to its place and renamed into it. Warns of adapters that were trained without what their method does in
     training, since no session was made for them. Returns the folder.
 
     `hash_base`: note hashes of the adapted weights too, so that loading onto other weights of the same shapes is
@@ -53,36 +53,28 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         FileError: a file cannot be written.
     """
     placement = placement_of(model, name)
-    refuse_untold(model, placement)
+    refuse_unsaved(model, placement)
     warn_of_no_session(placement)
     owner, state = noted(model)
     assert state is not None
     targets = targets_of(owner)
     layers = {at: targets[at] for at in placement.adapters}
     refuse_offloaded_adapters(placement.adapters)
-    if hash_base and (spread := [at for at, target in layers.items() if is_sharded(target.held)]):
+    if hash_base and (spread := [at for at, target in layers.items() if is_sharded(target.stored)]):
         raise StateError(
             f"hash_base=True reads whole weights, and that of {spread[0]} is spread over processes, of which one "
             "writes the file; leave it out, or save and load once before shard(model)"
         )
     originals = (state.originals or {}) if hash_base else None
-    return write(
-        described(
-            owner,
-            placement,
-            layers,
-            trained_beside(owner, placement.parked, placement.buffers, state.active == placement.name),
-            originals,
-        ),
-        path,
-    )
+    extra_trained = extra_trained_values(owner, state, placement)
+    return write(described(owner, placement, layers, extra_trained, originals), path)
 
 
 def described(
     model: nn.Module,
     placement: Placement,
     targets: Mapping[str, Target],
-    beside: Mapping[str, Tensor],
+    extra_trained: Mapping[str, Tensor],
     originals: Mapping[str, Tensor | None] | None = None,
 ) -> Saved:
     """Adapters of a model with what a file says of them. `originals`: None notes no hashes of weights; else those
@@ -91,7 +83,7 @@ def described(
     shared = _shared(model)
     for at, target in targets.items():
         modules[at] = {**target.kind.described(), "shape": list(target.shape)}
-        if len(names := shared.get(id(target.held), ())) > 1:
+        if len(names := shared.get(id(target.stored), ())) > 1:
             modules[at]["tied"] = names
         if originals is not None:
             original = originals.get(at)
@@ -104,9 +96,9 @@ def described(
         "modules": modules,
     }
     tied = tied_names(model)
-    if trained_tied := {at: tied[at] for at in beside if at in tied}:
+    if trained_tied := {at: tied[at] for at in extra_trained if at in tied}:
         record["tied"] = trained_tied
-    return Saved(Path(), record, placement.method, placement.sizing, placement.adapters, dict(beside))
+    return Saved(Path(), record, placement.method, placement.sizing, placement.adapters, dict(extra_trained))
 
 
 def load(model: Model, path: str | os.PathLike[str], name: str | None = None) -> Model:
@@ -129,21 +121,21 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     if saved.record["base"].get("shapes") != _shapes(owner):
         made_for = saved.record["base"]["architecture"]
         warnings.warn(
-            f"{saved.folder}: every adapted layer fits, but this {type(model).__name__} has other parameters beside "
+            f"{saved.folder}: every adapted layer fits, but this {type(model).__name__} has other parameters besides "
             f"them than the {made_for} the adapter was made for",
             stacklevel=2,
         )
     for at, adapter in saved.adapters.items():
         with onloaded(targets[at].layer):
-            adapter.to(targets[at].held.device)
+            adapter.to(targets[at].stored.device)
     parameters, buffers = base_parameters(owner), movable_buffers(owner)
     both = {**parameters, **buffers}
-    refuse_absent(both, saved.beside, "which the file has values for")
-    beside = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.beside.items()}
+    refuse_absent(both, saved.extra_trained, "which the file has values for")
+    extra_trained = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.extra_trained.items()}
     placement = Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, {})
-    placement.as_read = placement.fingerprints()
-    placement.parked = {at: value for at, value in beside.items() if at in parameters}
-    placement.buffers = {at: value for at, value in beside.items() if at in buffers}
+    placement.file_fingerprints = placement.fingerprints()
+    placement.inactive_values = {at: value for at, value in extra_trained.items() if at in parameters}
+    placement.inactive_buffers = {at: value for at, value in extra_trained.items() if at in buffers}
     place(owner, placement, targets)
     return model
 
@@ -191,7 +183,7 @@ def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:
         elif "weight_hash" in entry and _hash_of(target) != entry["weight_hash"]:
             wrong.append(f"{at} has other weights")
     own, tied = {**base_parameters(model), **movable_buffers(model)}, tied_names(model)
-    for at, value in saved.beside.items():
+    for at, value in saved.extra_trained.items():
         if at not in own:
             wrong.append(f"{at} is missing")
         elif own[at].shape != value.shape:

@@ -1,4 +1,4 @@
-"""A record and its tensors as two files: written beside their place and renamed into it, read without unpickling.
+"""A record and its tensors as two files: written next to their place and renamed into it, read without unpickling.
 
 A sealed folder notes in its record the SHA-256 of both files, so that a bit that flipped does not pass for a number.
 """
@@ -189,14 +189,14 @@ def _check_there(path: Path, what: str) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + ".partial")
     try:
-        with open(beside, "wb") as file:
+        with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(partial, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise FileError(f"{path}: cannot write its {len(data):,} bytes ({error}); {free:,} are free there") from error

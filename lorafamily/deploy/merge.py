@@ -73,7 +73,7 @@ def merge(
     targets = targets_of(owner)
     quantised = {path: targets[path] for path in placement.adapters if isinstance(targets[path].layer_kind, Quantised)}
     for path, target in quantised.items():
-        if is_sharded(target.held):
+        if is_sharded(target.stored):
             raise StateError(
                 f"{path} is quantised and spread over processes; save the adapter, which is whole in each, and load "
                 "and merge it in one process"
@@ -163,7 +163,7 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
     _put_back(state.originals or {}, targets)
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
-            like = targets[path].held
+            like = targets[path].stored
             adapter.to(like.device, torch.promote_types(next(adapter.parameters()).dtype, like.dtype))
     for _, site in sites_in(owner):
         site.attach()

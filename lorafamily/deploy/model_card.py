@@ -37,7 +37,7 @@ def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str
     card = folder / CARD
     if card.is_file() and OURS not in card.read_text(encoding="utf-8", errors="replace"):
         return
-    start = {at: adapter.start_rank for at, adapter in placement.adapters.items()}
+    start = {at: adapter.initial_rank for at, adapter in placement.adapters.items()}
     ranks = {at: adapter.rank for at, adapter in placement.adapters.items()}
     save(rank_heatmap(start, ranks, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
     write_text(card, _text(model, placement, layout, base or found_at(model)))
@@ -45,7 +45,7 @@ def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str
 
 def _text(model: nn.Module, placement: Placement, layout: str, base: str | None) -> str:
     architecture = type(model).__name__
-    trained = [*placement.parked, *placement.buffers]
+    trained = [*placement.inactive_values, *placement.inactive_buffers]
     ranks = [adapter.rank for adapter in placement.adapters.values()]
     options = ", ".join(f"{key}={value!r}" for key, value in placement.method.options().items())
     rows = {

@@ -172,7 +172,7 @@ def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, n
     """Put the factors of an original `loralib` checkpoint into a model: keys `LAYER.lora_A`, `LAYER.lora_B`.
 
     Args:
-        state: the checkpoint's state dict; what it holds beside the factors is not read.
+        state: the checkpoint's state dict; what it holds besides the factors is not read.
         alpha: `lora_alpha` of the training script; the checkpoint does not say.
 
     Raises:
@@ -305,7 +305,7 @@ def _checked_factors(
 
 
 def _checked_heads(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """What trained beside the adapters, by parameter or buffer of the model."""
+    """What trained along with the adapters, by parameter or buffer of the model."""
     parameters, wrong = {**base_parameters(model), **movable_buffers(model)}, []
     for at, value in tensors.items():
         if at not in parameters:

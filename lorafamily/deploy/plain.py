@@ -33,7 +33,7 @@ def place_plain(
     targets: Mapping[str, Target],
     factors: Mapping[str, tuple[Tensor, Tensor]],
     scales: Mapping[str, float],
-    beside: Mapping[str, Tensor],
+    extra_trained: Mapping[str, Tensor],
     *,
     rank: int,
     options: Mapping[str, Any],
@@ -41,23 +41,24 @@ def place_plain(
 ) -> Model:
     """Place plain LoRA adapters ΔW = s · U V under a new name. Everything was checked before.
 
-    `targets`: those of the model, in its order; `factors`: (U, V) by target; `scales`: s by target; `beside`: values of
-    parameters and buffers that go along; `rank`: the nominal one; `options`: of the method, for whoever reads the
-    settings.
+    `targets`: those of the model, in its order; `factors`: (U, V) by target; `scales`: s by target; `extra_trained`:
+    values of parameters and buffers that go along; `rank`: the nominal one; `options`: of the method, for whoever reads
+    the settings.
     """
     owner, _ = noted(model)
     on_device = {}
     for at, target in targets.items():
         if at in factors:
-            (U, V), device = factors[at], target.held.device
+            (U, V), device = factors[at], target.stored.device
             on_device[at] = U.to(device), V.to(device)
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
     parameters, buffers = base_parameters(owner), movable_buffers(owner)
-    refuse_absent(parameters, beside, "which the file has values for")
+    refuse_absent(parameters, extra_trained, "which the file has values for")
     placement = Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, {})
-    for at, value in beside.items():
-        of, like = (placement.parked, parameters) if at in parameters else (placement.buffers, buffers)
-        of[at] = value.to(like[at].device, like[at].dtype)
+    for at, value in extra_trained.items():
+        like = parameters[at] if at in parameters else buffers[at]
+        values = placement.inactive_values if at in parameters else placement.inactive_buffers
+        values[at] = value.to(like.device, like.dtype)
     place(owner, placement, targets)
     return model
 

@@ -80,10 +80,10 @@ def _check(model: nn.Module, placements: dict[str, Placement]) -> None:
     targets = targets_of(model)
     for name, placement in placements.items():
         refuse_offloaded_adapters(placement.adapters)
-        if placement.parked:
+        if placement.inactive_values:
             raise StateError(
-                f'adapter "{name}" has its own {", ".join(placement.parked)}, trained beside it; a batch for several '
-                "adapters has one for all"
+                f'adapter "{name}" has its own {", ".join(placement.inactive_values)}, trained along with it; a batch '
+                "for several adapters has one for all"
             )
         for path in placement.adapters:
             kind = targets[path].kind

@@ -24,7 +24,7 @@ from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.method import Method
 from lorafamily.registry import find
 
-FORMAT = 2  # 1 had no hashes
+FORMAT = 3  # 2 had other names in the record
 
 
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
@@ -35,14 +35,15 @@ FOLDER = f"a saved adapter is a folder with {RECORD} and {TENSORS}"
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter folder, read and checked in itself, on the CPU. `beside`: what was trained beside the adapters."""
+    """An adapter folder, read and checked in itself, on the CPU. `extra_trained`: the parameters and buffers that
+    training changed besides the adapters."""
 
     folder: Path
     record: dict[str, Any]
     method: Method
     sizing: Sizing
     adapters: dict[str, Adapter]
-    beside: dict[str, Tensor]
+    extra_trained: dict[str, Tensor]
 
     @property
     def modules(self) -> dict[str, dict[str, Any]]:
@@ -77,10 +78,10 @@ def _contents(saved: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "options": saved.method.options(),
         # Without `ranks` where there are none, as records were before ranks could be given by layer.
         "sizing": {k: v for k, v in dataclasses.asdict(saved.sizing).items() if k != "ranks" or v is not None},
-        "also_trained": {at: list(value.shape) for at, value in saved.beside.items()},
+        "also_trained": {at: list(value.shape) for at, value in saved.extra_trained.items()},
         "modules": modules,
     }
-    return record, tensors | saved.beside
+    return record, tensors | saved.extra_trained
 
 
 def read(path: str | os.PathLike[str]) -> Saved:
@@ -100,8 +101,8 @@ def read(path: str | os.PathLike[str]) -> Saved:
         expected: dict[str, tuple[int, ...]] = {}
         for at, entry in record["modules"].items():
             d_out, d_in = entry["shape"]
-            if not (math.isfinite(entry["scale"]) and _is_count(entry["start_rank"])):
-                raise ValueError(f"scale {entry['scale']} or start_rank of {at}")
+            if not (math.isfinite(entry["scale"]) and _is_count(entry["initial_rank"])):
+                raise ValueError(f"scale {entry['scale']} or initial_rank of {at}")
             settled = entry.get("settled", False)  # records were written without it
             if not isinstance(settled, bool):
                 raise TypeError(f"settled of {at}")
@@ -109,13 +110,13 @@ def read(path: str | os.PathLike[str]) -> Saved:
                 update = method.parametrisation(d_in, d_out, **entry["sizes"])
             dropout = noted_dropout(entry["dropout"], entry["dropout_kind"], folder / RECORD)
             adapter = Adapter(
-                update, scale=entry["scale"], dropout=dropout, start_rank=entry["start_rank"], settled=settled
+                update, scale=entry["scale"], dropout=dropout, initial_rank=entry["initial_rank"], settled=settled
             )
-            if entry["frozen_start"]:
-                adapter.freeze_start()
+            if entry["frozen_initial"]:
+                adapter.freeze_initial()
             adapters[at] = adapter
             expected |= {f"{at}.{key}": tuple(value.shape) for key, value in adapter.state_dict().items()}
-        beside = list(record["also_trained"])
+        extra_trained = list(record["also_trained"])
         expected |= {at: tuple(shape) for at, shape in record["also_trained"].items()}
         if not isinstance(record["base"]["architecture"], str):
             raise TypeError("base")
@@ -129,21 +130,26 @@ def read(path: str | os.PathLike[str]) -> Saved:
         if len({tensors[f"{at}.{key}"].dtype for key in adapter.state_dict()}) > 1:
             raise FileError(f"{folder / TENSORS}: the tensors of {at} are not all of one dtype")
         adapter.load_state_dict({key: tensors[f"{at}.{key}"] for key in adapter.state_dict()}, assign=True)
-    return Saved(folder, record, method, sizing, adapters, {at: tensors[at] for at in beside})
+    return Saved(folder, record, method, sizing, adapters, {at: tensors[at] for at in extra_trained})
 
 
 def _sizing(
     budget: int | None,
     budget_at: Literal["peak", "end"],
     rank: int,
-    start: int,
+    initial_parameters: int,
     rank_budget: int | None,
     ranks: dict[str, int] | None = None,
 ) -> Sizing:
-    counts = [rank, start, *(given for given in (budget, rank_budget) if given is not None), *(ranks or {}).values()]
+    counts = [
+        rank,
+        initial_parameters,
+        *(given for given in (budget, rank_budget) if given is not None),
+        *(ranks or {}).values(),
+    ]
     if budget_at not in ("peak", "end") or not all(_is_count(count) for count in counts):
         raise ValueError("sizing")
-    return Sizing(budget, budget_at, rank, start, rank_budget, ranks)
+    return Sizing(budget, budget_at, rank, initial_parameters, rank_budget, ranks)
 
 
 def _is_count(value: Any) -> bool:

@@ -108,14 +108,14 @@ class Planner:
         """The plan of one method; `chosen`: what else `apply` takes."""
         choice = choose(self.model, method, fused=fused, **chosen)
         adapters = self._built(choice)
-        beside = {path: self._as_planned(parameter) for path, parameter in choice.beside.items()}
+        beside = {path: self._as_planned(parameter) for path, parameter in choice.extra_trained.items()}
         placement = Placement(choice.name, method, choice.method, choice.sizing, adapters, beside)
 
         def ready(model: nn.Module) -> Penalty | None:
             targets = targeting.match(model, lambda name, module: name in choice.targets, fused)
             own = base_parameters(model)
-            beside = {name: own[name] for name in choice.beside if name in own}
-            there = replace(choice, model=model, targets=targets, beside=beside)
+            beside = {name: own[name] for name in choice.extra_trained if name in own}
+            there = replace(choice, model=model, targets=targets, extra_trained=beside)
             built = self._built(there)
             put(there, built)
             penalty = choice.method.penalty
@@ -129,7 +129,7 @@ class Planner:
             sum(value.numel() for value in beside.values()),
             0,
             sizes(described(choice.model, placement, choice.targets, beside)),
-            self._memory(added, trained, self._held(ready, [*choice.targets, *choice.beside])),
+            self._memory(added, trained, self._held(ready, [*choice.targets, *choice.extra_trained])),
         )
         return Plan(
             model=type(self.model).__name__,

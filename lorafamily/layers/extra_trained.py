@@ -1,6 +1,7 @@
-"""What goes along with adapters: parameters that train beside them, such as a head, and buffers that training may move.
+"""What an adapter brings along: extra trained parameters, such as a head, and buffers that training may move.
 
-While an adapter is active its values are in the model and the base's wait outside, *parked*; else the other way round.
+While an adapter is active, its own values of these are in the model, and the base's values are kept outside, inactive.
+While it is not active, it is the other way round.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lorafamily.layers.state import ModelState, Placement
 from lorafamily.names import join
 
 
-def base_values(tensors: Mapping[str, Tensor], parked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of parameters or buffers as the base has them; `parked`: by the active adapter."""
-    return {path: parked.get(path, value.data).clone() for path, value in tensors.items()}
+def base_values(tensors: Mapping[str, Tensor], inactive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of parameters or buffers as the base has them; `inactive`: the base's values of the active adapter's."""
+    return {path: inactive.get(path, value.data).clone() for path, value in tensors.items()}
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """For every name of a parameter that has several all of them, in the model's order; the first is the one that
+    """For every name of a tied parameter all of its names, in the model's order; the first is the one that
     `named_parameters` gives."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -42,24 +44,20 @@ def movable_buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def trained_beside(
-    model: nn.Module, parked: Mapping[str, Tensor], buffers: Mapping[str, Tensor], active: bool
-) -> dict[str, Tensor]:
-    """What an adapter's file holds beside the adapters: the values of what trains too, and buffers that moved.
-
-    `parked`, `buffers`: what waits outside the model, the base's values while the adapter is active, else its own.
-    """
-    values = {path: model.get_parameter(path).data if active else v for path, v in parked.items()}
+def extra_trained_values(model: nn.Module, state: ModelState, placement: Placement) -> dict[str, Tensor]:
+    """What an adapter's file holds besides the adapters: its extra trained parameters, and the buffers that moved."""
+    active = state.active == placement.name
+    values = {path: model.get_parameter(path).data if active else v for path, v in placement.inactive_values.items()}
     heads = {path.rpartition(".")[0] for path in values}
-    for path, waiting in buffers.items():
-        own, base = (model.get_buffer(path), waiting) if active else (waiting, model.get_buffer(path))
-        if path.rpartition(".")[0] in heads or not torch.equal(own.to(base), base):
-            values[path] = own
+    for path, outside in placement.inactive_buffers.items():
+        moved, base = (model.get_buffer(path), outside) if active else (outside, model.get_buffer(path))
+        if path.rpartition(".")[0] in heads or not torch.equal(moved.to(base), base):
+            values[path] = moved
     return values
 
 
-def swap(parked: dict[str, Tensor], get: Callable[[str], Tensor]) -> None:
-    """Put what is parked into the model, and park what was there."""
-    for path, other in parked.items():
+def swap_values(inactive: dict[str, Tensor], get: Callable[[str], Tensor]) -> None:
+    """Put the inactive values into the model, and keep those that were there."""
+    for path, other in inactive.items():
         tensor = get(path)
-        tensor.data, parked[path] = other.to(tensor.device, tensor.dtype), tensor.data
+        tensor.data, inactive[path] = other.to(tensor.device, tensor.dtype), tensor.data

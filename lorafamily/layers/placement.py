@@ -12,7 +12,7 @@ from torch import nn
 
 from lorafamily.allocation.allocator import Fixed
 from lorafamily.errors import StateError
-from lorafamily.layers.extra_trained import base_values, movable_buffers, swap
+from lorafamily.layers.extra_trained import base_values, movable_buffers, swap_values
 from lorafamily.layers.offloaded import refuse_whole_blocks
 from lorafamily.layers.site import Site, base_parameters, keep_padding, site_for, sites_in
 from lorafamily.layers.state import ModelState, Placement
@@ -22,10 +22,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
-    """The model that `apply` was given, inside of whatever wraps it, and what is noted of it: None where nothing is.
+    """The model that `apply` was given, inside whatever wraps it, and what is noted of it, None without adapters.
 
     Raises:
-        StateError: only a part of the model that was given is in this one, or several that were given apart.
+        StateError: this model holds only a part of the one that `apply` was given, or several such models.
     """
     found = list(sites_in(model))
     states = {id(site.state): (at, site) for at, site in found}
@@ -53,7 +53,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> ModelState | None:
-    """What is noted of the model, None where nothing was ever placed or all was removed."""
+    """What is noted of the model, None where it has no adapters."""
     return noted(model)[1]
 
 
@@ -85,11 +85,10 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """The model to place adapters in: this one, or the one that torch.compile wrapped. Refuses a name that is taken or
-    cannot be one, and a model whose adapters are merged, or that cannot have any.
+    """The model to place adapters in: this one, or the one that torch.compile wrapped.
 
     Raises:
-        StateError: one of these.
+        StateError: the name is taken or cannot be one, adapters are merged, or the model cannot have any.
     """
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -115,7 +114,7 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
 
 
 def refuse_merged(state: ModelState | None) -> None:
-    """Refuse what would have to happen on top of merged weights.
+    """Refuse what needs the original weights.
 
     Raises:
         StateError: an adapter is merged.
@@ -124,15 +123,15 @@ def refuse_merged(state: ModelState | None) -> None:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 
 
-def refuse_untold(model: nn.Module, placement: Placement) -> None:
-    """Refuse to go on where something trains that no file of the active adapter would hold.
+def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
+    """Refuse parameters that train and that no file of the active adapter would hold.
 
     Raises:
-        StateError: parameters of the base that somebody unfroze; they are named.
+        StateError: somebody unfroze parameters of the base; they are named.
     """
     owner, state = noted(model)
-    told = {id(owner.get_parameter(path)) for path in placement.parked}
-    names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in told]
+    saved = {id(owner.get_parameter(path)) for path in placement.inactive_values}
+    names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in saved]
     if names and state is not None and state.active == placement.name:
         raise StateError(
             f"{', '.join(names[:3])}{' and more' if names[3:] else ''} would train, and be lost, since adapter "
@@ -142,16 +141,16 @@ def refuse_untold(model: nn.Module, placement: Placement) -> None:
 
 
 def warn_of_no_session(placement: Placement) -> None:
-    """Say that adapters were trained in a loop that did nothing of what their method does besides."""
+    """Warn of adapters trained in a loop that left out the rank allocation or the penalty of their method."""
     method = placement.method
     settled = isinstance(method.allocation, Fixed) or all(a.settled for a in placement.adapters.values())
     if placement.had_session or (settled and method.penalty is None):
         return
-    if placement.as_read is None:
+    if placement.file_fingerprints is None:
         trained = any(adapter.norm() > 0 for adapter in placement.adapters.values())  # ΔW is zero until then
     else:
         now = placement.fingerprints()
-        trained = any(now.get(name, value) != value for name, value in placement.as_read.items())
+        trained = any(now.get(name, value) != value for name, value in placement.file_fingerprints.items())
     if trained:
         without = [] if settled else ["rank allocation"]
         without += [] if method.penalty is None else ["penalty"]
@@ -164,7 +163,7 @@ def warn_of_no_session(placement: Placement) -> None:
 
 
 def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
-    """Attach what was built and checked, make it the active one, freeze the rest."""
+    """Attach a placement that was built and checked, make it the active one, and freeze the rest."""
     state = state_of(model)
     if state is None:
         state = ModelState({name: parameter.requires_grad for name, parameter in base_parameters(model).items()})
@@ -179,7 +178,7 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
         sites[id(target.layer)].put(target.part, target.kind, placement.name, adapter)
         sites[id(target.layer)].attach()
     keep_padding(model)
-    placement.buffers = base_values(movable_buffers(model), {}) | placement.buffers
+    placement.inactive_buffers = base_values(movable_buffers(model), {}) | placement.inactive_buffers
     state.placements[placement.name] = placement
     _activate(model, state, placement.name)
     model.requires_grad_(False)
@@ -187,16 +186,16 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
 
 
 def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
-    """Set requires_grad of a placement's adapters and of what trains beside them."""
+    """Set requires_grad of a placement's adapters and extra trained parameters."""
     for adapter in placement.adapters.values():
         for parameter in vars(adapter.update)["_parameters"].values():  # `parameters()` takes a millisecond for all
             parameter.requires_grad = flag
-    for path in placement.parked:
+    for path in placement.inactive_values:
         model.get_parameter(path).requires_grad = flag
 
 
 def activate(model: nn.Module, name: str | None) -> None:
-    """Let one placement take effect, with what was trained beside it; None is the base model."""
+    """Make one placement take effect, its extra trained parameters included; None: the base model."""
     owner, state = noted(model)
     assert state is not None
     _activate(owner, state, name)
@@ -208,8 +207,8 @@ def _activate(model: nn.Module, state: ModelState, name: str | None) -> None:
     for leaving_or_entering in (state.active, name):
         if leaving_or_entering is not None:
             placement = state.placements[leaving_or_entering]
-            swap(placement.parked, model.get_parameter)
-            swap(placement.buffers, model.get_buffer)
+            swap_values(placement.inactive_values, model.get_parameter)
+            swap_values(placement.inactive_buffers, model.get_buffer)
     state.active = name
 
 

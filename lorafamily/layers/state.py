@@ -20,9 +20,9 @@ from lorafamily.method import Method
 class Placement:
     """Everything placed in a model under one name.
 
-    `adapters`: by full name of what they adapt. `parked`: for each parameter that trains beside the adapters, and for
-    each buffer that training may move, the values that are not in the model now: the base's while this placement is
-    active, its own while it is not.
+    `adapters`: by full name of their targets. `inactive_values`, `inactive_buffers`: for each extra trained parameter,
+    and for each buffer that training may move, the values that are not in the model now: the base's while this
+    placement is active, its own while it is not.
     """
 
     name: str
@@ -30,29 +30,29 @@ class Placement:
     method: Method
     sizing: Sizing
     adapters: dict[str, Adapter]
-    parked: dict[str, Tensor]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    inactive_values: dict[str, Tensor]
+    inactive_buffers: dict[str, Tensor] = field(default_factory=dict)
     by_default: bool = False
-    """Whether nobody named the targets, so that one without effect may be left out."""
+    """Whether nobody named the targets, so that targets without effect may be left out."""
     had_session: bool = False
-    """Whether a session was made for it here."""
-    as_read: dict[str, int] | None = None
-    """Fingerprints of its tensors where they came from a file."""
+    """Whether a session was made for it in this process."""
+    file_fingerprints: dict[str, int] | None = None
+    """Fingerprints of its tensors as they were loaded, None where they were not loaded."""
 
     def trainable(self) -> int:
-        """Trainable adapter parameters at the present ranks; what trains beside them is not counted."""
+        """Trainable adapter parameters at the present ranks, without the extra trained ones."""
         return sum(adapter.trainable() for adapter in self.adapters.values())
 
     def fingerprints(self) -> dict[str, int]:
-        """Of the adapters' tensors, by name, dtype and shape: a cast one, or one of another rank, is another tensor."""
-        own = [(f"{at}: {name}", p) for at, a in self.adapters.items() for name, p in a.named_parameters()]
-        return fingerprints((f"{name} {p.dtype} {tuple(p.shape)}", p) for name, p in own)
+        """Of the adapters' tensors, by name, dtype and shape: cast, or of another rank, it is another tensor."""
+        tensors = [(f"{at}: {name}", p) for at, a in self.adapters.items() for name, p in a.named_parameters()]
+        return fingerprints((f"{name} {p.dtype} {tuple(p.shape)}", p) for name, p in tensors)
 
 
 @dataclass
 class Replaced:
-    """Of a merged model: `layers`: the quantised ones, by name, that others stand in for; `noted`: what transformers
-    said of them; `lost`: ‖error‖ by adapter where W + ΔW was quantised again."""
+    """What merging took out of a quantised model: `layers`: the quantised ones, by name; `noted`: what transformers
+    noted of them; `lost`: ‖error‖ by adapter where W + ΔW was quantised again."""
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     noted: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -61,8 +61,8 @@ class Replaced:
 
 @dataclass
 class ModelState:
-    """What lorafamily notes of a model: placements by name, the active one, which base parameters trained before, and
-    while a placement is merged the original weights by module name (None for those that were not kept)."""
+    """What is noted of a model: placements by name, the active one, which base parameters trained before, and while a
+    placement is merged the original weights by module name (None for those that were not kept)."""
 
     trained_before: dict[str, bool]
     placements: dict[str, Placement] = field(default_factory=dict)

@@ -47,8 +47,8 @@ class Target:
         return self.kind.shape(self.layer)
 
     @property
-    def held(self) -> Tensor:
-        """What the layer holds of the weight: the parameter, where there is one."""
+    def stored(self) -> Tensor:
+        """The tensor that stores the weight: the parameter, where there is one."""
         return next(iter(self.kind.stored(self.layer).values()))
 
     @property

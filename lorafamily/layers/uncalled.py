@@ -73,7 +73,7 @@ class Reads(TorchFunctionMode):
 
     def _with_parameter(self) -> dict[str, Target]:
         """Those whose weight is a parameter, and not computed from others."""
-        return {n: t for n, t in self.targets.items() if isinstance(t.held, nn.Parameter)}
+        return {n: t for n, t in self.targets.items() if isinstance(t.stored, nn.Parameter)}
 
     def _begin(self, layer: nn.Module, inputs: Any) -> None:
         self._inside += 1

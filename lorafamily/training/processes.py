@@ -217,7 +217,7 @@ def shard(model: Model) -> Model:
     own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
     owner, state = noted(model)
     for placement in state.placements.values() if state is not None else ():
-        own |= {owner.get_parameter(path) for path in placement.parked}  # others than the active one train some, too
+        own |= {owner.get_parameter(path) for path in placement.inactive_values}  # of those that are not active, too
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     for block in reversed(blocks):  # the inner ones first
         fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in own})
