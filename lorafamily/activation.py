@@ -4,35 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 from lorafamily.deploy.merge import unmerge
 from lorafamily.layers.placement import (
     Model,
     activate,
+    adapted,
     let_train,
-    noted,
     placement_of,
     refuse_merged,
     state_of,
     targets_of,
 )
-from lorafamily.layers.site import keep_padding, site_on
-from lorafamily.layers.state import ModelState
+from lorafamily.layers.site import keep_padding
 
 
 def switch(model: Model, name: str | None) -> Model:
-    """Make another of the model's adapters the active and trainable one; None switches all of them off.
+    """Make another of the model's adapters the active and trainable one; None: the base model.
 
     Raises:
         StateError: no adapter of that name, or one is merged.
     """
-    owner, state = noted(model)
-    if state is None and name is None:
+    if name is None and state_of(model) is None:
         return model
-    placement = None if name is None else placement_of(owner, name)
+    placement = None if name is None else placement_of(model, name)
+    owner, state = adapted(model)
     refuse_merged(state)
-    assert state is not None
     activate(owner, name)
     if placement is not None:
         for other in state.placements.values():
@@ -63,28 +60,24 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 def remove(model: Model, name: str | None = None) -> Model:
-    """Take adapters out: those of one name, or all. What is left is the base model, to the last bit.
+    """Take out the adapters of one name, or all. Without adapters the model is the base model, to the last bit.
 
-    A merged adapter is unmerged first. With the last adapter go the frozen flags: `requires_grad` is what it was.
+    A merged adapter is unmerged first. With the last adapter, `requires_grad` of the base is again what it was.
 
     Raises:
         StateError: no adapter of that name.
     """
-    owner, state = noted(model)
-    if name is None and state is None:
+    if name is None and state_of(model) is None:
         return model
-    leaving = [placement_of(owner, name)] if name is not None else list(cast(ModelState, state).placements.values())
-    assert state is not None
+    leaving = None if name is None else placement_of(model, name)
+    owner, state = adapted(model)
     unmerge(owner)
-    for placement in leaving:
+    for placement in [*state.placements.values()] if leaving is None else [leaving]:
         if state.active == placement.name:
             activate(owner, None)
         targets = targets_of(owner)
         for path in placement.adapters:
-            target = targets[path]
-            site = site_on(target.layer)
-            assert site is not None
-            site.drop(target.part, placement.name)
+            targets[path].site.drop(targets[path].part, placement.name)
         del state.placements[placement.name]
     keep_padding(owner)
     if not state.placements:

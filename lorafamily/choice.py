@@ -22,7 +22,7 @@ from lorafamily.layers.placement import check_can_place
 from lorafamily.layers.quantised import packed_parameters
 from lorafamily.layers.rows import Fused
 from lorafamily.layers.target import Target
-from lorafamily.layers.uncalled import Reads, check_left_out
+from lorafamily.layers.uncalled import WeightReads, check_left_out
 from lorafamily.layers.weights import onloaded, whole_weights
 from lorafamily.method import Method
 from lorafamily.patterns import by_layer
@@ -32,9 +32,10 @@ from lorafamily.training.execution import evaluating
 
 @dataclass(frozen=True)
 class Choice:
-    """What `apply` is going to do, decided and checked: which method of which size on which layers of a model.
+    """Which method of which size `apply` puts on which layers of a model, decided and checked.
 
-    `targets`: what gets an adapter, `extra_trained`: parameters that train too, both by full name.
+    `targets` get adapters, `extra_trained` parameters train too, both by full name. `scale_slices`: slices from
+    which the scale of all layers follows; None: each layer's own.
     """
 
     model: nn.Module
@@ -47,30 +48,29 @@ class Choice:
     dropout: Dropout
     by_default: bool
     evidence: Mapping[str, LayerEvidence] | None = None
-    alike: int | None = None
-    """Slices that give the scale of all layers; None: each layer's own."""
+    scale_slices: int | None = None
 
     def build(
         self, generator: torch.Generator, *, meta: bool = False, dtype: torch.dtype | None = None
     ) -> dict[str, Adapter]:
-        """An adapter for every layer; with `meta` as if all weights were on the meta device, where nothing is drawn, in
-        another `dtype` perhaps."""
+        """An adapter for every layer; with `meta` as if all weights were on the meta device, perhaps in another
+        `dtype`, so that nothing is drawn."""
         built = {}
-        # Of no slices there is no alpha/r: a layer that begins without is scaled like the one with the most.
+        # Without slices there is no alpha/r: such a layer is scaled like the one with the most.
         slices = {
             path: self.method.at(path).slices(*shape, self.sizing.rank_of(path))
             for path, shape in shapes_of_targets(self.targets).items()
         }
         for path, target in self.targets.items():
             with onloaded(target.layer) if meta else whole_weights(target.layer):
-                held = target.stored.dtype if target.stored.is_floating_point() else torch.float32
-                planned = torch.empty(target.shape, dtype=dtype or held, device="meta")
+                present = target.stored.dtype if target.stored.is_floating_point() else torch.float32
+                planned = torch.empty(target.shape, dtype=dtype or present, device="meta")
                 built[path] = self.method.at(path).build(  # a quantised weight's value is gone with the call
                     planned if meta else target.weight,
                     self.sizing.rank_of(path),
                     dropout=self.dropout,
                     generator=generator,
-                    scaled_as=self.alike or (None if slices[path] else max(slices.values())),
+                    scaled_as=self.scale_slices or (None if slices[path] else max(slices.values())),
                     evidence=None if self.evidence is None else self.evidence[path],
                 )
         return built
@@ -123,7 +123,7 @@ def choose(
 
 
 def _width(method: str, rank: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What somebody says of the size that a budget buys where that is no rank, and the other options.
+    """The size that a budget buys, where that is not the rank (LoRA²'s width) and was given, and the other options.
 
     Raises:
         BudgetError: a rank was given too.
@@ -139,7 +139,7 @@ def _width(method: str, rank: Any, options: dict[str, Any]) -> tuple[Any, dict[s
 def _with_slices_for(
     method: Method, rank: int | Mapping[str, int], shapes: Mapping[str, tuple[int, int]], given: bool
 ) -> Method:
-    """A method whose slices are counted apart from its width, with as many as updates of that rank need.
+    """The method with as many slices as updates of that rank need, where slices are another size than the width.
 
     Raises:
         BudgetError: fewer were asked for.
@@ -163,19 +163,19 @@ def _with_slices_for(
 
 
 def shapes_of_targets(targets: Mapping[str, Target]) -> dict[str, tuple[int, int]]:
-    """(d_in, d_out) by name."""
+    """(d_in, d_out) of every target, by name."""
     return {path: (d_in, d_out) for path, target in targets.items() for d_out, d_in in [target.shape]}
 
 
 def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_default: bool) -> dict[str, Target]:
-    """Those of the targets that an adapter has an effect on, found by running the model.
+    """The targets on which an adapter has an effect, found by running the model.
 
     Raises:
-        TargetError: somebody named one that is without effect, or none is left.
+        TargetError: somebody named one without effect, or none is left.
     """
     device = next(iter(matched.values())).stored.device
     buffers = {at: buffer.clone() for at, buffer in movable_buffers(model).items()}
-    with Reads(matched) as reads, evaluating(model, device), torch.no_grad():
+    with WeightReads(matched) as reads, evaluating(model, device), torch.no_grad():
         call(model, to_device(example, device))
     for at, value in buffers.items():
         model.get_buffer(at).copy_(value)

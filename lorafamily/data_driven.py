@@ -16,27 +16,34 @@ from lorafamily.method import FromEvidence, Room
 
 
 def gather_for(choice: Choice, data: Any, loss_fn: LossFn | None, seed: int) -> Evidence:
-    start = choice.method.initialisation
-    if not isinstance(start, FromEvidence):
+    """The evidence that the method of a choice looks at.
+
+    Raises:
+        MethodError: it looks at none.
+    """
+    initialisation = choice.method.initialisation
+    if not isinstance(initialisation, FromEvidence):
         raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out data and evidence')
-    cosine = start.stop_at()
+    cosine = initialisation.stop_at()
     with disabled(choice.model):
         return gathered(
             choice.model,
             choice.targets,
-            start.wants,
-            start.directions(choice.sizing.rank),
+            initialisation.wants,
+            initialisation.directions(choice.sizing.rank),
             data,
-            batches=start.evidence_batches,
+            batches=initialisation.evidence_batches,
             loss_fn=loss_fn,
             seed=seed,
-            memory=start.evidence_memory,
-            stop=None if cosine is None else Stop(cosine, lambda known: _start_ranks(choice, start, known)),
+            memory=initialisation.evidence_memory,
+            stop=None if cosine is None else Stop(cosine, lambda known: _initial_ranks(choice, initialisation, known)),
         )
 
 
-def _start_ranks(choice: Choice, start: FromEvidence, evidence: Mapping[str, LayerEvidence]) -> Mapping[str, int]:
-    """The rank that every layer starts with: as given by layer, or as evidence says."""
+def _initial_ranks(
+    choice: Choice, initialisation: FromEvidence, evidence: Mapping[str, LayerEvidence]
+) -> Mapping[str, int]:
+    """The initial rank of every layer: as given by layer, or as the evidence says."""
     if choice.sizing.ranks is not None:
         return choice.sizing.ranks
     shapes = shapes_of_targets(choice.targets)
@@ -49,14 +56,14 @@ def _start_ranks(choice: Choice, start: FromEvidence, evidence: Mapping[str, Lay
         return rank
 
     if sizing.budget is not None:
-        # With budget_at="end" the start is larger: what equal ranks begin with.
+        # With budget_at="end" the limit is larger: what equal ranks come to at first.
         limit = max(sizing.budget, sizing.initial_parameters) if sizing.budget_at == "end" else sizing.budget
         cost = parameters
     else:
         limit, cost = sum(min(sizing.rank, *shape) for shape in shapes.values()), slices
         limit = sizing.rank_budget or limit
     exact = sizing.budget is not None or sizing.rank_budget is not None
-    return start.ranks(evidence, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
+    return initialisation.ranks(evidence, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
 
 
 def with_evidence(choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, seed: int) -> Choice:
@@ -65,54 +72,53 @@ def with_evidence(choice: Choice, data: Any, loss_fn: LossFn | None, evidence: E
     Raises:
         MethodError: evidence is wanted and there is none, or the other way round, or it does not fit.
     """
-    start = choice.method.initialisation
-    if not isinstance(start, FromEvidence):
-        if unused := [name for name, value in (("data", data), ("evidence", evidence)) if value is not None]:
-            raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out {unused[0]}')
-        if loss_fn is not None:
-            raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out loss_fn')
+    initialisation = choice.method.initialisation
+    if not isinstance(initialisation, FromEvidence):
+        for name, value in (("data", data), ("evidence", evidence), ("loss_fn", loss_fn)):
+            if value is not None:
+                raise MethodError(f'method "{choice.spec}" looks at no data before training; leave out {name}')
         return choice
     if data is not None and evidence is not None:
         raise MethodError("data and evidence are both given; evidence is what data gave, so give one")
     if data is None and loss_fn is not None:
         raise MethodError("loss_fn is for data, and there is none")
     if all(target.stored.is_meta for target in choice.targets.values()):
-        return choice  # of nothing nothing can be computed, ranks neither
+        return choice  # without values no ranks can be computed
     if data is None and evidence is None:
         raise MethodError(
-            f'method "{choice.spec}" looks at {" and ".join(start.wants)} before training: pass data=batches, as train '
-            "takes them, or evidence=lorafamily.gather(...)"
+            f'method "{choice.spec}" looks at {" and ".join(initialisation.wants)} before training: pass data=batches, '
+            "as train takes them, or evidence=lorafamily.gather(...)"
         )
     if evidence is None:
         evidence = gather_for(choice, data, loss_fn, seed)
-    _check_evidence(choice, start, evidence)
+    _check_evidence(choice, initialisation, evidence)
     layers = {path: evidence.layers[path] for path in choice.targets}
-    choice = replace(choice, evidence=layers, alike=choice.sizing.rank if start.one_scale else None)
+    choice = replace(choice, evidence=layers, scale_slices=choice.sizing.rank if initialisation.one_scale else None)
     if choice.sizing.ranks is not None:
         return choice
-    ranks, shapes = _start_ranks(choice, start, layers), shapes_of_targets(choice.targets)
-    begins = sum(choice.method.at(layer).count(*shapes[layer], rank) for layer, rank in ranks.items())
-    return replace(
-        choice, sizing=replace(choice.sizing, ranks=ranks, rank=max(ranks.values()), initial_parameters=begins)
-    )
+    ranks, shapes = _initial_ranks(choice, initialisation, layers), shapes_of_targets(choice.targets)
+    parameters = sum(choice.method.at(layer).count(*shapes[layer], rank) for layer, rank in ranks.items())
+    sizing = replace(choice.sizing, ranks=ranks, rank=max(ranks.values()), initial_parameters=parameters)
+    return replace(choice, sizing=sizing)
 
 
-def _check_evidence(choice: Choice, start: FromEvidence, evidence: Evidence) -> None:
-    """Refuse evidence of other layers, or of less.
+def _check_evidence(choice: Choice, initialisation: FromEvidence, evidence: Evidence) -> None:
+    """Refuse evidence of other layers, or with less in it than is needed.
 
     Raises:
         MethodError: it does not fit.
     """
     if not isinstance(evidence, Evidence):
         raise MethodError(f"evidence is a {type(evidence).__name__}; it must be what lorafamily.gather returned")
+    wants = initialisation.wants
     for path, target in choice.targets.items():
         layer, (d_out, d_in) = evidence.layers.get(path), target.shape
         if layer is None:
             raise MethodError(f"evidence has nothing of {path}; gather it with the same targets")
-        if "gradients" in start.wants and (layer.gradient is None or tuple(layer.gradient.shape) != (d_out, d_in)):
+        if "gradients" in wants and (layer.gradient is None or tuple(layer.gradient.shape) != (d_out, d_in)):
             raise MethodError(f"evidence has no gradient of {path} in its shape, {d_out} × {d_in}; gather it anew")
-        if "inputs" in start.wants:
-            k = min(start.directions(choice.sizing.rank), d_in)
+        if "inputs" in wants:
+            k = min(initialisation.directions(choice.sizing.rank), d_in)
             shape = (0, d_in) if layer.directions is None else tuple(layer.directions.shape)
             if shape[0] < k or shape[1] != d_in:
                 raise MethodError(

@@ -43,46 +43,39 @@ def apply(
     seed: int | None = None,
     **method_options: Any,
 ) -> Model:
-    """Put adapters into a model, in place, and freeze everything else. Nothing is changed if anything is refused.
+    """Put adapters into a model, in place, and freeze everything else. If anything is refused, nothing is changed.
 
     Args:
-        model: any `nn.Module`; it comes back as the same object, computing what it computed before. Of a compiled one
-            the model inside is adapted.
+        model: any `nn.Module`, returned as the same object; of a compiled model the one inside is adapted.
         method: a name from `lorafamily.methods()`, or names joined by "+" that differ on their axes.
-        budget: trainable adapter parameters (not bytes); the largest rank that fits is chosen.
-        rank: that the update of every layer can have, capped by the layer's size; or ranks by layer, see below. At most
-            one of `budget`, `rank` and `rank_budget` is given (LoRA²: or `width`, its k); with none it is the method's
-            default rank.
+        budget: trainable adapter parameters (not bytes); the largest rank that fits is chosen. At most one of `budget`,
+            `rank` and `rank_budget` is given (LoRA²: or `width`, its k); default: the method's rank.
+        rank: of the update of every layer, capped by the layer's size; or ranks by layer, see below.
         rank_budget: slices of all modules together, whatever they cost.
         budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
-        targets: layers to adapt: None or "all-linear" (without output head, pooler, the routers of experts and what
-            the kernels of state-space mixers read), "attention", regular expressions searched for in full names (of
-            linear layers; of embeddings and convolutions where one matches no linear layer), or a predicate of
-            (name, module) that is asked for every layer that can carry an adapter.
-        exclude: what of these is left out, named in the same way.
-        fused: projections to adapt by parts, such as {"c_attn$": ["q", "k", "v"]}: regular expressions for linear
-            layers with the names of their parts, of equal size, or with sizes in rows, which repeat if they add up to
-            less than the layer has. A part is a target like a layer ("c_attn.q"); those of nn.MultiheadAttention
-            ("q", "k", "v", "out") need no mention.
-        example: a batch as `train` takes it, which the model is run on once. Layers whose weights it reads without
-            calling them, so that an adapter would have no effect, are then left out with a warning, or refused where
-            `targets` name them; without an example `train` finds them in its first batch.
-        data: batches as `train` takes them, for a method that looks at data before it starts ("eva", "gora"); no other
-            takes them. The first `evidence_batches` of them are run, in eval mode; processes must be given the same.
+        targets, exclude: layers to adapt, and those of them to leave out: None or "all-linear" (no output head, pooler,
+            routers of experts, or what the kernels of state-space mixers read), "attention", regular expressions
+            searched for in full names (of linear layers; of embeddings and convolutions where one matches no linear
+            layer), or a predicate of (name, module), asked of every layer that can carry an adapter.
+        fused: linear layers to adapt by parts, such as {"c_attn$": ["q", "k", "v"]}: by regular expression the names of
+            parts of equal size, or names with sizes in rows, which repeat if they add up to less than the layer has. A
+            part is a target like a layer ("c_attn.q"). nn.MultiheadAttention always has "q", "k", "v" and "out".
+        example: a batch, on which the model is run once to find layers whose weights it reads without calling them, so
+            that an adapter has no effect. They are left out with a warning, or refused where `targets` name them.
+        data: batches as `train` takes them, the same on every process, for a method that looks at data first ("eva",
+            "gora"); the first `evidence_batches` are run, in eval mode.
         loss_fn: as `train` takes it, for these batches.
-        evidence: what `gather` found, in the place of `data`.
+        evidence: what `gather` found, instead of `data`.
         also_train: regular expressions for parameters that train too, such as a task head; saved along, counted apart.
-        dropout: probability with which an entry of an adapter's input is dropped in training.
-        dropout_kind: "entries", each on its own; or "features", for the whole batch: it costs nothing.
-        name: of this set of adapters; a model can hold several, the one placed last is active.
-        seed: of the random start; None draws one from torch's global generator.
-        **method_options: options of the method, such as `alpha`; an unknown one is refused with a list of those known.
+        dropout, dropout_kind: probability with which each of an adapter's input "entries" is dropped in training, or
+            each of its "features", for the whole batch, which costs nothing.
+        name: of these adapters; a model can hold several sets, the one placed last is active.
+        seed: of the random initialisation; None draws one from torch's global generator.
+        **method_options: such as `alpha`; an unknown one is refused with a list of those known.
 
-    By layer: `rank`, `alpha` and the method's own sizes (LoRA²'s `width`, `slices`) also take a mapping. A key that is
-    a target's full name, as in what `ranks_at` gives, stands for that layer alone; others are regular expressions, of
-    which the first that is found in a name counts. A last key ".*" is for all other layers; without it their rank is
-    0 (nothing is computed there, and an allocation that grows may change that), and alpha and sizes the method's own. A
-    key that decides no layer is refused.
+    `rank`, `alpha` and the method's own sizes (LoRA²'s `width`, `slices`) can be mappings, by layer. A target's full
+    name means that layer alone; other keys are regular expressions, of which the first found in a name counts. Layers
+    without a key have rank 0 and the method's own alpha and sizes; a key without effect is refused.
 
     Raises:
         MethodError, TargetError, BudgetError, StateError, DataError: see the message; the model is untouched.
@@ -104,9 +97,9 @@ def apply(
         name=name,
         **method_options,
     )
-    drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-    choice = with_evidence(choice, data, loss_fn, evidence, drawn)
-    put(choice, choice.build(torch.Generator().manual_seed(drawn)))
+    seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+    choice = with_evidence(choice, data, loss_fn, evidence, seed)
+    put(choice, choice.build(torch.Generator().manual_seed(seed)))
     return model
 
 
@@ -119,15 +112,15 @@ def gather(
     seed: int = 0,
     **chosen: Any,
 ) -> Evidence:
-    """What a method looks at before training, to be saved, and used by `apply(evidence=...)` any number of times.
+    """The evidence that a method looks at before training, to be saved and given to `apply(evidence=...)`.
 
-    It fits the same targets, and methods that want no more: the same or fewer directions of inputs, which follow from
-    the rank or the budget. The model is left as it is.
+    It fits the same targets, and methods that need the same or fewer directions of inputs, which follow from the rank
+    or the budget. The model is left as it is.
 
     Args:
         model, method, data, loss_fn: as `apply` takes them.
-        seed: of the decomposition of wide layers' inputs, which is randomised.
-        **chosen: what else `apply` takes to choose layers and sizes, such as `budget` and `targets`.
+        seed: of the randomised decomposition of wide layers' inputs.
+        **chosen: arguments of `apply` that choose layers and sizes, such as `budget` and `targets`.
 
     Raises:
         MethodError, TargetError, BudgetError, StateError, DataError: as `apply`.
@@ -136,7 +129,7 @@ def gather(
 
 
 def put(choice: Choice, adapters: Mapping[str, Adapter]) -> None:
-    """Place what was chosen for a model and built."""
+    """Place the adapters that were built for a choice."""
     state = state_of(choice.model)
     active = None if state is None or state.active is None else state.placements[state.active]
     inactive = base_values(choice.extra_trained, {} if active is None else active.inactive_values)

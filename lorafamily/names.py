@@ -1,4 +1,4 @@
-"""Where a module stands in a network of repeated blocks, read off its name."""
+"""The place of a module in a network of repeated blocks, found from its name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 OUTSIDE = "outside blocks"
-"""What stands in place of a stack's name for modules that are in none, where stacks are told apart."""
+"""The name for modules outside all stacks, where there are several stacks."""
 
 
 class Place(NamedTuple):
-    """`stack`: what stands before the block's number; `layer`: that number, None outside blocks; `kind`: the rest of
-    the name, the same in every block of the stack. No two names have the same place."""
+    """`stack`: the name before the block's number; `layer`: that number, None outside blocks; `kind`: the rest of the
+    name, the same in every block of the stack. No two names have the same place."""
 
     stack: str
     layer: int | None

@@ -35,7 +35,7 @@ _GATE = re.compile(r"(^|_)(gate|router|wg)$")
 def match(
     model: nn.Module, targets: Targets = None, fused: Fused | None = None, exclude: Targets = None
 ) -> dict[str, Target]:
-    """The weights that targets name and `exclude` does not, by full name, in the model's order.
+    """The targets that `targets` names and `exclude` does not, by full name, in the model's order.
 
     `targets`: None or "all-linear": those of every linear layer, without the output head, the pooler and the routers
     of experts; "attention": those of them inside attention; one or several regular expressions, searched for in full
@@ -66,7 +66,7 @@ def match(
 
 
 def by_default(targets: Targets) -> bool:
-    """Whether nobody named layers, but at most a kind of them."""
+    """Whether no layers are named, at most a class of them."""
     return targets is None or targets in ("all-linear", "attention")
 
 
@@ -123,7 +123,7 @@ def _inside(model: nn.Module, linear: dict[str, Target]) -> dict[str, Target]:
 
 
 def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Says of a layer, by name and module, whether it is the output head, the pooler or a part of them."""
+    """A predicate of (name, module): whether a layer is the output head, the pooler or a part of them."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     try:
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -191,10 +191,10 @@ def _offer(able: dict[str, Target], model: nn.Module) -> str:
 
 
 def what_is(model: nn.Module) -> Callable[[str], str]:
-    """Says of a parameter, by name, in what kind of module it is: what `summary` counts."""
+    """A function from a parameter's name to the group that `summary` counts it in."""
     heads = heads_of(model)
 
-    def kind(name: str) -> str:
+    def group(name: str) -> str:
         at, _, own = name.rpartition(".")
         module = model.get_submodule(at)
         of = type(module).__name__
@@ -216,4 +216,4 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
             return "other layers that can be adapted (MultiheadAttention)"
         return f"what no kind of layer covers ({of}, {module.get_parameter(own).ndim}-D)"
 
-    return kind
+    return group

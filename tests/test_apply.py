@@ -92,7 +92,7 @@ def test_a_pruning_method_may_start_larger_if_the_budget_is_for_the_end(deberta)
         lorafamily.apply(deberta, "adalora", budget=1.0e6, budget_at="end")
         at_end = placement_of(deberta).sizing
         assert at_end.rank == 9
-        assert at_end.start > 1.0e6
+        assert at_end.initial_parameters > 1.0e6
     finally:
         lorafamily.remove(deberta)
     try:

@@ -5,20 +5,6 @@ from lorafamily.batch.containers import fingerprint, refuse_one_batch, to_device
 from lorafamily.batch.loss import IGNORED, LossFn, LossOver, call, loss_of, loss_weight, weigher
 from lorafamily.batch.pieces import cut_rows, first_rows, gather_rows
 
-__all__ = [
-    "IGNORED",
-    "LossFn",
-    "LossOver",
-    "batch_axes",
-    "call",
-    "cut_rows",
-    "fingerprint",
-    "first_rows",
-    "gather_rows",
-    "loss_of",
-    "loss_weight",
-    "refuse_one_batch",
-    "rows_in",
-    "to_device",
-    "weigher",
-]
+__all__ = ["batch_axes", "cut_rows", "first_rows", "gather_rows", "rows_in"]
+__all__ += ["fingerprint", "refuse_one_batch", "to_device"]
+__all__ += ["IGNORED", "LossFn", "LossOver", "call", "loss_of", "loss_weight", "weigher"]

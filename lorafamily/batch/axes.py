@@ -55,7 +55,7 @@ def _is_sequence(node: Any) -> bool:
 
 
 def _is_setting(node: Any) -> bool:
-    """(224, 224) beside images: numbers in a tuple are no rows; collating makes tensors of those."""
+    """(224, 224) next to images: numbers in a tuple are no rows; collating makes tensors of rows."""
     return isinstance(node, tuple) and all(isinstance(value, (int, float)) for value in node)
 
 
@@ -77,7 +77,7 @@ def _counts_itself(node: Any) -> bool:
 
 
 def _votes(node: Any, key: Any = None, top: bool = False) -> Counter[int]:
-    """What speaks for which number of rows."""
+    """Votes for each number of rows."""
     if isinstance(node, PackedSequence):
         return Counter({int(node.batch_sizes[0]): 10})
     if is_array(node):

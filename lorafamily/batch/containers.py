@@ -53,7 +53,7 @@ def fingerprint(batch: Any) -> str:
 
 
 def refuse_one_batch(data: Any, name: str = "data") -> None:
-    """Batches belong there, and not one batch: running over it would give its keys, its texts or its rows.
+    """Refuse one batch in the place of batches: iterating over it would give its keys, its texts or its rows.
 
     Raises:
         DataError: it is a mapping, a tensor, a text, a named tuple, or a tuple of tensors.
@@ -80,7 +80,7 @@ def is_array(node: Any) -> bool:
 
 
 def items_of(node: Any) -> list[tuple[Any, Any]] | None:
-    """Keys and values of what holds other things; None of a tensor, a text, an object only its makers know."""
+    """Keys and values of a container; None for a tensor, a text, or an unknown object."""
     if isinstance(node, (PackedSequence, torch.Size)):
         return None
     if isinstance(node, Mapping):

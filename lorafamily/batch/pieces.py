@@ -47,16 +47,16 @@ def gather_rows(
         DataError: no batch, or none of the rows has a label that counts.
     """
     weigh = weigh or (lambda batch: max(1, rows_in(batch)))
-    alike: dict[Any, list[tuple[Any, Any]]] = {}
+    groups: dict[Any, list[tuple[Any, Any]]] = {}
     left = count
     for batch in batches:
         rows, places = batch_axes(batch)
         piece = cut(batch, places, 0, left) if rows > left else batch
-        alike.setdefault(_joins_with(piece, places), []).append((piece, places))
+        groups.setdefault(_key_for_joining(piece, places), []).append((piece, places))
         left -= max(1, rows)
         if left <= 0:
             break
-    pieces = [_joined([piece for piece, _ in group], group[0][1]) for group in alike.values()]
+    pieces = [_joined([piece for piece, _ in group], group[0][1]) for group in groups.values()]
     if not pieces:
         raise DataError("validation gave no batch; it is empty, or an iterator that is used up")
     weights = [weigh(piece) for piece in pieces]
@@ -66,6 +66,7 @@ def gather_rows(
 
 
 def cut(node: Any, places: Any, begin: int, end: int) -> Any:
+    """Rows `begin` to `end` - 1 of a batch or of what is in one."""
     if places is None:
         return node
     if isinstance(node, PackedSequence):
@@ -83,15 +84,15 @@ def _packed(sequences: list[Tensor], like: PackedSequence) -> PackedSequence:
 
 
 def _with_encodings(made: Any, of: list[Any], rows: slice = slice(None)) -> Any:
-    """What a tokeniser notes beside its tensors (words, offsets), for these rows."""
+    """The batch with what a tokeniser notes besides tensors (words, offsets), for these rows."""
     noted: list[Any] = [getattr(node, "_encodings", None) for node in of]
     if isinstance(made, MutableMapping) and all(isinstance(encodings, list) for encodings in noted):
         made._encodings = [encoding for encodings in noted for encoding in encodings][rows]  # type: ignore[attr-defined]
     return made
 
 
-def _joins_with(node: Any, places: Any) -> Any:
-    """What must be the same of two batches that are to be one: everything but the rows."""
+def _key_for_joining(node: Any, places: Any) -> Any:
+    """A key that is the same for batches that can be joined: everything but the rows."""
     if places is None:
         return fingerprint(node) if is_array(node) or isinstance(node, (str, bytes, int, float)) else id(node)
     if isinstance(node, PackedSequence):
@@ -101,11 +102,13 @@ def _joins_with(node: Any, places: Any) -> Any:
     if isinstance(places, int):
         return type(node), str(node.dtype), places, tuple(node.shape[:places]), tuple(node.shape[places + 1 :])
     parts = items_of(node) or []
-    return type(node), tuple((name, _joins_with(value, of)) for (name, value), of in zip(parts, places, strict=True))
+    return type(node), tuple(
+        (name, _key_for_joining(value, of)) for (name, value), of in zip(parts, places, strict=True)
+    )
 
 
 def _joined(nodes: list[Any], places: Any) -> Any:
-    """One batch of several that are of one kind."""
+    """One batch from several that agree in all but their rows."""
     if places is None or len(nodes) == 1:
         return nodes[0]
     if isinstance(nodes[0], PackedSequence):

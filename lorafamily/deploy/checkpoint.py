@@ -59,9 +59,9 @@ def merge_checkpoint(
 
 
 class _Changes:
-    """The tensors on disk that change, by name: the model's are put together from them, changed, and taken apart.
+    """The changed tensors on disk, by name: the model's tensors are put together from them, changed, and taken apart.
 
-    What is in one tensor of the model is computed at once, and held until all of it is written.
+    All that belongs to one tensor of the model is computed at once, and kept until it is written.
     """
 
     def __init__(self, changes: Mapping[str, Change], groups: list[Group], entries: Mapping[str, Entry]):

@@ -26,7 +26,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[dict[str, Change], list[Group]]:
-    """What happens to which tensor of the model, by its name there, and what holds these tensors on disk."""
+    """The change of each changed tensor, by its name in the model, and the groups that hold these tensors on disk."""
     adapters: dict[str, list[tuple[str, LayerKind]]] = defaultdict(list)
     wrong = []
     for at, entry in saved.modules.items():
@@ -113,7 +113,7 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
     """The shape of a tensor of the model.
 
     Raises:
-        FileError: what it comes from are no plain floating-point numbers, or not all of one dtype.
+        FileError: its sources are not plain floating-point tensors of one dtype.
     """
     first = group.sources[0]
     for source in group.sources:
@@ -133,7 +133,7 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
 
 
 def _if_quantised(base: Path) -> str:
-    """What may be the matter where the checkpoint is quantised: packed weights have other names and shapes."""
+    """A hint for messages where the checkpoint is quantised: packed weights have other names and shapes."""
     config = read_json(base / CONFIG, "") if (base / CONFIG).is_file() else {}
     if not isinstance(config, dict) or not config.get("quantization_config"):
         return ""

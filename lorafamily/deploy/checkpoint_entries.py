@@ -101,10 +101,12 @@ def _header(file: Path) -> dict[str, Entry]:
 
 
 def bits_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, as a view."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def read_entry(entry: Entry) -> Tensor:
+    """A tensor from its file."""
     with open(entry.file, "rb") as file:
         file.seek(entry.begin)
         data = bytearray(file.read(entry.end - entry.begin))

@@ -16,6 +16,7 @@ from lorafamily.errors import StateError
 from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.placement import (
     Model,
+    adapted,
     check_can_place,
     let_train,
     noted,
@@ -24,7 +25,6 @@ from lorafamily.layers.placement import (
     state_of,
     targets_of,
 )
-from lorafamily.layers.site import site_on
 from lorafamily.layers.state import Placement
 from lorafamily.method import Method
 
@@ -112,7 +112,7 @@ def compress(
     refuse_merged(state_of(model))
     method, sizing, adapters, report = compressed(placement.adapters, Cut(rank, energy, budget, rank_budget))
     placement.spec, placement.method, placement.sizing = PLAIN, method, sizing
-    _exchange(model, placement, adapters)
+    _replace_adapters(model, placement, adapters)
     return report
 
 
@@ -187,23 +187,19 @@ def compressed(adapters: Mapping[str, Adapter], cut: Cut) -> tuple[Method, Sizin
     return method, replace(sizing, budget=budget, rank_budget=cut.rank_budget), made, report
 
 
-def _exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
-    """Put other adapters into the layers of a placement, in the place of its own."""
-    owner, state = noted(model)
-    assert state is not None
+def _replace_adapters(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
+    """Replace the adapters of a placement."""
+    owner, state = adapted(model)
     targets = targets_of(owner)
     for path, adapter in adapters.items():
-        site = site_on(targets[path].layer)
-        assert site is not None
-        site.put(targets[path].part, targets[path].kind, placement.name, adapter)
+        targets[path].site.put(targets[path].part, targets[path].kind, placement.name, adapter)
     placement.adapters = adapters
     let_train(owner, placement, state.active == placement.name)
 
 
 def _extra_trained(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:
     extra_trained: dict[str, Tensor] = {}
-    owner, state = noted(model)
-    assert state is not None
+    owner, state = adapted(model)
     for part in parts.values():
         for at, value in extra_trained_values(owner, state, part).items():
             if at in extra_trained:

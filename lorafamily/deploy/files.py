@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from lorafamily.deploy.folder import listed
 from lorafamily.deploy.saved import FORMAT, Saved, read, write
 from lorafamily.errors import FileError, StateError
-from lorafamily.layers.extra_trained import extra_trained_values, movable_buffers, tied_names
+from lorafamily.layers.extra_trained import extra_trained_values, movable_buffers, parameter_names, tied_names
 from lorafamily.layers.offloaded import refuse_absent, refuse_offloaded_adapters
 from lorafamily.layers.placement import (
     Model,
+    adapted,
     check_can_place,
-    noted,
     place,
     placement_of,
     refuse_unsaved,
@@ -35,7 +34,6 @@ from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
 from lorafamily.layers.target import Target, target_of_record
 from lorafamily.layers.weights import onloaded, whole_weights
-from lorafamily.names import join
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, hash_base: bool = False) -> Path:
@@ -55,8 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     placement = placement_of(model, name)
     refuse_unsaved(model, placement)
     warn_of_no_session(placement)
-    owner, state = noted(model)
-    assert state is not None
+    owner, state = adapted(model)
     targets = targets_of(owner)
     layers = {at: targets[at] for at in placement.adapters}
     refuse_offloaded_adapters(placement.adapters)
@@ -80,10 +77,10 @@ def described(
     """Adapters of a model with what a file says of them. `originals`: None notes no hashes of weights; else those
     weights, by layer, that are not in the model now because something is merged into it."""
     modules: dict[str, dict[str, Any]] = {}
-    shared = _shared(model)
+    names_of = parameter_names(model)
     for at, target in targets.items():
         modules[at] = {**target.kind.described(), "shape": list(target.shape)}
-        if len(names := shared.get(id(target.stored), ())) > 1:
+        if len(names := names_of.get(id(target.stored), ())) > 1:
             modules[at]["tied"] = names
         if originals is not None:
             original = originals.get(at)
@@ -157,15 +154,6 @@ def _hash_of(target: Target) -> str:
     """Of a layer's weight, wherever it is."""
     with whole_weights(target.layer):
         return _hash(*target.kind.stored(target.layer).values())
-
-
-def _shared(model: nn.Module) -> dict[int, list[str]]:
-    """The names of every parameter, by its id: several where weights are tied."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for at, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            names[id(parameter)].append(join(at, name))
-    return names
 
 
 def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:

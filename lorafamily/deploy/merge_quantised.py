@@ -17,11 +17,11 @@ from lorafamily.layers.wrapper import ForwardWrapper
 
 
 def check_replacement(model: nn.Module, adapted: str | None, dtype: torch.dtype | None, again: bool) -> None:
-    """Whether quantised layers can be merged as asked; `adapted`: one that carries an adapter, None where none does.
+    """Check that quantised layers can be merged as asked; `adapted`: one that carries an adapter, None without one.
 
     Raises:
-        StateError: neither way was chosen, both were, or there is nothing to choose for; a layer has a forward of
-            somebody's on the instance, which its replacement would not have, or it is the model itself.
+        StateError: neither way was chosen, both were, or nothing is quantised; a layer has another forward on the
+            instance, which its replacement would not have, or it is the model itself.
     """
     ways = "merge(model, dequantise=torch.bfloat16) puts ordinary layers in their place, requantise=True rounds anew"
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
@@ -60,8 +60,8 @@ def plain_layer(kind: Quantised, layer: Any, weight: Float[Tensor, "d_out d_in"]
 
 
 def replace_layer(model: nn.Module, at: str, new: nn.Module, keep: str = "device") -> nn.Module:
-    """Put a layer in the place of another, with what lorafamily knows of that one; returns the other, its tensors kept
-    on their device, in CPU memory (`keep="cpu"`) or nowhere ("none")."""
+    """Replace a layer, handing its site on; returns the old layer, its tensors kept on their device, in CPU memory
+    (`keep="cpu"`) or nowhere ("none")."""
     old = model.get_submodule(at)
     for name, module in [*model.named_modules(remove_duplicate=False)]:
         if module is old:
@@ -85,7 +85,7 @@ _NOTED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4
 
 
 def forget_quantised(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Take from the models of transformers within what says that they are quantised: saved, they are ordinary ones."""
+    """Remove the marks of quantisation from models of transformers, so that they are saved as ordinary ones."""
     taken: dict[str, dict[str, Any]] = {}
     for at, module in model.named_modules():
         noted = {name: vars(module).pop(name) for name in _NOTED if name in vars(module)}
@@ -102,7 +102,7 @@ def forget_quantised(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _has_way_back(conversion: Any) -> bool:
-    """Whether transformers can save what it loaded so; packed weights that it read are gone."""
+    """Whether transformers can reverse a conversion when it saves; not that of packed weights."""
     try:
         conversion.reverse_transform()
     except NotImplementedError:
@@ -111,7 +111,7 @@ def _has_way_back(conversion: Any) -> bool:
 
 
 def remember_quantised(model: nn.Module, taken: dict[str, dict[str, Any]]) -> None:
-    """Give that back."""
+    """Restore the marks."""
     for at, noted in taken.items():
         module: Any = model.get_submodule(at)
         if "quantization_config" in noted:

@@ -93,7 +93,7 @@ def _front(model: nn.Module, layout: str, base: str | None) -> str:
 
 
 def _asked(placement: Placement) -> str:
-    """What the ranks were to keep to."""
+    """The budget or the rank that was asked for."""
     sizing = placement.sizing
     if sizing.budget is not None:
         when = "at any step" if sizing.budget_at == "peak" else "at the end"

@@ -39,7 +39,7 @@ from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
 from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.kinds import kind_of
-from lorafamily.layers.placement import noted, placement_of, refuse_unsaved, targets_of, warn_of_no_session
+from lorafamily.layers.placement import adapted, noted, placement_of, refuse_unsaved, targets_of, warn_of_no_session
 from lorafamily.layers.rows import Rows
 from lorafamily.layers.site import NAME
 from lorafamily.layers.standard import Convolution
@@ -76,9 +76,9 @@ def export_peft(
 ) -> Path:
     """Write the adapters of one name (default: the active ones) as a LoRA folder that others read; returns the folder.
 
-    Every method becomes plain LoRA on the pristine base: a frozen start goes along as extra ranks, modules without
-    rank are left out, and what trained along with the adapters goes into `modules_to_save`. Experts in 3-D parameters
-    become `target_parameters`, for which peft has one rank: lower ones are filled up with zeros.
+    Every method becomes plain LoRA on the pristine base: a frozen initial update becomes extra ranks, modules
+    without rank are left out, and what trained along with the adapters goes into `modules_to_save`. Experts in 3-D
+    parameters become `target_parameters`, for which peft has one rank: lower ones are filled up with zeros.
 
     Args:
         layout: "peft": true ranks and scales, by pattern. "serving": what needs nothing but r, lora_alpha and the
@@ -263,8 +263,7 @@ def _by_layer(
 
 def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor]]:
     """Whole modules with what trained along with the adapters: peft saves no single parameters."""
-    _, state = noted(model)
-    assert state is not None
+    _, state = adapted(model)
     trained = extra_trained_values(model, state, placement)
     trained = under_all_names(model, trained)
     owners = {at.rpartition(".")[0] for at in trained}

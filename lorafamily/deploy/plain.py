@@ -84,10 +84,10 @@ def plain_adapters(
 
 
 def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
-    """What a file says of dropout.
+    """The dropout that a file notes.
 
     Raises:
-        FileError: it cannot be; `where` is named.
+        FileError: it is invalid; the message names `where`.
     """
     try:
         return Dropout(p, kind)
@@ -96,7 +96,7 @@ def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
 
 
 def sizing_of(adapters: Mapping[str, Adapter], rank: int) -> Sizing:
-    """Of adapters that no budget was asked for."""
+    """The sizing of adapters without a budget."""
     return Sizing(None, "peak", rank, sum(adapter.trainable() for adapter in adapters.values()))
 
 

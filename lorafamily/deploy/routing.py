@@ -21,7 +21,7 @@ from lorafamily.layers.weights import onloaded
 
 
 class Route:
-    """What the samples of a batch get from one layer. Entry 0 of the factors is zero: the base model.
+    """What one layer adds for the samples of a batch. Entry 0 of the factors is zero: the base model.
 
     Factors of different rank are padded with zeros, the scale is multiplied into U.
     """
@@ -57,7 +57,7 @@ def routing(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     if isinstance(names, str) or not names:
         raise StateError(f"names={names!r}: must be a list with the name of an adapter, or None, for every sample")
     placements = {name: placement_of(owner, name) for name in dict.fromkeys(names) if name is not None}
-    if state is None:  # no name was given, and there is nothing to go around
+    if state is None:  # all names are None, and there are no adapters
         yield model
         return
     _check(owner, placements)
@@ -95,7 +95,7 @@ def _check(model: nn.Module, placements: dict[str, Placement]) -> None:
 
 @torch.no_grad()
 def _route(site: Site, names: list[str], entry: Int[Tensor, " samples"]) -> Route | None:
-    """What the samples get from one layer, None where none of these adapters is on it."""
+    """The route of one layer; None where none of these adapters is on it."""
     updates = [_update(site, name) for name in names]
     if not any(updates):
         return None

@@ -22,7 +22,7 @@ _EXPERTS = re.compile(r"(.*experts)\.\d+\..+")
 
 
 def served_rank(needed: int, ranks: Sequence[int]) -> int:
-    """The lowest of the server's ranks that is enough.
+    """The lowest of the server's ranks that is high enough.
 
     Raises:
         StateError: none is.

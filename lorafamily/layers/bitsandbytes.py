@@ -130,7 +130,7 @@ def _of_bitsandbytes(module: nn.Module, cls: str, of: str) -> bool:
 
 
 def _state(module: Any) -> Any:
-    """A copy of the state of a Linear4bit, None where it is not quantised yet. The layer has it too: wrappers that make
-    a parameter anew lose it from there."""
+    """A copy of the state of a Linear4bit, None where it is not quantised yet. The parameter loses it where a wrapper
+    makes the parameter anew; the layer keeps it."""
     state = getattr(module.weight, "quant_state", None) or module.quant_state
     return None if state is None else copy.copy(state)

@@ -21,6 +21,15 @@ def base_values(tensors: Mapping[str, Tensor], inactive: Mapping[str, Tensor]) -
     return {path: inactive.get(path, value.data).clone() for path, value in tensors.items()}
 
 
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter by its id: several where weights are tied. A shared module counts once."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for at, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            names[id(parameter)].append(join(at, name))
+    return names
+
+
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """For every name of a tied parameter all of its names, in the model's order; the first is the one that
     `named_parameters` gives."""

@@ -1,4 +1,4 @@
-"""Numbers that tell whether a tensor is bit for bit what it was."""
+"""Fingerprints of tensors, to check that no bit has changed."""
 
 from __future__ import annotations
 

@@ -17,24 +17,24 @@ from lorafamily.functional import low_rank_linear
 from lorafamily.layers.wrapper import ForwardWrapper
 
 Acting = Sequence[tuple["LayerKind", Adapter]]
-"""The adapters of one layer that take effect now: one for its weight, or one for each of some parts of it."""
+"""The active adapters of one layer, each with its kind: one for the whole weight, or one for each of some parts."""
 
 
 class LayerKind(ABC):
     """What the package must know of a class of layers. Make one instance and `register_layer_kind` it to add yours."""
 
     name: ClassVar[str]
-    """What files call the kind."""
+    """The kind's name in files."""
     linear: ClassVar[bool] = False
-    """Whether `targets="all-linear"` takes such layers; others must be named."""
+    """Whether `targets="all-linear"` includes such layers; others must be named."""
     additive: ClassVar[bool] = True
-    """Whether an adapter adds to the layer's own output, as all do but those of weights that the layer reads."""
+    """Whether an adapter adds to the layer's output; False where the layer reads an updated weight instead."""
     in_place: ClassVar[bool] = False
-    """Whether `changed` writes into the weight that it gets, as it must where that has many parts."""
+    """Whether `changed` writes into the weight that it gets, as it does where one parameter has many parts."""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether this kind speaks for the module."""
+        """Whether the module is of this kind."""
 
     @abstractmethod
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
@@ -73,15 +73,15 @@ class LayerKind(ABC):
 
     @property
     def by_sample(self) -> bool:
-        """Whether what is added to a sample's output follows from that sample as from any input of a linear layer."""
+        """Whether the layer computes U (V x) for every sample by itself, so that samples can be routed."""
         return self.linear and type(self).added is LayerKind.added
 
     def why_not(self, module: nn.Module) -> str | None:
-        """Why this module cannot carry an adapter although the kind speaks for its class; None where it can."""
+        """Why this module of the kind cannot carry an adapter; None where it can."""
         return None
 
     def parameter(self, module: nn.Module) -> nn.Parameter:
-        """What holds the weight and is replaced in merging."""
+        """The parameter that holds the weight, and is replaced in merging."""
         return module.get_parameter("weight")
 
     def weight(self, module: nn.Module) -> Tensor:
@@ -97,22 +97,22 @@ class LayerKind(ABC):
         return d_out, d_in
 
     def stored(self, module: nn.Module) -> dict[str, Tensor]:
-        """The tensors that the weight follows from: itself, where it is not quantised."""
+        """The tensors that store the weight: itself, where it is not quantised."""
         return {"weight": self.weight(module)}
 
     def stored_as(self, at: str) -> str:
-        """The name of that parameter in a state dict, for a layer of the full name `at`."""
+        """The name of the weight in a state dict, for a target of the full name `at`."""
         return f"{at}.weight"
 
     def described(self) -> dict[str, Any]:
-        """What a file says of the kind."""
+        """The entries of the kind in a file."""
         return {"kind": self.name}
 
 
 class Part(LayerKind):
-    """The kind of a part of a layer: some rows of a weight, or one expert. A target says itself which part it is.
+    """The kind of a part of a layer: some rows of a weight, or one expert.
 
-    `held_in`: the parameter that has the part's weight; `part`: what the layer's site calls it.
+    `held_in`: the parameter that holds the part's weight; `part`: its name in the layer's site.
     """
 
     held_in: str
@@ -134,7 +134,7 @@ class Part(LayerKind):
 
 
 def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Tensor, float]:
-    """U, V and s of the whole layer's ΔW: that of its adapter, or of those of its parts side by side."""
+    """U, V and s of the whole layer's ΔW: its adapter's, or those of its parts side by side."""
     if len(acting) == 1 and type(acting[0][0]).spread is LayerKind.spread:
         adapter = acting[0][1]
         return *adapter.factors(dropping=dropping), adapter.scale
@@ -155,13 +155,13 @@ def register_layer_kind(kind: LayerKind) -> None:
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The kind that speaks for a module, or None where no adapter can sit on it."""
+    """The kind of a module; None where it cannot carry an adapter."""
     kind = next((kind for kind in _KINDS if kind.matches(module)), None)
     return None if kind is None or kind.why_not(module) is not None else kind
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why a module that some kind speaks for cannot carry an adapter, None where it can or none does."""
+    """Why a module of some kind cannot carry an adapter; None where it can, or is of no kind."""
     return next((kind.why_not(module) for kind in _KINDS if kind.matches(module)), None)
 
 

@@ -57,15 +57,25 @@ def state_of(model: nn.Module) -> ModelState | None:
     return noted(model)[1]
 
 
+def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
+    """The same of a model with adapters.
+
+    Raises:
+        StateError: it has none.
+    """
+    owner, state = noted(model)
+    if state is None:
+        raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
+    return owner, state
+
+
 def placement_of(model: nn.Module, name: str | None = None) -> Placement:
     """The placement of that name, or the active one.
 
     Raises:
         StateError: the model has no adapters, none is active, or none of that name.
     """
-    state = state_of(model)
-    if state is None:
-        raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
+    _, state = adapted(model)
     name = state.active if name is None else name
     if name is None:
         raise StateError(f"no adapter is active; choose one with lorafamily.switch: {_known(state)}")
@@ -196,8 +206,7 @@ def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
 
 def activate(model: nn.Module, name: str | None) -> None:
     """Make one placement take effect, its extra trained parameters included; None: the base model."""
-    owner, state = noted(model)
-    assert state is not None
+    owner, state = adapted(model)
     _activate(owner, state, name)
 
 

@@ -23,12 +23,12 @@ from lorafamily.names import join
 
 
 class Quantised(LayerKind):
-    """A linear layer whose weight is stored in fewer bits. `weight` is that weight dequantised, in float32: a tensor of
-    the full size, for whoever needs the values of one layer; `stored` is what the layer holds of it."""
+    """A linear layer whose weight is stored in fewer bits. `weight` is the dequantised weight in float32, a new tensor
+    of full size; `stored` are the tensors that the layer holds."""
 
     linear = True
     of: str = "linear"
-    """The kind of layer that was quantised, as which files speak of it: they fit the unquantised base too."""
+    """The kind of the layer before it was quantised, noted in files so that they fit the unquantised base too."""
 
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         return weight
@@ -44,31 +44,31 @@ class Quantised(LayerKind):
 
     @abstractmethod
     def weight(self, module: Any) -> Float[Tensor, "d_out d_in"]:
-        """The dequantised weight, in float32; nothing else refers to it."""
+        """The dequantised weight, in float32, as a new tensor."""
 
     @abstractmethod
     def stored(self, module: Any) -> dict[str, Tensor]:
-        """Every tensor that the weight follows from; the first one is the parameter."""
+        """The tensors that store the weight; the first is the parameter."""
 
     @abstractmethod
     def rounding(self, module: Any) -> Float[Tensor, "d_out d_in"]:
-        """The mean square of what rounding to the levels around each entry takes from it."""
+        """Mean square error of rounding to the levels around each entry."""
 
     @abstractmethod
     def requantised(self, module: Any, weight: Float[Tensor, "d_out d_in"]) -> nn.Module:
-        """A layer like this one, its weight quantised from another with the same settings."""
+        """A layer like this one, with another weight quantised by the same settings."""
 
     def forget(self, module: Any) -> None:
-        """Let go of the weight; the layer keeps its settings and shape."""
+        """Free the weight; the layer keeps its settings and shape."""
         old = module.weight
         module._parameters["weight"] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype, device="meta"), False)
 
 
 def shell_of(module: nn.Module) -> Any:
-    """A layer like another, that shares its tensors and may be given others."""
+    """A copy of a layer that shares its tensors, to be given another weight."""
     new = object.__new__(type(module))
     vars(new).update({key: copy.copy(value) if key.startswith("_") else value for key, value in vars(module).items()})
-    for name in (NAME, "forward", "_hf_hook", "_old_forward"):  # what stands before the forward of that very layer
+    for name in (NAME, "forward", "_hf_hook", "_old_forward"):  # wrappers of the forward of the original
         vars(new).pop(name, None)
     new._modules.pop(NAME, None)
     if module._parameters.get("bias") is not None:
@@ -77,14 +77,14 @@ def shell_of(module: nn.Module) -> Any:
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quantised]]:
-    """Every quantised layer of a kind that is adapted, by name."""
+    """Every quantised layer that can carry an adapter, by name."""
     for at, module in model.named_modules():
         if isinstance(kind := kind_of(module), Quantised):
             yield at, module, kind
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of the base's parameters by name; of quantised weights those that they had before."""
+    """The shapes of the base's parameters by name; of quantised weights those before quantisation."""
     of_packed = {}
     for _, layer, kind in quantised_layers(model):
         shape = kind.shape(layer)
@@ -93,12 +93,12 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def counts_of(model: nn.Module) -> dict[str, int]:
-    """Parameters of the base by the name of the tensor; of quantised weights as many as they have entries."""
+    """Numbers of parameters of the base by name; of quantised weights those before quantisation."""
     return {name: math.prod(shape) for name, shape in shapes_of(model).items()}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The base's parameters by name; quantised weights as the tensors that they are stored in, scales and all."""
+    """The base's parameters by name; quantised weights as the tensors that store them, scales included."""
     parts = {
         id(layer._parameters["weight"]): {join(at, name): tensor for name, tensor in kind.stored(layer).items()}
         for at, layer, kind in quantised_layers(model)

@@ -135,6 +135,12 @@ def fitted_rows(kind: Rows, layer: nn.Module) -> Rows | None:
 
 
 def divided_layers(model: nn.Module, fused: Fused) -> Iterator[tuple[nn.Module, list[Rows]]]:
+    """Every layer that is divided into parts, with their kinds: nn.MultiheadAttention, those that have adapters on
+    parts, and those that `fused` declares.
+
+    Raises:
+        TargetError: a declaration that matches no linear layer, or does not fit one that it matches.
+    """
     for _, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             yield module, [*_attention_rows(module)]

@@ -23,13 +23,13 @@ from lorafamily.layers.wrapper import ForwardWrapper
 
 
 class Known(LayerKind):
-    """Layers of known classes, whose forward is the product with their weight. A subclass may do anything; one with a
-    forward of its own is tried."""
+    """Layers of known classes, whose forward is the product with their weight. A subclass may compute anything, so one
+    with another forward is compared with the known class on random inputs."""
 
     @property
     @abstractmethod
     def classes(self) -> tuple[type[nn.Module], ...]:
-        """The known ones."""
+        """The known classes."""
 
     @abstractmethod
     def example(self, module: Any) -> Tensor:
@@ -57,10 +57,10 @@ class Known(LayerKind):
         return f"the forward of {type(module).__name__} computes something else than the product with its weight"
 
     def _same(self, module: nn.Module, known: type[nn.Module]) -> bool:
-        """Whether a forward of somebody's own takes one input and gives what the known class's gives, on random
-        numbers: the layer's own parameters may be on the meta device, or zero."""
+        """Whether another forward takes one input and returns what the known class's returns, with random weights: the
+        layer's own may be on the meta device, or zero."""
         if module not in _TRIED:
-            _TRIED[module] = False  # whatever it wants or raises, it is not the same
+            _TRIED[module] = False  # whatever arguments it needs or error it raises, it is not the same
             takes = list(inspect.signature(type(module).forward).parameters.values())
             shapes = {name: parameter.shape for name, parameter in module.named_parameters("", False)}
             if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in shapes:
@@ -128,8 +128,8 @@ class _Conv1D(_Transposed):
 
 
 class _Embedding(_Transposed):
-    """A table of vectors, which is a linear layer on one-hot inputs: d_in numbers the entries, the padding entry is one
-    like the others, and dropout has no input of some size to act on."""
+    """A table of vectors, which is a linear layer on one-hot inputs: d_in counts the entries, the padding entry is like
+    the others, and there is no input for dropout to act on."""
 
     name = "embedding"
     classes = (nn.Embedding,)

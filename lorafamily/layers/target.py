@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorafamily.layers.experts import Expert, expert_kinds, expert_of_record, is_expert_of
 from lorafamily.layers.kinds import LayerKind, Part, kind_named, kind_of
 from lorafamily.layers.rows import Fused, ReadRows, Rows, divided_layers, fitted_rows, rows_of_record
-from lorafamily.layers.site import WHOLE, Site
+from lorafamily.layers.site import WHOLE, Site, site_on
 from lorafamily.names import join
 
 
@@ -30,6 +30,11 @@ class Target:
     @property
     def part(self) -> str:
         return self.kind.part if isinstance(self.kind, Part) else WHOLE
+
+    @property
+    def site(self) -> Site:
+        """The layer's site, while it carries an adapter."""
+        return cast(Site, site_on(self.layer))
 
     @property
     def parameter(self) -> nn.Parameter:
