@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from lorafamily.deploy.folder import listed
 from lorafamily.deploy.saved import FORMAT, Saved, read, write
 from lorafamily.errors import FileError, StateError
-from lorafamily.layers.extra_trained import extra_trained_values, movable_buffers, parameter_names, tied_names
-from lorafamily.layers.offloaded import refuse_absent, refuse_offloaded_adapters
+from lorafamily.layers.extra_trained import (
+    extra_trained_values,
+    movable_buffers,
+    parameter_names,
+    take_values,
+    tied_names,
+)
+from lorafamily.layers.offloaded import refuse_offloaded_adapters
 from lorafamily.layers.placement import (
     Model,
     adapted,
@@ -125,14 +131,9 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     for at, adapter in saved.adapters.items():
         with onloaded(targets[at].layer):
             adapter.to(targets[at].stored.device)
-    parameters, buffers = base_parameters(owner), movable_buffers(owner)
-    both = {**parameters, **buffers}
-    refuse_absent(both, saved.extra_trained, "which the file has values for")
-    extra_trained = {at: value.to(both[at].device, both[at].dtype) for at, value in saved.extra_trained.items()}
     placement = Placement(name, saved.record["method"], saved.method, saved.sizing, saved.adapters, {})
     placement.file_fingerprints = placement.fingerprints()
-    placement.inactive_values = {at: value for at, value in extra_trained.items() if at in parameters}
-    placement.inactive_buffers = {at: value for at, value in extra_trained.items() if at in buffers}
+    take_values(owner, placement, saved.extra_trained)
     place(owner, placement, targets)
     return model
 

@@ -15,10 +15,8 @@ from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
 from lorafamily.dropout import Dropout
 from lorafamily.errors import FileError, MethodError
-from lorafamily.layers.extra_trained import movable_buffers
-from lorafamily.layers.offloaded import refuse_absent
+from lorafamily.layers.extra_trained import take_values
 from lorafamily.layers.placement import Model, noted, place
-from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
 from lorafamily.layers.target import Target
 from lorafamily.method import Method
@@ -52,13 +50,8 @@ def place_plain(
             (U, V), device = factors[at], target.stored.device
             on_device[at] = U.to(device), V.to(device)
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
-    parameters, buffers = base_parameters(owner), movable_buffers(owner)
-    refuse_absent(parameters, extra_trained, "which the file has values for")
     placement = Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, {})
-    for at, value in extra_trained.items():
-        like = parameters[at] if at in parameters else buffers[at]
-        values = placement.inactive_values if at in parameters else placement.inactive_buffers
-        values[at] = value.to(like.device, like.dtype)
+    take_values(owner, placement, extra_trained)
     place(owner, placement, targets)
     return model
 

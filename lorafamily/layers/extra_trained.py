@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lorafamily.layers.offloaded import refuse_absent
+from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import ModelState, Placement
 from lorafamily.names import join
 
@@ -63,6 +65,20 @@ def extra_trained_values(model: nn.Module, state: ModelState, placement: Placeme
         if path.rpartition(".")[0] in heads or not torch.equal(moved.to(base), base):
             values[path] = moved
     return values
+
+
+def take_values(model: nn.Module, placement: Placement, values: Mapping[str, Tensor]) -> None:
+    """Give a placement, before it is put into the model, the values that a file holds besides the adapters.
+
+    Raises:
+        StateError: a parameter is offloaded or sharded.
+    """
+    parameters, buffers = base_parameters(model), movable_buffers(model)
+    both: dict[str, Tensor] = {**parameters, **buffers}
+    refuse_absent(both, values, "which the file has values for")
+    for at, value in values.items():
+        outside = placement.inactive_values if at in parameters else placement.inactive_buffers
+        outside[at] = value.to(both[at].device, both[at].dtype)
 
 
 def swap_values(inactive: dict[str, Tensor], get: Callable[[str], Tensor]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from lorafamily.layers.bitsandbytes import EightBit, FourBit
 from lorafamily.layers.kinds import LayerKind, register_layer_kind
@@ -39,12 +38,6 @@ class OtherFormat(LayerKind):
 
     def why_not(self, module: nn.Module) -> str | None:
         return f"it is quantised by {self._by(module)}; {_ADAPTED}: load the base so, or unquantised"
-
-    def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
-        raise NotImplementedError(self.name)
-
-    def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
-        raise NotImplementedError(self.name)
 
     def _by(self, module: nn.Module) -> str | None:
         """The name of what quantised it, None where nothing known did."""

@@ -36,13 +36,13 @@ class LayerKind(ABC):
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is of this kind."""
 
-    @abstractmethod
     def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
         """The module's weight as (d_out, d_in), a view."""
+        return weight
 
-    @abstractmethod
     def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
         """A (d_out, d_in) matrix in the shape of the module's weight; the inverse of `matrix`."""
+        return matrix
 
     def added(self, module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
         """What the adapter adds to the layer's output for input x: that of W + ΔW less that of W."""

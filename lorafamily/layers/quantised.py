@@ -30,12 +30,6 @@ class Quantised(LayerKind):
     of: str = "linear"
     """The kind of the layer before it was quantised, noted in files so that they fit the unquantised base too."""
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
-        return weight
-
-    def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
-        return matrix
-
     def shape(self, module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
 

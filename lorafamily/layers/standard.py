@@ -91,12 +91,6 @@ class _Linear(Known):
         # nn.MultiheadAttention reads its output projection's weight and never calls the module.
         return super().matches(module) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "d_out d_in"]:
-        return weight
-
-    def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
-        return matrix
-
     def example(self, module: Any) -> Tensor:
         return torch.randn(3, module.weight.shape[1])
 
