@@ -169,7 +169,7 @@ class Method:
         names = [
             self.parametrisation.sized_by,
             *self.parametrisation.own_sizes,
-            *(f.name for part in self._parts() for f in fields(part)),
+            *(f.name for choice in self._configurable() for f in fields(choice)),
         ]
         if twice := sorted(
             {name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "up_ratio")}
@@ -190,7 +190,7 @@ class Method:
             mine, theirs = getattr(self, axis), getattr(other, axis)
             if mine != theirs:
                 raise MethodError(
-                    f'"{names}" has no meaning: both parts decide the {axis} '
+                    f'"{names}" has no meaning: both methods decide the {axis} '
                     f"({_describe(mine)} and {_describe(theirs)}); combine methods that differ on other axes"
                 )
         changes = {axis: getattr(other, axis) for axis in other.claimed}
@@ -202,8 +202,8 @@ class Method:
         """Every option with its present value, flat; `with_options(**options())` gives the method back."""
         flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling, "up_ratio": self.up_ratio}
         flat |= self.parametrisation_options
-        for part in self._parts():
-            flat |= {f.name: getattr(part, f.name) for f in fields(part)}
+        for choice in self._configurable():
+            flat |= {f.name: getattr(choice, f.name) for f in fields(choice)}
         return flat
 
     def with_options(self, **options: Any) -> Method:
@@ -222,10 +222,10 @@ class Method:
         sizes = {name: value for name, value in options.items() if name in self.parametrisation.own_sizes}
         changes["parametrisation_options"] = {**self.parametrisation_options, **sizes}
         for axis in ("initialisation", "allocation", "penalty"):
-            part = getattr(self, axis)
-            if part is not None:
-                own = {f.name: options[f.name] for f in fields(part) if f.name in options}
-                changes[axis] = replace(part, **own)
+            choice = getattr(self, axis)
+            if choice is not None:
+                own = {f.name: options[f.name] for f in fields(choice) if f.name in options}
+                changes[axis] = replace(choice, **own)
         method = replace(self, **changes)
         ratio = method.up_ratio
         if not isinstance(ratio, int | float) or not math.isfinite(ratio) or ratio <= 0:
@@ -280,9 +280,9 @@ class Method:
             return float(self.alpha)
         raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r", "alpha/sqrt(r)" or "alpha"')
 
-    def _parts(self) -> list[Initialisation | Allocation | Penalty]:
+    def _configurable(self) -> list[Initialisation | Allocation | Penalty]:
         """The axes whose settings are options."""
-        return [part for part in (self.initialisation, self.allocation, self.penalty) if part is not None]
+        return [choice for choice in (self.initialisation, self.allocation, self.penalty) if choice is not None]
 
     def count(self, d_in: int, d_out: int, rank: int) -> int:
         """Trainable parameters of one adapter of this method at `rank`, capped by the layer's own size."""

@@ -81,7 +81,7 @@ def find_scorer(name: str) -> type[Scorer]:
 
 
 def find(spec: str) -> Method:
-    """The method of a name, or of names joined by "+": "lora2+olora" takes each axis from the part that claims it.
+    """The method of a name, or of names joined by "+": "lora2+olora" takes each axis from the method that claims it.
 
     Raises:
         MethodError: an unknown name (the message has the nearest), or a combination without meaning.

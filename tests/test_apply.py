@@ -137,7 +137,7 @@ def test_ranks_are_capped_by_the_layer():
         ({"also_train": "classifier"}, lorafamily.TargetError, "matches no parameter; nearest"),
         ({"also_train": "query"}, lorafamily.TargetError, "the weight of a layer that gets an adapter"),
         ({"method": "lora3"}, lorafamily.MethodError, r"did you mean .*lora2.*installed: adalora, alora"),
-        ({"method": "lora2+adalora"}, lorafamily.MethodError, "both parts decide the allocation"),
+        ({"method": "lora2+adalora"}, lorafamily.MethodError, "both methods decide the allocation"),
         ({"method": "lora+lora"}, lorafamily.MethodError, "names lora twice"),
         ({"method": 3}, lorafamily.MethodError, "method=3"),
         ({"gama": 0.1}, lorafamily.MethodError, "unknown option gama; this method takes alpha, init, scaling"),

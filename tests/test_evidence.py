@@ -441,7 +441,7 @@ MASKED = {**padded(), "labels": torch.full((6, 12), -100)}
             "rank_min everywhere costs",
         ),
         ({"method": "eva", "data": data(1), "targets": "embed"}, lorafamily.MethodError, "does not multiply its input"),
-        ({"method": "eva+gora", "data": data(1)}, lorafamily.MethodError, "both parts decide the initialisation"),
+        ({"method": "eva+gora", "data": data(1)}, lorafamily.MethodError, "both methods decide the initialisation"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_changed(given, error, message):

@@ -42,14 +42,16 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     """
     if not weights:
         raise StateError('nothing to combine: give names with their weights, such as {"a": 0.7, "b": 0.3}')
-    parts = {own: placement_of(model, own) for own in weights}
+    placements = {own: placement_of(model, own) for own in weights}
     check_can_place(model, name)
     owner, _ = noted(model)
-    extra_trained = _extra_trained(owner, parts)
-    layers = {at for part in parts.values() for at in part.adapters}
+    extra_trained = _extra_trained(owner, placements)
+    layers = {at for placement in placements.values() for at in placement.adapters}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for at in layers:
-        of_layer = [(weights[own], part.adapters[at]) for own, part in parts.items() if at in part.adapters]
+        of_layer = [
+            (weights[own], placement.adapters[at]) for own, placement in placements.items() if at in placement.adapters
+        ]
         with torch.no_grad():
             both = [(weight * adapter.scale, *adapter.factors()) for weight, adapter in of_layer]
         factors[at] = torch.cat([s * U for s, U, _ in both], 1), torch.cat([V for _, _, V in both], 0)
@@ -197,11 +199,11 @@ def _replace_adapters(model: nn.Module, placement: Placement, adapters: dict[str
     let_train(owner, placement, state.active == placement.name)
 
 
-def _extra_trained(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:
+def _extra_trained(model: nn.Module, placements: Mapping[str, Placement]) -> dict[str, Tensor]:
     extra_trained: dict[str, Tensor] = {}
     owner, state = adapted(model)
-    for part in parts.values():
-        for at, value in extra_trained_values(owner, state, part).items():
+    for placement in placements.values():
+        for at, value in extra_trained_values(owner, state, placement).items():
             if at in extra_trained:
                 raise StateError(
                     f"{at} was trained with several of these adapters; which of them counts is not defined"
