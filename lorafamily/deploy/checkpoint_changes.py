@@ -26,7 +26,12 @@ Change = Callable[[Tensor], Tensor]
 
 
 def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[dict[str, Change], list[Group]]:
-    """The change of each changed tensor, by its name in the model, and the groups that hold these tensors on disk."""
+    """The change of each changed tensor, by its name in the model, and the groups that hold these tensors on disk.
+
+    Raises:
+        FileError: the adapter was not made for this checkpoint.
+        StateError: an adapted weight is tied to another in the model, which would change too.
+    """
     adapters: dict[str, list[tuple[str, LayerKind]]] = defaultdict(list)
     wrong = []
     for at, entry in saved.modules.items():
