@@ -33,7 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import embedded
 import lorafamily
-from lorafamily.deploy.files import read
+from lorafamily.deploy.saved import read
 from lorafamily.insight import analysis
 from lorafamily.insight.figures import COLOURS, pixels, save
 from lorafamily.names import kind_labels

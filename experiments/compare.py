@@ -50,7 +50,7 @@ from cells.settings import (
 )
 from cells.sweep import Line, Where
 from lorafamily.allocation.run import Run
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find as find_method
 from lorafamily.training.folder_lock import FolderLock
 from pages import report

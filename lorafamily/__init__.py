@@ -14,6 +14,7 @@ if _os.path.basename("".join(_sys.argv[:1])).partition(".")[0] == "lorafamily":
     _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # isort: split
+from lorafamily.activation import disabled, remove, switch
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.scorer import Scorer
 from lorafamily.budget import Sizing
@@ -38,13 +39,13 @@ from lorafamily.errors import (
 from lorafamily.evidence import Evidence, LayerEvidence
 from lorafamily.functional import fast_path
 from lorafamily.history import History
-from lorafamily.injection import apply, disabled, gather, remove, switch
+from lorafamily.injection import apply, gather
 from lorafamily.insight import analysis
 from lorafamily.insight.costs import Plan
 from lorafamily.insight.plan import plan
 from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
-from lorafamily.layers import LayerKind, register_layer_kind
+from lorafamily.layers.kinds import LayerKind, register_layer_kind
 from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
 from lorafamily.rates import Suggestion, suggest_lr
 from lorafamily.registry import methods, scorers
@@ -54,64 +55,19 @@ from lorafamily.training.optimisation import Trained, parameter_groups
 from lorafamily.training.processes import shard
 from lorafamily.training.session import Session, session
 
-__all__ = [
-    "Adapter",
-    "AllocationError",
-    "BudgetError",
-    "DataError",
-    "Evidence",
-    "FileError",
-    "FromEvidence",
-    "History",
-    "Initialisation",
-    "Interrupted",
-    "LayerEvidence",
-    "LayerKind",
-    "LoraFamilyError",
-    "Method",
-    "MethodError",
-    "NonFiniteError",
-    "Parametrisation",
-    "Penalty",
-    "Plan",
-    "Room",
-    "Scorer",
-    "Session",
-    "Sizing",
-    "StateError",
-    "Suggestion",
-    "Summary",
-    "TargetError",
-    "Trained",
-    "TrainingError",
-    "analysis",
-    "apply",
-    "combine",
-    "compress",
-    "disabled",
-    "export_peft",
-    "fast_path",
-    "gather",
-    "import_loralib",
-    "import_peft",
-    "load",
-    "merge",
-    "merge_difference",
-    "methods",
-    "parameter_groups",
-    "plan",
-    "ranks_at",
-    "redraw",
-    "register_layer_kind",
-    "remove",
-    "routing",
-    "save",
-    "scorers",
-    "session",
-    "shard",
-    "suggest_lr",
-    "summary",
-    "switch",
-    "train",
-    "unmerge",
-]
+# Adapters in a model
+__all__ = ["Evidence", "LayerEvidence", "Sizing", "apply", "disabled", "fast_path", "gather", "remove", "switch"]
+# Training
+__all__ += ["History", "Interrupted", "Session", "Suggestion", "Trained"]
+__all__ += ["parameter_groups", "session", "shard", "suggest_lr", "train"]
+# What a model has, and what it will take
+__all__ += ["Plan", "Summary", "analysis", "plan", "ranks_at", "redraw", "summary"]
+# Files, merging, serving
+__all__ += ["combine", "compress", "export_peft", "import_loralib", "import_peft", "load"]
+__all__ += ["merge", "merge_difference", "routing", "save", "unmerge"]
+# Methods and kinds of layers
+__all__ += ["Adapter", "FromEvidence", "Initialisation", "LayerKind", "Method", "Parametrisation", "Penalty", "Room"]
+__all__ += ["Scorer", "methods", "register_layer_kind", "scorers"]
+# Errors
+__all__ += ["AllocationError", "BudgetError", "DataError", "FileError", "LoraFamilyError", "MethodError"]
+__all__ += ["NonFiniteError", "StateError", "TargetError", "TrainingError"]

@@ -1,7 +1,7 @@
 """The low-rank update of one weight, in any parametrisation:   ΔW = s · U V.
 
-Axes: d_in, d_out of the weight; r = number of rank slices; m = inner size of the factors (r, where nothing else is
-said). A *slice* is one term of the sum that a parametrisation is; allocation drops and adds slices.
+Axes: d_in, d_out of the weight; r = number of rank slices; m = inner size of the factors (r unless said otherwise). A
+*slice* is one term of the sum U V; allocation drops and adds slices.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Parametrisation(nn.Module, ABC):
 
     slices: ClassVar[Mapping[str, int]]
     """Name of each tensor that has rank slices -> the axis they lie on."""
-    switch: ClassVar[str]
+    zeroed: ClassVar[str]
     """The sliced tensor that is zero where a slice contributes nothing but can still learn."""
     sized_by: ClassVar[str] = "rank"
     """The size that a budget buys: `rank`, or what it is called where slices are something else."""
@@ -65,24 +65,24 @@ class Parametrisation(nn.Module, ABC):
 
     @abstractmethod
     def reset(self, generator: torch.Generator) -> None:
-        """The parametrisation's own start, at which U V = 0. `generator` lives on the CPU."""
+        """Initialise so that U V = 0, as the paper does. `generator` lives on the CPU."""
 
     @abstractmethod
     def represent(self, U: Float[Tensor, "d_out m"], V: Float[Tensor, "m d_in"]) -> None:
-        """Take values with which `factors()` multiplies out to U V; m is at most `capacity`."""
+        """Set values so that the product of `factors()` is U V; m is at most `capacity`."""
 
     @abstractmethod
     def fresh(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """n new slices, by tensor name, that leave U V as it is."""
+        """n new slices, by tensor name, that do not change U V."""
 
     def frames(self) -> list[Float[Tensor, "_ _"]]:
-        """Matrices whose rows should be orthonormal, for penalties; none unless the method speaks of frames."""
+        """Matrices whose rows should be orthonormal, for penalties; none by default."""
         return []
 
     @property
     def rank(self) -> int:
         """Number of slices present."""
-        return cast(Tensor, getattr(self, self.switch)).shape[self.slices[self.switch]]
+        return cast(Tensor, getattr(self, self.zeroed)).shape[self.slices[self.zeroed]]
 
     @property
     def largest_rank(self) -> int:
@@ -96,7 +96,7 @@ class Parametrisation(nn.Module, ABC):
 
     @property
     def slice_cost(self) -> int:
-        """Trainable parameters that one slice more or less makes."""
+        """Trainable parameters of one slice."""
         return sum(
             math.prod(size for axis, size in enumerate(parameter.shape) if axis != along)
             for parameter, along in self.sliced()
@@ -108,7 +108,7 @@ class Parametrisation(nn.Module, ABC):
             yield self.get_parameter(name), axis
 
     def role(self, name: str) -> Literal["down", "up", "gate"]:
-        """What a tensor is part of: V, which takes the input down to the rank, U, or a number for each slice."""
+        """Which factor a tensor belongs to: "down" (V), "up" (U), or "gate": one value for each slice."""
         shape = self.get_parameter(name).shape
         if len(shape) == 1:
             return "gate"
@@ -118,14 +118,14 @@ class Parametrisation(nn.Module, ABC):
 
     @torch.no_grad()
     def mask(self, off: Int[Tensor, " n"]) -> None:
-        """Set the given slices to contribute nothing; they keep training and may come back."""
-        self.get_parameter(self.switch).index_fill_(self.slices[self.switch], off, 0)
+        """Make the given slices contribute nothing; they keep training and may come back."""
+        self.get_parameter(self.zeroed).index_fill_(self.slices[self.zeroed], off, 0)
 
     def resize(self, keep: Int[Tensor, " n"], new: Mapping[str, Tensor]) -> list[Resize]:
         """Keep the given slices, in that order, and append `new` ones; the tensors really change size.
 
-        Resized tensors are new parameters: a graph that somebody still holds remembers the shapes of the old ones.
-        Returns what an optimiser needs to follow.
+        Resized tensors are new parameters, because a graph that still exists refers to the shapes of the old ones.
+        Returns what an optimizer needs to follow.
         """
         done = []
         for name, axis in self.slices.items():
@@ -149,12 +149,12 @@ class Resize:
 
 
 class Adapter(nn.Module):
-    """The update of one weight: a parametrisation that trains, a scale, and, where the start is not zero, the frozen
-    start that is subtracted so that the adapted layer begins as the base layer.
+    """The update of one weight: a parametrisation that trains, a scale, and, where U V is not zero at first, the frozen
+    initial update that is subtracted so that the adapted layer begins as the base layer.
 
-    `update` is U V in some parametrisation; `start` is its frozen copy or None; `scale` is s; `dropout` acts on the
-    input of the update in training; `start_rank` is the number of slices it began with, for whoever compares;
-    `settled` says that an allocation came to the present rank and was done.
+    `update` is U V in some parametrisation; `initial` is the frozen copy of its initial values, or None; `scale` is s;
+    `dropout` acts on the input of the update in training; `initial_rank` is the number of slices at first; `settled`
+    says that a finished allocation chose the present rank.
     """
 
     def __init__(
@@ -163,36 +163,36 @@ class Adapter(nn.Module):
         *,
         scale: float,
         dropout: Dropout = Dropout(),
-        start_rank: int | None = None,
+        initial_rank: int | None = None,
         settled: bool = False,
     ):
         super().__init__()
         self.update = update
-        self.start_rank = update.rank if start_rank is None else start_rank
+        self.initial_rank = update.rank if initial_rank is None else initial_rank
         self.settled = settled
-        self.start: Parametrisation | None = None
+        self.initial: Parametrisation | None = None
         self.scale = scale
         self.dropout = dropout
         self.off = False
-        """Whether the adapted layer computes as if it had no adapter, for now."""
+        """Whether the adapted layer computes as if it had no adapter."""
         self._gate: Tensor | None = None
 
-    def freeze_start(self) -> None:
-        """From now on ΔW counts from the present values: ΔW = s (U V − U0 V0), zero to the last bit now."""
-        self.start = copy.deepcopy(self.update).requires_grad_(False)
+    def freeze_initial(self) -> None:
+        """Count ΔW from the present values U0, V0 on: ΔW = s (U V − U0 V0), now zero to the last bit."""
+        self.initial = copy.deepcopy(self.update).requires_grad_(False)
 
     def factors(self, *, dropping: bool = False) -> Factors:
-        """(U, V) with ΔW = s · U V: the one answer to what the update is, gate and frozen start included.
+        """(U, V) with ΔW = s · U V, gate and frozen initial update included: the only definition of the update.
 
-        With a frozen start U V − U0 V0 is written (U − U0) V + U0 (V − V0): the same matrix, but exactly zero at the
-        start, and a difference of small numbers, not of two large products. All is in the factors' own precision, under
-        autocast too; whoever multiplies casts once. `dropping`: in training without the features dropped this time.
+        With a frozen initial update U V − U0 V0 is written (U − U0) V + U0 (V − V0): the same matrix, but exactly zero
+        at first, and a difference of small values, not of two large products. Everything is in the factors' own
+        precision, under autocast too; the caller casts once. `dropping`: in training without the dropped features.
         """
         full = torch.autocast(self.device.type, enabled=False) if autocasts(self.device) else nullcontext()
         with full:
             U, V = self.update(self._gate)
-            if self.start is not None:
-                U0, V0 = self.start(self._gate)
+            if self.initial is not None:
+                U0, V0 = self.initial(self._gate)
                 U, V = torch.cat([U - U0, U0], 1), torch.cat([V, V - V0], 0)
             if dropping and self.drops("features"):
                 V = V * feature_mask(V, self.drops("features"))
@@ -238,7 +238,7 @@ class Adapter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are; those of one adapter are on one device."""
+        """The one device of its tensors."""
         return next(self.update.parameters()).device
 
     def trainable(self) -> int:
@@ -247,7 +247,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def gated(self, gate: Float[Tensor, " r"]) -> Iterator[None]:
-        """Multiply the slices by `gate` inside the block, to ask what each is worth; an adapter that was off is on."""
+        """Multiply the slices by `gate` inside the block, to measure what each is worth. Turns an adapter on."""
         before = self._gate, self.off
         self._gate, self.off = gate, False
         try:
@@ -256,28 +256,28 @@ class Adapter(nn.Module):
             self._gate, self.off = before
 
     def mask(self, off: Int[Tensor, " n"]) -> None:
-        """Switch slices off, in the frozen start as well: a slice's contribution is its difference to its start."""
+        """Make slices contribute nothing, in the frozen initial update as well: a slice contributes its change."""
         self.update.mask(off)
-        if self.start is not None:
-            self.start.mask(off)
+        if self.initial is not None:
+            self.initial.mask(off)
 
     def resize(
         self, keep: Int[Tensor, " n"], add: int = 0, *, generator: torch.Generator | None = None
     ) -> list[Resize]:
-        """Keep the given slices and append `add` fresh ones, which leave the function as it is."""
+        """Keep the given slices and append `add` fresh ones, which do not change the update."""
         new: dict[str, Tensor] = {}
         if add:
             if generator is None:
                 raise TypeError("adding slices draws random numbers: pass a generator")
             with torch.device("cpu"):  # where the generator is, whatever the default device
                 new = self.update.fresh(add, generator)
-        if self.start is not None:
-            self.start.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
+        if self.initial is not None:
+            self.initial.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
         return self.update.resize(keep, new)
 
     def differs_in_rank(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these are, by the names of `state_dict()`, the tensors of this adapter at another rank."""
-        along = {p: axis for update in (self.update, self.start) if update is not None for p, axis in update.sliced()}
+        """Whether these tensors, by the names of `state_dict()`, are this adapter's at another rank."""
+        along = {p: axis for update in (self.update, self.initial) if update is not None for p, axis in update.sliced()}
         present, given = set(), set()
         for name, parameter in self.named_parameters():
             shape, axis = list(tensors[name].shape), along.get(parameter)
@@ -290,8 +290,8 @@ class Adapter(nn.Module):
         return len(given) == 1 and given != present
 
     def take(self, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Have these tensors from now on, by the names of `state_dict()`, whatever their rank; returns which parameter
-        each one replaced."""
+        """Replace the parameters by these tensors of any rank, by the names of `state_dict()`; returns pairs of the
+        old and the new."""
         replaced = []
         for name, old in list(self.named_parameters()):
             inside, _, own = name.rpartition(".")
@@ -304,12 +304,12 @@ class Adapter(nn.Module):
         """What, besides the tensors, rebuilds the adapter; plain data for a file."""
         return {
             "sizes": self.update.sizes(),
-            "start_rank": self.start_rank,
+            "initial_rank": self.initial_rank,
             "settled": self.settled,
             "scale": self.scale,
             "dropout": self.dropout.p,
             "dropout_kind": self.dropout.kind,
-            "frozen_start": self.start is not None,
+            "frozen_initial": self.initial is not None,
         }
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
-"""Parameters ↔ ranks: the largest start, the same for every module, that fits a budget, or ranks given by layer.
+"""Parameters ↔ ranks: the largest initial rank, the same for every module, that fits a budget; or ranks given by layer.
 
-A budget is in trainable parameters or in rank slices, never in both: a slice of a wide layer costs more numbers.
+A budget is in trainable parameters or in rank slices, never in both: a slice of a wide layer has more parameters.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class Sizing:
     """What was asked for and what it comes to.
 
     `budget`: trainable adapter parameters, not bytes; `rank_budget`: rank slices of all modules together; each None
-    where something else was asked for. `rank`: of every module at the start, the largest where they differ; `start`:
-    trainable parameters at the start; `ranks`: by module where they were not all to be the same.
+    where something else was asked for. `rank`: initial rank of every module, the largest where they differ; `ranks`: by
+    module where they are not all the same; `initial_parameters`: trainable parameters at these ranks.
     """
 
     budget: int | None
     budget_at: Literal["peak", "end"]
     rank: int
-    start: int
+    initial_parameters: int
     rank_budget: int | None = None
     ranks: Mapping[str, int] | None = None
 
     def rank_of(self, module: str) -> int:
-        """The rank that a module starts with, before its own size caps it."""
+        """The initial rank of a module, before its own size caps it."""
         return self.rank if self.ranks is None else self.ranks[module]
 
 
@@ -52,15 +52,15 @@ def solve(
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
 ) -> tuple[Method, Sizing]:
-    """The start that a budget buys, or the cost of the rank asked for; with the method, whose own sizes a rank budget
-    sets where they are what counts slices.
+    """The initial rank that a budget pays for, or the parameters that a given rank costs. Returns the method too: a
+    rank budget sets its own size where that counts slices.
 
-    `budget_at="end"` lets a method that prunes start larger: what counts is what will be left at the end, the share of
-    the slices that its allocation leaves and all that belongs to no slice (LoRA²'s outer factors).
+    With `budget_at="end"` a method that prunes starts larger. The budget then counts what is left at the end: the share
+    of the slices that the allocation leaves, and the parameters that belong to no slice (LoRA²'s outer factors).
 
     Raises:
-        BudgetError: more than one given, not a positive number, or too small for one rank a module; `budget_at` without
-            a budget.
+        BudgetError: more than one is given, it is no positive number, or too small for rank 1 everywhere; `budget_at`
+            without a budget.
     """
     given = {"budget": budget, "rank": rank, "rank_budget": rank_budget}
     given = {name: value for name, value in given.items() if value is not None}
@@ -72,7 +72,7 @@ def solve(
     if budget_at not in ("peak", "end"):
         raise BudgetError(f'budget_at={budget_at!r}: must be "peak" (never exceeded) or "end" (held after pruning)')
     if budget_at == "end" and budget is None and rank_budget is None:
-        raise BudgetError('budget_at="end" has no effect without budget or rank_budget: a rank is that of the start')
+        raise BudgetError('budget_at="end" has no effect without budget or rank_budget: a rank is the initial one')
     share = method.allocation.end_share() if budget_at == "end" else 1.0
     largest = max(min(shape) for shape in shapes.values())
 
@@ -98,7 +98,7 @@ def solve(
     check_budget(budget)
 
     def counted(at_rank: int) -> float:
-        """What the budget counts: the start, or with a share of the slices gone the end."""
+        """What the budget counts: the initial parameters, or those left at the end."""
         return cost(at_rank) if share == 1 else _left(method, shapes, at_rank, share)
 
     smallest = counted(1)
@@ -117,7 +117,7 @@ def solve(
 
 
 def check_budget(budget: float | None) -> None:
-    """Refuse what is no budget of trainable parameters.
+    """Refuse an impossible budget of trainable parameters.
 
     Raises:
         BudgetError: it is no positive, finite number.
@@ -129,21 +129,21 @@ def check_budget(budget: float | None) -> None:
 
 
 def check_rank_budget(rank_budget: int) -> None:
-    """Refuse what is no budget of rank slices.
+    """Refuse an impossible budget of rank slices.
 
     Raises:
-        BudgetError: it is no whole number from 1 on.
+        BudgetError: it is no whole number of at least 1.
     """
     if isinstance(rank_budget, bool) or not isinstance(rank_budget, numbers.Integral) or rank_budget < 1:
         raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of rank slices, at least 1")
 
 
 def highest(worth: Mapping[str, Tensor], cost: Callable[[str, int], int], budget: float) -> dict[str, int]:
-    """How many slices every module gets if those of all modules are taken in falling order of worth, while they fit
-    into a budget; of equal ones those of earlier modules.
+    """How many slices every module gets if the slices of all modules are taken in falling order of worth, while they
+    fit into a budget; among equals those of earlier modules.
 
-    `worth`: by module (n,), falling; `cost(module, n)`: of its first n slices. What does not fit is passed over and
-    later ones are tried, so that less than the cheapest slice left out remains.
+    `worth`: by module (n,), falling; `cost(module, n)`: of its first n slices. A slice that does not fit is skipped and
+    later ones are tried, so that what remains of the budget buys none of those left out.
 
     Raises:
         BudgetError: the budget is less than the cheapest slice.
@@ -163,8 +163,8 @@ def highest(worth: Mapping[str, Tensor], cost: Callable[[str, int], int], budget
 
 
 def _left(of_all: Method, shapes: Shapes, rank: int, share: float) -> float:
-    """Trainable parameters when a share of all slices is left of a start at `rank`, each of average cost; never less
-    than with one slice, unless none is to be left."""
+    """Trainable parameters when a share of the initial slices is left, each of average cost; at least one slice, unless
+    none is to be left."""
     whole = slices = sliced = 0
     by = of_all.parametrisation.sliced_by
     for name, (d_in, d_out) in shapes.items():
@@ -178,11 +178,10 @@ def _left(of_all: Method, shapes: Shapes, rank: int, share: float) -> float:
 
 
 def ranks_by_module(given: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
-    """The rank of every module, from ranks by name or pattern (see `by_layer`), capped by its size; 0 where nothing
-    was said.
+    """The rank of every module, from ranks by name or pattern (see `by_layer`), capped by its size; 0 without one.
 
     Raises:
-        BudgetError: a rank that is no whole number from 0 on, or none above 0.
+        BudgetError: a rank is no whole number of at least 0, or none is above 0.
         TargetError: a key without effect.
     """
     for key, rank in given.items():
@@ -195,7 +194,7 @@ def ranks_by_module(given: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
 
 
 def _slices_each(rank_budget: int, modules: int, share: float, largest: int) -> int:
-    """Slices of every module at the start, within a budget of slices for all."""
+    """Initial slices of every module, within a budget of slices for all."""
     check_rank_budget(rank_budget)
     allowed = rank_budget / share if share else math.inf
     if allowed < modules:

@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from lorafamily.deploy.checkpoint import FOLDER, entries_of, is_weights, merge_checkpoint, refuse_used
+from lorafamily.deploy.checkpoint import merge_checkpoint
+from lorafamily.deploy.checkpoint_entries import FOLDER, entries_of, is_weights, refuse_used
 from lorafamily.deploy.combine import Cut, compressed
-from lorafamily.deploy.files import Saved, load, read, write
+from lorafamily.deploy.files import load
 from lorafamily.deploy.merge import merge as merge_in_memory
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN
+from lorafamily.deploy.saved import Saved, read, write
 from lorafamily.errors import FileError, LoraFamilyError, StateError
 from lorafamily.insight.figures import rank_grid, rank_heatmap, save
 from lorafamily.names import OUTSIDE, by_stack
@@ -79,14 +81,14 @@ def inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "parameters": sum(adapter.trainable() for adapter in saved.adapters.values()),
         "rank": sum(ranks.values()),
         "bytes": sum(file.stat().st_size for file in saved.folder.iterdir() if file.is_file()),
-        "trained beside": {at: list(value.shape) for at, value in saved.beside.items()},
+        "also trained": {at: list(value.shape) for at, value in saved.extra_trained.items()},
         "modules": {
             at: {**{key: entry[key] for key in ("shape", "rank", "scale")}, "norm": saved.adapters[at].norm()}
             for at, entry in saved.modules.items()
         },
     }
     if given.png is not None:
-        start = {at: entry["start_rank"] for at, entry in saved.modules.items()}
+        start = {at: entry["initial_rank"] for at, entry in saved.modules.items()}
         figure = rank_heatmap(start, ranks, f"{saved.record['method']} on {result['base']}: rank by layer and matrix")
         save(figure, given.png)
     return result, _table(saved, result) + "\n\n" + _heatmap(ranks)
@@ -237,15 +239,15 @@ def _table(saved: Saved, result: dict[str, Any]) -> str:
     lines = [f"{saved.record['method']} for {result['base']}, {saved.folder}", head, "─" * len(head)]
     for at, entry in saved.modules.items():
         d_out, d_in = entry["shape"]
-        before, now = entry["start_rank"], entry["rank"]
+        before, now = entry["initial_rank"], entry["rank"]
         rank = f"{now}" if now == before else f"{before} → {now}"
         norm = result["modules"][at]["norm"]
         lines.append(f"{at:<{width}}  {f'{d_out} × {d_in}':>13}  {rank:>9}  {entry['scale']:>6.3g}  {norm:>9.3g}")
     lines.append("─" * len(head))
     size = f"{result['bytes'] / 1024:,.0f} KiB on disk"
     lines.append(f"{result['parameters']:,} adapter parameters, total rank {result['rank']}, {size}")
-    if saved.beside:
-        lines.append(f"trained beside the adapters: {', '.join(saved.beside)}")
+    if saved.extra_trained:
+        lines.append(f"trained along with the adapters: {', '.join(saved.extra_trained)}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Dropout on the input of an update, which neither keeps a masked copy of that input nor draws a mask of its size."""
+"""Dropout on the input of an update, without a masked copy of that input or a random mask of its size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DropoutKind = Literal["entries", "features"]
 
 @dataclass(frozen=True)
 class Dropout:
-    """What an adapter drops of its input in training: with probability p, which is 0 for none."""
+    """What an adapter drops of its input in training, with probability p."""
 
     p: float = 0.0
     kind: DropoutKind = "entries"
@@ -41,17 +41,17 @@ class Mask:
 
     Entries of different features are independent, and so are any three of one feature. The mean and the covariance of
     whatever is linear in the masked input are therefore those of wholly independent entries. Both tables together
-    have (T + n / T) d numbers, and the mask is made from them anew wherever it is needed.
+    have (T + n / T) d entries, and the mask is computed from them whenever it is needed.
     """
 
     within: Int[Tensor, "T d"]
     across: Int[Tensor, "S d"]
     threshold: float
-    """The numbers of the tables are integers whose bits, after ^, are those of a positive, finite number to compare."""
+    """The tables hold integers whose bits, after ^, are those of a positive, finite float to compare."""
     scale: float
     """What the kept entries are multiplied by so that the mean stays."""
     dtype: torch.dtype
-    """Of the input, and of the numbers to compare."""
+    """Of the input, and of the floats to compare."""
 
     @classmethod
     def draw(cls, x: Float[Tensor, "n d"], p: float) -> Mask:
@@ -63,7 +63,7 @@ class Mask:
         return cls(within, across, threshold, scale, x.dtype)
 
     def pieces(self, n: int) -> Iterator[tuple[slice, Float[Tensor, "_ d"]]]:
-        """Rows of the input, piece by piece, with the numbers that decide over their entries."""
+        """Slices of rows of the input, each with the floats that decide which entries are kept."""
         at_once = PIECE if self.within.device.type == "cpu" else max(1, 2**25 // max(1, self.within.nbytes))
         begun = 0
         for some in self.across.split(at_once):

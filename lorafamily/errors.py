@@ -1,4 +1,4 @@
-"""What lorafamily refuses, by kind. Every message says what was asked, where, and what would be right."""
+"""The errors that lorafamily raises. Every message says what was asked, where, and what would be right."""
 
 
 class LoraFamilyError(ValueError):

@@ -2,9 +2,9 @@
 
 Axes: d_in, d_out of the weight; m = inner size of the factors; n = rows of x, tokens of all sequences.
 
-The plain formulation, `low_rank_linear` beside the layer's own product, is right everywhere. `adapted_linear` is the
-same for a frozen W and b, up to rounding, in one function: nothing of size n × d is made beside what the frozen layer
-makes, since the update is added into the output and into the input's gradient in place, or *folded* into W before.
+The plain formulation, `low_rank_linear` added to the layer's own product, is right everywhere. `adapted_linear` is the
+same for a frozen W and b, up to rounding, in one function that allocates no further tensor of size n × d: the update is
+added into the output and into the input's gradient in place, or *folded* into W before.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lorafamily.dropout import Mask
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
-"""Classes of tensors that are nothing but numbers, or, in the fake ones that plans are made with, not even these."""
+"""Classes of tensors without behaviour of their own; the fake ones are those that plans are made with."""
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for a device; of the meta device torch refuses to say."""
+    """Whether autocast is on for a device; torch raises when asked about the meta device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -63,25 +63,25 @@ def low_rank_linear(
     return F.linear(F.linear(x, V), U)
 
 
-_switch = {"on": True}
+_fast = {"on": True}
 
 
 @contextmanager
 def fast_path(on: bool) -> Iterator[None]:
     """Inside the block, if off, adapted layers compute by the plain formulation, for comparison. Under `torch.func`,
     forward-mode differentiation, compilation, export and tracing they do so by themselves."""
-    before, _switch["on"] = _switch["on"], on
+    before, _fast["on"] = _fast["on"], on
     try:
         yield
     finally:
-        _switch["on"] = before
+        _fast["on"] = before
 
 
 def can_be_fast(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether `adapted_linear` gives what a layer that is x Wᵀ + b and its update give together: all of the layer must
     be frozen, of plain tensors, and nothing may look into the operations, as `torch.compile` does."""
     return (
-        _switch["on"]
+        _fast["on"]
         and not W.requires_grad
         and (b is None or not b.requires_grad)
         and type(x) in PLAIN_TENSORS

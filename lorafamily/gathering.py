@@ -26,8 +26,8 @@ from tqdm import tqdm
 from lorafamily.batch import IGNORED, LossFn, call, fingerprint, loss_of, refuse_one_batch, to_device, weigher
 from lorafamily.errors import DataError, MethodError
 from lorafamily.evidence import Evidence, LayerEvidence, Wanted
-from lorafamily.layers import whole_weights
-from lorafamily.parts import Target
+from lorafamily.layers.target import Target
+from lorafamily.layers.weights import whole_weights
 from lorafamily.principal import Principal
 from lorafamily.training.execution import evaluating
 from lorafamily.training.processes import Processes
@@ -72,7 +72,7 @@ def gathered(
     """
     refuse_one_batch(data)
     wants = set(wants)
-    device = next(iter(targets.values())).held.device
+    device = next(iter(targets.values())).stored.device
     inputs = Inputs(targets, directions, stop) if "inputs" in wants else None
     gradients = Gradients(targets, memory) if "gradients" in wants else None
     weigh = weigher("auto", model, loss_fn)
@@ -233,7 +233,7 @@ class Sums:
     with them."""
 
     def __init__(self, targets: Mapping[str, Target], memory: float | None):
-        dtypes = {at: torch.promote_types(target.held.dtype, torch.float32) for at, target in targets.items()}
+        dtypes = {at: torch.promote_types(target.stored.dtype, torch.float32) for at, target in targets.items()}
         sizes = {at: math.prod(targets[at].shape) * dtype.itemsize for at, dtype in dtypes.items()}
         room = math.inf if memory is None else memory * 2**20
         self.sums, on_disk = dict[str, Tensor](), dict[str, int]()

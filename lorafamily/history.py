@@ -1,4 +1,4 @@
-"""What a run was: numbers by step, evaluations, decisions of the allocation."""
+"""The record of a run: values by step, evaluations, decisions of the allocation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Decision:
 @dataclass(frozen=True)
 class Step:
     """One optimiser step. `loss`: mean task loss of its batches, without penalty (nats for cross-entropy);
-    `gradient`: norm before clipping; `rank`: slices in use; `trainable`: all numbers that train, a head included;
+    `gradient`: norm before clipping; `rank`: slices in use; `trainable`: all parameters that train, a head included;
     `orthogonality`: mean ‖F Fᵀ − I‖_F of the adapters' frames, None where there are none or it was not measured."""
 
     step: int

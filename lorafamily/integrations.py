@@ -25,12 +25,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
-from lorafamily.deploy import files
+from lorafamily.deploy import files, saved
 from lorafamily.errors import StateError
 from lorafamily.history import Decision
-from lorafamily.placement import noted, placement_of, refuse_merged, state_of
-from lorafamily.reading import leave_out
-from lorafamily.site import base_parameters
+from lorafamily.layers.placement import noted, placement_of, refuse_merged, state_of
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.uncalled import leave_out
 from lorafamily.training.session import Session, fit_ranks
 from lorafamily.training.surroundings import Surroundings
 
@@ -153,7 +153,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Leave the model and the optimiser as they are without a Trainer."""
         if self._absent and args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            best = files.read(Path(state.best_model_checkpoint) / FOLDER)
+            best = saved.read(Path(state.best_model_checkpoint) / FOLDER)
             for at, adapter in self.placement.adapters.items():
                 adapter.take(best.adapters[at].state_dict())
         self._check_best(state)

@@ -20,7 +20,7 @@ from lorafamily.errors import MethodError
 from lorafamily.evidence import LayerEvidence, Wanted
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)", "alpha"]
-"""Of the layer's own start rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023,
+"""Of the layer's own initial rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023,
 arXiv:2312.03732); "alpha" is one scale for all layers, whatever their ranks."""
 
 
@@ -28,12 +28,12 @@ arXiv:2312.03732); "alpha" is one scale for all layers, whatever their ranks."""
 class Initialisation(ABC):
     """The first values of a parametrisation. Fields are options of the methods that use it."""
 
-    frozen_start: ClassVar[bool] = False
-    """Whether U V is not zero at the start, so that the adapter must subtract a frozen copy of it."""
+    frozen_initial: ClassVar[bool] = False
+    """Whether U V is not zero at first, so that the adapter must subtract a frozen copy of it."""
 
     def freezes(self) -> bool:
-        """`frozen_start`, where that is a setting."""
-        return self.frozen_start
+        """`frozen_initial`, or what a setting makes of it."""
+        return self.frozen_initial
 
     @abstractmethod
     def __call__(
@@ -44,12 +44,11 @@ class Initialisation(ABC):
 
 @dataclass(frozen=True)
 class Room:
-    """What start ranks that follow from evidence may come to.
+    """The bounds for initial ranks that follow from evidence.
 
-    `shapes`: (d_in, d_out) by layer; `rank`: what every layer has if all have the same; `limit`: of all layers
-    together, in trainable parameters where the budget is in those, else in slices; `cost(layer, rank)`: what counts
-    against it. `exact`: whether somebody set the limit; else it is what the same rank everywhere comes to.
-    `weight(layer)`: W.
+    `shapes`: (d_in, d_out) by layer; `rank`: of every layer if all have the same; `limit`: of all layers together, in
+    trainable parameters where the budget is in those, else in slices; `cost(layer, rank)`: what counts against it;
+    `exact`: whether somebody set the limit, which else is the cost of equal ranks; `weight(layer)`: W.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -66,11 +65,10 @@ class Room:
 
 @dataclass(frozen=True)
 class FromEvidence(Initialisation):
-    """A start, and start ranks, from data that is looked at first; see `evidence.py`.
+    """An initialisation, and initial ranks, from data that is looked at first; see `evidence.py`.
 
-    `evidence_batches`: how many of `apply`'s data to look at, at most. `evidence_memory`: MiB of gradients' sums, which
-    are as large as the weights in float32, to hold in memory while data is looked at; what is more lies in a temporary
-    file. None: all in memory.
+    `evidence_batches`: how many of `apply`'s batches to look at, at most. `evidence_memory`: MiB of memory for sums of
+    gradients, which are as large as the weights in float32; the rest goes to a temporary file. None: all in memory.
     """
 
     wants: ClassVar[tuple[Wanted, ...]]
@@ -89,21 +87,21 @@ class FromEvidence(Initialisation):
             raise MethodError(f"evidence_batches={n!r}: must be a whole number of at least 1")
 
     def directions(self, rank: int) -> int:
-        """How many directions of the inputs it needs, where equal ranks would be `rank`."""
+        """How many directions of the inputs are needed, where equal ranks would be `rank`."""
         return rank
 
     def stop_at(self) -> float | None:
-        """The cosine between a direction before a batch and after it from which on the direction counts as found. A
-        layer whose directions have all been found, as many as `ranks` gives it, takes part in no further batch, and
-        where no layer does, no more data is looked at. None: all batches count."""
+        """The cosine between a direction before and after a batch above which the direction counts as found. A layer
+        whose directions are found, as many as `ranks` gives it, ignores further batches; when all are, no more data is
+        looked at. None: all batches count."""
         return None
 
     def ranks(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, int]:
-        """The rank that every layer starts with; the same for all unless overridden."""
+        """The initial rank of every layer; the same for all unless overridden."""
         return dict.fromkeys(evidence, room.rank)
 
     @abstractmethod
-    def start(
+    def fill(
         self,
         update: Parametrisation,
         weight: Float[Tensor, "d_out d_in"],
@@ -111,15 +109,15 @@ class FromEvidence(Initialisation):
         evidence: LayerEvidence,
         scale: float,
     ) -> None:
-        """Fill `update`, as `__call__` of other starts; ΔW will be `scale` times U V."""
+        """Fill `update`, as `__call__` of other initialisations does; ΔW will be `scale` times U V."""
 
     def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
-        raise MethodError(f"{type(self).__name__} starts from evidence: apply(..., data=batches)")
+        raise MethodError(f"{type(self).__name__} needs evidence: apply(..., data=batches)")
 
 
 @dataclass(frozen=True)
-class OwnStart(Initialisation):
-    """Whatever the parametrisation's paper starts from: U V = 0."""
+class DefaultInitialisation(Initialisation):
+    """The initialisation of the parametrisation's paper, with U V = 0."""
 
     def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
         update.reset(generator)
@@ -131,7 +129,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def __call__(self, adapters: Iterable[Adapter]) -> Float[Tensor, ""]:
-        """One differentiable number for all adapters."""
+        """One differentiable scalar for all adapters."""
 
 
 AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling", "up_ratio")
@@ -143,21 +141,21 @@ class Method:
 
     `alpha` and `scaling` give s, see `scale`. `up_ratio`: at how many times the adapters' learning rate the tensors
     that make U train (LoRA+'s λ); an optimiser must do it, see `parameter_groups`. `parametrisation_options` override
-    the parametrisation's own sizes. `alpha` and these sizes are one number for all layers, or numbers by layer; `at` is
+    the parametrisation's own sizes. `alpha` and these sizes are one value for all layers, or values by layer; `at` is
     then the method of one layer.
     `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
     method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
     """
 
     parametrisation: type[Parametrisation]
-    initialisation: Initialisation = OwnStart()
+    initialisation: Initialisation = DefaultInitialisation()
     allocation: Allocation = Fixed()
     penalty: Penalty | None = None
     scaling: Scaling = "alpha/r"
     alpha: float | Mapping[str, float] = 16.0
     up_ratio: float = 1.0
     rank: int = 8
-    """Used where neither a rank nor a budget is asked for."""
+    """The rank without a given rank or budget."""
     parametrisation_options: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
     claimed: frozenset[str] = frozenset()
 
@@ -171,7 +169,7 @@ class Method:
         names = [
             self.parametrisation.sized_by,
             *self.parametrisation.own_sizes,
-            *(f.name for part in self._parts() for f in fields(part)),
+            *(f.name for choice in self._configurable() for f in fields(choice)),
         ]
         if twice := sorted(
             {name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "up_ratio")}
@@ -192,11 +190,11 @@ class Method:
             mine, theirs = getattr(self, axis), getattr(other, axis)
             if mine != theirs:
                 raise MethodError(
-                    f'"{names}" has no meaning: both parts decide the {axis} '
+                    f'"{names}" has no meaning: both methods decide the {axis} '
                     f"({_describe(mine)} and {_describe(theirs)}); combine methods that differ on other axes"
                 )
         changes = {axis: getattr(other, axis) for axis in other.claimed}
-        if "parametrisation" in other.claimed:  # what belongs to it comes along
+        if "parametrisation" in other.claimed:  # with what belongs to it
             changes |= {name: getattr(other, name) for name in ("alpha", "rank", "parametrisation_options")}
         return replace(self, **changes, claimed=self.claimed | other.claimed)
 
@@ -204,8 +202,8 @@ class Method:
         """Every option with its present value, flat; `with_options(**options())` gives the method back."""
         flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling, "up_ratio": self.up_ratio}
         flat |= self.parametrisation_options
-        for part in self._parts():
-            flat |= {f.name: getattr(part, f.name) for f in fields(part)}
+        for choice in self._configurable():
+            flat |= {f.name: getattr(choice, f.name) for f in fields(choice)}
         return flat
 
     def with_options(self, **options: Any) -> Method:
@@ -224,10 +222,10 @@ class Method:
         sizes = {name: value for name, value in options.items() if name in self.parametrisation.own_sizes}
         changes["parametrisation_options"] = {**self.parametrisation_options, **sizes}
         for axis in ("initialisation", "allocation", "penalty"):
-            part = getattr(self, axis)
-            if part is not None:
-                own = {f.name: options[f.name] for f in fields(part) if f.name in options}
-                changes[axis] = replace(part, **own)
+            choice = getattr(self, axis)
+            if choice is not None:
+                own = {f.name: options[f.name] for f in fields(choice) if f.name in options}
+                changes[axis] = replace(choice, **own)
         method = replace(self, **changes)
         ratio = method.up_ratio
         if not isinstance(ratio, int | float) or not math.isfinite(ratio) or ratio <= 0:
@@ -244,7 +242,7 @@ class Method:
 
     @property
     def looks_at_data(self) -> bool:
-        """Whether its start follows from data, which `apply` must be given."""
+        """Whether its initialisation needs data, which `apply` must be given."""
         return isinstance(self.initialisation, FromEvidence)
 
     @property
@@ -262,12 +260,12 @@ class Method:
         return replace(self, alpha=own.get("alpha", self.alpha), parametrisation_options=sizes)
 
     def with_slices(self, n: int) -> tuple[Method, int]:
-        """The method and the rank at which every module starts with n slices."""
+        """The method and the rank with which every module has n slices at first."""
         by = self.parametrisation.sliced_by
         return (self, n) if by == self.parametrisation.sized_by else (self.with_options(**{by: n}), self.rank)
 
     def scale(self, rank: int) -> float:
-        """s for a layer that starts with `rank` slices.
+        """s for a layer with `rank` slices at first.
 
         Raises:
             MethodError: an alpha that is no positive number, or an unknown scaling.
@@ -282,22 +280,21 @@ class Method:
             return float(self.alpha)
         raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r", "alpha/sqrt(r)" or "alpha"')
 
-    def _parts(self) -> list[Initialisation | Allocation | Penalty]:
+    def _configurable(self) -> list[Initialisation | Allocation | Penalty]:
         """The axes whose settings are options."""
-        return [part for part in (self.initialisation, self.allocation, self.penalty) if part is not None]
+        return [choice for choice in (self.initialisation, self.allocation, self.penalty) if choice is not None]
 
     def count(self, d_in: int, d_out: int, rank: int) -> int:
         """Trainable parameters of one adapter of this method at `rank`, capped by the layer's own size."""
         return self.parametrisation.count(d_in, d_out, **self.capped(d_in, d_out, rank))
 
     def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:
-        """Sizes for one layer: no size beyond min(d_in, d_out), where ΔW could not have a higher rank anyway; at rank 0
-        all of them are 0."""
+        """Sizes for one layer: none beyond min(d_in, d_out), the highest rank that ΔW can have; all 0 at rank 0."""
         sizes = {self.parametrisation.sized_by: rank, **self.parametrisation_options}
         return {name: min(cast(int, size), d_in, d_out) if rank else 0 for name, size in sizes.items()}
 
     def slices(self, d_in: int, d_out: int, rank: int) -> int:
-        """Rank slices that a layer starts with."""
+        """Initial rank slices of a layer."""
         return self.capped(d_in, d_out, rank)[self.parametrisation.sliced_by]
 
     def build(
@@ -312,12 +309,12 @@ class Method:
     ) -> Adapter:
         """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is.
 
-        `scaled_as`: the number of slices that gives s, where not those the layer starts with; it may start with none,
-        and get some later. `evidence`: what a start that wants some gets.
+        `scaled_as`: the number of slices that gives s, where it is not that of the layer, which may have none and get
+        some later. `evidence`: for an initialisation that needs it.
         """
         d_out, d_in = weight.shape
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        home = torch.device("meta" if weight.is_meta else "cpu")  # drawn on the CPU: the same numbers for every device
+        home = torch.device("meta" if weight.is_meta else "cpu")  # drawn on the CPU: the same values for every device
         with home:
             update = self.parametrisation(d_in, d_out, **self.capped(d_in, d_out, rank)).to(dtype)
         adapter = Adapter(update, scale=self.scale(scaled_as or update.rank), dropout=dropout)
@@ -326,11 +323,11 @@ class Method:
                 if not update.capacity:
                     update.reset(generator)
                 elif evidence is not None and isinstance(self.initialisation, FromEvidence):
-                    self.initialisation.start(update, weight.detach(), generator, evidence, adapter.scale)
+                    self.initialisation.fill(update, weight.detach(), generator, evidence, adapter.scale)
                 else:
                     self.initialisation(update, weight.detach(), generator)
         if self.initialisation.freezes():
-            adapter.freeze_start()
+            adapter.freeze_initial()
         return adapter.to(weight.device)
 
 

@@ -1,4 +1,4 @@
-"""Where a module stands in a network of repeated blocks, read off its name."""
+"""The place of a module in a network of repeated blocks, found from its name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 OUTSIDE = "outside blocks"
-"""What stands in place of a stack's name for modules that are in none, where stacks are told apart."""
+"""The name for modules outside all stacks, where there are several stacks."""
 
 
 class Place(NamedTuple):
-    """`stack`: what stands before the block's number; `layer`: that number, None outside blocks; `kind`: the rest of
-    the name, the same in every block of the stack. No two names have the same place."""
+    """`stack`: the name before the block's number; `layer`: that number, None outside blocks; `kind`: the rest of the
+    name, the same in every block of the stack. No two names have the same place."""
 
     stack: str
     layer: int | None
@@ -98,8 +98,8 @@ def short_names(stacks: Collection[str]) -> dict[str, str]:
     """For each stack the shortest part of its name that tells it apart: `model.encoder.layers`, `model.decoder.layers`
     -> `encoder`, `decoder`. A number keeps the word before it: Swin's stages are `layers.0`, `layers.1`."""
     parts = {stack: stack.split(".") for stack in stacks}
-    before = _alike([*parts.values()])
-    after = _alike([own[before:][::-1] for own in parts.values()])
+    before = _common([*parts.values()])
+    after = _common([own[before:][::-1] for own in parts.values()])
     if before and any(own[before : before + 1] and own[before].isdigit() for own in parts.values()):
         before -= 1
     differing = {stack: own[before : len(own) - after] or own[-1:] for stack, own in parts.items()}
@@ -112,10 +112,10 @@ def short_names(stacks: Collection[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {stack: stack for stack in stacks}
 
 
-def _alike(lists: list[list[str]]) -> int:
+def _common(lists: list[list[str]]) -> int:
     """How many entries at the beginning are the same in all of the lists."""
-    alike = (len(set(entries)) == 1 for entries in zip(*lists, strict=False))
-    return sum(takewhile(bool, alike))
+    same = (len(set(entries)) == 1 for entries in zip(*lists, strict=False))
+    return sum(takewhile(bool, same))
 
 
 def _runs(parts: list[str]) -> list[str]:

@@ -34,14 +34,14 @@ class Orthogonality(Penalty):
 def orthogonality_error(adapters: Iterable[Adapter]) -> Float[Tensor, ""] | None:
     """Mean of ‖F Fᵀ − I‖_F over all frames F, zero where their rows are orthonormal; None where there are no frames."""
     # One product for all of a shape on a device: there are many, and small.
-    alike: dict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
+    by_shape: dict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
     for adapter in adapters:
         for frame in adapter.update.frames():
-            alike[frame.shape, frame.device].append(frame)
-    if not alike:
+            by_shape[frame.shape, frame.device].append(frame)
+    if not by_shape:
         return None
     errors = []
-    for frames in alike.values():
+    for frames in by_shape.values():
         stacked = torch.stack(frames)
         gram = stacked @ stacked.mT
         errors.append(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)))

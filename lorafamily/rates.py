@@ -20,11 +20,13 @@ import torch
 from scipy.optimize import brentq
 from torch import nn
 
+from lorafamily.activation import remove, switch
 from lorafamily.adapter import Adapter, Factors
 from lorafamily.budget import check_budget
 from lorafamily.errors import BudgetError, MethodError, StateError
-from lorafamily.injection import apply, remove, switch
-from lorafamily.placement import Placement, placement_of
+from lorafamily.injection import apply
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.state import Placement
 from lorafamily.training.optimisation import LR
 
 REFERENCE = "suggest_lr-reference"

@@ -1,4 +1,4 @@
-"""Names → methods and scorers. Built-in ones and anybody's own come through one door, the entry-point groups."""
+"""Names → methods and scorers. Built-in ones and plug-ins are found in the same way, by entry points."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def scorers() -> dict[str, type[Scorer]]:
 
 
 def _installed(group: str, what: str, error: type[LoraFamilyError]) -> dict[str, tuple[str, Any]]:
-    """By name the target and the object of every entry point of a group."""
+    """The address and the object of every entry point of a group, by name."""
     targets: dict[str, str] = {}
     for point in sorted(entry_points(group=group), key=lambda point: point.name):
         if targets.setdefault(point.name, point.value) != point.value:
@@ -81,10 +81,10 @@ def find_scorer(name: str) -> type[Scorer]:
 
 
 def find(spec: str) -> Method:
-    """The method of a name, or of names joined by "+": "lora2+olora" takes each axis from the part that claims it.
+    """The method of a name, or of names joined by "+": "lora2+olora" takes each axis from the method that claims it.
 
     Raises:
-        MethodError: an unknown name (the nearest are offered), or a combination without meaning.
+        MethodError: an unknown name (the message has the nearest), or a combination without meaning.
     """
     if not isinstance(spec, str):
         raise MethodError(f"method={spec!r}: must be a name or names joined by '+', such as \"lora2+olora\"")

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, and which parameters train beside the adapters."""
+"""Which layers get an adapter, and which parameters train along with the adapters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from lorafamily.beside import tied_names
 from lorafamily.errors import TargetError
-from lorafamily.experts import Expert, expert_weights, why_no_experts
-from lorafamily.layers import kind_of, why_not
+from lorafamily.layers.experts import Expert, expert_weights, why_no_experts
+from lorafamily.layers.extra_trained import tied_names
+from lorafamily.layers.formats import refused_layers
+from lorafamily.layers.kinds import kind_of, why_not
+from lorafamily.layers.rows import Fused
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.target import Target, possible_targets
 from lorafamily.names import join
-from lorafamily.parts import Fused, Target, possible_targets
-from lorafamily.quantised import refused_layers
-from lorafamily.site import base_parameters
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -34,13 +35,13 @@ _GATE = re.compile(r"(^|_)(gate|router|wg)$")
 def match(
     model: nn.Module, targets: Targets = None, fused: Fused | None = None, exclude: Targets = None
 ) -> dict[str, Target]:
-    """The weights that targets name and `exclude` does not, by full name, in the model's order.
+    """The targets that `targets` names and `exclude` does not, by full name, in the model's order.
 
     `targets`: None or "all-linear": those of every linear layer, without the output head, the pooler and the routers
     of experts; "attention": those of them inside attention; one or several regular expressions, searched for in full
     names, of linear layers or, where one matches none of these, of embeddings, convolutions and other kinds; or a
     predicate of (name, module). `exclude` takes the same. `fused`: layers in whose place their parts are matched, see
-    `parts.py`.
+    `layers/rows.py`.
 
     Raises:
         TargetError: a target that matches no layer, or only layers that cannot carry an adapter, with the reason.
@@ -65,7 +66,7 @@ def match(
 
 
 def by_default(targets: Targets) -> bool:
-    """Whether nobody named layers, but at most a kind of them."""
+    """Whether no layers are named, at most a class of them."""
     return targets is None or targets in ("all-linear", "attention")
 
 
@@ -122,7 +123,7 @@ def _inside(model: nn.Module, linear: dict[str, Target]) -> dict[str, Target]:
 
 
 def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Says of a layer, by name and module, whether it is the output head, the pooler or a part of them."""
+    """A predicate of (name, module): whether a layer is the output head, the pooler or a part of them."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     try:
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -139,12 +140,12 @@ def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
 
 
 def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a layer chooses among experts: a `router`, or a `gate` beside experts."""
+    """Whether a layer chooses among experts: a `router`, or a `gate` next to experts."""
     *before, last = path = name.split(".")
     if "router" in path:
         return True
-    beside = [child for child, _ in model.get_submodule(".".join(before)).named_children()] if before else []
-    return bool(_GATE.search(last)) and any("expert" in child for child in beside if child != last)
+    siblings = [child for child, _ in model.get_submodule(".".join(before)).named_children()] if before else []
+    return bool(_GATE.search(last)) and any("expert" in child for child in siblings if child != last)
 
 
 def is_of_a_kernel(model: nn.Module, name: str) -> bool:
@@ -190,10 +191,10 @@ def _offer(able: dict[str, Target], model: nn.Module) -> str:
 
 
 def what_is(model: nn.Module) -> Callable[[str], str]:
-    """Says of a parameter, by name, in what kind of module it is: what `summary` counts."""
+    """A function from a parameter's name to the group that `summary` counts it in."""
     heads = heads_of(model)
 
-    def kind(name: str) -> str:
+    def group(name: str) -> str:
         at, _, own = name.rpartition(".")
         module = model.get_submodule(at)
         of = type(module).__name__
@@ -215,4 +216,4 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
             return "other layers that can be adapted (MultiheadAttention)"
         return f"what no kind of layer covers ({of}, {module.get_parameter(own).ndim}-D)"
 
-    return kind
+    return group

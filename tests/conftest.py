@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import embedded
 import lorafamily
 from embedded import ByteDecoder
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 SHARED = Path(__file__).parents[2] / "shared"
 COMBINATIONS = ["adalora+olora", "lora2+olora", "olora+alora", "rslora+alora"]

@@ -17,7 +17,7 @@ from lorafamily.allocation.ablation import Ablation, AblationEstimate
 from lorafamily.allocation.replay import PeakActivations, Tape
 from lorafamily.allocation.run import Run
 from lorafamily.batch import loss_of
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 LAYERS, RANK = 6, 5
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import lorafamily
 from conftest import data, perturb_, tiny
-from lorafamily.deploy import checkpoint, folder
+from lorafamily.deploy import checkpoint, checkpoint_changes, folder
 from lorafamily.training.checkpoints import Checkpoints
 
 ALIGNED = 64  # bytes; what torch's allocator gives on a CPU
@@ -71,13 +71,13 @@ def test_a_run_that_goes_on(tmp_path):
 
 def test_weights_that_are_merged_on_disk(saved, tmp_path, monkeypatch):
     seen = {}
-    change = checkpoint.changed_weight
+    change = checkpoint_changes.changed_weight
     monkeypatch.setattr(
-        checkpoint, "changed_weight", lambda weight, acting: change(seen.setdefault(id(weight), weight), acting)
+        checkpoint_changes, "changed_weight", lambda weight, acting: change(seen.setdefault(id(weight), weight), acting)
     )
     base = tmp_path / "base"
     base.mkdir()
     folder.write_tensors(base / "model.safetensors", tiny().state_dict())
-    checkpoint.merge_checkpoint(base, lorafamily.deploy.files.read(saved), tmp_path / "merged")
+    checkpoint.merge_checkpoint(base, lorafamily.deploy.saved.read(saved), tmp_path / "merged")
     assert len(seen) > 9
     assert not off(seen)

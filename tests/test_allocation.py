@@ -22,7 +22,7 @@ from lorafamily.allocation.run import Run
 from lorafamily.allocation.sensitivity import Sensitivity
 from lorafamily.allocation.surgery import follow_resize
 from lorafamily.batch import loss_of
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.variants.alora import PruneAndGrow
 from lorafamily.variants.lora import Plain
 
@@ -70,7 +70,7 @@ def test_masking_a_slice_is_gating_it_off_for_now(method):
     assert_close(adapter.delta(), expected, rtol=1e-12, atol=1e-15)
     x = torch.randn(2, adapter.update.d_in, dtype=torch.float64)
     adapter(x).square().sum().backward()
-    switch, axis = adapter.update.get_parameter(adapter.update.switch), adapter.update.slices[adapter.update.switch]
+    switch, axis = adapter.update.get_parameter(adapter.update.zeroed), adapter.update.slices[adapter.update.zeroed]
     assert switch.grad.select(axis, 0).any()  # it can come back
 
 
@@ -209,7 +209,7 @@ def test_magnitude_is_the_norm_of_the_slice_alone():
     model, adapters = adapters_of("olora")
     scores = lorafamily.scorers()["magnitude"](Run(model, adapters, steps=1)).scores()
     adapter = adapters["blocks.0.mlp.up"]
-    U, V, U0, V0 = adapter.update.B, adapter.update.A, adapter.start.B, adapter.start.A
+    U, V, U0, V0 = adapter.update.B, adapter.update.A, adapter.initial.B, adapter.initial.A
     for i in range(3):
         alone = adapter.scale * (torch.outer(U[:, i], V[i]) - torch.outer(U0[:, i], V0[i]))
         # float64: the norm by way of Gram matrices, which squares and takes the root again.
@@ -465,7 +465,11 @@ def test_a_budget_for_the_end_counts_what_has_no_slices(widths, slices, budget, 
     chosen = {"budget": budget, "budget_at": "end", "slices": slices, "targets": "layers"}
     model = lorafamily.apply(Layers(6, *widths), "lora2", seed=0, **chosen)
     placement = placement_of(model)
-    assert placement.trainable() == start == lorafamily.plan(Layers(6, *widths), "lora2", **chosen).sizing.start
+    assert (
+        placement.trainable()
+        == start
+        == lorafamily.plan(Layers(6, *widths), "lora2", **chosen).sizing.initial_parameters
+    )
     history = lorafamily.train(model, [torch.ones(2, widths[0])], steps=20, loss_fn=fit_zero, progress=False)
     assert placement.trainable() <= budget
     assert sum(history.ranks_end.values()) == 3 / 8 * sum(history.ranks_start.values())

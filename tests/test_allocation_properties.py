@@ -18,7 +18,8 @@ from conftest import METHODS
 from lorafamily.allocation.allocator import Allocation, Allocator
 from lorafamily.allocation.run import Run
 from lorafamily.history import Decision
-from lorafamily.placement import Placement, placement_of
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.state import Placement
 from lorafamily.registry import find
 
 

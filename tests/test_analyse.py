@@ -11,7 +11,7 @@ import analyse
 import embedded
 import lorafamily
 from conftest import perturb_
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import lorafamily
 from conftest import every_method, perturb_
 from lorafamily.errors import StateError
 from lorafamily.insight import analysis
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 BOUND = 1e-8  # relative, float64: decompositions of factors and cores against those of the dense matrices
 

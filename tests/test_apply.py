@@ -11,8 +11,8 @@ from torch import nn
 
 import lorafamily
 from conftest import every_method, logits, tiny
-from lorafamily.placement import placement_of
-from lorafamily.site import sites_in
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.site import sites_in
 
 
 class DebertaShaped(nn.Module):
@@ -92,7 +92,7 @@ def test_a_pruning_method_may_start_larger_if_the_budget_is_for_the_end(deberta)
         lorafamily.apply(deberta, "adalora", budget=1.0e6, budget_at="end")
         at_end = placement_of(deberta).sizing
         assert at_end.rank == 9
-        assert at_end.start > 1.0e6
+        assert at_end.initial_parameters > 1.0e6
     finally:
         lorafamily.remove(deberta)
     try:
@@ -137,7 +137,7 @@ def test_ranks_are_capped_by_the_layer():
         ({"also_train": "classifier"}, lorafamily.TargetError, "matches no parameter; nearest"),
         ({"also_train": "query"}, lorafamily.TargetError, "the weight of a layer that gets an adapter"),
         ({"method": "lora3"}, lorafamily.MethodError, r"did you mean .*lora2.*installed: adalora, alora"),
-        ({"method": "lora2+adalora"}, lorafamily.MethodError, "both parts decide the allocation"),
+        ({"method": "lora2+adalora"}, lorafamily.MethodError, "both methods decide the allocation"),
         ({"method": "lora+lora"}, lorafamily.MethodError, "names lora twice"),
         ({"method": 3}, lorafamily.MethodError, "method=3"),
         ({"gama": 0.1}, lorafamily.MethodError, "unknown option gama; this method takes alpha, init, scaling"),

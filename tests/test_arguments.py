@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lorafamily
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 STEPS = 12
 

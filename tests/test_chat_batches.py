@@ -17,7 +17,7 @@ from lorafamily.chat.batches import ChatBatches, sees_other_rows
 from lorafamily.chat.loss import ChunkedLoss, difference, own_loss
 from lorafamily.chat.tokens import Tokens
 from lorafamily.errors import DataError
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 
 def rows(count: int = 12, seed: int = 0) -> list[Tokens]:

@@ -14,7 +14,7 @@ import lorafamily
 from conftest import every_method, perturb_
 from lorafamily import cli
 from lorafamily.deploy.checkpoint import merge_checkpoint
-from lorafamily.deploy.files import read, write
+from lorafamily.deploy.saved import read, write
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 

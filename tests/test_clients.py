@@ -16,7 +16,7 @@ import lorafamily
 from checks import clients
 from conftest import perturb_
 from lorafamily import cli
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 peft = pytest.importorskip("peft", reason="peft is an extra; diffusers and transformers load adapters through it")
 
@@ -329,7 +329,7 @@ def test_peft_s_default_file_of_adapted_embeddings_and_heads(tmp_path):
     ours = lorafamily.import_peft(copy.deepcopy(base), tmp_path / "adapter")
     assert (logits(theirs) - logits(base)).abs().max() > 0.01
     assert_close(logits(ours), logits(theirs), **CLOSE)
-    assert not placement_of(ours).parked
+    assert not placement_of(ours).inactive_values
     # Rounded to half precision it is the same weight; moved, it is another.
     key = next(key for key in tensors if key.endswith("lm_head.base_layer.weight"))
     safetensors.torch.save_file(tensors | {key: tensors[key].to(torch.bfloat16)}, file)
@@ -360,7 +360,7 @@ def test_keys_with_the_adapter_s_name(tmp_path):
     ours = lorafamily.import_peft(copy.deepcopy(base), tmp_path)
     assert (logits(theirs) - logits(base)).abs().max() > 0.1
     assert_close(logits(ours), logits(theirs), **CLOSE)
-    assert set(placement_of(ours).parked) == {"classifier.weight", "classifier.bias"}
+    assert set(placement_of(ours).inactive_values) == {"classifier.weight", "classifier.bias"}
     other = {
         key.replace(".default.", ".other."): value.clone() for key, value in state.items() if "query.lora_A" in key
     }

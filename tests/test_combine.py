@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, every_method, logits, perturb_, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 
 def two(first: str = "lora", second: str = "olora", **options):
@@ -47,7 +47,7 @@ def test_layers_that_only_one_part_adapts_and_its_head_come_along():
     for name in "ab":
         perturb_(lorafamily.switch(model, name))
     lorafamily.switch(model, "a")
-    norm = next(n for n in placement_of(model, "a").parked)
+    norm = next(n for n in placement_of(model, "a").inactive_values)
     with torch.no_grad():
         model.get_parameter(norm).fill_(2.0)
     lorafamily.combine(model, {"a": 1.0, "b": 2.0}, name="ab")

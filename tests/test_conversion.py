@@ -10,9 +10,10 @@ import torch
 
 import lorafamily
 from conftest import perturb_
-from lorafamily.deploy.checkpoint import entries_of, merge_checkpoint
-from lorafamily.deploy.files import read
-from lorafamily.placement import placement_of
+from lorafamily.deploy.checkpoint import merge_checkpoint
+from lorafamily.deploy.checkpoint_entries import entries_of
+from lorafamily.deploy.saved import read
+from lorafamily.layers.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 loading = pytest.importorskip("transformers.core_model_loading", reason="transformers before 5 converts no checkpoints")
@@ -145,7 +146,7 @@ def test_every_adapted_tensor_changed_and_no_other(family, tmp_path):
 
 
 def kinds_in(model):
-    from lorafamily.placement import targets_of
+    from lorafamily.layers.placement import targets_of
 
     return {at: target.kind for at, target in targets_of(model).items()}
 

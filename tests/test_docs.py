@@ -25,9 +25,10 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import INFORMED, data, logits, perturb_, tiny, tokens
-from lorafamily import cli, errors, layers, registry
+from lorafamily import cli, errors, registry
 from lorafamily.allocation.run import Run
-from lorafamily.placement import placement_of
+from lorafamily.layers import kinds
+from lorafamily.layers.placement import placement_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -101,7 +102,7 @@ def test_the_analysis_page(capsys):
 def extended(monkeypatch, tmp_path) -> dict:
     """What docs/extending.md defines, its methods registered as its pyproject lines say; undone afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(layers, "_KINDS", list(layers._KINDS))
+    monkeypatch.setattr(kinds, "_KINDS", list(kinds._KINDS))
     (toml,) = blocks("docs/extending.md", "toml")
     points = tomllib.loads(toml)["project"]["entry-points"]
     scope: dict = {}

@@ -16,7 +16,7 @@ from conftest import every_method, perturb_
 from lorafamily.dropout import Dropout, Mask
 from lorafamily.errors import MethodError
 from lorafamily.functional import adapted_linear, low_rank_linear
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from test_functional import Saved, inputs, numbers
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import perturb_, tiny, tokens
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from test_processes import start
 
 SPREAD = """
@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 import lorafamily
 from conftest import tiny, tokens
-from lorafamily.elsewhere import is_sharded, whole
-from lorafamily.placement import placement_of
+from lorafamily.layers.sharded import is_sharded, whole
+from lorafamily.layers.placement import placement_of
 
 folder = sys.argv[2]
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

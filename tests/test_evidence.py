@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import data, logits, perturb_, tiny
 from lorafamily.gathering import masks_of
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.principal import EXACT, Principal
 
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
@@ -323,7 +323,7 @@ def test_budgets_are_met(method):
             for at, a in placement.adapters.items()
             if sizing.ranks[at] < min(a.update.d_in, a.update.d_out)
         )
-        assert budget - cheapest < placement.trainable() == sizing.start <= budget
+        assert budget - cheapest < placement.trainable() == sizing.initial_parameters <= budget
         uneven += len(set(sizing.ranks.values())) > 1
         lorafamily.remove(model)
     assert uneven >= 3
@@ -441,7 +441,7 @@ MASKED = {**padded(), "labels": torch.full((6, 12), -100)}
             "rank_min everywhere costs",
         ),
         ({"method": "eva", "data": data(1), "targets": "embed"}, lorafamily.MethodError, "does not multiply its input"),
-        ({"method": "eva+gora", "data": data(1)}, lorafamily.MethodError, "both parts decide the initialisation"),
+        ({"method": "eva+gora", "data": data(1)}, lorafamily.MethodError, "both methods decide the initialisation"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_changed(given, error, message):

@@ -15,7 +15,7 @@ from lorafamily import TargetError
 from lorafamily.adapter import Adapter
 from lorafamily.functional import fast_path
 from lorafamily.insight.figures import expert_grids, expert_heatmap
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 pytest.importorskip(

@@ -51,7 +51,7 @@ DAMAGE = {
     ),
     "newer format": (
         lambda f: edit_record(f, lambda r: r.update(format=99)),
-        "format 99; this version .* reads format 2",
+        "format 99; this version .* reads format 3",
     ),
     "no object": (lambda f: (f / "adapter.json").write_text("[]"), "format None"),
     "record lacks a part": (lambda f: edit_record(f, lambda r: r.pop("modules")), "not a record of an adapter"),

@@ -12,7 +12,7 @@ import lorafamily
 from conftest import every_method, perturb_
 from lorafamily.dropout import Mask
 from lorafamily.functional import adapted_linear, low_rank_linear
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = True) -> torch.Tensor:
@@ -214,7 +214,8 @@ def test_what_cannot_take_it_does_not(monkeypatch):
     """Weights and biases that train, and a switch that is off, go the plain way, and right."""
     taken = []
     monkeypatch.setattr(
-        "lorafamily.layers.adapted_linear", lambda *given, **named: taken.append(1) or adapted_linear(*given, **named)
+        "lorafamily.layers.standard.adapted_linear",
+        lambda *given, **named: taken.append(1) or adapted_linear(*given, **named),
     )
     model = nn.Sequential(nn.Linear(4, 4))
     perturb_(lorafamily.apply(model, "lora", rank=2, seed=0))

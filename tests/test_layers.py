@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import every_method, perturb_
-from lorafamily import layers
-from lorafamily.placement import placement_of, targets_of
+from lorafamily.layers import kinds
+from lorafamily.layers.placement import placement_of, targets_of
 
 
 def linear():
@@ -209,7 +209,7 @@ class Scaled(nn.Module):
         return x @ self.weight.flatten(0, 1).T
 
 
-class ScaledKind(layers.LayerKind):
+class ScaledKind(kinds.LayerKind):
     name = "scaled"
     linear = True
 
@@ -224,7 +224,7 @@ class ScaledKind(layers.LayerKind):
 
 
 def test_a_kind_of_ones_own_takes_a_few_lines(monkeypatch):
-    monkeypatch.setattr(layers, "_KINDS", list(layers._KINDS))
+    monkeypatch.setattr(kinds, "_KINDS", list(kinds._KINDS))
     with pytest.raises(lorafamily.TargetError):
         lorafamily.apply(nn.Sequential(Scaled()), "lora", rank=2)
     lorafamily.register_layer_kind(ScaledKind())

@@ -17,7 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.testing import assert_close
 
 from lorafamily.adapter import Adapter
-from lorafamily.placement import Placement, placement_of
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.state import Placement
 from test_docs import ROOT, blocks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -149,7 +150,7 @@ def test_a_client_allocates_with_the_penalty_and_goes_on_to_the_same_bytes(secti
     adapters = whole.placement.adapters
     assert max(whole.trainable) <= whole.placement.sizing.budget
     assert whole.trainable[-1] < whole.trainable[0]
-    assert sum(a.rank for a in adapters.values()) <= 0.9 * sum(a.start_rank for a in adapters.values())
+    assert sum(a.rank for a in adapters.values()) <= 0.9 * sum(a.initial_rank for a in adapters.values())
     assert len({adapter.rank for adapter in adapters.values()}) > 1
     assert all(adapter.settled for adapter in adapters.values())
     if "LayerDrop" in section:  # else nothing was dropped, and the guard had nothing to let pass

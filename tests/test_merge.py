@@ -10,7 +10,7 @@ from torch import nn
 
 import lorafamily
 from conftest import data, logits, perturb_, tiny, tokens
-from lorafamily.placement import placement_of, state_of
+from lorafamily.layers.placement import placement_of, state_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FIVE = {"a": ("lora", 2), "b": ("olora", 3), "c": ("lora2", 4), "d": ("adalora", 1), "e": ("rslora+alora", 5)}

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import every_method, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find
 from lorafamily.variants.lora import lora
 from lorafamily.variants.olora import leading_qr

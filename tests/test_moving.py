@@ -13,7 +13,7 @@ import lorafamily
 from conftest import data, logits, perturb_, tiny
 from lorafamily.allocation.allocator import Allocator
 from lorafamily.allocation.run import Run
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.variants.flexlora import entropy
 
 MOVES = {"warmup": 2, "final": 4, "interval": 3}

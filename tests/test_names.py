@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lorafamily
+from lorafamily.layers.placement import placement_of
 from lorafamily.names import OUTSIDE, Place, by_stack, kind_labels, modules_per_block, place_of
-from lorafamily.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 

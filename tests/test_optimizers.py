@@ -16,7 +16,7 @@ from conftest import perturb_
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import follow_resize, forget
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.training.around_steps import AroundSteps
 from lorafamily.variants.lora import Plain
 
@@ -470,7 +470,7 @@ def test_decay_is_that_of_adamw_counted_from_the_frozen_start():
     """Against AdamW on p − p0 with the same gradients, through a learning rate that changes."""
     model, adapters = frozen()
     own = [p for a in adapters.values() for p in a.update.parameters()]
-    starts = [p.detach().clone() for a in adapters.values() for p in a.start.parameters()]
+    starts = [p.detach().clone() for a in adapters.values() for p in a.initial.parameters()]
     perturb_(model)
     reference = [nn.Parameter((p - start).detach()) for p, start in zip(own, starts, strict=True)]
     optimizers = [torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.3) for parameters in (own, reference)]
@@ -499,12 +499,12 @@ def test_decay_is_applied_once_whatever_wraps_the_optimiser(make):
         group |= {"lr": 1e-3, "weight_decay": 50.0}
     AroundSteps(optimizer, adapters)
     AroundSteps(optimizer, adapters)  # a second run with the same optimiser
-    away = [a.update.A.detach() - a.start.A for a in adapters.values()]
+    away = [a.update.A.detach() - a.initial.A for a in adapters.values()]
     for p in trained(model):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for a, before in zip(adapters.values(), away, strict=True):
-        assert_close(a.update.A - a.start.A, 0.95 * before, rtol=1e-12, atol=1e-12)
+        assert_close(a.update.A - a.initial.A, 0.95 * before, rtol=1e-12, atol=1e-12)
     assert all(group["weight_decay"] == 50 for group in optimizer.param_groups)
 
 

@@ -22,9 +22,9 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import METHODS, data, every_method, few_rounds, perturb_, tiny
 from lorafamily.deploy.checkpoint import merge_checkpoint
-from lorafamily.deploy.files import read
-from lorafamily.placement import placement_of
-from lorafamily.site import base_parameters, sites_in
+from lorafamily.deploy.saved import read
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.site import base_parameters, sites_in
 from lorafamily.targets import match
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
@@ -500,7 +500,7 @@ def test_everything_follows_the_models_dtype(name, dtype, tmp_path):
 
     def adapted():
         model = perturb_(lorafamily.apply(make(), "olora", rank=2, seed=0, **options))
-        for at in placement_of(model).parked:
+        for at in placement_of(model).inactive_values:
             model.get_parameter(at).add_(0.1)
         return model
 

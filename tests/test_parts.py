@@ -15,9 +15,9 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import every_method, few_rounds, perturb_
 from lorafamily.deploy.checkpoint import merge_checkpoint
-from lorafamily.deploy.files import read
-from lorafamily.placement import placement_of, targets_of
-from lorafamily.site import site_on, sites_in
+from lorafamily.deploy.saved import read
+from lorafamily.layers.placement import placement_of, targets_of
+from lorafamily.layers.site import site_on, sites_in
 from test_ablation import brute_force, scored
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers is about to rename
@@ -213,11 +213,11 @@ def test_feature_wise_dropout_of_a_weight_that_is_read():
     name, adapter = next(iter(placement_of(model).adapters.items()))
     site = site_on(targets_of(model)[name].layer)
     nn.init.zeros_(site.layer.in_proj_weight)
-    site.front.inner = lambda: site.layer.in_proj_weight[:16].clone()  # what the layer's forward reads
+    site.wrapper.inner = lambda: site.layer.in_proj_weight[:16].clone()  # what the layer's forward reads
     model.train()
     torch.manual_seed(0)
     with torch.no_grad():
-        drawn = torch.stack([site.kind.output(site, site.acting(), (), {}) for _ in range(2000)])
+        drawn = torch.stack([site.kind.output(site.wrapper, site.acting(), (), {}) for _ in range(2000)])
     share = (drawn / adapter.delta()).round(decimals=9)
     assert (share == share[:, :1]).all()  # whole columns
     assert set(share.unique().tolist()) == {0.0, round(4 / 3, 9)}

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, every_method, perturb_
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 peft = pytest.importorskip("peft", reason="peft is an extra; nothing to compare with without it")
@@ -185,7 +185,7 @@ def test_a_loralib_checkpoint():
 def test_what_a_file_of_peft_cannot_hold_is_refused(tmp_path):
     model = lorafamily.apply(model_of("bert"), "lora", rank=2, also_train=["classifier", "query.bias"])
     with pytest.raises(
-        lorafamily.StateError, match=r"query\.bias.*trained beside the adapters; peft's modules_to_save"
+        lorafamily.StateError, match=r"query\.bias.*trained along with the adapters; peft's modules_to_save"
     ):
         lorafamily.export_peft(model, tmp_path / "a")
     with pytest.raises(lorafamily.StateError, match=r"servers load no trained .*classifier\.weight"):

@@ -16,12 +16,12 @@ from torch import nn
 import lorafamily
 from conftest import data, every_method, tiny, tokens
 from embedded import ByteDecoder
-from lorafamily import layers
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.insight.blocks import alike_blocks
 from lorafamily.insight.plan import Planner
 from lorafamily.insight.tracing import held_in_step
-from lorafamily.placement import placement_of
+from lorafamily.layers import standard
+from lorafamily.layers.placement import placement_of
 from lorafamily.training.execution import recomputing
 
 transformers = pytest.importorskip("transformers", reason="its models are what is planned for")
@@ -77,7 +77,7 @@ def measured(model, batch, method=None, *, recompute=False, dtype=None, **argume
         placement = placement_of(model)
         if placement.method.penalty is not None:
             penalty = lambda: placement.method.penalty(placement.adapters.values())  # noqa: E731
-    parked = [*placement_of(model).parked.values()] if method is not None else []
+    parked = [*placement_of(model).inactive_values.values()] if method is not None else []
     weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *parked])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     with recomputing(model, recompute), PeakActivations() as alive:
@@ -259,8 +259,8 @@ def test_blocks_that_differ_are_all_run(model, targets):
 
 def test_a_plan_runs_the_fast_path(monkeypatch):
     read = []
-    own = layers.adapted_linear
-    monkeypatch.setattr(layers, "adapted_linear", lambda *args, **kwargs: read.append(args) or own(*args, **kwargs))
+    own = standard.adapted_linear
+    monkeypatch.setattr(standard, "adapted_linear", lambda *args, **kwargs: read.append(args) or own(*args, **kwargs))
     held_in_step(tiny(), data(1)[0], lambda model: lorafamily.apply(model, "lora", rank=2) and None)
     assert len(read) >= 2 * 6  # of two blocks at least
 

@@ -17,7 +17,7 @@ import tasks
 from cells.cell import MATRICES, Cell, Size, layers_named
 from cells.settings import Compare, cells_of, suggested, training_of
 from compare import _check
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find as find_method
 from lorafamily.targets import match
 from pages import page

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, every_method, few_rounds, logits, perturb_, tiny, tokens
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 
 @every_method

@@ -17,8 +17,8 @@ import lorafamily
 from conftest import perturb_
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.cli import main
-from lorafamily.placement import placement_of
-from lorafamily.quantised import quantised_layers, shapes_of, tensors_of
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.quantised import quantised_layers, shapes_of, tensors_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra")
 

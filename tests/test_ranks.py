@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, every_method, few_rounds, logits, perturb_, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 STEPS = 40
 SOME = {"blocks.0.attention.query": 5, r"blocks\.1.*mlp": 2, "attention": 3}
@@ -69,7 +69,7 @@ def test_names_come_before_patterns_and_of_patterns_the_first_counts():
         expected = 5 if at == "blocks.0.attention.query" else 3 if "attention" in at else 2 if "blocks.1" in at else 0
         assert rank == expected, at
     plan = lorafamily.plan(tiny(), "lora", rank=SOME)
-    assert plan.use.adapters == lorafamily.summary(model).parameters == placement_of(model).sizing.start
+    assert plan.use.adapters == lorafamily.summary(model).parameters == placement_of(model).sizing.initial_parameters
     assert " 0–5 " in str(plan)
     everything = ranks_of(lorafamily.apply(tiny(), "lora", rank={**SOME, ".*": 1}))
     assert min(everything.values()) == 1

@@ -10,7 +10,7 @@ from torch import nn
 
 import lorafamily
 from conftest import every_method, logits, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.rates import STEPS, _Path, _reference
 
 

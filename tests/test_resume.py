@@ -25,7 +25,7 @@ import lorafamily
 from conftest import METHODS, data, few_rounds, tiny, tokens
 from lorafamily.history import Decision, Step
 from lorafamily.insight.record import Record
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.training import log
 from lorafamily.training.board import Board
 from lorafamily.training.folder_lock import FolderLock

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, logits, perturb_, tiny, tokens
-from lorafamily.placement import placement_of
-from lorafamily.site import sites_in
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.site import sites_in
 
 
 def with_all() -> nn.Module:
@@ -76,7 +76,7 @@ def test_routes_that_cannot_be_are_refused():
         (["a", "c"], 'no adapter named "c"; this model has "a", "head"'),
         ("a", "must be a list with the name of an adapter"),
         ([], "must be a list"),
-        (["a", "head"], 'adapter "head" has its own .*norm.*, trained beside it'),
+        (["a", "head"], 'adapter "head" has its own .*norm.*, trained along with it'),
     ):
         with pytest.raises(lorafamily.StateError, match=message), lorafamily.routing(model, names):
             pass

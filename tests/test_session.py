@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, few_rounds, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.training.processes import Processes
 from lorafamily.training.schedule import lr_factor
 
@@ -351,7 +351,7 @@ def test_the_models_state_dict_may_be_loaded_first(method):
     """As accelerate does it: the model's, the optimiser's, and what was registered last."""
     whole, _, _ = trained_a_while(method, STEPS)
     half, of_half, session_of_half = trained_a_while(method)
-    assert any(a.rank != a.start_rank for a in placement_of(half).adapters.values())
+    assert any(a.rank != a.initial_rank for a in placement_of(half).adapters.values())
     saved = copy.deepcopy([half.state_dict(), of_half.state_dict(), session_of_half.state_dict()])
     model, optimizer, session = trained_a_while(method, 0)
     for one, state in zip((nn.Sequential(model)[0], optimizer, session), saved, strict=True):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import perturb_
 from lorafamily.deploy.checkpoint import merge_checkpoint
-from lorafamily.deploy.files import read
+from lorafamily.deploy.saved import read
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 

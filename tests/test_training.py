@@ -23,7 +23,7 @@ import lorafamily
 from conftest import data, every_method, few_rounds, logits, tiny, tokens
 from heads import bart, classes, classifier, gpt2, llama, padded
 from lorafamily.allocation.allocator import Allocation, Allocator
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 
 @every_method

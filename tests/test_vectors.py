@@ -13,9 +13,10 @@ from conftest import shared
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.importance import ImportancePruning
 from lorafamily.allocation.run import Run
-from lorafamily.parts import possible_targets
+from lorafamily.layers.placement import place
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import possible_targets
 from lorafamily.penalty import Orthogonality
-from lorafamily.placement import Placement, place
 
 NAMES = {
     "lora2": {"A": "lora_A", "B": "lora_B", "E": "lora_E", "aa": "lora_aa", "bb": "lora_bb"},

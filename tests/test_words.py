@@ -55,5 +55,5 @@ def test_the_glossary_has_each_word_once_and_in_order():
     first = [re.findall(r"\*\*(.*?)\*\*", head)[0] for head in heads]
     assert len(set(words)) == len(words) > 20
     assert first == sorted(first)
-    for code in ("frozen_start", "also_train", "budget_at", "targets"):
+    for code in ("frozen_initial", "also_train", "budget_at", "targets"):
         assert f"`{code}" in (DOCS / "glossary.md").read_text()

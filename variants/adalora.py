@@ -26,7 +26,7 @@ class SVD(Parametrisation):
     """Singular vectors and values, kept apart."""
 
     slices = {"P": 1, "singular": 0, "Q": 0}
-    switch = "singular"
+    zeroed = "singular"
 
     def __init__(self, d_in: int, d_out: int, rank: int):
         super().__init__(d_in, d_out)

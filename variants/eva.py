@@ -59,7 +59,7 @@ class LeadingInputs(FromEvidence):
             explained[name] = layer.explained[: min(most, room.largest(name))]
         return highest(explained, room.cost, room.limit)
 
-    def start(
+    def fill(
         self,
         update: Parametrisation,
         weight: Float[Tensor, "d_out d_in"],

@@ -112,7 +112,7 @@ class GradientStart(FromEvidence):
             name = max(more, key=missing)
             spent, ranks[name] = spent + more[name], ranks[name] + 1
 
-    def start(
+    def fill(
         self,
         update: Parametrisation,
         weight: Float[Tensor, "d_out d_in"],

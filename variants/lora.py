@@ -29,7 +29,7 @@ class Plain(Parametrisation):
     """The product of two matrices."""
 
     slices = {"B": 1, "A": 0}
-    switch = "B"
+    zeroed = "B"
 
     def __init__(self, d_in: int, d_out: int, rank: int):
         super().__init__(d_in, d_out)

@@ -25,7 +25,7 @@ class DualPlane(Parametrisation):
     """Two planes, B·A on the side of the input and bb·aa on the side of the output, coupled by diag(E)."""
 
     slices = {"aa": 1, "E": 0, "B": 0}
-    switch = "E"
+    zeroed = "E"
     sized_by = "width"
     sliced_by = "slices"
     own_sizes = {"slices": 8}

@@ -36,7 +36,7 @@ def leading_qr(W: Float[Tensor, "d_out d_in"], r: int) -> Factors:
 class QR(Initialisation):
     """Orthonormal start from the weight itself; in float32, since half precision has no QR."""
 
-    frozen_start: ClassVar[bool] = True
+    frozen_initial: ClassVar[bool] = True
 
     def __call__(
         self, update: Parametrisation, weight: Float[Tensor, "d_out d_in"], generator: torch.Generator

@@ -34,7 +34,7 @@ import lorafamily
 from bench.measuring import BESIDE, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed
 from lorafamily.functional import adapted_linear
 from lorafamily.insight.figures import COLOURS, save
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.targets import match
 from pages.report import as_text
 
@@ -140,7 +140,7 @@ def starts(width: int) -> dict[str, float]:
     layer, weight = nn.Sequential(linear), linear.weight.detach().clone()
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights="olora")
     own = timed(lambda: lorafamily.apply(layer, "olora", rank=8, alpha=8, targets="0"), "cpu")
-    start = placement_of(layer).adapters["0"].start
+    start = placement_of(layer).adapters["0"].initial
     assert start is not None
     U, V = start.factors()
     lorafamily.remove(layer)

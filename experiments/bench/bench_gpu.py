@@ -31,7 +31,7 @@ import lorafamily
 from bench.bench import table
 from bench.measuring import Setting, facts, forwards, llama, ready, steps
 from embedded import tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from pages.report import as_text
 
 CHECKED = ("lora", "olora", "alora", "lora2", "adalora")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import lorafamily
 from embedded import ByteDecoder, tiny
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from pages.report import as_text
 
 FIVE = {"a": ("lora", 2), "b": ("olora", 3), "c": ("lora2", 4), "d": ("adalora", 1), "e": ("rslora+alora", 5)}

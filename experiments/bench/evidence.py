@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import lorafamily
 from lorafamily.allocation.replay import PeakActivations
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from pages.report import as_text
 from tasks import Task, TaskError, find
 

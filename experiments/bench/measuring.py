@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafamily
-from lorafamily import layers
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.allocation.run import Run
 from lorafamily.functional import adapted_linear
-from lorafamily.placement import placement_of
-from lorafamily.site import sites_in
+from lorafamily.layers import standard
+from lorafamily.layers.placement import placement_of
+from lorafamily.layers.site import sites_in
 from lorafamily.targets import match
 
 FLOOR, FROZEN, KEPT = "frozen floor", "frozen model", "inputs kept, no update"
@@ -148,7 +148,7 @@ def computed_as(variant: str) -> Iterator[None]:
     with ExitStack() as how:
         how.enter_context(lorafamily.fast_path(PLAIN not in variant))
         if FACTORED in variant:
-            how.enter_context(mock.patch.object(layers, "adapted_linear", factored))
+            how.enter_context(mock.patch.object(standard, "adapted_linear", factored))
         yield
 
 
@@ -283,7 +283,7 @@ def _dense(model: nn.Module) -> nn.Module:
 
         def forward(x: Tensor, site: Any = site, adapter: Any = adapter) -> Tensor:
             U, V = adapter.factors()
-            return site.base(x) + adapter.scale * (x @ (U @ V).T.to(x.dtype))
+            return site.base_forward(x) + adapter.scale * (x @ (U @ V).T.to(x.dtype))
 
         vars(site.layer)["forward"] = forward
     return model

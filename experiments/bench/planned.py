@@ -25,7 +25,7 @@ import torch
 import lorafamily
 from bench.measuring import bert
 from lorafamily.insight.plan import Planner
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 FULL, RANK = "full", 8
 

@@ -96,7 +96,7 @@ def measured(by: str) -> dict[str, Any]:
     """One process: bytes of the base, of a step at its peak, seconds of a step."""
     torch.set_num_threads(1)
     model = base()
-    from lorafamily.quantised import counts_of, tensors_of
+    from lorafamily.layers.quantised import counts_of, tensors_of
 
     stored = {name: tensor.nbytes for name, tensor in tensors_of(model).items()}
     layers = {name: size for name, size in stored.items() if "proj" in name}

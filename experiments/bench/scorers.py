@@ -35,8 +35,8 @@ from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scores
 from lorafamily.batch import first_rows, loss_of
 from lorafamily.history import Decision
+from lorafamily.layers.placement import placement_of
 from lorafamily.names import modules_per_block
-from lorafamily.placement import placement_of
 from pages.report import as_text
 from tasks import Task, TaskError, find
 

@@ -48,8 +48,8 @@ from checks.architectures_checks import (
 )
 from checks.architectures_models import ARCHITECTURES, Architecture, Batch
 from checks.architectures_page import METHODS, Row, line_of, page_of, totals
-from lorafamily.experts import Expert
-from lorafamily.parts import possible_targets
+from lorafamily.layers.experts import Expert
+from lorafamily.layers.target import possible_targets
 from pages.page import markdown
 
 

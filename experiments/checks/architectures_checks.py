@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import lorafamily
 from checks.architectures_models import Architecture, Batch, noise
-from lorafamily.experts import expert_weights
-from lorafamily.placement import placement_of
+from lorafamily.layers.experts import expert_weights
+from lorafamily.layers.placement import placement_of
 
 HOLDS, NOT_APPLICABLE = "holds", "–"
 MERGED = 1e-4

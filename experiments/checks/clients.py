@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import lorafamily
 from checks import servers
 from lorafamily.deploy.peft import Layout
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 BOUND = 1e-5
 """Relative; float32 outputs are sums of some hundred terms, each rounded to 6e-8."""
@@ -122,8 +122,8 @@ def moved(model: nn.Module, method: str, client: Client) -> None:
     none.resize(torch.arange(0))
     fewer.resize(torch.tensor([1]))
     more.resize(torch.arange(more.rank), add=2, generator=generator)
-    more.update.get_parameter(more.update.switch).normal_(std=0.1, generator=generator)
-    for name in placement.parked:
+    more.update.get_parameter(more.update.zeroed).normal_(std=0.1, generator=generator)
+    for name in placement.inactive_values:
         model.get_parameter(name).normal_(generator=generator)
 
 

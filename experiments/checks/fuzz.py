@@ -40,9 +40,9 @@ import tyro
 import lorafamily
 from cells.cell import PeakMemory
 from embedded import ByteDecoder
-from lorafamily.deploy.files import RECORD, TENSORS
 from lorafamily.deploy.folder import write_sealed
-from lorafamily.fingerprints import fingerprints
+from lorafamily.deploy.saved import RECORD, TENSORS
+from lorafamily.layers.fingerprints import fingerprints
 from lorafamily.training.checkpoints import Checkpoints
 from pages.report import as_text
 

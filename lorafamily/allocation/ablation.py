@@ -23,7 +23,7 @@ from lorafamily.allocation.replay import PeakActivations, Tape
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
-from lorafamily.placement import targets_of
+from lorafamily.layers.placement import targets_of
 
 SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples
 ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `scoring_memory` says otherwise

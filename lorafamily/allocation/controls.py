@@ -40,7 +40,7 @@ class Singular(Magnitude):
         result = {}
         norms: Scores = {}
         for name, adapter in self.run.adapters.items():
-            switch = adapter.update.get_parameter(adapter.update.switch)
+            switch = adapter.update.get_parameter(adapter.update.zeroed)
             if switch.ndim == 1:
                 result[name] = switch.detach().abs().double().cpu()
             else:

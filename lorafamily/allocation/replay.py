@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lorafamily.site import NAME, Site, sites_in
+from lorafamily.layers.site import NAME, Site, sites_in
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ class Tape:
         if isinstance(site, Site):
             if path == self._stop_at:
                 if site.kind.additive:
-                    self._layer = key, site.base(*args, **kwargs)
+                    self._layer = key, site.base_forward(*args, **kwargs)
                 raise _Reached
             if self._layer is not None and key == self._layer[0]:
                 return site.updated(self._layer[1], *args, **kwargs)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lorafamily.chat.model import Base
 from lorafamily.deploy.checkpoint import merge_checkpoint
-from lorafamily.deploy.files import read
 from lorafamily.deploy.peft import export_peft
+from lorafamily.deploy.saved import read
 from lorafamily.errors import FileError, StateError
 
 CONVERTER = "convert_hf_to_gguf.py"

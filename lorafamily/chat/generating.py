@@ -14,7 +14,8 @@ from lorafamily.chat.model import Base, device_of, pad_of, read_base, read_templ
 from lorafamily.chat.rows import RowError
 from lorafamily.chat.settings import Generate
 from lorafamily.chat.templates import Messages, Template
-from lorafamily.deploy.files import RECORD, load
+from lorafamily.deploy.files import load
+from lorafamily.deploy.saved import RECORD
 from lorafamily.errors import DataError, FileError
 from lorafamily.terminal import nearest
 

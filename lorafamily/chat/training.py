@@ -37,7 +37,7 @@ from lorafamily.chat.tokens import Tokenised, Tokens, preview, tokenised
 from lorafamily.deploy.model_card import NATIVE, write_card
 from lorafamily.errors import DataError, FileError, TrainingError
 from lorafamily.history import History
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find
 from lorafamily.terminal import coloured
 from lorafamily.training.processes import Processes

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.beside import trained_beside
 from lorafamily.budget import Sizing, check_budget, check_rank_budget, highest
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
 from lorafamily.errors import StateError
-from lorafamily.method import Method
-from lorafamily.placement import (
+from lorafamily.layers.extra_trained import extra_trained_values
+from lorafamily.layers.placement import (
     Model,
-    Placement,
+    adapted,
     check_can_place,
     let_train,
     noted,
@@ -26,14 +25,15 @@ from lorafamily.placement import (
     state_of,
     targets_of,
 )
-from lorafamily.site import site_on
+from lorafamily.layers.state import Placement
+from lorafamily.method import Method
 
 
 def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     """Place a new adapter whose update is the weighted sum of others, and make it the active one.
 
     Exact: the factors are put side by side, so ranks add up; `compress` makes them small again. What only one of them
-    trained beside its adapters (a task head) comes along.
+    trained along with its adapters (a task head) comes along.
 
     Raises:
         StateError: an unknown name, a name that is taken, a merged model, or a head that several of them trained.
@@ -42,21 +42,22 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     """
     if not weights:
         raise StateError('nothing to combine: give names with their weights, such as {"a": 0.7, "b": 0.3}')
-    parts = {own: placement_of(model, own) for own in weights}
+    placements = {own: placement_of(model, own) for own in weights}
     check_can_place(model, name)
     owner, _ = noted(model)
-    beside = _beside(owner, parts)
-    layers = {at for part in parts.values() for at in part.adapters}
+    extra_trained = _extra_trained(owner, placements)
+    layers = {at for placement in placements.values() for at in placement.adapters}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for at in layers:
-        of_layer = [(weights[own], part.adapters[at]) for own, part in parts.items() if at in part.adapters]
+        of_layer = [
+            (weights[own], placement.adapters[at]) for own, placement in placements.items() if at in placement.adapters
+        ]
         with torch.no_grad():
             both = [(weight * adapter.scale, *adapter.factors()) for weight, adapter in of_layer]
         factors[at] = torch.cat([s * U for s, U, _ in both], 1), torch.cat([V for _, _, V in both], 0)
     rank = max(len(V) for _, V in factors.values())
-    return place_plain(
-        model, name, targets_of(owner), factors, dict.fromkeys(layers, 1.0), beside, rank=rank, options={"alpha": rank}
-    )
+    scales, options = dict.fromkeys(layers, 1.0), {"alpha": rank}
+    return place_plain(model, name, targets_of(owner), factors, scales, extra_trained, rank=rank, options=options)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def compress(
     refuse_merged(state_of(model))
     method, sizing, adapters, report = compressed(placement.adapters, Cut(rank, energy, budget, rank_budget))
     placement.spec, placement.method, placement.sizing = PLAIN, method, sizing
-    _exchange(model, placement, adapters)
+    _replace_adapters(model, placement, adapters)
     return report
 
 
@@ -188,28 +189,24 @@ def compressed(adapters: Mapping[str, Adapter], cut: Cut) -> tuple[Method, Sizin
     return method, replace(sizing, budget=budget, rank_budget=cut.rank_budget), made, report
 
 
-def _exchange(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
-    """Put other adapters into the layers of a placement, in the place of its own."""
-    owner, state = noted(model)
-    assert state is not None
+def _replace_adapters(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
+    """Replace the adapters of a placement."""
+    owner, state = adapted(model)
     targets = targets_of(owner)
     for path, adapter in adapters.items():
-        site = site_on(targets[path].layer)
-        assert site is not None
-        site.put(targets[path].part, targets[path].kind, placement.name, adapter)
+        targets[path].site.put(targets[path].part, targets[path].kind, placement.name, adapter)
     placement.adapters = adapters
     let_train(owner, placement, state.active == placement.name)
 
 
-def _beside(model: nn.Module, parts: Mapping[str, Placement]) -> dict[str, Tensor]:
-    beside: dict[str, Tensor] = {}
-    owner, state = noted(model)
-    assert state is not None
-    for part in parts.values():
-        for at, value in trained_beside(owner, part.parked, part.buffers, state.active == part.name).items():
-            if at in beside:
+def _extra_trained(model: nn.Module, placements: Mapping[str, Placement]) -> dict[str, Tensor]:
+    extra_trained: dict[str, Tensor] = {}
+    owner, state = adapted(model)
+    for placement in placements.values():
+        for at, value in extra_trained_values(owner, state, placement).items():
+            if at in extra_trained:
                 raise StateError(
                     f"{at} was trained with several of these adapters; which of them counts is not defined"
                 )
-            beside[at] = value.clone()
-    return beside
+            extra_trained[at] = value.clone()
+    return extra_trained

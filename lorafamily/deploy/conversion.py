@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint are which of the model's.
 
 transformers renames what it loads, and puts tensors together or takes them apart: experts that a checkpoint of Mixtral
-holds one by one are one 3-D parameter in the model. Its tables say how, and its own code is run here on them, so that
-names are found as `from_pretrained` finds them. Nothing is read but names and shapes; the model is on the meta device.
+holds one by one are one 3-D parameter in the model. Its own code is run here on its tables, so that names are found as
+`from_pretrained` finds them. Only names and shapes are read; the model is on the meta device.
 """
 
 from __future__ import annotations

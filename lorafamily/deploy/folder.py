@@ -1,6 +1,6 @@
-"""A record and its tensors as two files: written beside their place and renamed into it, read without unpickling.
+"""A record and its tensors as two files: written next to their place and renamed into it, read without unpickling.
 
-A sealed folder notes in its record the SHA-256 of both files, so that a bit that flipped does not pass for a number.
+A sealed folder notes in its record the SHA-256 of both files, so that flipped bits are noticed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_sealed(
 def sealed_sizes(
     record_name: str, record: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, int]:
-    """Bytes of the two files that `write_sealed` would write; of the tensors nothing but shapes and dtypes is read."""
+    """Bytes of the two files that `write_sealed` would write; only shapes and dtypes of the tensors are read."""
     any_hash = hashlib.sha256().hexdigest()  # all are of one length
     return {
         record_name: len(_text_of(_sealed(record_name, record, name, any_hash))),
@@ -57,7 +57,7 @@ _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", t
 
 
 def _header_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes before the numbers in a safetensors file: a length of 8 bytes, and JSON filled up to a multiple of 8."""
+    """Bytes before the tensors in a safetensors file: a length of 8 bytes, and JSON filled up to a multiple of 8."""
     places = list(_DTYPES)
     header: dict[str, Any] = {}
     begin = 0
@@ -127,7 +127,7 @@ def write_text(path: Path, text: str) -> None:
 
 def _bytes_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     if empty := [key for key, value in tensors.items() if value.is_meta]:
-        raise FileError(f"{empty[0]} is on the meta device: there are no numbers to write")
+        raise FileError(f"{empty[0]} is on the meta device: there are no values to write")
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     return safetensors.torch.save(on_cpu, metadata)
 
@@ -189,14 +189,14 @@ def _check_there(path: Path, what: str) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + ".partial")
     try:
-        with open(beside, "wb") as file:
+        with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(partial, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise FileError(f"{path}: cannot write its {len(data):,} bytes ({error}); {free:,} are free there") from error

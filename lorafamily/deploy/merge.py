@@ -12,25 +12,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorafamily.adapter import Adapter
 from lorafamily.batch import call
-from lorafamily.elsewhere import BACK, is_sharded, local, put_whole, refuse_offloaded_adapters, reshard, whole
-from lorafamily.errors import StateError
-from lorafamily.layers import Acting
-from lorafamily.names import join
-from lorafamily.parts import Target
-from lorafamily.placement import Model, ModelState, Placement, noted, placement_of, targets_of
-from lorafamily.quantised import (
-    Quantised,
-    Replaced,
+from lorafamily.deploy.merge_quantised import (
     check_replacement,
-    exchange,
     forget_quantised,
     plain_layer,
-    quantised_layers,
     remember_quantised,
+    replace_layer,
 )
-from lorafamily.site import keep_padding, sites_in
+from lorafamily.errors import StateError
+from lorafamily.layers.extra_trained import parameter_names
+from lorafamily.layers.kinds import Acting
+from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
+from lorafamily.layers.placement import Model, adapted, noted, placement_of, targets_of
+from lorafamily.layers.quantised import Quantised, quantised_layers
+from lorafamily.layers.sharded import is_sharded, local, put_whole, reshard, whole
+from lorafamily.layers.site import keep_padding, sites_in
+from lorafamily.layers.state import ModelState, Placement, Replaced
+from lorafamily.layers.target import Target
 
 
 @torch.no_grad()
@@ -44,36 +43,34 @@ def merge(
     """Fold the active adapters into their weights, W + ΔW, and leave nothing of them in the forward pass.
 
     ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. Merged modules have their own
-    forward again, and `state_dict()` the base's names: `save_pretrained` writes an ordinary checkpoint. Merging what is
-    merged changes nothing. `merge_difference` says how far the rounding moves the outputs.
+    forward again, and `state_dict()` the base's names: `save_pretrained` writes an ordinary checkpoint. Merging twice
+    changes nothing more. `merge_difference` says how far the rounding moves the outputs.
 
-    A quantised base is merged one way or the other, never by itself; its layers wait for `unmerge` as they are.
+    A quantised base is merged in one of two ways, which must be chosen; `unmerge` puts its layers back as they were.
 
     Args:
-        keep: where the original weights wait, whose bits `unmerge` gives back: on their device, in CPU memory, or
-            nowhere, with which merging is for good.
-        dequantise: ordinary layers of this dtype (best that of the rest of the model) stand in for all quantised ones,
-            those without adapter too: the model is an ordinary one then, and as large.
-        requantise: quantise W + ΔW again, with the settings of each layer. What that loses of ΔW, which may be most of
-            it, is said as a warning, and of every layer in `summary`.
+        keep: where to keep the original weights, whose bits `unmerge` gives back: on their device, in CPU memory, or
+            nowhere, which makes merging final.
+        dequantise: ordinary layers of this dtype (best that of the rest of the model) replace all quantised ones, those
+            without adapter too: the model is then an ordinary one, and as large.
+        requantise: quantise W + ΔW again, with the settings of each layer. A warning says how much of ΔW that loses,
+            which may be most of it, and `summary` says it for every layer.
 
     Raises:
-        StateError: no adapter is active, an adapted weight is shared with another layer, which would change too, or it
-            is not there: computed from others (parametrised), or offloaded; it is quantised, and neither `dequantise`
-            nor `requantise` given, or given where nothing is quantised.
+        StateError: no adapter is active; an adapted weight is shared with another layer, which would change too, or it
+            is computed from others (parametrised), or offloaded; it is quantised and neither `dequantise` nor
+            `requantise` is given, or one is given and nothing is quantised.
     """
     if keep not in ("device", "cpu", "none"):
         raise StateError(f'keep={keep!r}: must be "device", "cpu" or "none"')
-    placement = placement_of(model)
-    owner, state = noted(model)
-    assert state is not None
+    placement, (owner, state) = placement_of(model), adapted(model)
     if state.merged:
         return model
     reshard(owner)
     targets = targets_of(owner)
-    quantised = {path: targets[path] for path in placement.adapters if isinstance(targets[path].layer_kind, Quantised)}
-    for path, target in quantised.items():
-        if is_sharded(target.held):
+    quantised = [path for path in placement.adapters if isinstance(targets[path].layer_kind, Quantised)]
+    for path in quantised:
+        if is_sharded(targets[path].stored):
             raise StateError(
                 f"{path} is quantised and spread over processes; save the adapter, which is whole in each, and load "
                 "and merge it in one process"
@@ -81,38 +78,15 @@ def merge(
     check_replacement(owner, next(iter(quantised), None), dequantise, requantise)
     _refuse_shared(owner, placement, targets)
     refuse_offloaded_adapters(placement.adapters)
-    changes: dict[nn.Parameter, list[tuple[str, Target, Adapter]]] = defaultdict(list)
-    of_layer: dict[int, list[tuple[str, Target, Adapter]]] = defaultdict(list)
-    for path, adapter in placement.adapters.items():
-        if path in quantised:
-            of_layer[id(targets[path].layer)].append((path, targets[path], adapter))
-        else:
-            changes[_replaceable(path, targets[path])].append((path, targets[path], adapter))
     for _, site in sites_in(owner):
-        site.step_aside()
-    originals: dict[str, Tensor | None] = {}
-    state.originals = originals
+        site.detach()
+    state.originals = {}
     try:
-        for parameter, of in changes.items():  # one by one: all merged weights at once would be a second model
-            merged = changed_weight(whole(parameter), [(target.kind, adapter) for _, target, adapter in of])
-            here = local(parameter).clone() if is_sharded(parameter) else parameter.data
-            kept = None if keep == "none" else here if keep == "device" else here.cpu()
-            originals |= {path: kept for path, _, _ in of}
-            put_whole(parameter, merged)
-        for at, layer, kind in [*quantised_layers(owner)] if dequantise or requantise else ():
-            own = of_layer[id(layer)]
-            if own or dequantise:
-                W = changed_weight(kind.weight(layer), [(target.kind, adapter) for _, target, adapter in own])
-                new = plain_layer(kind, layer, W, dequantise) if dequantise else kind.requantised(layer, W)
-                state.quantised.layers[at] = exchange(owner, at, new, keep)
-                if requantise:
-                    lost = kind.weight(new) - W
-                    state.quantised.lost |= {path: float(t.kind.matrix(lost).norm()) for path, t, _ in own}
-                originals |= dict.fromkeys([path for path, _, _ in own] if keep == "none" else [])
-        if dequantise:
-            state.quantised.noted = forget_quantised(owner)
+        _merge_plain(placement, targets, state.originals, keep)
+        if dequantise or requantise:
+            _merge_quantised(owner, state, placement, targets, keep, dequantise)
     except BaseException as error:
-        if keep == "none" and (originals or state.quantised.layers):
+        if keep == "none" and (state.originals or state.quantised.layers):
             raise StateError(
                 f'merging failed in the middle ({error}), and with keep="none" nothing can be undone: load the base '
                 "again"
@@ -121,11 +95,52 @@ def merge(
         raise
     keep_padding(owner)
     if state.quantised.lost:
-        _say_lost(placement, state.quantised.lost)
+        _warn_of_lost(placement, state.quantised.lost)
     return model
 
 
-def _say_lost(placement: Placement, lost: Mapping[str, float]) -> None:
+def _merge_plain(
+    placement: Placement, targets: Mapping[str, Target], originals: dict[str, Tensor | None], keep: str
+) -> None:
+    changes: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for path in placement.adapters:
+        if not isinstance(targets[path].layer_kind, Quantised):
+            changes[_replaceable(path, targets[path])].append(path)
+    for parameter, paths in changes.items():  # one by one: all merged weights at once would be a second model
+        merged = changed_weight(whole(parameter), [(targets[path].kind, placement.adapters[path]) for path in paths])
+        here = local(parameter).clone() if is_sharded(parameter) else parameter.data
+        kept = None if keep == "none" else here if keep == "device" else here.cpu()
+        originals |= dict.fromkeys(paths, kept)
+        put_whole(parameter, merged)
+
+
+def _merge_quantised(
+    owner: nn.Module,
+    state: ModelState,
+    placement: Placement,
+    targets: Mapping[str, Target],
+    keep: str,
+    dequantise: torch.dtype | None,
+) -> None:
+    by_layer: dict[int, list[str]] = defaultdict(list)
+    for path in placement.adapters:
+        by_layer[id(targets[path].layer)].append(path)
+    assert state.originals is not None
+    for at, layer, kind in [*quantised_layers(owner)]:
+        paths = by_layer[id(layer)]
+        if paths or dequantise:
+            W = changed_weight(kind.weight(layer), [(targets[path].kind, placement.adapters[path]) for path in paths])
+            new = plain_layer(kind, layer, W, dequantise) if dequantise else kind.requantised(layer, W)
+            state.quantised.layers[at] = replace_layer(owner, at, new, keep)
+            if not dequantise:
+                lost = kind.weight(new) - W
+                state.quantised.lost |= {path: float(targets[path].kind.matrix(lost).norm()) for path in paths}
+            state.originals |= dict.fromkeys(paths if keep == "none" else [])
+    if dequantise:
+        state.quantised.noted = forget_quantised(owner)
+
+
+def _warn_of_lost(placement: Placement, lost: Mapping[str, float]) -> None:
     shares = {path: error / (placement.adapters[path].norm() or math.inf) for path, error in lost.items()}
     least, most = min(shares, key=lambda path: shares[path]), max(shares, key=lambda path: shares[path])
     warnings.warn(
@@ -157,16 +172,16 @@ def unmerge(model: Model) -> Model:
 def _undo(owner: nn.Module, state: ModelState) -> None:
     reshard(owner)
     for at, layer in state.quantised.layers.items():
-        exchange(owner, at, layer)
+        replace_layer(owner, at, layer)
     remember_quantised(owner, state.quantised.noted)
     targets = targets_of(owner)
     _put_back(state.originals or {}, targets)
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
-            like = targets[path].held
+            like = targets[path].stored
             adapter.to(like.device, torch.promote_types(next(adapter.parameters()).dtype, like.dtype))
     for _, site in sites_in(owner):
-        site.stand()
+        site.attach()
     keep_padding(owner)
     state.originals, state.quantised = None, Replaced()
 
@@ -252,13 +267,9 @@ def _replaceable(path: str, target: Target) -> nn.Parameter:
 
 
 def _refuse_shared(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
-    owners = defaultdict(list)
-    for name, module in model.named_modules():
-        for own_name, parameter in module._parameters.items():
-            owners[id(parameter)].append(join(name, own_name))
+    names_of = parameter_names(model)
     for path in placement.adapters:
-        names = owners[id(_replaceable(path, targets[path]))]
-        if len(names) > 1:
+        if len(names := names_of[id(_replaceable(path, targets[path]))]) > 1:
             raise StateError(
                 f"{' and '.join(names)} are one tied tensor: merging the adapter of {path} would change "
                 "the others too; untie them (a clone of the weight) before merging"

@@ -12,7 +12,7 @@ from torch import nn
 from lorafamily.deploy.folder import write_text
 from lorafamily.deploy.peft_config import found_at, task_of
 from lorafamily.insight.figures import rank_heatmap, save
-from lorafamily.placement import Placement
+from lorafamily.layers.state import Placement
 
 CARD, PICTURE = "README.md", "ranks.png"
 NATIVE = "lorafamily"
@@ -37,7 +37,7 @@ def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str
     card = folder / CARD
     if card.is_file() and OURS not in card.read_text(encoding="utf-8", errors="replace"):
         return
-    start = {at: adapter.start_rank for at, adapter in placement.adapters.items()}
+    start = {at: adapter.initial_rank for at, adapter in placement.adapters.items()}
     ranks = {at: adapter.rank for at, adapter in placement.adapters.items()}
     save(rank_heatmap(start, ranks, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
     write_text(card, _text(model, placement, layout, base or found_at(model)))
@@ -45,7 +45,7 @@ def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str
 
 def _text(model: nn.Module, placement: Placement, layout: str, base: str | None) -> str:
     architecture = type(model).__name__
-    trained = [*placement.parked, *placement.buffers]
+    trained = [*placement.inactive_values, *placement.inactive_buffers]
     ranks = [adapter.rank for adapter in placement.adapters.values()]
     options = ", ".join(f"{key}={value!r}" for key, value in placement.method.options().items())
     rows = {
@@ -93,7 +93,7 @@ def _front(model: nn.Module, layout: str, base: str | None) -> str:
 
 
 def _asked(placement: Placement) -> str:
-    """What the ranks were to keep to."""
+    """The budget or the rank that was asked for."""
     sizing = placement.sizing
     if sizing.budget is not None:
         when = "at any step" if sizing.budget_at == "peak" else "at the end"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.beside import trained_beside
 from lorafamily.deploy.diffusers_files import prefix_of, write_diffusers
 from lorafamily.deploy.folder import write_json, write_tensors
 from lorafamily.deploy.model_card import write_card
@@ -37,11 +36,15 @@ from lorafamily.deploy.plain import padded
 from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
 from lorafamily.deploy.tied import tying, under_all_names
 from lorafamily.errors import StateError
-from lorafamily.experts import Expert
-from lorafamily.layers import Convolution, kind_of
-from lorafamily.parts import Rows, Target
-from lorafamily.placement import Placement, noted, placement_of, refuse_untold, targets_of, warn_of_no_session
-from lorafamily.site import NAME
+from lorafamily.layers.experts import Expert
+from lorafamily.layers.extra_trained import extra_trained_values
+from lorafamily.layers.kinds import kind_of
+from lorafamily.layers.placement import adapted, noted, placement_of, refuse_unsaved, targets_of, warn_of_no_session
+from lorafamily.layers.rows import Rows
+from lorafamily.layers.site import NAME
+from lorafamily.layers.standard import Convolution
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import Target
 
 Layout = Literal["peft", "serving", "diffusers"]
 Tensors = dict[str, Tensor]
@@ -73,9 +76,9 @@ def export_peft(
 ) -> Path:
     """Write the adapters of one name (default: the active ones) as a LoRA folder that others read; returns the folder.
 
-    Every method becomes plain LoRA on the pristine base: a frozen start goes along as extra ranks, modules without
-    rank are left out, and what trained beside the adapters goes into `modules_to_save`. Experts in 3-D parameters go
-    out as `target_parameters`, for which peft has one rank: lower ones are filled up with zeros.
+    Every method becomes plain LoRA on the pristine base: a frozen initial update becomes extra ranks, modules
+    without rank are left out, and what trained along with the adapters goes into `modules_to_save`. Experts in 3-D
+    parameters become `target_parameters`, for which peft has one rank: lower ones are filled up with zeros.
 
     Args:
         layout: "peft": true ranks and scales, by pattern. "serving": what needs nothing but r, lora_alpha and the
@@ -115,7 +118,7 @@ def export_peft(
 
 def _collected(model: nn.Module, name: str | None) -> _Collected:
     placement = placement_of(model, name)
-    refuse_untold(model, placement)
+    refuse_unsaved(model, placement)
     warn_of_no_session(placement)
     model, _ = noted(model)
     targets = targets_of(model)
@@ -190,9 +193,9 @@ def _for_diffusers(given: _Collected) -> tuple[str, Tensors, dict[str, Any]]:
 
 
 def _refuse_more_than_layers(given: _Collected, they_load: str, their_file: str) -> None:
-    if given.placement.parked:
+    if given.placement.inactive_values:
         raise StateError(
-            f"{they_load} no trained {', '.join(given.placement.parked)}, only low-rank tensors; export with "
+            f"{they_load} no trained {', '.join(given.placement.inactive_values)}, only low-rank tensors; export with "
             'layout="peft", or merge and save_pretrained'
         )
     if given.stacks:
@@ -259,16 +262,15 @@ def _by_layer(
 
 
 def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor]]:
-    """Whole modules with what trained beside the adapters: peft saves no single parameters."""
-    _, state = noted(model)
-    assert state is not None
-    trained = trained_beside(model, placement.parked, placement.buffers, state.active == placement.name)
+    """Whole modules with what trained along with the adapters: peft saves no single parameters."""
+    _, state = adapted(model)
+    trained = extra_trained_values(model, state, placement)
     trained = under_all_names(model, trained)
     owners = {at.rpartition(".")[0] for at in trained}
     for owner in owners:
         if owner in placement.adapters or not owner or any(model.get_submodule(owner).children()):
             names = ", ".join(at for at in trained if at.rpartition(".")[0] == owner)
-            raise StateError(f"{names} trained beside the adapters; peft's modules_to_save cannot hold it")
+            raise StateError(f"{names} trained along with the adapters; peft's modules_to_save cannot hold it")
     # peft takes every module whose name ends like one of those listed.
     return {
         at: {key: trained.get(f"{at}.{key}", value) for key, value in module.state_dict().items() if NAME not in key}

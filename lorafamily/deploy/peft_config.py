@@ -10,8 +10,8 @@ from torch import nn
 
 from lorafamily.deploy.peft_names import NAMES_OF_EXPERTS, pattern_of, whole_layers
 from lorafamily.errors import StateError
-from lorafamily.layers import kind_of
-from lorafamily.site import base_parameters
+from lorafamily.layers.kinds import kind_of
+from lorafamily.layers.site import base_parameters
 
 TASKS = {
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.plain import padded
 from lorafamily.errors import FileError
-from lorafamily.experts import Expert, expert_kinds, expert_weights
+from lorafamily.layers.experts import Expert, expert_kinds, expert_weights
+from lorafamily.layers.target import Target
 from lorafamily.names import join
-from lorafamily.parts import Target
 
 Stack = tuple[Float[Tensor, "E d_out r"], Float[Tensor, "E r d_in"], float]
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.beside import movable_buffers
 from lorafamily.deploy.diffusers_files import DIFFUSERS, read_diffusers
 from lorafamily.deploy.folder import listed, read_json, read_tensors
 from lorafamily.deploy.peft_experts import shared_out
@@ -30,9 +29,11 @@ from lorafamily.deploy.peft_names import (
 from lorafamily.deploy.plain import noted_dropout, place_plain
 from lorafamily.deploy.tied import one_of_tied
 from lorafamily.errors import FileError
-from lorafamily.parts import ReadRows, Target, possible_targets
-from lorafamily.placement import Model, check_can_place
-from lorafamily.site import base_parameters
+from lorafamily.layers.extra_trained import movable_buffers
+from lorafamily.layers.placement import Model, check_can_place
+from lorafamily.layers.rows import ReadRows
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.target import Target, possible_targets
 
 UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "lora_dropout"),
@@ -171,7 +172,7 @@ def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, n
     """Put the factors of an original `loralib` checkpoint into a model: keys `LAYER.lora_A`, `LAYER.lora_B`.
 
     Args:
-        state: the checkpoint's state dict; what it holds beside the factors is not read.
+        state: the checkpoint's state dict; what it holds besides the factors is not read.
         alpha: `lora_alpha` of the training script; the checkpoint does not say.
 
     Raises:
@@ -304,7 +305,7 @@ def _checked_factors(
 
 
 def _checked_heads(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """What trained beside the adapters, by parameter or buffer of the model."""
+    """What trained along with the adapters, by parameter or buffer of the model."""
     parameters, wrong = {**base_parameters(model), **movable_buffers(model)}, []
     for at, value in tensors.items():
         if at not in parameters:

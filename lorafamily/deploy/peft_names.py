@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from lorafamily.layers import Convolution, kind_of
-from lorafamily.parts import Rows, Target
+from lorafamily.layers.kinds import kind_of
+from lorafamily.layers.rows import Rows
+from lorafamily.layers.standard import Convolution
+from lorafamily.layers.target import Target
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FOLDER = f"what peft saves is a folder with {CONFIG} and {TENSORS}"

@@ -12,16 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorafamily.adapter import Adapter
-from lorafamily.beside import movable_buffers
 from lorafamily.budget import Sizing
 from lorafamily.dropout import Dropout
-from lorafamily.elsewhere import refuse_elsewhere
 from lorafamily.errors import FileError, MethodError
+from lorafamily.layers.extra_trained import take_values
+from lorafamily.layers.placement import Model, noted, place
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import Target
 from lorafamily.method import Method
-from lorafamily.parts import Target
-from lorafamily.placement import Model, Placement, noted, place
 from lorafamily.registry import find
-from lorafamily.site import base_parameters
 
 PLAIN = "lora"
 
@@ -32,7 +31,7 @@ def place_plain(
     targets: Mapping[str, Target],
     factors: Mapping[str, tuple[Tensor, Tensor]],
     scales: Mapping[str, float],
-    beside: Mapping[str, Tensor],
+    extra_trained: Mapping[str, Tensor],
     *,
     rank: int,
     options: Mapping[str, Any],
@@ -40,23 +39,19 @@ def place_plain(
 ) -> Model:
     """Place plain LoRA adapters ΔW = s · U V under a new name. Everything was checked before.
 
-    `targets`: those of the model, in its order; `factors`: (U, V) by target; `scales`: s by target; `beside`: values of
-    parameters and buffers that go along; `rank`: the nominal one; `options`: of the method, for whoever reads the
-    settings.
+    `targets`: those of the model, in its order; `factors`: (U, V) by target; `scales`: s by target; `extra_trained`:
+    values of parameters and buffers that go along; `rank`: the nominal one; `options`: of the method, for whoever reads
+    the settings.
     """
     owner, _ = noted(model)
     on_device = {}
     for at, target in targets.items():
         if at in factors:
-            (U, V), device = factors[at], target.held.device
+            (U, V), device = factors[at], target.stored.device
             on_device[at] = U.to(device), V.to(device)
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
-    parameters, buffers = base_parameters(owner), movable_buffers(owner)
-    refuse_elsewhere(parameters, beside, "which the file has values for")
     placement = Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, {})
-    for at, value in beside.items():
-        of, like = (placement.parked, parameters) if at in parameters else (placement.buffers, buffers)
-        of[at] = value.to(like[at].device, like[at].dtype)
+    take_values(owner, placement, extra_trained)
     place(owner, placement, targets)
     return model
 
@@ -82,10 +77,10 @@ def plain_adapters(
 
 
 def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
-    """What a file says of dropout.
+    """The dropout that a file notes.
 
     Raises:
-        FileError: it cannot be; `where` is named.
+        FileError: it is invalid; the message names `where`.
     """
     try:
         return Dropout(p, kind)
@@ -94,7 +89,7 @@ def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
 
 
 def sizing_of(adapters: Mapping[str, Adapter], rank: int) -> Sizing:
-    """Of adapters that no budget was asked for."""
+    """The sizing of adapters without a budget."""
     return Sizing(None, "peak", rank, sum(adapter.trainable() for adapter in adapters.values()))
 
 

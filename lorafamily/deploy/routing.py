@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.plain import padded
-from lorafamily.elsewhere import refuse_offloaded_adapters
 from lorafamily.errors import StateError
-from lorafamily.layers import Acting, onloaded, whole_update
-from lorafamily.placement import Model, Placement, activate, noted, placement_of, refuse_merged, targets_of
-from lorafamily.site import Site, sites_in
+from lorafamily.layers.kinds import Acting, whole_update
+from lorafamily.layers.offloaded import refuse_offloaded_adapters
+from lorafamily.layers.placement import Model, activate, noted, placement_of, refuse_merged, targets_of
+from lorafamily.layers.site import Site, sites_in
+from lorafamily.layers.state import Placement
+from lorafamily.layers.weights import onloaded
 
 
 class Route:
-    """What the samples of a batch get from one layer. Entry 0 of the factors is zero: the base model.
+    """What one layer adds for the samples of a batch. Entry 0 of the factors is zero: the base model.
 
     Factors of different rank are padded with zeros, the scale is multiplied into U.
     """
@@ -55,7 +57,7 @@ def routing(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     if isinstance(names, str) or not names:
         raise StateError(f"names={names!r}: must be a list with the name of an adapter, or None, for every sample")
     placements = {name: placement_of(owner, name) for name in dict.fromkeys(names) if name is not None}
-    if state is None:  # no name was given, and there is nothing to go around
+    if state is None:  # all names are None, and there are no adapters
         yield model
         return
     _check(owner, placements)
@@ -78,10 +80,10 @@ def _check(model: nn.Module, placements: dict[str, Placement]) -> None:
     targets = targets_of(model)
     for name, placement in placements.items():
         refuse_offloaded_adapters(placement.adapters)
-        if placement.parked:
+        if placement.inactive_values:
             raise StateError(
-                f'adapter "{name}" has its own {", ".join(placement.parked)}, trained beside it; a batch for several '
-                "adapters has one for all"
+                f'adapter "{name}" has its own {", ".join(placement.inactive_values)}, trained along with it; a batch '
+                "for several adapters has one for all"
             )
         for path in placement.adapters:
             kind = targets[path].kind
@@ -93,7 +95,7 @@ def _check(model: nn.Module, placements: dict[str, Placement]) -> None:
 
 @torch.no_grad()
 def _route(site: Site, names: list[str], entry: Int[Tensor, " samples"]) -> Route | None:
-    """What the samples get from one layer, None where none of these adapters is on it."""
+    """The route of one layer; None where none of these adapters is on it."""
     updates = [_update(site, name) for name in names]
     if not any(updates):
         return None

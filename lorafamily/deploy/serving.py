@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from lorafamily.errors import StateError
+from lorafamily.layers.target import Target
 from lorafamily.names import join
-from lorafamily.parts import Target
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM accepts, but for 1, where other servers begin higher."""
@@ -22,7 +22,7 @@ _EXPERTS = re.compile(r"(.*experts)\.\d+\..+")
 
 
 def served_rank(needed: int, ranks: Sequence[int]) -> int:
-    """The lowest of the server's ranks that is enough.
+    """The lowest of the server's ranks that is high enough.
 
     Raises:
         StateError: none is.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.beside import tied_names
 from lorafamily.errors import FileError
+from lorafamily.layers.extra_trained import tied_names
 
 
 def under_all_names(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def _own(model: nn.Module, at: str) -> Iterable[tuple[str, nn.Parameter]]:
 def one_of_tied(
     model: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
 ) -> dict[str, Tensor]:
-    """What a file holds beside the factors, with tied tensors under the name that the model has for them.
+    """What a file holds besides the factors, with tied tensors under the name that the model has for them.
 
     Raises:
         FileError: different values for what is one tensor here, or a value for a part of it, where peft would leave the

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
+from lorafamily.layers.placement import noted, placement_of, refuse_merged, state_of, targets_of
+from lorafamily.layers.target import Target
 from lorafamily.names import place_of
-from lorafamily.parts import Target
-from lorafamily.placement import noted, placement_of, refuse_merged, state_of, targets_of
 
 Side = Literal["down", "up"]
 """Of the factors: down is V, its directions are in R^{d_in}; up is U, its directions are in R^{d_out}."""

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorafamily.quantised import quantised_layers, stand_in
+from lorafamily.insight.stand_in import stand_in
+from lorafamily.layers.quantised import quantised_layers
 
 
 @dataclass(frozen=True)

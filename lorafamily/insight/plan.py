@@ -14,16 +14,18 @@ from torch.utils._pytree import tree_leaves
 from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
 from lorafamily.batch import LossFn
-from lorafamily.deploy.files import described, sizes
+from lorafamily.choice import Choice, choose
+from lorafamily.deploy.files import described
+from lorafamily.deploy.saved import sizes
 from lorafamily.errors import MethodError
-from lorafamily.injection import Choice, choose, put
+from lorafamily.injection import put
 from lorafamily.insight.blocks import alike_blocks, on_meta
 from lorafamily.insight.costs import FLOOR, FULL, Memory, Plan, Use
 from lorafamily.insight.tracing import Held, NotTracedError, Penalty, Ready, held_in_step
-from lorafamily.parts import Fused
-from lorafamily.placement import Placement
-from lorafamily.quantised import counts_of, packed_parameters, quantised_layers, tensors_of
-from lorafamily.site import base_parameters
+from lorafamily.layers.quantised import counts_of, packed_parameters, quantised_layers, tensors_of
+from lorafamily.layers.rows import Fused
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.state import Placement
 from lorafamily.training.guards import check_keys
 
 COUNTER = 4  # bytes of the number of steps that AdamW keeps for each tensor
@@ -106,14 +108,14 @@ class Planner:
         """The plan of one method; `chosen`: what else `apply` takes."""
         choice = choose(self.model, method, fused=fused, **chosen)
         adapters = self._built(choice)
-        beside = {path: self._as_planned(parameter) for path, parameter in choice.beside.items()}
+        beside = {path: self._as_planned(parameter) for path, parameter in choice.extra_trained.items()}
         placement = Placement(choice.name, method, choice.method, choice.sizing, adapters, beside)
 
         def ready(model: nn.Module) -> Penalty | None:
             targets = targeting.match(model, lambda name, module: name in choice.targets, fused)
             own = base_parameters(model)
-            beside = {name: own[name] for name in choice.beside if name in own}
-            there = replace(choice, model=model, targets=targets, beside=beside)
+            beside = {name: own[name] for name in choice.extra_trained if name in own}
+            there = replace(choice, model=model, targets=targets, extra_trained=beside)
             built = self._built(there)
             put(there, built)
             penalty = choice.method.penalty
@@ -127,7 +129,7 @@ class Planner:
             sum(value.numel() for value in beside.values()),
             0,
             sizes(described(choice.model, placement, choice.targets, beside)),
-            self._memory(added, trained, self._held(ready, [*choice.targets, *choice.beside])),
+            self._memory(added, trained, self._held(ready, [*choice.targets, *choice.extra_trained])),
         )
         return Plan(
             model=type(self.model).__name__,

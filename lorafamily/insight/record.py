@@ -16,8 +16,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lorafamily.deploy.files import RECORD as SAVED
-from lorafamily.deploy.files import read
+from lorafamily.deploy.saved import RECORD as SAVED
+from lorafamily.deploy.saved import read
 from lorafamily.errors import FileError
 from lorafamily.history import Decision, Step
 from lorafamily.insight import figures

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.errors import DataError, FileError, StateError
-from lorafamily.parts import Fused
+from lorafamily.layers.rows import Fused
 
 
 @dataclass(frozen=True)

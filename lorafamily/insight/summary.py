@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.experts import Expert
+from lorafamily.layers.experts import Expert
+from lorafamily.layers.placement import noted, placement_of, targets_of
+from lorafamily.layers.quantised import Quantised, counts_of
+from lorafamily.layers.site import base_parameters
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import Target
 from lorafamily.names import expert_of
-from lorafamily.parts import Target
-from lorafamily.placement import Placement, noted, placement_of, targets_of
-from lorafamily.quantised import Quantised, counts_of
-from lorafamily.site import base_parameters
 from lorafamily.targets import what_is
 
 
@@ -171,7 +172,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     targets, lost = targets_of(owner), {} if state is None else state.quantised.lost
     rows = tuple(_row(path, adapter, targets[path], lost.get(path)) for path, adapter in placement.adapters.items())
     tensors = [t for adapter in placement.adapters.values() for t in adapter.parameters()] + [
-        *placement.parked.values()
+        *placement.inactive_values.values()
     ]
     first = next(iter(placement.adapters.values()))
     return Summary(
@@ -179,11 +180,11 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         method=placement.spec,
         rows=rows,
         base_parameters=sum(counts_of(owner).values()),
-        beside=sum(value.numel() for value in placement.parked.values()),
+        beside=sum(value.numel() for value in placement.inactive_values.values()),
         budget=placement.sizing.budget,
         rank_budget=placement.sizing.rank_budget,
         budget_at=placement.sizing.budget_at,
-        start_parameters=placement.sizing.start,
+        start_parameters=placement.sizing.initial_parameters,
         tensor_bytes=sum(tensor.nbytes for tensor in tensors),
         dtype=str(next(first.update.parameters()).dtype).removeprefix("torch."),
         reached=reached,
@@ -205,7 +206,7 @@ def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, in
         if isinstance(target.kind, Expert):
             shares[id(target.parameter)] += math.prod(target.shape)
         else:
-            adapted.add(id(target.held))
+            adapted.add(id(target.stored))
     reached, others = 0, Counter[str]()
     kinds, counts = what_is(model), counts_of(model)
     for name, parameter in base_parameters(model).items():
@@ -218,13 +219,13 @@ def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, in
 
 def _row(path: str, adapter: Adapter, target: Target, lost: float | None) -> Row:
     update, kind, step = adapter.update, target.layer_kind, None
-    if isinstance(kind, Quantised) and not target.held.is_meta:
+    if isinstance(kind, Quantised) and not target.stored.is_meta:
         step = float(target.kind.matrix(kind.rounding(target.layer)).sum().sqrt())
     return Row(
         path,
         update.d_out,
         update.d_in,
-        adapter.start_rank,
+        adapter.initial_rank,
         adapter.rank,
         update.sizes().get("width"),
         adapter.trainable(),

@@ -99,8 +99,8 @@ class AroundSteps:
         return {
             id(parameter): start
             for adapter in self.adapters.values()
-            if adapter.start is not None
-            for parameter, start in zip(adapter.update.parameters(), adapter.start.parameters(), strict=True)
+            if adapter.initial is not None
+            for parameter, start in zip(adapter.update.parameters(), adapter.initial.parameters(), strict=True)
         }
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

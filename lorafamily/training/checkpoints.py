@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorafamily.deploy import files
+from lorafamily.deploy import files, saved
 from lorafamily.deploy.folder import read_record, read_sealed_tensors, write_sealed
 from lorafamily.errors import FileError, StateError
 from lorafamily.insight.record import STEPS, recorded
@@ -36,7 +36,7 @@ class Checkpoint:
 
     folder: Path
     state: dict[str, Any]
-    adapters: files.Saved | None
+    adapters: saved.Saved | None
 
 
 class Checkpoints:
@@ -162,8 +162,8 @@ def _read(folder: Path) -> Checkpoint:
         raise FileError(f"{folder / STATE}: not a state of a run ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict):
         raise FileError(f"{folder / STATE}: not a state of a run")
-    has_adapters = (folder / files.RECORD).exists() or state.get("has adapters")
-    return Checkpoint(folder, state, files.read(folder) if has_adapters else None)
+    has_adapters = (folder / saved.RECORD).exists() or state.get("has adapters")
+    return Checkpoint(folder, state, saved.read(folder) if has_adapters else None)
 
 
 def _flush(folder: Path) -> None:

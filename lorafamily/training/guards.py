@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafamily.beside import movable_buffers
 from lorafamily.deploy.folder import listed
 from lorafamily.errors import DataError, NonFiniteError, TrainingError
+from lorafamily.layers.extra_trained import movable_buffers
 
 CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 

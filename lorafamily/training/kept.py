@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.surgery import exchange
-from lorafamily.beside import movable_buffers
-from lorafamily.site import base_parameters
+from lorafamily.layers.extra_trained import movable_buffers
+from lorafamily.layers.site import base_parameters
 from lorafamily.training.checkpoints import Checkpoint
 
 

@@ -17,8 +17,9 @@ from lorafamily.adapter import Adapter
 from lorafamily.batch import LossFn, LossOver, loss_of, refuse_one_batch, to_device, weigher
 from lorafamily.errors import LoraFamilyError, TrainingError
 from lorafamily.history import Evaluation, History, Step
+from lorafamily.layers.placement import noted, refuse_merged
+from lorafamily.layers.state import Placement
 from lorafamily.penalty import orthogonality_error
-from lorafamily.placement import Placement, noted, refuse_merged
 from lorafamily.training.batches import Batches, mean_loss
 from lorafamily.training.board import Setting
 from lorafamily.training.checkpoints import Checkpoints, Resume

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorafamily.errors import TrainingError
-from lorafamily.placement import noted, placement_of
+from lorafamily.layers.placement import noted, placement_of
 from lorafamily.training.schedule import Schedule, lr_factor, warmup_steps
 
 LR = 1e-3

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lorafamily.batch import batch_axes, cut_rows
 from lorafamily.errors import DataError, TrainingError
-from lorafamily.placement import noted
-from lorafamily.quantised import quantised_layers
-from lorafamily.site import sites_in
+from lorafamily.layers.placement import noted
+from lorafamily.layers.quantised import quantised_layers
+from lorafamily.layers.site import sites_in
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
@@ -217,7 +217,7 @@ def shard(model: Model) -> Model:
     own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
     owner, state = noted(model)
     for placement in state.placements.values() if state is not None else ():
-        own |= {owner.get_parameter(path) for path in placement.parked}  # others than the active one train some, too
+        own |= {owner.get_parameter(path) for path in placement.inactive_values}  # of those that are not active, too
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     for block in reversed(blocks):  # the inner ones first
         fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in own})

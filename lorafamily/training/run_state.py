@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.elsewhere import is_sharded, offloaded_value
 from lorafamily.errors import AllocationError, StateError, TrainingError
-from lorafamily.fingerprints import added_up, fingerprints
 from lorafamily.history import Decision, Evaluation, History, Step, Weights
-from lorafamily.quantised import tensors_of
-from lorafamily.site import base_parameters
+from lorafamily.layers.fingerprints import added_up, fingerprints
+from lorafamily.layers.offloaded import offloaded_value
+from lorafamily.layers.quantised import tensors_of
+from lorafamily.layers.sharded import is_sharded
+from lorafamily.layers.site import base_parameters
 from lorafamily.training.batches import Batches
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, of_step
 from lorafamily.training.guards import FiniteNumbers, check_base

@@ -24,11 +24,12 @@ from lorafamily.allocation.allocator import Allocator, Fixed
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import exchange
 from lorafamily.batch import LossFn, LossOver, gather_rows, loss_of, to_device, weigher
-from lorafamily.elsewhere import refuse_offloaded_adapters
 from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
-from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
-from lorafamily.reading import leave_out, watch_first_batch
+from lorafamily.layers.offloaded import refuse_offloaded_adapters
+from lorafamily.layers.placement import noted, placement_of, refuse_merged, refuse_unsaved, targets_of
+from lorafamily.layers.state import Placement
+from lorafamily.layers.uncalled import leave_out, watch_first_batch
 from lorafamily.training.around_steps import AroundSteps, check_optimizer, steppers
 from lorafamily.training.execution import evaluating
 from lorafamily.training.guards import CUT, FrozenBuffers
@@ -131,7 +132,7 @@ class Session:
         self._weigh = weigher(loss_over, model, loss_fn)
         AroundSteps(optimizer, self.adapters)  # no empty tensor is stepped; decay pulls to ΔW = 0
         if self.placement is not None:
-            refuse_untold(self.owner, self.placement)
+            refuse_unsaved(self.owner, self.placement)
             check_held(self.optimizer, self._trained())
             check_up_rate(self.model, self.optimizer)
         self.start = dict(start or {name: adapter.rank for name, adapter in self.adapters.items()})
@@ -378,7 +379,8 @@ class Session:
             return torch.stack([share * loss_of(self.model, piece, self.loss_fn) for piece, share in pieces]).sum()
 
     def _beside(self) -> dict[str, nn.Parameter]:
-        return {} if self.placement is None else {at: self.owner.get_parameter(at) for at in self.placement.parked}
+        names = () if self.placement is None else self.placement.inactive_values
+        return {at: self.owner.get_parameter(at) for at in names}
 
     def _factors(self) -> list[nn.Parameter]:
         return [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lorafamily.deploy.folder import listed
-from lorafamily.elsewhere import is_sharded
 from lorafamily.errors import TrainingError
+from lorafamily.layers.sharded import is_sharded
 
 
 @dataclass(frozen=True)

@@ -1,88 +1,31 @@
-"""What lorafamily notes of a model: which adapters were placed under which name, and which of them is in effect.
-
-The note hangs on the sites of the adapted layers, so that it is found through whatever wraps the model.
-"""
+"""Putting adapters into a model, and finding through the sites of its layers what was put there."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
-from lorafamily.beside import base_values, movable_buffers, swap
-from lorafamily.budget import Sizing
-from lorafamily.elsewhere import refuse_whole_blocks
 from lorafamily.errors import StateError
-from lorafamily.fingerprints import fingerprints
-from lorafamily.method import Method
-from lorafamily.parts import Target
-from lorafamily.quantised import Replaced
-from lorafamily.site import Site, base_parameters, keep_padding, site_for, sites_in
+from lorafamily.layers.extra_trained import base_values, movable_buffers, swap_values
+from lorafamily.layers.offloaded import refuse_whole_blocks
+from lorafamily.layers.site import Site, base_parameters, keep_padding, site_for, sites_in
+from lorafamily.layers.state import ModelState, Placement
+from lorafamily.layers.target import Target
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass
-class Placement:
-    """Everything placed in a model under one name.
-
-    `adapters`: by full name of what they adapt. `parked`: for each parameter that trains beside the adapters, and for
-    each buffer that training may move, the values that are not in the model now: the base's while this placement is
-    active, its own while it is not.
-    """
-
-    name: str
-    spec: str
-    method: Method
-    sizing: Sizing
-    adapters: dict[str, Adapter]
-    parked: dict[str, Tensor]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    by_default: bool = False
-    """Whether nobody named the targets, so that one without effect may be left out."""
-    had_session: bool = False
-    """Whether a session was made for it here."""
-    as_read: dict[str, int] | None = None
-    """Fingerprints of its tensors where they came from a file."""
-
-    def trainable(self) -> int:
-        """Trainable adapter parameters at the present ranks; what trains beside them is not counted."""
-        return sum(adapter.trainable() for adapter in self.adapters.values())
-
-    def fingerprints(self) -> dict[str, int]:
-        """Of the adapters' tensors, by name, dtype and shape: a cast one, or one of another rank, is another tensor."""
-        own = [(f"{at}: {name}", p) for at, a in self.adapters.items() for name, p in a.named_parameters()]
-        return fingerprints((f"{name} {p.dtype} {tuple(p.shape)}", p) for name, p in own)
-
-
-@dataclass
-class ModelState:
-    """What lorafamily notes of a model: placements by name, the active one, which base parameters trained before, and
-    while a placement is merged the original weights by module name (None for those that were not kept)."""
-
-    trained_before: dict[str, bool]
-    placements: dict[str, Placement] = field(default_factory=dict)
-    active: str | None = None
-    originals: dict[str, Tensor | None] | None = None
-    quantised: Replaced = field(default_factory=Replaced)
-
-    @property
-    def merged(self) -> bool:
-        return self.originals is not None
-
-
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
-    """The model that `apply` was given, inside of whatever wraps it, and what is noted of it: None where nothing is.
+    """The model that `apply` was given, inside whatever wraps it, and what is noted of it, None without adapters.
 
     Raises:
-        StateError: only a part of the model that was given is in this one, or several that were given apart.
+        StateError: this model holds only a part of the one that `apply` was given, or several such models.
     """
     found = list(sites_in(model))
     states = {id(site.state): (at, site) for at, site in found}
@@ -110,8 +53,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def state_of(model: nn.Module) -> ModelState | None:
-    """What is noted of the model, None where nothing was ever placed or all was removed."""
+    """What is noted of the model, None where it has no adapters."""
     return noted(model)[1]
+
+
+def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
+    """The same of a model with adapters.
+
+    Raises:
+        StateError: it has none.
+    """
+    owner, state = noted(model)
+    if state is None:
+        raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
+    return owner, state
 
 
 def placement_of(model: nn.Module, name: str | None = None) -> Placement:
@@ -120,9 +75,7 @@ def placement_of(model: nn.Module, name: str | None = None) -> Placement:
     Raises:
         StateError: the model has no adapters, none is active, or none of that name.
     """
-    state = state_of(model)
-    if state is None:
-        raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
+    _, state = adapted(model)
     name = state.active if name is None else name
     if name is None:
         raise StateError(f"no adapter is active; choose one with lorafamily.switch: {_known(state)}")
@@ -142,11 +95,10 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """The model to place adapters in: this one, or the one that torch.compile wrapped. Refuses a name that is taken or
-    cannot be one, and a model whose adapters are merged, or that cannot have any.
+    """The model to place adapters in: this one, or the one that torch.compile wrapped.
 
     Raises:
-        StateError: one of these.
+        StateError: the name is taken or cannot be one, adapters are merged, or the model cannot have any.
     """
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -172,7 +124,7 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
 
 
 def refuse_merged(state: ModelState | None) -> None:
-    """Refuse what would have to happen on top of merged weights.
+    """Refuse what needs the original weights.
 
     Raises:
         StateError: an adapter is merged.
@@ -181,15 +133,15 @@ def refuse_merged(state: ModelState | None) -> None:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 
 
-def refuse_untold(model: nn.Module, placement: Placement) -> None:
-    """Refuse to go on where something trains that no file of the active adapter would hold.
+def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
+    """Refuse parameters that train and that no file of the active adapter would hold.
 
     Raises:
-        StateError: parameters of the base that somebody unfroze; they are named.
+        StateError: somebody unfroze parameters of the base; they are named.
     """
     owner, state = noted(model)
-    told = {id(owner.get_parameter(path)) for path in placement.parked}
-    names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in told]
+    saved = {id(owner.get_parameter(path)) for path in placement.inactive_values}
+    names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in saved]
     if names and state is not None and state.active == placement.name:
         raise StateError(
             f"{', '.join(names[:3])}{' and more' if names[3:] else ''} would train, and be lost, since adapter "
@@ -199,16 +151,16 @@ def refuse_untold(model: nn.Module, placement: Placement) -> None:
 
 
 def warn_of_no_session(placement: Placement) -> None:
-    """Say that adapters were trained in a loop that did nothing of what their method does besides."""
+    """Warn of adapters trained in a loop that left out the rank allocation or the penalty of their method."""
     method = placement.method
     settled = isinstance(method.allocation, Fixed) or all(a.settled for a in placement.adapters.values())
     if placement.had_session or (settled and method.penalty is None):
         return
-    if placement.as_read is None:
+    if placement.file_fingerprints is None:
         trained = any(adapter.norm() > 0 for adapter in placement.adapters.values())  # ΔW is zero until then
     else:
         now = placement.fingerprints()
-        trained = any(now.get(name, value) != value for name, value in placement.as_read.items())
+        trained = any(now.get(name, value) != value for name, value in placement.file_fingerprints.items())
     if trained:
         without = [] if settled else ["rank allocation"]
         without += [] if method.penalty is None else ["penalty"]
@@ -221,7 +173,7 @@ def warn_of_no_session(placement: Placement) -> None:
 
 
 def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
-    """Attach what was built and checked, make it the active one, freeze the rest."""
+    """Attach a placement that was built and checked, make it the active one, and freeze the rest."""
     state = state_of(model)
     if state is None:
         state = ModelState({name: parameter.requires_grad for name, parameter in base_parameters(model).items()})
@@ -234,9 +186,9 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
     for path, adapter in placement.adapters.items():
         target = targets[path]
         sites[id(target.layer)].put(target.part, target.kind, placement.name, adapter)
-        sites[id(target.layer)].stand()
+        sites[id(target.layer)].attach()
     keep_padding(model)
-    placement.buffers = base_values(movable_buffers(model), {}) | placement.buffers
+    placement.inactive_buffers = base_values(movable_buffers(model), {}) | placement.inactive_buffers
     state.placements[placement.name] = placement
     _activate(model, state, placement.name)
     model.requires_grad_(False)
@@ -244,18 +196,17 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
 
 
 def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
-    """Set requires_grad of a placement's adapters and of what trains beside them."""
+    """Set requires_grad of a placement's adapters and extra trained parameters."""
     for adapter in placement.adapters.values():
         for parameter in vars(adapter.update)["_parameters"].values():  # `parameters()` takes a millisecond for all
             parameter.requires_grad = flag
-    for path in placement.parked:
+    for path in placement.inactive_values:
         model.get_parameter(path).requires_grad = flag
 
 
 def activate(model: nn.Module, name: str | None) -> None:
-    """Let one placement take effect, with what was trained beside it; None is the base model."""
-    owner, state = noted(model)
-    assert state is not None
+    """Make one placement take effect, its extra trained parameters included; None: the base model."""
+    owner, state = adapted(model)
     _activate(owner, state, name)
 
 
@@ -265,8 +216,8 @@ def _activate(model: nn.Module, state: ModelState, name: str | None) -> None:
     for leaving_or_entering in (state.active, name):
         if leaving_or_entering is not None:
             placement = state.placements[leaving_or_entering]
-            swap(placement.parked, model.get_parameter)
-            swap(placement.buffers, model.get_buffer)
+            swap_values(placement.inactive_values, model.get_parameter)
+            swap_values(placement.inactive_buffers, model.get_buffer)
     state.active = name
 
 

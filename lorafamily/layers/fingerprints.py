@@ -1,4 +1,4 @@
-"""Numbers that tell whether a tensor is bit for bit what it was."""
+"""Fingerprints of tensors, to check that no bit has changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lorafamily.elsewhere import local
+from lorafamily.layers.sharded import local
 
 PIECE = 1 << 18
 """Entries that a CPU sums at a time: it makes 64-bit copies of them first."""

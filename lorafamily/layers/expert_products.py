@@ -1,164 +1,46 @@
-"""Adapters on single experts, where a model holds all of a layer's experts in one 3-D parameter (transformers 5).
+"""W + ΔW of all experts of a layer as an object with products, so that ΔW need not be formed.
 
-Every expert is a target of its own, `experts.3.down_proj`, with its own rank. A layer of experts calls nothing for a
-single one: it reads weights. While adapters are active it finds an `UpdatedWeight` in their place, which gives W x for
-all experts in the products that the layer makes itself, and adds U (V x) in products of the same kind, batched over the
-experts. What the layer does otherwise, routing, gates and biases, is not repeated here.
-
-Axes: E experts; d_in, d_out of one expert's weight; m = largest inner size of the factors; n = rows.
+Axes: E experts; d_in, d_out of one expert's weight; m = largest inner size of the factors.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from lorafamily.adapter import Adapter
-from lorafamily.functional import can_be_fast, in_dtype
-from lorafamily.layers import Acting, Part, holding
-
-if TYPE_CHECKING:
-    from lorafamily.site import Site
-
-READ = ("gate_up_proj", "up_proj", "down_proj")
-"""Parameters that every implementation in transformers' registry reads."""
-PRODUCTS = ("eager", "grouped_mm", "batched_mm")
-"""Implementations made of PyTorch's own products; others hand the weights to kernels, which want tensors."""
+from lorafamily.functional import in_dtype
 
 
-@dataclass(frozen=True)
-class Expert(Part):
-    """The kind of one expert's weight: entry `index` of the 3-D parameter `held_in`, (d_in, d_out) if `transposed`.
-
-    Dropout acts on the columns of V, an expert's features of the input, the same ones for a whole batch.
-    """
-
-    held_in: str
-    index: int
-    transposed: bool
-    part: str = field(init=False)
-
-    name = "expert"
-    linear = True
-    additive = False
-    by_sample = False
-    in_place = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "part", f"{self.index}_{self.held_in}")
-
-    @property
-    def path(self) -> str:
-        return f"{self.index}.{self.held_in}"
-
-    def matrix(self, weight: Float[Tensor, "E _ _"]) -> Float[Tensor, "d_out d_in"]:
-        return weight[self.index].T if self.transposed else weight[self.index]
-
-    def restore(self, matrix: Float[Tensor, "d_out d_in"], weight: Tensor) -> Tensor:
-        whole = weight.clone()
-        self.matrix(whole).copy_(matrix)
-        return whole
-
-    def changed(self, weight: Tensor, U: Tensor, V: Tensor, scale: float) -> Tensor:
-        self.matrix(weight).addmm_(U, V, alpha=scale)
-        return weight
-
-    def stored_as(self, at: str) -> str:
-        return at.removesuffix(self.path) + self.held_in
-
-    def described(self) -> dict[str, Any]:
-        return {"kind": self.name, "held_in": self.held_in, "index": self.index, "transposed": self.transposed}
-
-    def output(self, site: Site, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        by_parameter: dict[str, list[tuple[Expert, Adapter]]] = defaultdict(list)
-        for kind, adapter in acting:
-            by_parameter[cast(Expert, kind).held_in].append((cast(Expert, kind), adapter))
-        x, layer = site.input_of(args, kwargs), site.layer
-        found: dict[str, Any] = {}
-        for name, of_experts in by_parameter.items():
-            W = cast(Tensor, getattr(layer, name))
-            fast = not site.patched and can_be_fast(x, W, None)
-            weight = UpdatedWeight(W, *_factors(W, of_experts, fast))
-            as_products = fast and implementation(layer) in PRODUCTS
-            found[name] = weight if as_products else weight.formed()
-        with holding(layer, found):
-            return site.base(*args, **kwargs)
-
-
-def expert_weights(layer: nn.Module) -> dict[str, Tensor]:
-    """The 3-D parameters of a layer of experts, none where it is not of transformers' registry of implementations."""
-    if implementation(layer) is None:
-        return {}
-    weights: dict[str, Tensor] = {name: weight for name in READ if (weight := layer._parameters.get(name)) is not None}
-    return weights if all(w.ndim == 3 and w.is_floating_point() for w in weights.values()) else {}
-
-
-def expert_kinds(layer: nn.Module) -> Iterator[Expert]:
-    """The kinds of all experts of a layer, expert by expert."""
-    weights = expert_weights(layer)
-    for index in range(max(map(len, weights.values()), default=0)):
-        for name in weights:
-            yield Expert(name, index, bool(layer.is_transposed))
-
-
-def is_expert_of(kind: Expert, layer: nn.Module) -> bool:
-    """Whether the layer has that expert."""
-    weight = expert_weights(layer).get(kind.held_in)
-    return weight is not None and kind.index < len(weight) and kind.transposed == layer.is_transposed
-
-
-def implementation(layer: nn.Module) -> str | None:
-    """Which of the registry's implementations computes the layer; None where it is no layer of the registry."""
-    if not {"is_transposed", "has_gate", "has_bias", "config"} <= vars(layer).keys():
-        return None
-    return str(getattr(layer.config, "_experts_implementation", None) or "eager")
-
-
-def why_no_experts(layer: nn.Module) -> str | None:
-    """Why the experts of a layer cannot carry adapters, None where they can or it has none in 3-D parameters."""
-    stacked = {name: p for name, p in layer._parameters.items() if p is not None and p.ndim == 3}
-    if not stacked or "expert" not in type(layer).__name__.lower() or expert_weights(layer):
-        return None
-    if implementation(layer) is None:
-        return (
-            f"{type(layer).__name__} holds experts in {', '.join(stacked)} and is not of transformers' registry of "
-            "expert implementations (use_experts_implementation), so that nobody says which axis is its input"
-        )
-    said = ", ".join(f"{name} {p.dtype} {tuple(p.shape)}" for name, p in stacked.items())
-    return f"{type(layer).__name__} has {said}; experts need 3-D floating-point parameters"
-
-
-def _factors(
-    W: Float[Tensor, "E _ _"], of_experts: Sequence[tuple[Expert, Adapter]], fast: bool
+def factors_of_all(
+    W: Float[Tensor, "E _ _"], adapters: Mapping[int, Adapter], transposed: bool, fast: bool
 ) -> tuple[Float[Tensor, "E _ m"], Float[Tensor, "E m _"]]:
-    """Left and right factor of ΔW, as W lies; zeros for experts without an adapter."""
-    places = [kind.index for kind, _ in of_experts]
-    Us, Vs = zip(*(adapter.factors(dropping=True) for _, adapter in of_experts), strict=True)
+    """Left and right factor of ΔW in the layout of W, from the adapters by expert; zeros for experts without one."""
+    some, places = [*adapters.values()], [*adapters]
+    Us, Vs = zip(*(adapter.factors(dropping=True) for adapter in some), strict=True)
     most = max(len(V) for V in Vs)
     most += -most % 8 if W.is_cuda else 0  # grouped products on a GPU want rows of a multiple of 16 bytes
     ups = [U.T for U in Us]
     stack = _Stacked.apply if fast else _stacked
     U, V = stack(places, len(W), most, *ups, *Vs)
-    scales = {adapter.scale for _, adapter in of_experts}
+    scales = {adapter.scale for adapter in some}
     if len(scales) == 1:
         U = U * scales.pop()
     else:
         s = U.new_ones(len(W))
-        s[places] = U.new_tensor([adapter.scale for _, adapter in of_experts])
+        s[places] = U.new_tensor([adapter.scale for adapter in some])
         U = U * s[:, None, None]
-    if p := of_experts[0][1].drops("entries"):
+    if p := some[0].drops("entries"):
         V = V * F.dropout(V.new_ones(len(V), 1, V.shape[2]), p)
     U, V = in_dtype(U.mT, V, W.dtype)
-    return (V.mT, U.mT) if of_experts[0][0].transposed else (U, V)
+    return (V.mT, U.mT) if transposed else (U, V)
 
 
 def _stacked(places: list[int], experts: int, most: int, *factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,6 +151,8 @@ class UpdatedWeight:
 
 _DESCRIBES = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "data_ptr", "stride", "requires_grad"}
 _DESCRIBES |= {"is_cuda", "is_meta", "is_contiguous", "is_floating_point", "layout", "element_size"}
+
+
 _TIMES = {torch.bmm, torch.matmul, torch.mm, Tensor.bmm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 _TIMES |= {product for product in (getattr(torch, "_grouped_mm", None),) if product is not None}
 """Products in which a matrix may be given as two, one after the other."""

@@ -1,7 +1,7 @@
-"""Weights that a model reads without calling their layer, where an adapter would be without effect.
+"""Layers whose weight the model reads without calling them: an adapter on one would have no effect.
 
-Attention that hands its projections' weights to a fused function, Mamba's `dt_proj`: which layers these are is not
-guessed from names; one forward shows it.
+Examples are attention that hands its projections' weights to a fused function, and Mamba's `dt_proj`. Names do not tell
+which layers these are; one forward does.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch.utils.hooks import RemovableHandle
 
 from lorafamily.allocation.surgery import forget
 from lorafamily.errors import TargetError
-from lorafamily.parts import ReadRows, Target
-from lorafamily.placement import Placement, targets_of
-from lorafamily.site import site_on
+from lorafamily.layers.placement import targets_of
+from lorafamily.layers.rows import ReadRows
+from lorafamily.layers.state import Placement
+from lorafamily.layers.target import Target
 
 _GRAD = vars(torch._C.TensorBase)["grad"].__get__
-"""Asking for a gradient is no use of a weight."""
+"""Asking for a gradient does not count as a read."""
 
 
-class Reads(TorchFunctionMode):
-    """Inside a `with` block notes which of some targets a model calls, and whose weights it reads elsewhere.
+class WeightReads(TorchFunctionMode):
+    """Inside a `with` block records which targets a model calls, and whose weights it reads elsewhere.
 
-    A read is a function of torch that gets the weight and returns a tensor; what returns a dtype or a shape is none.
+    A read is a function of torch that gets the weight and returns a tensor, not a dtype or a shape.
     """
 
     def __init__(self, targets: Mapping[str, Target]):
@@ -41,7 +42,7 @@ class Reads(TorchFunctionMode):
         self._inside = 0
         self._hooks: list[RemovableHandle] = []
 
-    def __enter__(self) -> Reads:
+    def __enter__(self) -> WeightReads:
         for layer in {id(target.layer): target.layer for target in self.targets.values()}.values():
             self._hooks.append(layer.register_forward_pre_hook(self._begin))
             self._hooks.append(layer.register_forward_hook(self._end, always_call=True))
@@ -70,8 +71,8 @@ class Reads(TorchFunctionMode):
         ]
 
     def _with_parameter(self) -> dict[str, Target]:
-        """Those whose weight is a parameter, and not computed from others."""
-        return {n: t for n, t in self.targets.items() if isinstance(t.held, nn.Parameter)}
+        """Targets whose weight is a parameter, not computed from others."""
+        return {n: t for n, t in self.targets.items() if isinstance(t.stored, nn.Parameter)}
 
     def _begin(self, layer: nn.Module, inputs: Any) -> None:
         self._inside += 1
@@ -84,9 +85,9 @@ class Reads(TorchFunctionMode):
 def watch_first_batch(
     model: nn.Module, targets: Mapping[str, Target], without_effect: Callable[[list[str]], None]
 ) -> None:
-    """See at the model's first batch in training which targets' weights it reads without calling the layers, and hand
-    their names over."""
-    reads = Reads(targets)
+    """Call `without_effect`, after the model's first batch in training, with the names of targets whose weights it read
+    without calling the layers."""
+    reads = WeightReads(targets)
     hooks: list[RemovableHandle] = []
 
     def begin(module: nn.Module, inputs: Any) -> None:
@@ -107,9 +108,10 @@ def watch_first_batch(
 def leave_out(
     model: nn.Module, placement: Placement, names: Sequence[str], optimizer: torch.optim.Optimizer | None = None
 ) -> bool:
-    """Take away adapters that have no effect, since the model reads these weights and does not call their layers.
+    """Remove, with a warning, adapters without effect, as the model does not call their layers. The optimizer forgets
+    their parameters.
 
-    Says so as a warning; whether there were any. The optimiser forgets their parameters.
+    Returns whether there were any.
 
     Raises:
         TargetError: somebody named these targets, or no other is left.
@@ -119,9 +121,7 @@ def leave_out(
     targets = targets_of(model)
     gone: set[int] = set()
     for name in names:
-        target, site = targets[name], site_on(targets[name].layer)
-        assert site is not None
-        site.drop(target.part, placement.name)
+        targets[name].site.drop(targets[name].part, placement.name)
         gone |= {id(parameter) for parameter in placement.adapters.pop(name).parameters()}
     if optimizer is not None:
         forget(optimizer, gone)
@@ -129,7 +129,7 @@ def leave_out(
 
 
 def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None:
-    """Say that targets without effect are left out, or refuse them.
+    """Warn of targets without effect that are left out, or refuse them.
 
     Raises:
         TargetError: they must not be left out.

@@ -1,0 +1,86 @@
+"""Choosing between the adapters of a model, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lorafamily.deploy.merge import unmerge
+from lorafamily.layers.placement import (
+    Model,
+    activate,
+    adapted,
+    let_train,
+    placement_of,
+    refuse_merged,
+    state_of,
+    targets_of,
+)
+from lorafamily.layers.site import keep_padding
+
+
+def switch(model: Model, name: str | None) -> Model:
+    """Make another of the model's adapters the active and trainable one; None: the base model.
+
+    Raises:
+        StateError: no adapter of that name, or one is merged.
+    """
+    if name is None and state_of(model) is None:
+        return model
+    placement = None if name is None else placement_of(model, name)
+    owner, state = adapted(model)
+    refuse_merged(state)
+    activate(owner, name)
+    if placement is not None:
+        for other in state.placements.values():
+            if other is not placement:
+                let_train(owner, other, False)
+        let_train(owner, placement, True)
+    return model
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Inside the block the model is the base model, with the head it had before training.
+
+    Raises:
+        StateError: an adapter is merged.
+    """
+    state = state_of(model)
+    if state is None:
+        yield model
+        return
+    refuse_merged(state)
+    before = state.active
+    activate(model, None)
+    try:
+        yield model
+    finally:
+        activate(model, before)
+
+
+def remove(model: Model, name: str | None = None) -> Model:
+    """Take out the adapters of one name, or all. Without adapters the model is the base model, to the last bit.
+
+    A merged adapter is unmerged first. With the last adapter, `requires_grad` of the base is again what it was.
+
+    Raises:
+        StateError: no adapter of that name.
+    """
+    if name is None and state_of(model) is None:
+        return model
+    leaving = None if name is None else placement_of(model, name)
+    owner, state = adapted(model)
+    unmerge(owner)
+    for placement in [*state.placements.values()] if leaving is None else [leaving]:
+        if state.active == placement.name:
+            activate(owner, None)
+        targets = targets_of(owner)
+        for path in placement.adapters:
+            targets[path].site.drop(targets[path].part, placement.name)
+        del state.placements[placement.name]
+    keep_padding(owner)
+    if not state.placements:
+        for path, parameter in owner.named_parameters():
+            parameter.requires_grad_(state.trained_before.get(path, parameter.requires_grad))
+    return model

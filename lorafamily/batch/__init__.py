@@ -1,0 +1,10 @@
+"""A batch: where its rows are, pieces of it, its way into the model, its loss and what that is a mean over."""
+
+from lorafamily.batch.axes import batch_axes, rows_in
+from lorafamily.batch.containers import fingerprint, refuse_one_batch, to_device
+from lorafamily.batch.loss import IGNORED, LossFn, LossOver, call, loss_of, loss_weight, weigher
+from lorafamily.batch.pieces import cut_rows, first_rows, gather_rows
+
+__all__ = ["batch_axes", "cut_rows", "first_rows", "gather_rows", "rows_in"]
+__all__ += ["fingerprint", "refuse_one_batch", "to_device"]
+__all__ += ["IGNORED", "LossFn", "LossOver", "call", "loss_of", "loss_weight", "weigher"]

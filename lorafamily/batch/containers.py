@@ -1,0 +1,116 @@
+"""What a batch is made of: mappings, lists, tuples, dataclasses, and tensors or other values in them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from lorafamily.errors import DataError
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch, of the same type, with every tensor in it on the device; objects that have a `to` are asked for it.
+
+    Copies overlap with computation where memory is pinned.
+    """
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    parts = items_of(batch)
+    if parts is not None:
+        return rebuilt(batch, [to_device(value, device) for _, value in parts])
+    move = getattr(batch, "to", None)
+    return move(device) if callable(move) and not isinstance(batch, type) else batch
+
+
+def fingerprint(batch: Any) -> str:
+    """A digest of the tensors, arrays, texts and numbers in a batch; of other objects only their type counts."""
+    digest = hashlib.sha256()
+
+    def look(node: Any) -> None:
+        parts = list(enumerate(node)) if isinstance(node, PackedSequence) else items_of(node)
+        digest.update(f"{type(node).__name__}{len(parts or ())};".encode())
+        for key, value in parts or ():
+            digest.update(f"{key};".encode())
+            look(value)
+        if isinstance(node, Tensor) and not node.is_meta:
+            digest.update(f"{node.dtype}{tuple(node.shape)}".encode())
+            digest.update(node.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(node, np.ndarray) and not node.dtype.hasobject:
+            digest.update(f"{node.dtype}{node.shape}".encode() + np.ascontiguousarray(node).tobytes())
+        elif isinstance(node, (str, bytes, int, float, complex)):
+            digest.update(repr(node).encode())
+
+    look(batch)
+    return digest.hexdigest()
+
+
+def refuse_one_batch(data: Any, name: str = "data") -> None:
+    """Refuse one batch in the place of batches: iterating over it would give its keys, its texts or its rows.
+
+    Raises:
+        DataError: it is a mapping, a tensor, a text, a named tuple, or a tuple of tensors.
+    """
+    kind = f"a {type(data).__name__}"
+    if isinstance(data, Mapping):
+        what = f"{kind} with the keys {', '.join(map(str, data))}"
+    elif is_array(data):
+        what = f"{kind} of shape {tuple(data.shape)}"
+    elif isinstance(data, tuple) and hasattr(data, "_fields"):
+        what = f"{kind} with {', '.join(data._fields)}"
+    elif isinstance(data, tuple) and data and all(is_array(part) for part in data):
+        what = f"{kind} of {len(data)} tensors"
+    elif isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        what = kind
+    else:
+        return
+    raise DataError(f"{name} is {what}, and must be batches: a DataLoader, or a list, [batch] where there is one")
+
+
+def is_array(node: Any) -> bool:
+    """Whether it is a tensor or an array of numpy."""
+    return isinstance(node, (Tensor, np.ndarray))
+
+
+def items_of(node: Any) -> list[tuple[Any, Any]] | None:
+    """Keys and values of a container; None for a tensor, a text, or an unknown object."""
+    if isinstance(node, (PackedSequence, torch.Size)):
+        return None
+    if isinstance(node, Mapping):
+        return list(node.items())
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return list(zip(node._fields, node, strict=True))
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [(f.name, getattr(node, f.name)) for f in dataclasses.fields(node) if hasattr(node, f.name)]
+    return None
+
+
+def rebuilt(node: Any, values: list[Any]) -> Any:
+    """A container like this one, with other values."""
+    if type(node) in (list, tuple):
+        return type(node)(values)
+    if isinstance(node, tuple):
+        return node._make(values) if hasattr(node, "_make") else type(node)(values)
+    if isinstance(node, list):
+        copied: Any = copy.copy(node)  # what else it carries stays
+        copied[:] = values
+    elif isinstance(node, MutableMapping):
+        copied = copy.copy(node)
+        for key, value in zip(node, values, strict=True):
+            copied[key] = value
+    elif isinstance(node, Mapping):
+        copied = type(node)(dict(zip(node, values, strict=True)))  # type: ignore[call-arg]
+    else:
+        copied = copy.copy(node)
+        for (name, _), value in zip(items_of(node) or (), values, strict=True):
+            object.__setattr__(copied, name, value)  # frozen ones too; __post_init__ has run
+    return copied

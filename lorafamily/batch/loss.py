@@ -1,0 +1,158 @@
+"""A batch into the model, its loss, and what that loss is a mean over."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lorafamily.batch.axes import rows_in
+from lorafamily.batch.containers import items_of
+from lorafamily.errors import DataError
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+LossOver = Literal["auto", "tokens", "rows"] | Callable[[Any], float]
+
+
+IGNORED = -100  # the label that torch's and transformers' cross entropy leave out
+
+
+def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tensor:
+    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns for it.
+
+    Raises:
+        DataError: the model returned no loss.
+    """
+    if loss_fn is not None:
+        return loss_fn(model, batch)
+    output = call(model, batch)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        given = f"a {type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            given = f"the keys {', '.join(batch)}"
+        elif isinstance(batch, (list, tuple)):
+            given = f"{len(batch)} tensors"
+        raise DataError(
+            f"{type(model).__name__} returned a {type(output).__name__} without a loss for a batch of {given}; "
+            "put the labels the model knows into the batch, or pass loss_fn=lambda model, batch: ..."
+        )
+    return loss
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """What the model returns for a batch: a mapping goes to it as keywords, a tuple or list as positions."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence):
+        return model(*batch)
+    return model(batch)
+
+
+def loss_weight(batch: Any, model: nn.Module | None = None) -> float:
+    """What the loss of a batch is a mean over: the labels that count, or else the rows.
+
+    Labels are whole numbers under `labels`; those that are -100 do not count, nor does the first of every row where
+    the model predicts the next token (a decoder-only language model of transformers; of an encoder and decoder, and
+    for classes and masked tokens, all do). Without such labels, and for CTC, the rows are counted; 1 where there are
+    none. Two losses weighed by this are the loss of the two batches as one.
+    """
+    tokens = _label_tokens(batch, model)
+    return float(max(1, rows_in(batch)) if tokens is None else tokens)
+
+
+def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> Callable[[Any], float]:
+    """The function from a batch to what its loss is a mean over.
+
+    Args:
+        over: "auto": `loss_weight`, or with a `loss_fn` of one's own the rows; "tokens": labels that count; "rows"; or
+            a function of the batch.
+
+    Raises:
+        DataError: `over` is something else. The function raises it where a batch has no labels for "tokens", or where
+            a function of one's own returns what is no weight.
+    """
+    if over == "auto":
+        return rows_weight if loss_fn is not None else lambda batch: loss_weight(batch, model)
+    if over == "rows":
+        return rows_weight
+    if over == "tokens":
+        return lambda batch: _tokens_asked_for(batch, model)
+    if callable(over):
+        return lambda batch: _checked(over(batch))
+    raise DataError(f'loss_over={over!r}: must be "auto", "tokens", "rows" or a function from a batch to a number')
+
+
+def rows_weight(batch: Any) -> float:
+    """The rows of a batch, 1 where nothing in it counts rows."""
+    return float(max(1, rows_in(batch)))
+
+
+def _tokens_asked_for(batch: Any, model: nn.Module) -> float:
+    tokens = _label_tokens(batch, model)
+    if tokens is None:
+        raise DataError(
+            'loss_over="tokens" counts whole numbers under "labels", and a batch has none; pass "rows", or a function '
+            "from a batch to the number its loss is a mean over"
+        )
+    return float(tokens)
+
+
+def _checked(weight: Any) -> float:
+    value = float(weight)
+    if not math.isfinite(value) or value < 0:
+        raise DataError(f"loss_over gave {value:g} for a batch: it must be a number from 0 on")
+    return value
+
+
+def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
+    """Labels that count; None where there are none, or the loss is no mean over them."""
+    given = dict(items_of(batch) or ())
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    head = _head(model)
+    if isinstance(shifted, Tensor):
+        labels = shifted
+    if not isinstance(labels, Tensor) or not labels.ndim or labels.is_floating_point() or labels.dtype == torch.bool:
+        return None
+    if getattr(head, "loss_type", None) == "ForCTC":  # a mean over rows
+        return None
+    if labels.ndim > 1 and shifted is None and _predicts_next(head):
+        labels = labels[..., 1:]
+    ignored = IGNORED
+    if getattr(head, "loss_type", None) == "ForSemanticSegmentation":
+        ignored = getattr(head.config, "semantic_loss_ignore_index", IGNORED)
+    return int((labels != ignored).sum())
+
+
+def _head(model: nn.Module | None) -> Any:
+    """The outermost model of transformers in it: its class knows what its loss is."""
+    inside = () if model is None else model.modules()
+    return next((m for m in inside if hasattr(getattr(m, "config", None), "is_encoder_decoder")), None)
+
+
+def _predicts_next(head: Any) -> bool:
+    """Whether a model of transformers compares logits with the labels one position on.
+
+    Decoders cut out of an encoder and decoder (BartForCausalLM) and XLNet compute their cross entropy themselves, on
+    labels as they are.
+    """
+    if head is None or head.config.is_encoder_decoder:
+        return False
+    name = type(head).__name__
+    by_name = name.endswith(("LMHeadModel", "DoubleHeadsModel")) and "WithLMHead" not in name
+    by_loss = getattr(head, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+    if not by_loss and not by_name and "ForCausalLM" not in name:
+        return False
+    try:
+        source = inspect.getsource(type(head).forward)
+    except (OSError, TypeError):
+        return True
+    return "CrossEntropyLoss" not in source or re.search(r"shift\w*_(logits|labels|pred)|:-1[,\]]", source) is not None

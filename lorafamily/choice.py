@@ -1,0 +1,210 @@
+"""What `apply` is going to do, decided and checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from lorafamily import targets as targeting
+from lorafamily.adapter import Adapter
+from lorafamily.batch import call, to_device
+from lorafamily.budget import Sizing, ranks_by_module, solve
+from lorafamily.dropout import Dropout, DropoutKind
+from lorafamily.errors import BudgetError, MethodError, TargetError
+from lorafamily.evidence import LayerEvidence
+from lorafamily.layers.extra_trained import movable_buffers
+from lorafamily.layers.offloaded import offloaded_value, refuse_absent
+from lorafamily.layers.placement import check_can_place
+from lorafamily.layers.quantised import packed_parameters
+from lorafamily.layers.rows import Fused
+from lorafamily.layers.target import Target
+from lorafamily.layers.uncalled import WeightReads, check_left_out
+from lorafamily.layers.weights import onloaded, whole_weights
+from lorafamily.method import Method
+from lorafamily.patterns import by_layer
+from lorafamily.registry import find
+from lorafamily.training.execution import evaluating
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which method of which size `apply` puts on which layers of a model, decided and checked.
+
+    `targets` get adapters, `extra_trained` parameters train too, both by full name. `scale_slices`: slices from
+    which the scale of all layers follows; None: each layer's own.
+    """
+
+    model: nn.Module
+    name: str
+    spec: str
+    method: Method
+    sizing: Sizing
+    targets: dict[str, Target]
+    extra_trained: dict[str, nn.Parameter]
+    dropout: Dropout
+    by_default: bool
+    evidence: Mapping[str, LayerEvidence] | None = None
+    scale_slices: int | None = None
+
+    def build(
+        self, generator: torch.Generator, *, meta: bool = False, dtype: torch.dtype | None = None
+    ) -> dict[str, Adapter]:
+        """An adapter for every layer; with `meta` as if all weights were on the meta device, perhaps in another
+        `dtype`, so that nothing is drawn."""
+        built = {}
+        # Without slices there is no alpha/r: such a layer is scaled like the one with the most.
+        slices = {
+            path: self.method.at(path).slices(*shape, self.sizing.rank_of(path))
+            for path, shape in shapes_of_targets(self.targets).items()
+        }
+        for path, target in self.targets.items():
+            with onloaded(target.layer) if meta else whole_weights(target.layer):
+                present = target.stored.dtype if target.stored.is_floating_point() else torch.float32
+                planned = torch.empty(target.shape, dtype=dtype or present, device="meta")
+                built[path] = self.method.at(path).build(  # a quantised weight's value is gone with the call
+                    planned if meta else target.weight,
+                    self.sizing.rank_of(path),
+                    dropout=self.dropout,
+                    generator=generator,
+                    scaled_as=self.scale_slices or (None if slices[path] else max(slices.values())),
+                    evidence=None if self.evidence is None else self.evidence[path],
+                )
+        return built
+
+
+def choose(
+    model: nn.Module,
+    method: str = "lora",
+    *,
+    budget: float | None = None,
+    rank: int | Mapping[str, int] | None = None,
+    rank_budget: int | None = None,
+    budget_at: Literal["peak", "end"] = "peak",
+    targets: targeting.Targets = None,
+    exclude: targeting.Targets = None,
+    fused: Fused | None = None,
+    example: Any = None,
+    also_train: str | Sequence[str] | None = None,
+    dropout: float = 0.0,
+    dropout_kind: DropoutKind = "entries",
+    name: str = "default",
+    **method_options: Any,
+) -> Choice:
+    """What `apply` would do with the same arguments; it refuses what `apply` refuses, and changes nothing.
+
+    Raises:
+        MethodError, TargetError, BudgetError, StateError: as `apply`.
+    """
+    model = check_can_place(model, name)
+    width, method_options = _width(method, rank, method_options)
+    chosen = find(method).with_options(**method_options)
+    drops = Dropout(dropout, dropout_kind)
+    if dropout_kind != "entries" and not dropout:
+        raise MethodError(f"dropout_kind={dropout_kind!r} has no effect without dropout, which is {dropout!r}")
+    matched = targeting.match(model, targets, fused, exclude)
+    by_default = targeting.by_default(targets)
+    if example is not None:
+        matched = _with_effect(model, matched, example, by_default)
+    extra_trained = match_extra_trained(model, also_train, matched)
+    shapes = shapes_of_targets(matched)
+    own = find(method).options()
+    by_name = {option: by_layer(value, shapes, option, own[option]) for option, value in chosen.layered.items()}
+    chosen = chosen.with_options(**by_name)
+    if width is not None:
+        rank = width
+    elif rank is not None:
+        chosen = _with_slices_for(chosen, rank, shapes, given="slices" in method_options)
+    chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
+    return Choice(model, name, method, chosen, sizing, matched, extra_trained, drops, by_default)
+
+
+def _width(method: str, rank: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The size that a budget buys, where that is not the rank (LoRA²'s width) and was given, and the other options.
+
+    Raises:
+        BudgetError: a rank was given too.
+    """
+    by = find(method).parametrisation.sized_by
+    if by == "rank" or by not in options:
+        return None, options
+    if rank is not None:
+        raise BudgetError(f"rank={rank!r} and {by}={options[by]!r} are both given; a rank r means {by} r: give one")
+    return options[by], {name: value for name, value in options.items() if name != by}
+
+
+def _with_slices_for(
+    method: Method, rank: int | Mapping[str, int], shapes: Mapping[str, tuple[int, int]], given: bool
+) -> Method:
+    """The method with as many slices as updates of that rank need, where slices are another size than the width.
+
+    Raises:
+        BudgetError: fewer were asked for.
+    """
+    by, of = method.parametrisation.sliced_by, method.parametrisation.sized_by
+    if by == of:
+        return method
+    needed = ranks_by_module(rank, shapes) if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
+    if not all(isinstance(r, int) for r in needed.values()):
+        return method  # which `solve` refuses
+    present = {path: cast(int, method.at(path).parametrisation_options[by]) for path in shapes}
+    short = [path for path, r in needed.items() if present[path] < min(r, *shapes[path])]
+    if not short:
+        return method
+    if given:
+        raise BudgetError(
+            f"rank={rank!r} with {present[short[0]]} {by} on {short[0]}: ΔW has at most as high a rank as it has {by}; "
+            f"say {of}=... and {by}=..., or more {by}"
+        )
+    return method.with_options(**{by: {path: max(present[path], needed[path]) for path in shapes}})
+
+
+def shapes_of_targets(targets: Mapping[str, Target]) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of every target, by name."""
+    return {path: (d_in, d_out) for path, target in targets.items() for d_out, d_in in [target.shape]}
+
+
+def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_default: bool) -> dict[str, Target]:
+    """The targets on which an adapter has an effect, found by running the model.
+
+    Raises:
+        TargetError: somebody named one without effect, or none is left.
+    """
+    device = next(iter(matched.values())).stored.device
+    buffers = {at: buffer.clone() for at, buffer in movable_buffers(model).items()}
+    with WeightReads(matched) as reads, evaluating(model, device), torch.no_grad():
+        call(model, to_device(example, device))
+    for at, value in buffers.items():
+        model.get_buffer(at).copy_(value)
+    names = reads.without_effect()
+    check_left_out(model, names, by_default and len(names) < len(matched))
+    return {name: target for name, target in matched.items() if name not in names}
+
+
+def match_extra_trained(
+    model: nn.Module, patterns: str | Sequence[str] | None, adapted: Mapping[str, Target]
+) -> dict[str, nn.Parameter]:
+    """The parameters that train along with the adapters; never the weight of an adapted layer, which merging replaces.
+
+    Raises:
+        TargetError: a pattern that matches no parameter, or one that matches such a weight.
+        StateError: a parameter that is offloaded, or spread over processes.
+    """
+    extra_trained = targeting.match_parameters(model, patterns)
+    weights = {id(target.stored): path for path, target in adapted.items()}
+    packed = packed_parameters(model)
+    # A parameter on the meta device that is not offloaded belongs to a model that is only planned.
+    planned = {at for at, p in extra_trained.items() if p.is_meta and offloaded_value(model, at) is None}
+    refuse_absent(extra_trained, extra_trained.keys() - planned, "which also_train names")
+    for name, parameter in extra_trained.items():
+        if id(parameter) in packed:
+            raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")
+        if id(parameter) in weights:
+            raise TargetError(
+                f"also_train names {name}, the weight of a layer that gets an adapter ({weights[id(parameter)]}); "
+                "train one or the other"
+            )
+    return extra_trained

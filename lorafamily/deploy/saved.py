@@ -1,0 +1,168 @@
+"""A saved adapter as a folder: `adapter.safetensors` with the tensors, `adapter.json` with everything else.
+
+Read with safetensors and json only, and checked in itself, without a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorafamily.adapter import Adapter
+from lorafamily.budget import Sizing
+from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
+from lorafamily.deploy.plain import noted_dropout
+from lorafamily.errors import FileError, LoraFamilyError
+from lorafamily.method import Method
+from lorafamily.registry import find
+
+FORMAT = 3  # 2 had other names in the record
+
+
+TENSORS, RECORD = "adapter.safetensors", "adapter.json"
+
+
+FOLDER = f"a saved adapter is a folder with {RECORD} and {TENSORS}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter folder, read and checked in itself, on the CPU. `extra_trained`: the parameters and buffers that
+    training changed besides the adapters."""
+
+    folder: Path
+    record: dict[str, Any]
+    method: Method
+    sizing: Sizing
+    adapters: dict[str, Adapter]
+    extra_trained: dict[str, Tensor]
+
+    @property
+    def modules(self) -> dict[str, dict[str, Any]]:
+        """What the record says of every adapted layer: kind, shape as (d_out, d_in), rank, scale."""
+        modules: dict[str, dict[str, Any]] = self.record["modules"]
+        return modules
+
+
+def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
+    """Write an adapter without a model: one that was read, or made from such a one.
+
+    Raises:
+        FileError: a file cannot be written.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    record, tensors = _contents(saved)
+    write_sealed(folder, RECORD, record, TENSORS, tensors)
+    return folder
+
+
+def sizes(saved: Saved) -> dict[str, int]:
+    """Bytes of each file that `write` would write, to the byte; the tensors may be on the meta device."""
+    record, tensors = _contents(saved)
+    return sealed_sizes(RECORD, record, TENSORS, tensors)
+
+
+def _contents(saved: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = {f"{at}.{key}": value for at, a in saved.adapters.items() for key, value in a.state_dict().items()}
+    modules = {at: {**saved.modules[at], "rank": a.rank, **a.state()} for at, a in saved.adapters.items()}
+    record = saved.record | {
+        "options": saved.method.options(),
+        # Without `ranks` where there are none, as records were before ranks could be given by layer.
+        "sizing": {k: v for k, v in dataclasses.asdict(saved.sizing).items() if k != "ranks" or v is not None},
+        "also_trained": {at: list(value.shape) for at, value in saved.extra_trained.items()},
+        "modules": modules,
+    }
+    return record, tensors | saved.extra_trained
+
+
+def read(path: str | os.PathLike[str]) -> Saved:
+    """Read a saved adapter without a model.
+
+    Raises:
+        FileError: the folder lacks a file, or a file is damaged.
+        MethodError: the method is not installed.
+    """
+    folder = Path(path)
+    record = read_record(folder / RECORD, FOLDER, FORMAT)
+    tensors = read_sealed_tensors(folder / TENSORS, FOLDER, record)
+    try:
+        method = find(record["method"]).with_options(**record["options"])
+        sizing = _sizing(**record["sizing"])
+        adapters: dict[str, Adapter] = {}
+        expected: dict[str, tuple[int, ...]] = {}
+        for at, entry in record["modules"].items():
+            d_out, d_in = entry["shape"]
+            if not (math.isfinite(entry["scale"]) and _is_count(entry["initial_rank"])):
+                raise ValueError(f"scale {entry['scale']} or initial_rank of {at}")
+            settled = entry.get("settled", False)  # records were written without it
+            if not isinstance(settled, bool):
+                raise TypeError(f"settled of {at}")
+            with torch.device("meta"):
+                update = method.parametrisation(d_in, d_out, **entry["sizes"])
+            dropout = noted_dropout(entry["dropout"], entry["dropout_kind"], folder / RECORD)
+            adapter = Adapter(
+                update, scale=entry["scale"], dropout=dropout, initial_rank=entry["initial_rank"], settled=settled
+            )
+            if entry["frozen_initial"]:
+                adapter.freeze_initial()
+            adapters[at] = adapter
+            expected |= {f"{at}.{key}": tuple(value.shape) for key, value in adapter.state_dict().items()}
+        extra_trained = list(record["also_trained"])
+        expected |= {at: tuple(shape) for at, shape in record["also_trained"].items()}
+        if not isinstance(record["base"]["architecture"], str):
+            raise TypeError("base")
+    except LoraFamilyError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise FileError(f"{folder / RECORD}: not a record of an adapter ({why})") from None
+    _check_tensors(tensors, expected, folder)
+    for at, adapter in adapters.items():
+        if len({tensors[f"{at}.{key}"].dtype for key in adapter.state_dict()}) > 1:
+            raise FileError(f"{folder / TENSORS}: the tensors of {at} are not all of one dtype")
+        adapter.load_state_dict({key: tensors[f"{at}.{key}"] for key in adapter.state_dict()}, assign=True)
+    return Saved(folder, record, method, sizing, adapters, {at: tensors[at] for at in extra_trained})
+
+
+def _sizing(
+    budget: int | None,
+    budget_at: Literal["peak", "end"],
+    rank: int,
+    initial_parameters: int,
+    rank_budget: int | None,
+    ranks: dict[str, int] | None = None,
+) -> Sizing:
+    counts = [
+        rank,
+        initial_parameters,
+        *(given for given in (budget, rank_budget) if given is not None),
+        *(ranks or {}).values(),
+    ]
+    if budget_at not in ("peak", "end") or not all(_is_count(count) for count in counts):
+        raise ValueError("sizing")
+    return Sizing(budget, budget_at, rank, initial_parameters, rank_budget, ranks)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    wrong = [f"{key} is missing" for key in expected if key not in tensors]
+    wrong += [f"{key} is not in the record" for key in tensors if key not in expected]
+    for key, value in tensors.items():
+        if key in expected and tuple(value.shape) != expected[key]:
+            wrong.append(f"{key} is {tuple(value.shape)}, not {expected[key]}")
+        elif not torch.isfinite(value).all() or not (value.is_floating_point() or value.ndim == 0):
+            wrong.append(f"{key} is not all finite floating-point numbers")
+    if wrong:
+        raise FileError(f"{folder / TENSORS}: {listed(wrong)}")

@@ -1,0 +1,136 @@
+"""Layers that bitsandbytes quantises, to 4 and to 8 bits. A model that has one has imported the library."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorafamily.layers.quantised import Quantised, shell_of
+
+
+@dataclass(frozen=True)
+class FourBit(Quantised):
+    """bitsandbytes' Linear4bit: packed pairs of indices into 16 levels, a factor `absmax` for each block of entries,
+    and where these factors are quantised themselves (double quantisation), their own levels and factors."""
+
+    of: str
+    name = "4-bit linear (bitsandbytes)"
+
+    def matches(self, module: nn.Module) -> bool:
+        return _of_bitsandbytes(module, "Linear4bit", self.of)
+
+    def weight(self, module: Any) -> Float[Tensor, "d_out d_in"]:
+        state = _state(module)
+        if state is None:  # bitsandbytes quantises when a layer moves to its device
+            return module.weight.detach().float()
+        functional, data = sys.modules["bitsandbytes.functional"], module.weight.data
+        if getattr(state, "packing_format_for_cpu", False):  # how AVX512's inference kernel wants them
+            data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.dtype = torch.float32
+        whole: Tensor = functional.dequantize_4bit(data, state)
+        return whole
+
+    def stored(self, module: Any) -> dict[str, Tensor]:
+        found, state = {"weight": module.weight}, _state(module)
+        if state is not None:
+            found |= {"weight.absmax": state.absmax, "weight.quant_map": state.code}
+            if state.nested:
+                found |= {"weight.nested_absmax": state.state2.absmax, "weight.nested_quant_map": state.state2.code}
+                found |= {"weight.nested_offset": state.offset}
+        return found
+
+    def rounding(self, module: Any) -> Float[Tensor, "d_out d_in"]:
+        W, state = self.weight(module), _state(module)
+        if state is None:
+            return torch.zeros_like(W)
+        largest = state.absmax
+        if state.nested:
+            functional = sys.modules["bitsandbytes.functional"]
+            largest = functional.dequantize_blockwise(largest, state.state2) + state.offset
+        factors = largest.float().repeat_interleave(state.blocksize)[: W.numel()].view_as(W)
+        levels = state.code.float().unique()  # fp4 has two zeros
+        between = (levels[1:] + levels[:-1]) / 2
+        edges = torch.cat([levels[:1], between, levels[-1:]])
+        below, above = levels - edges[:-1], edges[1:] - levels  # a level stands for what lies from edge to edge
+        error = (below**3 + above**3) / (3 * (below + above))
+        at = torch.bucketize(W / factors.clamp_min(torch.finfo(torch.float32).tiny), between)
+        return error[at] * factors**2
+
+    def forget(self, module: Any) -> None:
+        super().forget(module)
+        module.quant_state = None
+
+    def requantised(self, module: Any, weight: Float[Tensor, "d_out d_in"]) -> nn.Module:
+        new, old, state = shell_of(module), module.weight, _state(module)
+        settings = {"blocksize": old.blocksize, "compress_statistics": old.compress_statistics}
+        settings |= {"quant_type": old.quant_type, "quant_storage": old.quant_storage, "module": new}
+        weight = weight.to(weight.dtype if state is None else state.dtype)
+        new.weight = type(old)(weight, requires_grad=False, **settings).to(weight.device)
+        return new
+
+
+@dataclass(frozen=True)
+class EightBit(Quantised):
+    """bitsandbytes' Linear8bitLt: 8-bit integers and a factor a row, `SCB`, which moves into the layer's state with its
+    first forward."""
+
+    of: str
+    name = "8-bit linear (bitsandbytes)"
+
+    def matches(self, module: nn.Module) -> bool:
+        return _of_bitsandbytes(module, "Linear8bitLt", self.of)
+
+    def why_not(self, module: Any) -> str | None:
+        if module.state.has_fp16_weights:
+            return "it keeps its weight in 16 bits and quantises it in every forward; has_fp16_weights=False stores 8"
+        return None
+
+    def weight(self, module: Any) -> Float[Tensor, "d_out d_in"]:
+        scale, data = self._scale(module), module.weight.detach().float()
+        return data if scale is None else data * (scale.float() / 127).unsqueeze(1)
+
+    def stored(self, module: Any) -> dict[str, Tensor]:
+        scale = self._scale(module)
+        return {"weight": module.weight} | ({} if scale is None else {"SCB": scale})
+
+    def rounding(self, module: Any) -> Float[Tensor, "d_out d_in"]:
+        scale, shape = self._scale(module), self.shape(module)
+        step = torch.zeros(1, 1) if scale is None else (scale.float() / 127).unsqueeze(1)
+        return (step**2 / 12).expand(shape)
+
+    def requantised(self, module: Any, weight: Float[Tensor, "d_out d_in"]) -> nn.Module:
+        new = shell_of(module)
+        new.state = copy.copy(module.state)
+        new.state.CB = new.state.SCB = None
+        cpu = weight.cpu()  # only from there does it quantise
+        new.weight = type(module.weight)(cpu, requires_grad=False, has_fp16_weights=False).to(weight.device)
+        return new
+
+    def forget(self, module: Any) -> None:
+        super().forget(module)
+        module.state.CB = module.state.SCB = None
+
+    def _scale(self, module: Any) -> Tensor | None:
+        scale: Tensor | None = getattr(module.weight, "SCB", None)
+        return module.state.SCB if scale is None else scale
+
+
+def _of_bitsandbytes(module: nn.Module, cls: str, of: str) -> bool:
+    home = sys.modules.get("bitsandbytes.nn")
+    if home is None or not isinstance(module, getattr(home, cls)):
+        return False
+    source = getattr(module, "source_cls", None)  # noted by transformers: GPT-2's Conv1D becomes a linear layer too
+    return ("conv1d" if getattr(source, "__name__", None) == "Conv1D" else "linear") == of
+
+
+def _state(module: Any) -> Any:
+    """A copy of the state of a Linear4bit, None where it is not quantised yet. The parameter loses it where a wrapper
+    makes the parameter anew; the layer keeps it."""
+    state = getattr(module.weight, "quant_state", None) or module.quant_state
+    return None if state is None else copy.copy(state)
