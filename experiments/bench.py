@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import lorafamily
 from lorafamily.functional import adapted_linear
-from lorafamily.insight.figures import COLOURS, save
+from lorafamily.insight.drawing import COLOURS, save
 from lorafamily.placement import placement_of
 from lorafamily.targets import match
 from measuring import BESIDE, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from groups import grouped
-from lorafamily.insight.figures import COLOURS, save
+from lorafamily.insight.drawing import COLOURS, save
 from page import Heading, Part, Picture, Table, Text, markdown
 from report import table, tuning
 from statements import LEVEL, STATEMENTS, Outcome, Row, Setting, Verdict, outcomes

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 import lorafamily
-from lorafamily.insight.plan import Planner
 from lorafamily.placement import placement_of
+from lorafamily.planner import Planner
 from measuring import bert
 
 FULL, RANK = "full", 8

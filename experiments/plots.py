@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from cell import FULL, NONE
 from groups import Group
-from lorafamily.insight.figures import draw_grid, rank_grid
+from lorafamily.insight.grids import rank_grid
+from lorafamily.insight.heatmaps import draw_grid
 from lorafamily.names import by_stack
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers say the same a second time.

@@ -12,7 +12,7 @@ from typing import Any
 
 import page
 from groups import Group, Row, grouped, size_of
-from lorafamily.insight.figures import save
+from lorafamily.insight.drawing import save
 from page import Heading, Part, Picture, Table, Text
 from plots import allocation, quality_by_size, quality_by_step
 

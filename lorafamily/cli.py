@@ -27,9 +27,11 @@ from lorafamily.deploy.merge import merge as merge_in_memory
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN
 from lorafamily.errors import FileError, LoraFamilyError, StateError
-from lorafamily.insight.figures import rank_grid, rank_heatmap, save
+from lorafamily.insight.drawing import save
+from lorafamily.insight.grids import rank_grid
+from lorafamily.insight.heatmaps import rank_heatmap
 from lorafamily.names import OUTSIDE, by_stack
-from lorafamily.planning import add_options, plan
+from lorafamily.planner.command import add_options, plan_methods
 from lorafamily.terminal import any_text, nearest
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -227,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument(
         "--layout", choices=("peft", "serving", "diffusers"), default="peft", help="see lorafamily.export_peft"
     )
-    add_options(command("plan", plan))
+    add_options(command("plan", plan_methods))
     return parser
 
 

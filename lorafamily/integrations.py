@@ -31,8 +31,9 @@ from lorafamily.history import Decision
 from lorafamily.placement import noted, placement_of, refuse_merged, state_of
 from lorafamily.reading import leave_out
 from lorafamily.site import base_parameters
-from lorafamily.training.session import Session, fit_ranks
-from lorafamily.training.surroundings import Surroundings
+from lorafamily.training.fitting import fit_ranks
+from lorafamily.training.loop_context import LoopContext
+from lorafamily.training.session import Session
 
 FOLDER = KEY = "lorafamily"
 
@@ -131,7 +132,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             loss_fn=None,
             seed=self.seed,
             check_gradients=self.check_gradients,
-            around=Surroundings(
+            loop=LoopContext(
                 scaler=getattr(optimizer, "scaler", None),
                 compiled=args.torch_compile,
                 last_backward=_last_backward if _under_ddp(args) and self._resizes else None,

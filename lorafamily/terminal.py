@@ -19,6 +19,9 @@ PLAINER = {
 }
 
 
+BYTES = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+
+
 def any_text() -> None:
     """Let standard output and error take every character: what their encoding lacks is written in plainer ones."""
     codecs.register_error("lorafamily", _plainer)
@@ -48,3 +51,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def coloured(stream: TextIO) -> bool:
     """Whether colours are shown: on a terminal, unless NO_COLOR says otherwise (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def in_units(size: int) -> str:
+    """Bytes with three digits."""
+    for unit, of in BYTES:
+        if size >= 0.9995 * of:  # what is rounded to 1.00 of it
+            return f"{size / of:#.3g}".rstrip(".") + f" {unit}"
+    return f"{size} B"

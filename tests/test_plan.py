@@ -18,10 +18,10 @@ from conftest import data, every_method, tiny, tokens
 from embedded import ByteDecoder
 from lorafamily import layers
 from lorafamily.allocation.replay import PeakActivations
-from lorafamily.insight.blocks import alike_blocks
-from lorafamily.insight.plan import Planner
-from lorafamily.insight.tracing import held_in_step
 from lorafamily.placement import placement_of
+from lorafamily.planner import Planner
+from lorafamily.planner.blocks import alike_blocks
+from lorafamily.planner.tracing import held_in_step
 from lorafamily.training.execution import recomputing
 
 transformers = pytest.importorskip("transformers", reason="its models are what is planned for")

@@ -17,9 +17,12 @@ from conftest import data, every_method, few_rounds, tiny
 from groups import Group
 from lorafamily import cli
 from lorafamily.history import Decision, History, Step
-from lorafamily.insight import figures
-from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap, small_grids
-from lorafamily.insight.record import pictures, read_decisions, read_steps
+from lorafamily.insight.curves import POINTS
+from lorafamily.insight.drawing import pixels
+from lorafamily.insight.grids import COLUMNS, ROWS, STACKS, rank_by_kind, small_grids
+from lorafamily.insight.heatmaps import rank_heatmap
+from lorafamily.insight.pictures import pictures_of
+from lorafamily.insight.record import read_decisions, read_steps
 from lorafamily.training import board
 from plots import allocation
 
@@ -171,7 +174,7 @@ def test_what_is_outside_the_blocks_of_two_stacks_has_its_own_panel():
     }
     assert rank_by_kind(ranks) == {"encoder, q": 3, "decoder, q": 4, "lm_head": 5}
     start = Decision(step=0, reason="start", threshold=None, before=ranks, after=ranks, scores={})
-    legend = pictures([start], [])["rank-history"].axes[0].get_legend()
+    legend = pictures_of([start], [])["rank-history"].axes[0].get_legend()
     said = [text.get_text() for text in legend.get_texts()]
     assert said[1:] == ["lm_head: 5 → 5", "decoder, q: 4 → 4", "encoder, q: 3 → 3"]
 
@@ -208,9 +211,9 @@ def test_a_picture_of_very_many_modules_has_some_hundred_rows(kind):
         sum(len(own[0].kinds) for own in grids.values()),
         max(len(own[0].layers) for own in grids.values()),
     )
-    assert rows <= figures.ROWS
-    assert columns <= figures.COLUMNS
-    assert len(grids) <= figures.STACKS
+    assert rows <= ROWS
+    assert columns <= COLUMNS
+    assert len(grids) <= STACKS
     for number, ranks in enumerate((start, now)):  # nothing is lost: every module is in one cell
         assert sum(own[number].total for own in grids.values()) == sum(ranks.values())
     cells = sum(int((grids[at][0].ranks >= 0).sum()) for at in grids)
@@ -218,13 +221,13 @@ def test_a_picture_of_very_many_modules_has_some_hundred_rows(kind):
     assert f"{len(names):,} modules in {cells:,} cells" in figure.get_suptitle()
     many = [Decision(0, {}, start, "start"), *(Decision(i, start, now, "cut") for i in range(1, 1001))]
     steps = [Step(i, 1.0, 0.0, 0.1, 1.0, 1000 - i // 50, 9) for i in range(1, 30_001)]
-    drawn = pictures(many, steps)
+    drawn = pictures_of(many, steps)
     assert "decision that changed ranks (1000 in all)" in str(
         [t.get_text() for t in drawn["rank-history"].findobj(Text)]
     )
     for name, picture in drawn.items():
         assert artists(picture) < 6_000, name
-        assert max(len(line.get_xdata()) for line in picture.findobj(Line2D)) <= figures.POINTS, name
+        assert max(len(line.get_xdata()) for line in picture.findobj(Line2D)) <= POINTS, name
         assert picture.dpi * max(picture.get_size_inches()) < 6_000, name
 
 

@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from lorafamily.allocation.allocator import Allocator, in_steps
-from lorafamily.allocation.by_score import ScoredAllocation
 from lorafamily.allocation.moving import Slice, exchange, exchanged
 from lorafamily.allocation.run import Run
+from lorafamily.allocation.scored_allocation import ScoredAllocation
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision

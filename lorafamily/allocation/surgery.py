@@ -51,7 +51,7 @@ def levels(optimizer: Any) -> Iterator[Any]:
             waiting += [inner for inner in inside if isinstance(inner, torch.optim.Optimizer)]
 
 
-def exchange(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+def replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
     """Let the optimiser train another parameter in the old one's place, without its state."""
     for level in levels(optimizer):
         for group in level.param_groups:
@@ -77,7 +77,7 @@ def follow_resize(optimizer: torch.optim.Optimizer, change: Resize) -> None:
     and numbers such as the step count, stay. Where some of a parameter's state cannot follow, all of it begins anew; a
     warning names the optimiser and the state.
     """
-    exchange(optimizer, change.old, change.new)
+    replace_parameter(optimizer, change.old, change.new)
     for level in levels(optimizer):
         state = level.state.pop(change.old, None)
         if not state:

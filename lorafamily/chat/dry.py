@@ -15,7 +15,7 @@ from lorafamily.chat.loss import loss_of
 from lorafamily.chat.model import Base, pad_of
 from lorafamily.chat.settings import Train
 from lorafamily.chat.tokens import Tokens
-from lorafamily.insight.costs import in_units
+from lorafamily.terminal import in_units
 
 
 def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[str, Any], str]:

@@ -21,7 +21,7 @@ from lorafamily.chat.loss import ChunkedLoss
 from lorafamily.chat.model import Base
 from lorafamily.chat.settings import Train
 from lorafamily.history import History, Step
-from lorafamily.insight.costs import in_units
+from lorafamily.terminal import in_units
 from lorafamily.training.batches import mean_loss
 from lorafamily.training.processes import Processes
 from lorafamily.training.schedule import total_steps

@@ -9,18 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from lorafamily.deploy.files import RECORD as SAVED
 from lorafamily.deploy.files import read
 from lorafamily.errors import FileError
 from lorafamily.history import Decision, Step
-from lorafamily.insight import figures
 
 DECISIONS, STEPS = "allocation.jsonl", "steps.jsonl"
 EVENTS = "events.out.tfevents.*"  # TensorBoard's
@@ -102,38 +99,14 @@ def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[st
 
 
 def redraw(folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw the pictures of a recorded run into its folder again, from its two files alone; returns them.
+    """Draw the pictures of a recorded run into its folder again, from its two files alone; returns their paths.
 
     Raises:
         FileError: no record there, or it is damaged.
     """
-    return draw(Path(folder), pictures(read_decisions(folder), read_steps(folder)))
+    from lorafamily.insight.pictures import draw, pictures_of  # matplotlib takes long to import
 
-
-def pictures(decisions: Sequence[Decision], steps: Sequence[Step]) -> dict[str, Figure]:
-    """A run's pictures: ranks at the start and at the end, also expert by expert where a model has experts, their
-    history, scores, and the course of the run."""
-    start, end = decisions[0].after, decisions[-1].after
-    if not start:
-        return {}
-    last = steps[-1].step if steps else decisions[-1].step
-    changed = f"Rank by layer and matrix after {last} steps"
-    found = {
-        "rank-by-layer": figures.rank_heatmap(start, end, changed),
-        "rank-by-expert": figures.expert_heatmap(start, end, f"Rank by layer and expert after {last} steps"),
-        "rank-history": figures.rank_history(decisions, last),
-        "scores": figures.score_histograms(decisions),
-        "course": figures.course(steps) if steps else None,
-    }
-    return {name: figure for name, figure in found.items() if figure is not None}
-
-
-def draw(folder: Path, drawn: Mapping[str, Figure]) -> list[Path]:
-    """Write pictures into a folder; returns their files."""
-    files = {name: folder / f"{name}.png" for name in drawn}
-    for name, figure in drawn.items():
-        figures.save(figure, files[name])
-    return list(files.values())
+    return draw(Path(folder), pictures_of(read_decisions(folder), read_steps(folder)))
 
 
 def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:

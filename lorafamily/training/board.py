@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.insight.figures import area_labels, pixels, rank_by_kind, rank_heatmap
+from lorafamily.insight.drawing import pixels
+from lorafamily.insight.grids import area_labels, rank_by_kind
+from lorafamily.insight.heatmaps import rank_heatmap
+from lorafamily.training.settings import Setting
 
-Setting = str | int | float | bool
 SHARE = 0.02  # of a run's time, for pictures while it goes
 FIRST = 0.5  # seconds that the first picture is expected to take
 

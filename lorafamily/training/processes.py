@@ -103,7 +103,7 @@ class Processes:
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        self._exchange(lambda: dist.all_reduce(tensor))
+        self._collective(lambda: dist.all_reduce(tensor))
         return list(tensor.tolist())
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class Processes:
             there = torch.tensor([parameter.grad is not None for parameter in own], device=self.device).to(dtype)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
             flat = torch.cat([there, *(gradient.flatten() for gradient in gradients)])
-            self._exchange(lambda flat=flat: dist.all_reduce(flat))
+            self._collective(lambda flat=flat: dist.all_reduce(flat))
             anywhere, *pieces = flat.split([len(own), *(parameter.numel() for parameter in own)])
             for parameter, piece, some in zip(own, pieces, anywhere.tolist(), strict=True):
                 if some:
@@ -129,7 +129,7 @@ class Processes:
         if self.world == 1:
             return value
         held = [value]
-        self._exchange(lambda: dist.broadcast_object_list(held, 0))
+        self._collective(lambda: dist.broadcast_object_list(held, 0))
         return held[0]
 
     def gathered(self, value: T) -> list[T]:
@@ -137,7 +137,7 @@ class Processes:
         if self.world == 1:
             return [value]
         held: list[Any] = [None] * self.world
-        self._exchange(lambda: dist.all_gather_object(held, value))
+        self._collective(lambda: dist.all_gather_object(held, value))
         return held
 
     def check_same(self, fingerprints: Mapping[str, int], step: int) -> None:
@@ -155,9 +155,9 @@ class Processes:
                     "compute the same (different data, models or seeds?)"
                 )
 
-    def _exchange(self, exchange: Any) -> None:
+    def _collective(self, operation: Any) -> None:
         try:
-            exchange()
+            operation()
         except RuntimeError as error:
             raise TrainingError(
                 f"process {self.rank} of {self.world} lost the others, one of which has probably died (its own message "

@@ -17,8 +17,8 @@ from lorafamily.adapter import Adapter
 from lorafamily.deploy.folder import listed
 from lorafamily.errors import TrainingError
 from lorafamily.training.guards import silence
-from lorafamily.training.processes import Processes
-from lorafamily.training.surroundings import Surroundings
+from lorafamily.training.loop_context import LoopContext
+from lorafamily.training.processes import Processes, give_gradient
 
 PATIENCE = 10
 """Steps in which something of every kind must have got a gradient: layers may be dropped, experts unvisited."""
@@ -43,14 +43,13 @@ class TaskGradients:
         self,
         adapters: Mapping[str, Adapter],
         extra: Callable[[], dict[str, nn.Parameter]],
-        *,
         guard: bool,
-        wanted: Callable[[], tuple[bool, bool]],
-        around: Surroundings,
+        loop: LoopContext,
         processes: Processes | None,
+        wanted: Callable[[], tuple[bool, bool]],
     ):
         self.adapters, self.extra, self.guard, self.wanted = adapters, extra, guard, wanted
-        self.around, self.processes = around, processes
+        self.loop, self.processes = loop, processes
         present = [at for at, adapter in adapters.items() if adapter.rank]
         self.unreached = {*present, *extra()} if guard else set()
         self.reached: set[str] = set()
@@ -61,14 +60,14 @@ class TaskGradients:
         ] = {}  # its share in what arrives, where a loop added it to the loss
         self._from_task = True
         self._averaging = False  # whether the backward under way ends with an average over processes
-        if around.last_backward is not None:
+        if loop.last_backward is not None:
             self._same_start()
         self.listen()
 
     def listen(self) -> None:
         """Hook what has to be seen now, and nothing else; after parameters were replaced, too."""
         wanted: dict[nn.Parameter, str] = {}
-        everywhere = any(self.wanted()) or self.around.last_backward is not None
+        everywhere = any(self.wanted()) or self.loop.last_backward is not None
         for at, adapter in self.adapters.items():
             if everywhere or at in self.unreached:
                 wanted |= {p: at for p in adapter.update.parameters() if p.requires_grad and p.numel()}
@@ -88,10 +87,26 @@ class TaskGradients:
         finally:
             self._from_task = before
 
-    def told_apart(self, penalty: Tensor, own: list[nn.Parameter]) -> Tensor:
-        """The penalty for a loop that adds it to the loss: its share in what arrives at `own` is known when it does."""
+    def add(self, penalty: Tensor) -> None:
+        """Add the penalty's gradient to those of the task, after the step's backward."""
+        factors = self._factors()
+        if self.wanted()[1]:  # whatever has a gradient by now has one of the task, perhaps from another process
+            there = {p for p in factors if p.grad is not None}
+            self.reached |= {at for at, a in self.adapters.items() if there & {*a.update.parameters()}}
+        with self.paused():
+            gradients = torch.autograd.grad(penalty, factors, allow_unused=True)
+        for parameter, gradient in zip(factors, gradients, strict=True):
+            if gradient is not None and parameter.grad is None:
+                give_gradient(parameter, gradient)
+            elif gradient is not None:
+                parameter.grad.add_(gradient)
+
+    def tell_apart(self, penalty: Tensor) -> Tensor:
+        """The penalty, for a loop that adds it to the loss itself: its share in each gradient is known before that
+        gradient arrives."""
         if not self._hooks or not penalty.requires_grad:
             return penalty
+        own = self._factors()
 
         def share(weight: Tensor) -> None:  # of the penalty in the loss, a scaler's included
             with self.paused():
@@ -102,16 +117,16 @@ class TaskGradients:
         outside.register_hook(share)
         return outside
 
-    def note_reached(self, own: list[nn.Parameter]) -> None:
-        """After a backward without the penalty: whatever has a gradient has the task's, another process's included."""
-        there = {p for p in own if p.grad is not None}
-        self.reached |= {at for at, a in self.adapters.items() if there & {*a.update.parameters()}}
-
     def stepped(self) -> None:
         """The step is over."""
         self.kept.clear()
         self.reached.clear()
         self._of_penalty.clear()
+
+    def finite(self) -> bool:
+        """Whether every gradient of the adapters is."""
+        gradients = [p.grad for a in self.adapters.values() for p in a.update.parameters() if p.grad is not None]
+        return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
     def check(self, step: int, last: bool) -> None:
         """Layers may be dropped and experts unvisited, so one batch proves little: of every kind of layer something
@@ -142,7 +157,7 @@ class TaskGradients:
     def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor | None) -> None:
         if not self._from_task or gradient is None:  # None: of an expert that no token went to
             return
-        if self.around.last_backward is not None and not self._averaging and self.around.last_backward():
+        if self.loop.last_backward is not None and not self._averaging and self.loop.last_backward():
             self._averaging = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward is done
         alone = self._of_penalty.get(parameter)
@@ -152,7 +167,7 @@ class TaskGradients:
         if at in self.unreached and (at not in self.adapters or bool(gradient.any())):
             self.unreached.discard(at)
         if self.wanted()[0]:
-            scale = 1.0 if self.around.scaler is None else self.around.scaler.get_scale()
+            scale = 1.0 if self.loop.scaler is None else self.loop.scaler.get_scale()
             before = self.kept.get(parameter)
             self.kept[parameter] = gradient / scale if before is None else before + gradient / scale
 
@@ -160,9 +175,12 @@ class TaskGradients:
         """Of the adapters' gradients over processes, as DDP does with those that it was given."""
         self._averaging = False
         assert self.processes is not None
-        parameters = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
+        parameters = self._factors()
         self.processes.add_up_gradients(parameters)
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.processes.world)
+
+    def _factors(self) -> list[nn.Parameter]:
+        return [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
 
     def _same_start(self) -> None:
         for adapter in self.adapters.values():

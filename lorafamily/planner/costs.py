@@ -9,6 +9,7 @@ from typing import Any
 
 from lorafamily.budget import Sizing
 from lorafamily.names import by_stack, expert_of, place_of
+from lorafamily.terminal import in_units
 
 FULL, FLOOR = "full fine-tuning", "frozen floor"
 
@@ -84,7 +85,6 @@ class Plan:
         return asdict(self)
 
 
-UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 COLUMNS = (
     "",
     "rank",
@@ -99,14 +99,6 @@ COLUMNS = (
     "peak",
     "of full",
 )
-
-
-def in_units(size: int) -> str:
-    """Bytes with three digits."""
-    for unit, of in UNITS:
-        if size >= 0.9995 * of:  # what is rounded to 1.00 of it
-            return f"{size / of:#.3g}".rstrip(".") + f" {unit}"
-    return f"{size} B"
 
 
 def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lorafamily.allocation.allocator import Allocator, in_steps
-from lorafamily.allocation.by_score import ScoredAllocation
 from lorafamily.allocation.run import Run
+from lorafamily.allocation.scored_allocation import ScoredAllocation
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision

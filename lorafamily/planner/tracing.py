@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.batch import LossFn, loss_of
 from lorafamily.errors import LoraFamilyError
-from lorafamily.insight.blocks import Blocks, copy_on_meta, replace_tensors
+from lorafamily.planner.blocks import Blocks, copy_on_meta, replace_tensors
 from lorafamily.training.execution import recomputing
 
 Penalty = Callable[[], Tensor]

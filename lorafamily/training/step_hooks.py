@@ -21,7 +21,7 @@ from lorafamily.adapter import Adapter
 from lorafamily.allocation.surgery import levels
 from lorafamily.errors import TrainingError
 
-_AROUND: weakref.WeakKeyDictionary[torch.optim.Optimizer, AroundSteps] = weakref.WeakKeyDictionary()
+_HOOKED: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepHooks] = weakref.WeakKeyDictionary()
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -51,7 +51,7 @@ def steppers(optimizer: Any) -> list[torch.optim.Optimizer]:
     ]
 
 
-class AroundSteps:
+class StepHooks:
     """Acts before and after every step of an optimiser, until `remove` or until another one is put around it.
 
     Tensors of modules at rank 0 are not in the groups while it steps, and are again afterwards: state dicts, learning
@@ -81,10 +81,10 @@ class AroundSteps:
                         f"{type(stepper).__name__} finds its learning rate itself (lr=None), and decay towards a start "
                         "that is not zero needs one: give it lr (Adafactor: relative_step=False) or weight_decay=0"
                     )
-            before = _AROUND.pop(stepper, None)
+            before = _HOOKED.pop(stepper, None)
             if before is not None:
                 before.remove()
-            _AROUND[stepper] = self
+            _HOOKED[stepper] = self
             self._hooks.append(stepper.register_step_pre_hook(self._before))
             self._hooks.append(stepper.register_step_post_hook(self._after))
 

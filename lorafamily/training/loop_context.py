@@ -1,4 +1,4 @@
-"""What a session must know of the loop around it, and what in it would break where ranks change."""
+"""What a session must know of the loop it is used in, and what would break there when ranks change."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lorafamily.deploy.folder import listed
 from lorafamily.elsewhere import is_sharded
-from lorafamily.errors import TrainingError
+from lorafamily.errors import StateError, TrainingError
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a loop knows and a session asks for; the defaults are right in a plain loop.
+class LoopContext:
+    """What a session asks of its loop; the defaults are right for a plain one.
 
-    `precision()`: the context of a forward. `scaler`: float16's. `agreed(value)`: what the first of several processes
-    has. `reduces`: whether the loop adds up the gradients of new tensors over processes. `last_backward()`: where DDP
-    leaves the adapters' gradients to the session, whether a backward is a step's last, after which they are averaged.
-    `progress`: show a bar while ranks are scored. `compiled`: the model runs through `torch.compile`.
+    `precision()`: makes the context of a forward. `scaler`: of float16. `agreed(value)`: the first process's value.
+    `reduces`: whether the loop adds up the gradients of new tensors over the processes. `last_backward()`: where DDP
+    leaves the adapters' gradients to the session, whether this backward is a step's last, after which they are
+    averaged. `progress`: show a bar while ranks are scored. `compiled`: the model runs through `torch.compile`.
     """
 
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -33,6 +33,10 @@ class Surroundings:
     last_backward: Callable[[], bool] | None = None
     progress: bool = False
     compiled: bool = False
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """As the scaler wants it."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
 
 def check_held(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
@@ -50,8 +54,22 @@ def check_held(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parame
         )
 
 
-def holding_engine(model: nn.Module, optimizer: Any) -> str | None:
-    """What keeps references to the tensors that train, so that they must not be replaced."""
+def refuse_holding_engine(model: nn.Module, optimizer: Any, loop: LoopContext) -> None:
+    """Refuse to change ranks where an engine would go on with the old tensors.
+
+    Raises:
+        StateError: there is one; the message names it.
+    """
+    engine = _holding_engine(model, optimizer)
+    if engine is not None and (engine != "DDP" or loop.last_backward is None):
+        raise StateError(
+            f"{engine} holds on to the tensors it was given, and this method changes their size; use "
+            "lorafamily.train under torchrun, or a method with fixed ranks"
+        )
+
+
+def _holding_engine(model: nn.Module, optimizer: Any) -> str | None:
+    """What keeps references to the tensors that train."""
     names = {type(module).__name__ for module in model.modules()}
     for engine, found in (("DDP", "DistributedDataParallel"), ("FSDP", "FullyShardedDataParallel")):
         if found in names:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from lorafamily.errors import BudgetError, TargetError
-from lorafamily.insight.costs import Plan, table
-from lorafamily.insight.plan import Planner
-from lorafamily.insight.shapes import SHAPES, example_batch, model_of, targets_of
+from lorafamily.planner import Plan, Planner
+from lorafamily.planner.costs import table
+from lorafamily.planner.models import SHAPES, example_batch, model_of, targets_of
 from lorafamily.registry import methods
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What methods will take on a model: trainable numbers, file, memory; nothing is allocated."""
+def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What methods will take on a model: trainable parameters, file, memory; nothing is allocated."""
     with _uncollected():
         model = model_of(given.model, given.architecture)
     _quiet()
@@ -59,7 +59,8 @@ def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
             if given.method or len(refused) == len(asked):
                 raise
     if given.png is not None:
-        from lorafamily.insight.figures import memory_bars, save
+        from lorafamily.insight.drawing import save
+        from lorafamily.planner.bars import memory_bars
 
         uses = [*(one.use for one in plans), plans[0].full, plans[0].floor]
         save(memory_bars({use.way: use.memory for use in uses}, _title(given, plans[0])), given.png)

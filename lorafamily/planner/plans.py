@@ -17,11 +17,11 @@ from lorafamily.batch import LossFn
 from lorafamily.deploy.files import described, sizes
 from lorafamily.errors import MethodError
 from lorafamily.injection import Choice, choose, put
-from lorafamily.insight.blocks import alike_blocks, on_meta
-from lorafamily.insight.costs import FLOOR, FULL, Memory, Plan, Use
-from lorafamily.insight.tracing import Held, NotTracedError, Penalty, Ready, held_in_step
 from lorafamily.parts import Fused
 from lorafamily.placement import Placement
+from lorafamily.planner.blocks import alike_blocks, on_meta
+from lorafamily.planner.costs import FLOOR, FULL, Memory, Plan, Use
+from lorafamily.planner.tracing import Held, NotTracedError, Penalty, Ready, held_in_step
 from lorafamily.quantised import counts_of, packed_parameters, quantised_layers, tensors_of
 from lorafamily.site import base_parameters
 from lorafamily.training.guards import check_keys
