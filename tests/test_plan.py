@@ -20,7 +20,7 @@ from lorafamily import layers
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.placement import placement_of
 from lorafamily.planner import Planner
-from lorafamily.planner.blocks import alike_blocks
+from lorafamily.planner.blocks import repeated_blocks
 from lorafamily.planner.tracing import held_in_step
 from lorafamily.training.execution import recomputing
 
@@ -192,7 +192,7 @@ def test_predicted_files_are_those_that_save_writes(method, tmp_path):
     assert planned.use.files == written(model, tmp_path)
     placement = placement_of(model)
     assert planned.use.adapters == placement.trainable()
-    assert planned.use.beside == 16
+    assert planned.use.extra == 16
     assert planned.ranks == {path: adapter.rank for path, adapter in placement.adapters.items()}
     assert planned.sizing == placement.sizing
 
@@ -215,7 +215,7 @@ def test_predicted_files_in_any_dtype(dtype, factors, tmp_path):
 def test_two_and_three_blocks_tell_what_all_of_them_hold(family, method):
     with torch.device("meta"):
         model, batch = made(family, layers=6)
-    blocks = alike_blocks(model)
+    blocks = repeated_blocks(model)
     assert blocks.count == 6
 
     def ready(model):
@@ -355,7 +355,7 @@ def test_a_model_that_asks_for_numbers_is_planned_without_activations():
     assert planned.use.adapters == 1_152
     for use in (planned.use, planned.full, planned.floor):
         assert use.memory.activations is None
-    assert "a step of this Looking asks for numbers, which a plan has not (DataDependentOutput" in str(planned)
+    assert "a step of this Looking depends on tensors' values, which a plan does not have (Data" in str(planned)
 
 
 def test_a_plan_reads_as_a_table():

@@ -1,4 +1,4 @@
-"""Pruning by sensitivity on a cubic schedule: AdaLoRA sec. 3.3, taken over by LoRA²."""
+"""Pruning by sensitivity on a cubic schedule: AdaLoRA, sec. 3.3; LoRA² uses it, too."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lorafamily.history import Decision
 
 @dataclass(frozen=True)
 class ImportancePruning(ScoredAllocation):
-    """Start with b0 slices in all, end with b_T, the least important leaving first, over all modules at once.
+    """From b0 slices in the whole network to b_T; the least important go first, whichever modules they are in.
 
     b(t) = b0 for t ≤ t_i;   b_T + (b0 − b_T) (1 − (t − t_i) / (T − t_f − t_i))³, truncated, every Δ_T steps;
-    b_T for t > T − t_f. Until then a pruned slice is masked and may come back; from then on it is gone.
+    b_T for t > T − t_f. Until then a pruned slice is masked and may come back; then it is removed.
 
     `target` is b_T: a fraction of b0, or a whole number of slices a module on average. `warmup` (t_i), `final` (t_f)
-    and `interval` (Δ_T) are fractions of the run or whole numbers of optimiser steps; the papers give steps for one
-    data set each, of which these are the rounded middle. Scorer and its options: see `ScoredAllocation`.
+    and `interval` (Δ_T) are fractions of the run or whole numbers of optimiser steps; the papers give steps for each
+    data set, and the defaults are about the middle of these. For the scorer and its options see `ScoredAllocation`.
     """
 
     scorer: str = "sensitivity"
@@ -126,7 +126,7 @@ class ImportancePruner(Allocator):
         return self.decided(step, {name: int(kept.sum()) for name, kept in keep.items()}, reason, threshold, scores)
 
     def _check_limit(self) -> None:
-        """A limit that leaves no room for a single slice would take all of them."""
+        """Refuse a limit that has no room for a single slice, so that all would be pruned."""
         costs = [adapter.update.slice_cost for adapter in self.run.adapters.values() if adapter.rank]
         if self.run.limit is None or not self.target or not costs:
             return

@@ -1,4 +1,4 @@
-"""What a run would take: `plan`'s table for the longest batch, and whether this device has as much."""
+"""What a run would take: the table of `plan` for the longest batch, and whether it fits on this device."""
 
 from __future__ import annotations
 

@@ -28,18 +28,18 @@ from lorafamily.training.processes import Processes
 BASE = "base"
 
 
-def evaluate(options: Evaluate, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-    """The command: what it found, and as a table.
+def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Run the command; returns its result as data and as a table.
 
     Raises:
-        LoraFamilyError: no data, no model, or an adapter that does not fit it.
+        LoraFamilyError: no data, no model, or an adapter that does not fit the model.
     """
     _check(options)
     name = model_name(options.model, options.adapter)
     template = read_template(name, options.template, options.adapter[0] if options.adapter else None)
     rows = [row for source in options.data for row in read(source, options.split)]
     found = tokenised(conversations(rows), template, length=options.length, loss_on=options.loss_on)
-    say(found.said())
+    say(found.line())
     base = read_base(name, options.dtype, options.quantise, device_of(options.device), template)
     names = _names(options.adapter)
     for name, folder in names.items():
@@ -70,7 +70,7 @@ def _check(options: Evaluate) -> None:
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Names of the columns: the folders' own, or where two are the same with those they lie in.
+    """Columns by name: the folder's name, with that of its parent where two are the same.
 
     Raises:
         DataError: a folder is given twice.

@@ -1,4 +1,4 @@
-"""Answers of a model, many at a time."""
+"""Answers of a model, in batches; and the command `lorafamily generate`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lorafamily.terminal import nearest
 RUN = "run.yaml"
 
 
-def generate(options: Generate) -> tuple[dict[str, Any], str]:
-    """The command: what it found, and as text.
+def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
+    """Run the command; returns its result as data and as text.
 
     Raises:
         DataError: nothing was asked, or an option makes no sense.
-        FileError: no model or adapter there.
+        FileError: there is no such model or adapter.
     """
     if options.max_new < 1:
         raise DataError(f"--max-new {options.max_new}: must be at least 1 token")
@@ -63,11 +63,11 @@ def generate(options: Generate) -> tuple[dict[str, Any], str]:
 
 
 def model_name(given: str | None, adapters: Sequence[Path]) -> str:
-    """The base: the one given, or that of the first adapter's run.
+    """The base: the given one, or that of the first adapter's run.
 
     Raises:
-        FileError: an adapter's folder is none.
-        DataError: nobody says which.
+        FileError: a folder has no adapter.
+        DataError: neither says which.
     """
     for adapter in adapters:
         if not (adapter / RECORD).is_file():
@@ -97,9 +97,10 @@ def answers_to(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Iterator[str]:
-    """What the model writes after each prompt (texts from the template), up to `max_new` tokens.
+    """What the model writes after each prompt (a text from the template), at most `max_new` tokens.
 
-    Ends at whatever the model's generation config or its tokenizer calls an end, and where the template ends a turn.
+    An answer ends with a token that the generation config or the tokenizer calls an end, or that ends the template's
+    turn.
     """
     tokenizer = template.tokenizer
     ends = end_tokens(model, template)
@@ -110,7 +111,7 @@ def answers_to(
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), pad_of(tokenizer))
         there = torch.zeros_like(ids)
-        for at, row in enumerate(rows):  # padded before the text: what is written follows directly
+        for at, row in enumerate(rows):  # padding comes first, so that new tokens follow the text
             ids[at, length - len(row) :] = torch.tensor(row)
             there[at, length - len(row) :] = 1
         written = model.generate(
@@ -138,7 +139,7 @@ def end_tokens(model: Any, template: Template) -> list[int]:
         if ids[-1] in template.tokenizer.added_tokens_decoder:
             found.add(ids[-1])
     except (RowError, IndexError):
-        pass  # a template that refuses so short a conversation has the other two
+        pass  # a template that refuses so short a conversation: the other ends will do
     return sorted(token for token in found if token is not None)
 
 

@@ -17,12 +17,12 @@ from lorafamily.errors import DataError, FileError
 from lorafamily.terminal import nearest
 
 TEMPLATE = "chat_template.jinja"
-"""Beside an adapter: the template it was trained with, so that `generate` asks in the same words."""
+"""File in an adapter's folder: the template of its training, so that `generate` renders conversations the same way."""
 
 
 @dataclass
 class Base:
-    """A causal language model that is not adapted yet. `name`: as it was asked for."""
+    """A causal language model without adapters. `name`: as it was given."""
 
     name: str
     model: Any
@@ -34,12 +34,12 @@ class Base:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """The rows of the embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
 
 def quiet() -> None:
-    """Libraries speak of loading bars and defaults that nobody asked here; warnings of ours stay."""
+    """Silence progress bars and warnings of libraries; our own warnings stay."""
     for logger in ("torch.utils.flop_counter", "torch.utils._pytree", "torchao"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     import transformers
@@ -52,7 +52,7 @@ def quiet() -> None:
 
 def device_of(asked: str) -> torch.device:
     """Raises:
-    DataError: no such device here.
+    DataError: this machine has no such device.
     """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,15 +65,16 @@ def device_of(asked: str) -> torch.device:
 
 
 def dtype_of(asked: str, device: torch.device) -> torch.dtype:
-    """Of the base's weights."""
+    """The dtype of the base's weights."""
     if asked == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     found: torch.dtype = getattr(torch, asked)
     return found
 
 
-def read_template(name: str, template: str | None, beside: Path | None = None) -> Template:
-    """The tokenizer of a model, with the template asked for: a file, "plain", that beside an adapter, or its own.
+def read_template(name: str, template: str | None, adapter: Path | None = None) -> Template:
+    """The tokenizer of a model, with a template: from a file, "plain", from an adapter's folder, or the tokenizer's
+    own.
 
     Raises:
         FileError: no tokenizer, or no such file.
@@ -91,8 +92,8 @@ def read_template(name: str, template: str | None, beside: Path | None = None) -
         raise FileError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), so no answer would end")
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
-    if template is None and beside is not None and (beside / TEMPLATE).is_file():
-        template = str(beside / TEMPLATE)
+    if template is None and adapter is not None and (adapter / TEMPLATE).is_file():
+        template = str(adapter / TEMPLATE)
     if template is None or template == "plain":
         return Template(tokenizer, PLAIN if template == "plain" or not own else own)
     path = Path(template)

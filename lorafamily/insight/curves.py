@@ -1,4 +1,4 @@
-"""A run against its steps: rank by kind of matrix, the scores of slices, and the course of rank and parameters."""
+"""A run against its steps: slices by kind of matrix, their scores, and the totals of slices and parameters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lorafamily.insight.grids import area_labels, rank_by_kind
 T = TypeVar("T")
 KEPT, DROPPED, MARK = "#0072B2", "#D55E00", "#444444"
 POINTS = 400
-"""Steps that a curve has at most."""
+"""The most steps of a curve."""
 
 
 def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
-    """Rank by kind of matrix against step, stacked, with a mark above every decision that changed something; of more
-    than `POINTS` decisions some, spread evenly, and of more than `AREAS` kinds alike ones together.
+    """Slices by kind of matrix against step, stacked, with a mark above every decision that changed ranks. Of more than
+    `POINTS` decisions an even selection is shown, and of more than `AREAS` kinds similar ones together.
 
     The first of the decisions is the start.
     """
@@ -63,7 +63,7 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("rank slices in use")
     figure.suptitle(
-        f"Rank by kind of matrix during training: {total[0]} slices at the start, {total[-1]} at the end", fontsize=11
+        f"Slices by kind of matrix during training: {total[0]} slices at the start, {total[-1]} at the end", fontsize=11
     )
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -71,14 +71,14 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
 
 
 def thinned(entries: Sequence[T]) -> list[T]:
-    """At most `POINTS` of them, spread evenly, with the first and the last."""
+    """An even selection of at most `POINTS` of them, with the first and the last."""
     if len(entries) <= POINTS:
         return list(entries)
     return [entries[round(i)] for i in np.linspace(0, len(entries) - 1, POINTS)]
 
 
 def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure | None:
-    """How slices were scored at the first, middle and last decision, and which of them fell; None without scores."""
+    """The scores of slices at the first, middle and last decision, and which were taken; None without scores."""
     scored = [d for d in decisions if any(d.scores.values())]
     if not scored:
         return None
@@ -86,14 +86,14 @@ def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure |
     figure = Figure(figsize=(1.0 + 3.4 * len(chosen), 3.6), dpi=100, layout="constrained")
     for axes, decision in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
         scores = np.array([value for own in decision.scores.values() for value in own])
-        wide = scores.min() > 0 and scores.max() / scores.min() > 100  # sensitivities span orders of magnitude
-        edges = np.geomspace(scores.min(), scores.max(), 31) if wide else np.histogram_bin_edges(scores, 30)
+        over_decades = scores.min() > 0 and scores.max() / scores.min() > 100  # sensitivities span orders of magnitude
+        edges = np.geomspace(scores.min(), scores.max(), 31) if over_decades else np.histogram_bin_edges(scores, 30)
         threshold = -np.inf if decision.threshold is None else decision.threshold
         fallen = scores <= threshold
         axes.hist([scores[fallen], scores[~fallen]], edges, stacked=True, color=[DROPPED, KEPT], label=["off", "kept"])
         if fallen.any():
             axes.axvline(threshold, color=MARK, linestyle="--", linewidth=1, label="threshold")
-        if wide:
+        if over_decades:
             axes.set_xscale("log")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"step {decision.step}: {fallen.sum()} of {len(scores)} slices off", fontsize=9)
@@ -106,13 +106,13 @@ def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure |
 
 
 def course(steps: Sequence[Step]) -> Figure:
-    """Total rank, trainable numbers and, where frames should be orthonormal, their error, against step; of more than
-    `POINTS` steps some, spread evenly."""
+    """Slices in use, trainable parameters and, if there are frames to be orthonormal, their error, against step. Of
+    more than `POINTS` steps an even selection is shown."""
     steps = thinned(steps)
     measured = [(step.step, step.orthogonality) for step in steps if step.orthogonality is not None]
     curves: dict[str, tuple[list[int], Sequence[float]]] = {
         "rank slices in use": ([s.step for s in steps], [s.rank for s in steps]),
-        "trainable numbers": ([s.step for s in steps], [s.trainable for s in steps]),
+        "trainable parameters": ([s.step for s in steps], [s.trainable for s in steps]),
     }
     if measured:
         curves["mean ‖F Fᵀ − I‖ of the frames"] = ([s for s, _ in measured], [e for _, e in measured])
@@ -127,5 +127,7 @@ def course(steps: Sequence[Step]) -> Figure:
         axes.ticklabel_format(axis="y", style="plain")
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("optimiser step")
-    figure.suptitle("Rank, size and orthogonality during training" if measured else "Rank and size during training")
+    figure.suptitle(
+        "Slices, parameters and orthogonality during training" if measured else "Slices and parameters during training"
+    )
     return figure

@@ -25,9 +25,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
-    """The figure drawn; asked a second time it is not drawn again."""
+    """The pixels of a figure, which is drawn only the first time."""
     canvas = figure.canvas
-    if not isinstance(canvas, FigureCanvasAgg):  # matplotlib's own before the first time
+    if not isinstance(canvas, FigureCanvasAgg):  # until the first time it is the base class
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,4 +1,4 @@
-"""Ranks laid out as grids: layers by kinds of matrix, or layers by experts; small ones for large models."""
+"""Slices of every module as grids: layers by kinds of matrix, or layers by experts; smaller ones for large models."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from lorafamily.names import Place, by_stack, expert_of, kind_labels, place_of
 
 ROWS, COLUMNS, STACKS = 96, 64, 6
-"""What a picture has at most: rows in all its panels together (of start and now each), columns, stacks. Of a larger
-model a cell stands for several modules."""
+"""The most rows (in all panels of one time together), columns and stacks of a picture. In that of a larger model a cell
+stands for several modules."""
 AREAS = 32
-"""Kinds of matrix that are told apart in one stack of areas, at most."""
+"""The most kinds of matrix that a stack of areas shows apart."""
 
 
 def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray]:
-    """Kinds of matrix, labels of layers, and ranks as (kinds, layers), of the modules of one stack (`by_stack`).
+    """Kinds of matrix, labels of layers, and ranks as (kinds, layers), for the modules of one stack (`by_stack`).
 
-    nan where a layer has no such matrix.
+    nan if a layer has no such matrix.
     """
     places = {name: place_of(name) for name in ranks}
     kinds = list(dict.fromkeys(place.kind for place in places.values()))
@@ -28,14 +28,14 @@ def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndar
     grid = np.full((len(kinds), len(layers)), np.nan)
     for name, rank in ranks.items():
         cell = kinds.index(places[name].kind), layers.index(places[name].layer)
-        assert np.isnan(grid[cell]), f"{name}: two matrices of one kind and layer are of two stacks"
+        assert np.isnan(grid[cell]), f"{name}: two matrices of the same kind and layer must be in two stacks"
         grid[cell] = rank
     return kinds, ["–" if layer is None else str(layer) for layer in layers], grid
 
 
 def rank_by_kind(ranks: Mapping[str, int], labels: Mapping[str, str] | None = None) -> dict[str, int]:
-    """Total rank of each kind of matrix, over all layers of its stack. `labels`: of every module, `kind_labels` where
-    there are none; whoever asks often passes them."""
+    """Slices of each kind of matrix, over all layers of its stack. `labels`: the kind of every module; None computes
+    them (`kind_labels`), which takes longer."""
     totals: dict[str, int] = {}
     for name, kind in (kind_labels(ranks) if labels is None else labels).items():
         totals[kind] = totals.get(kind, 0) + ranks[name]
@@ -43,15 +43,15 @@ def rank_by_kind(ranks: Mapping[str, int], labels: Mapping[str, str] | None = No
 
 
 def area_labels(names: Iterable[str]) -> dict[str, str]:
-    """`kind_labels` with `AREAS` different ones at most, alike kinds together."""
+    """`kind_labels` with at most `AREAS` different labels: of more, similar kinds share one."""
     labels = kind_labels(names)
     together = merged(list(dict.fromkeys(labels.values())), AREAS)
     return {name: together[kind] for name, kind in labels.items()}
 
 
 def merged(labels: Sequence[str], most: int) -> dict[str, str]:
-    """For each label the one under which it is shown, `most` different ones at most: where there are more, those that
-    differ in numbers alone are one (`experts.*.up`), and of what is still too many neighbours are (`a … d`)."""
+    """For each label the one it is shown under, with at most `most` different ones. If there are more, those that
+    differ only in digits share one (`experts.*.up`), and if these are still too many, neighbours do (`a … d`)."""
     if len(labels) <= most:
         return {label: label for label in labels}
     shown = {label: re.sub(r"\d+", "*", label) for label in labels}
@@ -66,7 +66,7 @@ def merged(labels: Sequence[str], most: int) -> dict[str, str]:
 
 
 class Grid(NamedTuple):
-    """`ranks`: (kinds, layers), nan where no module is; `total`: of all modules."""
+    """`ranks`: (kinds, layers), nan where there is no module; `total`: the slices of all modules."""
 
     kinds: list[str]
     layers: list[str]
@@ -75,14 +75,14 @@ class Grid(NamedTuple):
 
 
 def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> dict[str, list[Grid]]:
-    """By stack one grid for each of the patterns in `shown`, within `ROWS`, `COLUMNS` and `STACKS`: where the
-    model has more, a cell is the mean over the modules it stands for."""
+    """For each stack a grid of each pattern in `shown`, within `ROWS`, `COLUMNS` and `STACKS`. In a model that has
+    more, a cell is the mean of the modules it stands for."""
     stacks = by_stack(names)
-    alike = merged(list(stacks), STACKS)
+    shown_as = merged(list(stacks), STACKS)
     places: dict[str, dict[str, Place]] = {}
     for stack, own in stacks.items():
         for name in own:
-            places.setdefault(alike[stack], {})[name] = place_of(name)
+            places.setdefault(shown_as[stack], {})[name] = place_of(name)
     grids: dict[str, list[Grid]] = {}
     for stack, of in places.items():
         kinds = list(dict.fromkeys(kind for _, _, kind in of.values()))
@@ -110,15 +110,15 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
 def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
     """By kind of matrix (`mlp.experts.*.up_proj`): labels of layers, of experts, and ranks as (layers, experts).
 
-    nan where a layer has no such expert; nothing where the model has none.
+    nan if a layer has no such expert; empty for a model without experts.
     """
-    together: dict[str, list[tuple[int | None, int, float]]] = {}
+    cells_of: dict[str, list[tuple[int | None, int, float]]] = {}
     experts = {name: found for name in ranks if (found := expert_of(name)) is not None}
     labels = kind_labels(dict.fromkeys(of_all for of_all, _ in experts.values()))
     for name, (of_all, index) in experts.items():
-        together.setdefault(labels[of_all], []).append((place_of(of_all).layer, index, ranks[name]))
+        cells_of.setdefault(labels[of_all], []).append((place_of(of_all).layer, index, ranks[name]))
     grids = {}
-    for kind, cells in together.items():
+    for kind, cells in cells_of.items():
         layers = sorted({layer for layer, _, _ in cells}, key=lambda layer: (layer is None, layer))
         wide = 1 + max(index for _, index, _ in cells)
         grid = np.full((len(layers), wide), np.nan)
@@ -129,9 +129,9 @@ def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[
 
 
 def in_chunks(labels: list[str], grid: np.ndarray, most: int) -> tuple[list[str], np.ndarray]:
-    """At most so many rows: where there are more, the means of neighbouring ones."""
+    """Labels and rows, at most `most`: of more rows, the means of neighbours."""
     chunks = [chunk for chunk in np.array_split(np.arange(len(labels)), min(most, len(labels))) if len(chunk)]
-    said = [labels[c[0]] if len(c) == 1 else f"{labels[c[0]]}–{labels[c[-1]]}" for c in chunks]
+    heads = [labels[c[0]] if len(c) == 1 else f"{labels[c[0]]}–{labels[c[-1]]}" for c in chunks]
     sums = np.array([np.nansum(grid[c], 0) for c in chunks])
     counts = np.array([(~np.isnan(grid[c])).sum(0) for c in chunks])
-    return said, np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return heads, np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)

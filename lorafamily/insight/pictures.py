@@ -14,16 +14,16 @@ from lorafamily.insight.heatmaps import expert_heatmap, rank_heatmap
 
 
 def pictures_of(decisions: Sequence[Decision], steps: Sequence[Step]) -> dict[str, Figure]:
-    """A run's pictures: ranks at the start and at the end, also expert by expert where a model has experts, their
-    history, scores, and the course of the run."""
+    """The pictures of a run, by file name: slices at the start and the end, also by expert if the model has experts;
+    their history; their scores; totals against step. Empty for a run without adapters."""
     start, end = decisions[0].after, decisions[-1].after
     if not start:
         return {}
     last = steps[-1].step if steps else decisions[-1].step
-    changed = f"Rank by layer and matrix after {last} steps"
+    title = "Slices by layer and {} after {} steps"
     found = {
-        "rank-by-layer": rank_heatmap(start, end, changed),
-        "rank-by-expert": expert_heatmap(start, end, f"Rank by layer and expert after {last} steps"),
+        "rank-by-layer": rank_heatmap(start, end, title.format("matrix", last)),
+        "rank-by-expert": expert_heatmap(start, end, title.format("expert", last)),
         "rank-history": rank_history(decisions, last),
         "scores": score_histograms(decisions),
         "course": course(steps) if steps else None,

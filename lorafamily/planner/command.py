@@ -1,4 +1,4 @@
-"""The command `lorafamily plan`: what each method will take on a model that need not be there."""
+"""The command `lorafamily plan`: what each method will take, on a model that need not be downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What methods will take on a model: trainable parameters, file, memory; nothing is allocated."""
+    """What training will take, for each method: trainable parameters, file, memory; nothing is allocated."""
     with _uncollected():
         model = model_of(given.model, given.architecture)
     _quiet()
@@ -91,7 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=128, help="tokens of a row")
     add("--dtype", choices=DTYPES, help="of the base's weights and of activations; default: float32")
     add("--factors", choices=DTYPES, help="of adapters; default: float32, as lorafamily.apply makes them")
-    add("--states", choices=DTYPES, help="of AdamW's two states a number; default: as the number")
+    add("--states", choices=DTYPES, help="of AdamW's two states of a parameter; default: the parameter's")
     add("--recompute", action="store_true", help="compute activations again in the backward, block by block")
     add("--architecture", help="class of transformers, where another than the config names")
     add("--png", type=Path, help="draw the memory by part into this file")
@@ -99,8 +99,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Importing a library and building a model only makes objects, which then stay: to look for garbage among them
-    again and again, and at the end once more, takes a third of the command's time."""
+    """Without garbage collection: importing a library and building a model only makes objects that stay, and looking
+    for garbage among them takes a third of the command's time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -112,7 +112,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """What transformers warns of in a config that somebody wrote is not asked here."""
+    """Silence what transformers says about configs."""
     import transformers
 
     transformers.logging.set_verbosity_error()

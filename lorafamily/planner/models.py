@@ -67,7 +67,7 @@ def example_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]
     """Token ids and labels as the model's task wants them, on the meta device; no padding, so no attention mask.
 
     Raises:
-        DataError: rows or tokens are no positive numbers, or more tokens than the model has positions.
+        DataError: rows or tokens are not positive, or more tokens than the model has positions.
     """
     for name, value in (("batch", rows), ("length", tokens)):
         if value < 1:

@@ -1,4 +1,4 @@
-"""Everything a run writes into its folder: records, TensorBoard, pictures."""
+"""Everything that a run writes into its folder, checkpoints aside: record, TensorBoard, pictures."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ from lorafamily.training.session import Session
 from lorafamily.training.settings import run_settings
 from lorafamily.training.state import seeded
 
-SCALING_LIMIT = 25  # steps in a row that float16's loss scale may take to halve itself from 2¹⁶ to nothing
+SCALING_LIMIT = 25  # steps in a row in which float16's loss scale may halve itself, from 2¹⁶ to nothing
 
 
 def train(
@@ -84,40 +84,41 @@ def train(
     keep: int = 2,
     resume: Resume = "never",
 ) -> History:
-    """Train whatever has `requires_grad`: the active adapters and what was named beside them, or a plain model.
+    """Train whatever has `requires_grad`: the active adapters and what was named in `also_train`, or a plain model.
 
-    Runs where the model is. Penalty and rank allocation are those of the adapters' method. Started by `torchrun`, each
-    process takes its rows of every batch, or the batches that a DistributedSampler gives it, and the numbers are those
-    of one process.
+    Training runs on the model's device, with the penalty and the rank allocation of the adapters' method. Under
+    `torchrun` each process takes some rows of every batch, or the batches that a DistributedSampler gives it, and the
+    results are those of a single process.
 
     Optimisation:
-        data: batches, iterable again and again (a DataLoader, a list). A mapping goes to the model as keywords, a
-            tuple as positions; the model's output must have `.loss`, unless `loss_fn(model, batch)` gives it.
-        steps: optimiser steps; or `epochs`: rounds through the data, which then must have a length.
-        lr: peak learning rate of the adapters, 0.001 unless said. In runs of some hundred steps LoRA² and AdaLoRA want
-            about ten times LoRA's, OLoRA a tenth.
-        head_lr: of what trains beside the adapters; None: ten times `lr`, but no more than 0.01.
-        up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, which is 1 but for LoRA+.
-        weight_decay: of AdamW, 0 unless said.
+        data: batches, in something that can be iterated repeatedly (a DataLoader, a list). A mapping goes to the model
+            as keywords, a tuple as positions; the output must have `.loss`, unless there is a `loss_fn`.
+        steps: optimiser steps; or `epochs`: passes through the data, which then needs a length.
+        lr: peak learning rate of the adapters; None: 0.001. In runs of some hundred steps LoRA² and AdaLoRA want about
+            ten times LoRA's, OLoRA a tenth.
+        head_lr: of other parameters that train; None: ten times `lr`, but no more than 0.01.
+        up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, which is 1 except for LoRA+.
+        weight_decay: of AdamW; None: 0.
         warmup: a fraction of the run, or a whole number of steps, in which rates rise to their peak; None: 0.06.
-        schedule: how they go on: "linear" and "cosine" to 0, "constant", or a function from the step (from 1) to the
-            share of the peak; or the LRScheduler of an optimiser given, which then alone sets the rates.
+        schedule: of the rates after the warm-up: "linear" and "cosine" fall to 0, "constant"; or a function from the
+            step (from 1) to the share of the peak; or the LRScheduler of the given optimiser, which then sets all
+            rates.
         floor: share of the peak below which rates do not fall.
-        optimizer: instead of AdamW: an optimiser, or a function from what trains, see `Trained`, to one.
+        optimizer: instead of AdamW: an optimiser, or a function from the parameters, see `Trained`, to one.
         loss_fn: function from model and batch to the task loss.
-        loss_over: what a batch's loss is a mean over, by which batches and processes count: "tokens" (the labels that
-            are not -100), "rows", or a function from a batch to a number. "auto": the tokens where there are `labels`,
-            and with a `loss_fn` the rows.
-        accumulate: batches per optimiser step, which together count as one large batch.
-        max_grad_norm: gradients are scaled down to this norm, over all trained parameters; 0 or None: they are not.
+        loss_over: what a batch's loss is a mean over, which decides the weights of batches and processes: "tokens" (the
+            labels that are not -100), "rows", or a function from a batch to a number. "auto": rows if there is a
+            `loss_fn`, otherwise tokens if there are `labels`.
+        accumulate: batches per optimiser step; together they count as one large batch.
+        max_grad_norm: gradients are scaled down to this norm, over all trained parameters; 0 or None: no clipping.
 
     Evaluation:
-        validation: batches, needed by methods that score ranks on them; their mean loss is evaluated as "loss".
+        validation: batches; their mean loss is the metric "loss". Some methods score ranks on them.
         evaluate: function from the model (in eval mode, without gradients) to metrics by name, instead of that loss.
         evaluate_every: optimiser steps between evaluations; None: only at the end.
-        monitor, mode: the metric that `patience` and the best checkpoint go by, and whether low or high is good.
-        patience: stop after so many evaluations without a better one, counted once the allocation is settled.
-        restore_best: end with the weights of the best evaluation, ranks included, and not with the last; `History` has
+        monitor, mode: the metric that decides which evaluation is best, and whether low or high is good.
+        patience: stop after so many evaluations without a better one, counted once the ranks have settled.
+        restore_best: end with the weights of the best evaluation, ranks included, instead of the last; `History` has
             both.
 
     Execution:
@@ -125,33 +126,34 @@ def train(
             factors stay float32.
         compile: run the model through `torch.compile`.
         checkpoint_activations: compute activations again in the backward instead of keeping them.
-        seed: Python's, NumPy's and torch's generators begin there (dropout, shuffling), and are afterwards as they
-            were; None: they go on from where they are.
-        skip_nonfinite: steps in a row that are skipped where the loss or a gradient is not finite, before the run ends.
-        check_gradients: refuse to go on where adapters get no gradient in the first steps.
-        again: let ranks move once more that an earlier run settled; unless asked, they stay.
-        progress: show a bar with loss, steps per second and total rank, and one while ranks are scored.
-        on_step: called with every step's `Step`, for a logger of your own.
+        seed: for Python's, NumPy's and torch's generators (dropout, shuffling), which are put back afterwards; None:
+        the
+            generators continue from their state.
+        skip_nonfinite: how many steps in a row may be skipped because the loss or a gradient is not finite.
+        check_gradients: refuse to go on if adapters get no gradient in the first steps.
+        again: let ranks that an earlier run settled move once more.
+        progress: show a bar with loss, steps per second and slices, and one while ranks are scored.
+        on_step: called with the `Step` of every step, for a logger of your own.
 
     Persistence:
-        log_dir: folder of the run, for TensorBoard, for pictures of the allocation, for its record (see `ranks_at`,
-            `redraw`) and for checkpoints.
-        save_every: steps between checkpoints; one is written too where the best evaluation was, at the end, and
-            when SIGTERM or Ctrl-C asks the run to stop: it finishes its step, saves, and ends the process with code 75.
-        keep: of checkpoints, the last so many stay, and the best.
-        resume: "auto": go on from the newest checkpoint in `log_dir`, if there is one; "anyway": with other settings
-            too, such as more steps; "never": begin, and refuse a folder that has checkpoints or a run's record.
+        log_dir: folder of the run, for TensorBoard, pictures of the allocation, the record (see `ranks_at`, `redraw`)
+            and checkpoints.
+        save_every: steps between checkpoints. One is also written after the best evaluation, at the end, and when
+            SIGTERM or Ctrl-C asks the run to stop: it finishes its step, saves, and ends the process with code 75.
+        keep: how many of the last checkpoints are kept; the best is kept, too.
+        resume: "auto": go on from the newest checkpoint in `log_dir`, if there is one; "anyway": even with other
+            settings, such as more steps; "never": begin, and refuse a folder that has checkpoints or a record.
 
     Raises:
-        DataError: no batches, no loss from them, keys that the model does not take, or processes that draw other
+        DataError: no batches, no loss from them, keys that the model does not take, or processes that draw different
             batches without dividing the data.
         AllocationError: the method's rank schedule does not fit the run.
-        StateError: the adapters are merged, or none is active; the folder is another run's.
+        StateError: the adapters are merged, or none is active; or the folder is another run's.
         FileError: a checkpoint cannot be written or read.
-        TrainingError: nothing to train, an optimiser that cannot (LBFGS), a setting that would have no effect or makes
-            no sense, an adapter without gradient, a number that is not finite, or a frozen weight that changed.
-        TargetError: a layer that somebody named as a target only has its weight read, so that its adapter is without
-            effect.
+        TrainingError: nothing to train, an optimiser that cannot (LBFGS), a setting that has no effect or makes no
+            sense, an adapter without gradient, a loss or gradient that is not finite, a frozen weight that changed.
+        TargetError: a layer that was named as a target is never called, only its weight is read, so that its adapter
+            has no effect.
         Interrupted: a signal asked the run to stop, and it has saved.
     """
     refuse_merged(noted(model)[1])
