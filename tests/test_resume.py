@@ -38,7 +38,7 @@ STEPS = 20
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """They take most of the time, and nothing here looks at them."""
-    monkeypatch.setattr("lorafamily.insight.pictures.pictures_of", lambda decisions, steps: {})
+    monkeypatch.setattr("lorafamily.training.log.Log._pictures", lambda log, folder: {})
     monkeypatch.setattr(Board, "_ranks", lambda board: None)
 
 

@@ -133,8 +133,8 @@ def end_tokens(model: Any, template: Template) -> list[int]:
     given = getattr(config, "eos_token_id", None)
     found = {template.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
     try:
-        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text, spans = template.spans(said)
+        short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text, spans = template.spans(short)
         ids = template.tokenizer(text[slice(*spans[-1])], add_special_tokens=False)["input_ids"]
         if ids[-1] in template.tokenizer.added_tokens_decoder:
             found.add(ids[-1])

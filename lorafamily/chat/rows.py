@@ -134,14 +134,8 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _named(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        int: "a number",
-        float: "a number",
-        bool: "true or false",
-    }
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    names |= {int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
@@ -176,9 +170,9 @@ def _csv(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
         for values in reader:
             place = f"{path}, line {reader.line_num}"
             if None in values or None in values.values():
-                said = len(reader.fieldnames or ())
-                given = said + len(values.get(None, ())) - sum(value is None for value in values.values())
-                complaints.add(place, f"{given} columns, where the header has {said}")
+                columns = len(reader.fieldnames or ())
+                given = columns + len(values.get(None, ())) - sum(value is None for value in values.values())
+                complaints.add(place, f"{given} columns, where the header has {columns}")
             else:
                 yield Row(place, {key: value for key, value in values.items() if value != ""})
     except csv.Error as error:

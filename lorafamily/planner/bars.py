@@ -32,8 +32,8 @@ def memory_bars(ways: Mapping[str, Memory], title: str) -> Figure:
         axes.plot(peaks[earlier], at, linestyle="", marker="|", markersize=17, markeredgewidth=2, color="black",
                   label="peak: gradients come\nas activations go")  # fmt: skip
     for name, end, memory in zip(names, np.maximum(ends, peaks), ways.values(), strict=True):
-        said = in_units(memory.peak) if memory.peak / of > 0.995 * end else f"peak {in_units(memory.peak)}"
-        axes.annotate(said, (end, name), (5, 0), textcoords="offset points", va="center", fontsize=9)
+        peak = in_units(memory.peak) if memory.peak / of > 0.995 * end else f"peak {in_units(memory.peak)}"
+        axes.annotate(peak, (end, name), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_xlim(0, 1.2 * max(ends.max(), peaks.max()))
     axes.invert_yaxis()
     axes.set_xlabel(f"memory of a training step ({unit})")

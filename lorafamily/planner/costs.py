@@ -85,26 +85,14 @@ class Plan:
         return asdict(self)
 
 
-COLUMNS = (
-    "",
-    "rank",
-    "slices",
-    "adapters",
-    "extra",
-    "file",
-    "weights",
-    "gradients",
-    "optimiser",
-    "activations",
-    "peak",
-    "of full",
-)
+SIZES = ["rank", "slices", "adapters", "extra", "file"]
+MEMORY = ["weights", "gradients", "optimiser", "activations", "peak", "of full"]
 
 
 def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
     """Plans for one model with their references below; `refused`: methods that have no plan, and why."""
     first = plans[0]
-    rows = [[*COLUMNS]]
+    rows = [["", *SIZES, *MEMORY]]
     for plan in plans:
         rows.append(_row(plan.use, first.full, _rank(plan.sizing), f"{plan.rank:,}"))
     rows.append(_row(first.full, first.full))

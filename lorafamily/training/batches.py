@@ -35,7 +35,7 @@ class Batches:
         self.data, self.device, self.processes = data, device, processes
         self.divided = False if processes is None else _is_divided(data, processes)
         self._compared = processes is None or processes.world == 1 or self.divided
-        self.round = self.taken = 0
+        self.epoch = self.taken = 0
         self.first = ""  # fingerprint of the epoch's first batch
         self._same: Any = None
         self._iterator: Iterator[Any] | None = None
@@ -88,14 +88,14 @@ class Batches:
                 "the data gave no batch; it is empty, or an iterator that is used up: pass something that can be "
                 "iterated again, such as a DataLoader or a list"
             )
-        self.round, self.taken, self._iterator = self.round + 1, 0, None
+        self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
         return self._next()
 
     def _begin(self) -> None:
         self._begun = random_state(self.device) | {"own": [g.get_state() for g in _generators(self.data)]}
         for holder in _holders(self.data):
             if callable(getattr(holder, "set_epoch", None)):
-                holder.set_epoch(self.round)
+                holder.set_epoch(self.epoch)
         self._iterator = iter(self.data)
 
     def length(self) -> int | None:
@@ -107,7 +107,7 @@ class Batches:
     def state(self) -> dict[str, Any]:
         """The position: the batches taken of the epoch, and the generators' states that its order was drawn from."""
         among = self.processes.world if self.processes is not None and self.divided else 1
-        place = {"round": self.round, "taken": self.taken, "first": self.first, "length": self.length()}
+        place = {"round": self.epoch, "taken": self.taken, "first": self.first, "length": self.length()}
         return {**place, "divided among": among, "begun": self._begun, "random": self._random}
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
@@ -136,7 +136,7 @@ class Batches:
         then, now = state.get("divided among", 1), self.state()["divided among"]
         if then != now:
             raise DataError(f"the run's data was divided among {then} processes by its sampler, and is now among {now}")
-        self.round, self.taken = state["round"], 0
+        self.epoch, self.taken = state["round"], 0
         if state["taken"]:
             self._go_to_round(state)
             with self._own_random():
@@ -145,12 +145,12 @@ class Batches:
             if self.taken < state["taken"] and not other:
                 raise DataError(f"the run had taken {state['taken']} batches of an epoch, and now one has {self.taken}")
             if self.taken < state["taken"]:
-                self.round, self.taken, self._iterator = self.round + 1, 0, None
+                self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
         self._random = state["random"]
 
     def _go_to_round(self, state: Mapping[str, Any]) -> None:
         """Begin the epoch of `state` as it began then, and take its first batch."""
-        self.round, self.taken, self.first = state["round"], 0, ""
+        self.epoch, self.taken, self.first = state["round"], 0, ""
         with self._own_random():
             set_random_state(state["begun"], self.device)
             for generator, own in zip(_generators(self.data), state["begun"]["own"], strict=False):

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.history import Decision, Evaluation, History, Step
@@ -14,6 +14,9 @@ from lorafamily.insight.record import Record, recorded, set_aside
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.session import Session
 from lorafamily.training.settings import Setting
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Log:
@@ -74,14 +77,17 @@ class Log:
 
     def _close(self, pictures: bool) -> None:
         if self.folder is not None and self.record is not None:
-            from lorafamily.insight import pictures as drawing
-
             self.record.close()
-            decisions = [self.start, *self.history.decisions]
-            drawn = drawing.pictures_of(decisions, self.history.steps) if pictures else {}
-            drawing.draw(self.folder, drawn)
+            drawn = self._pictures(self.folder) if pictures else {}
             with _named(self.folder):
                 self.board.close(self.history, self.settings, drawn)
+
+    def _pictures(self, folder: Path) -> dict[str, Figure]:
+        from lorafamily.insight.pictures import draw, pictures_of
+
+        drawn = pictures_of([self.start, *self.history.decisions], self.history.steps)
+        draw(folder, drawn)
+        return drawn
 
 
 @contextlib.contextmanager
