@@ -220,8 +220,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         gone = [at for at, name in known.items() if name not in state_dict]
         self._absent = len(gone) == len(known)
         if self._absent:
-            own = {id(p) for adapter in self.placement.adapters.values() for p in adapter.parameters()}
-            state_dict.update({prefix + name: p.data for name, p in module.named_parameters() if id(p) in own})
+            ids = {id(p) for adapter in self.placement.adapters.values() for p in adapter.parameters()}
+            state_dict.update({prefix + name: p.data for name, p in module.named_parameters() if id(p) in ids})
             return
         if self.placement.by_default and len(gone) < len(known):  # it has adapters, except those that it had left out
             if self.session is None:
@@ -239,9 +239,9 @@ def _leave_to_session(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool
     DDP refuses a model of which it has no parameter to train. If nothing else trains, it gets the smallest of the
     adapters', which may be replaced. Returns whether that is so.
     """
-    own = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
+    ids = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ignored = {name for name, p in model.named_parameters() if id(p) in own}
+    ignored = {name for name, p in model.named_parameters() if id(p) in ids}
     alone = trained.keys() <= ignored
     if alone:
         ignored.discard(min(trained, key=lambda name: trained[name].numel()))

@@ -21,7 +21,7 @@ from lorafamily.allocation.replay import PeakActivations
 from lorafamily.placement import placement_of
 from lorafamily.planner import Planner
 from lorafamily.planner.blocks import repeated_blocks
-from lorafamily.planner.tracing import held_in_step
+from lorafamily.planner.tracing import peak_of_step
 from lorafamily.training.execution import recomputing
 
 transformers = pytest.importorskip("transformers", reason="its models are what is planned for")
@@ -225,7 +225,7 @@ def test_two_and_three_blocks_tell_what_all_of_them_hold(family, method):
         adapters = placement_of(lorafamily.apply(model, method, rank=2)).adapters.values()
         return lambda: placement_of(model).method.penalty(adapters)
 
-    assert held_in_step(model, batch, ready, blocks=blocks) == held_in_step(model, batch, ready)
+    assert peak_of_step(model, batch, ready, blocks=blocks) == peak_of_step(model, batch, ready)
 
 
 class Ladder(nn.Module):
@@ -261,7 +261,7 @@ def test_a_plan_runs_the_fast_path(monkeypatch):
     read = []
     own = layers.adapted_linear
     monkeypatch.setattr(layers, "adapted_linear", lambda *args, **kwargs: read.append(args) or own(*args, **kwargs))
-    held_in_step(tiny(), data(1)[0], lambda model: lorafamily.apply(model, "lora", rank=2) and None)
+    peak_of_step(tiny(), data(1)[0], lambda model: lorafamily.apply(model, "lora", rank=2) and None)
     assert len(read) >= 2 * 6  # of two blocks at least
 
 

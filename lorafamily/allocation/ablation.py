@@ -84,18 +84,18 @@ class Ablation(Scorer):
             only = torch.eye(adapter.rank, device=adapter.device)
             gates = only if adapter.off else 1 - only
             found = []
-            for some in gates.split(self._together(adapter.device, tape.bytes, one_pass.peak)):
-                found.append(self._with_gates(tape, adapter, some).cpu())
-                bar.update(len(some))
+            for batch in gates.split(self._batch_size(adapter.device, tape.bytes, one_pass.peak)):
+                found.append(self._with_gates(tape, adapter, batch).cpu())
+                bar.update(len(batch))
             losses[name] = torch.cat(found)
         return unchanged, losses
 
-    def _together(self, device: torch.device, held: int, one: int) -> int:
+    def _batch_size(self, device: torch.device, recorded: int, of_one: int) -> int:
         """How many ablations are computed in one batch; on a CPU one, unless `scoring_memory` was set."""
         bound = self.memory
         if not self._batches or (bound is None and device.type == "cpu"):
             return 1
-        return max(1, int(((ON_A_GPU if bound is None else bound) * 2**20 - held) / max(one, 1)))
+        return max(1, int(((ON_A_GPU if bound is None else bound) * 2**20 - recorded) / max(of_one, 1)))
 
     def _with_gates(self, tape: Tape, adapter: Adapter, gates: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
         """The loss under each gate."""

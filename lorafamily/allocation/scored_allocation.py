@@ -35,8 +35,8 @@ class ScoredAllocation(Allocation):
         Raises:
             AllocationError: no such scorer, it needs something that the run lacks, or it does not take an option.
         """
-        own = {f.name: f.default for f in fields(ScoredAllocation) if f.name not in ("scorer", "scorer_options")}
-        changed = {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
+        defaults = {f.name: f.default for f in fields(ScoredAllocation) if f.name not in ("scorer", "scorer_options")}
+        changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return scorer_named(self.scorer, run, **changed, **self.scorer_options)
 
 

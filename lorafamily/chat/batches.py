@@ -139,13 +139,13 @@ class ChatBatches:
         for row, group in enumerate(groups):
             end = 0
             for at in group:
-                own = self.rows[at]
-                begin, end = end, end + len(own)
-                ids[row, begin:end] = torch.from_numpy(own.ids).long()
-                learnt = torch.from_numpy(own.learnt)
+                tokens = self.rows[at]
+                begin, end = end, end + len(tokens)
+                ids[row, begin:end] = torch.from_numpy(tokens.ids).long()
+                learnt = torch.from_numpy(tokens.learnt)
                 labels[row, begin:end] = torch.where(learnt, ids[row, begin:end], IGNORED)
                 there[row, begin:end] = 1
-                positions[row, begin:end] = torch.arange(len(own))
+                positions[row, begin:end] = torch.arange(len(tokens))
             positions[row, end:] = torch.arange(length - end)  # padding is a row of its own, which no other attends to
         if self.pack:  # with an attention mask transformers would not read the rows off the positions
             return {"input_ids": ids, "position_ids": positions, "labels": labels}

@@ -24,7 +24,7 @@ def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[st
     pack = options.data.length if given.pack else None
     longest = sorted(rows, key=len)[-given.batch :]
     batches = ChatBatches(longest if pack is None else rows, given.batch, pad_of(base.tokenizer), pack, shuffle=False)
-    batch = max(batches, key=lambda one: one["input_ids"].numel())
+    batch = max(batches, key=lambda batch: batch["input_ids"].numel())
     plan = lorafamily.plan(
         base.model,
         batch=batch,

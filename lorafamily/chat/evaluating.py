@@ -45,7 +45,7 @@ def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dic
     for name, folder in names.items():
         lorafamily.load(base.model, folder, name=name)
     batches = ChatBatches(sorted(found.rows, key=len), options.batch, pad_of(base.tokenizer), shuffle=False)
-    asked = [one for one in found.kept if one.messages is not None][: options.generate]
+    asked = [talk for talk in found.kept if talk.messages is not None][: options.generate]
     columns = {}
     for column in (BASE, *names):
         with contextlib.ExitStack() as around:
@@ -98,9 +98,9 @@ def _column(options: Evaluate, base: Base, batches: ChatBatches, asked: Sequence
     )
     found = {"loss": loss, "perplexity": perplexity(loss)}
     if asked:
-        questions = [question_of(base, one.question, one.tools) for one in asked]
+        questions = [question_of(base, talk.question, talk.tools) for talk in asked]
         written = answers_to(model, base.template, questions, options.max_new, batch=options.batch)
-        same = [answer == one.answer.strip() for answer, one in zip(written, asked, strict=True)]
+        same = [answer == talk.answer.strip() for answer, talk in zip(written, asked, strict=True)]
         found["exact match"] = sum(same) / len(same)
     return found
 

@@ -48,7 +48,7 @@ def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
     before = [{"role": "system", "content": options.system}] if options.system else []
     torch.manual_seed(options.seed)
     try:
-        prompts = [template.render([*before, {"role": "user", "content": one}], prompt=True) for one in asked]
+        prompts = [template.render([*before, {"role": "user", "content": question}], prompt=True) for question in asked]
     except RowError as error:
         raise DataError(str(error)) from None
     written = answers_to(
@@ -58,7 +58,7 @@ def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
     if len(answers) == 1:
         text = answers[0]
     else:
-        text = "\n\n".join(f"> {one}\n{answer}" for one, answer in zip(asked, answers, strict=True))
+        text = "\n\n".join(f"> {question}\n{answer}" for question, answer in zip(asked, answers, strict=True))
     return {"model": name, "answers": answers}, text
 
 
@@ -71,7 +71,7 @@ def model_name(given: str | None, adapters: Sequence[Path]) -> str:
     """
     for adapter in adapters:
         if not (adapter / RECORD).is_file():
-            around = [one.name for one in adapter.parent.iterdir()] if adapter.parent.is_dir() else []
+            around = [file.name for file in adapter.parent.iterdir()] if adapter.parent.is_dir() else []
             close = "" if adapter.exists() else nearest(adapter.name, around)
             raise FileError(f"--adapter {adapter}: no {RECORD} there; it must be a folder that train wrote{close}")
     if given is not None:

@@ -80,8 +80,8 @@ def difference(model: Any, vocabulary: int) -> float:
     was_training = model.training
     model.eval()
     try:
-        theirs = own_loss(model, {"input_ids": ids, "labels": ids})
-        ours = ChunkedLoss(5)(model, {"input_ids": ids, "labels": ids})
+        expected = own_loss(model, {"input_ids": ids, "labels": ids})
+        chunked = ChunkedLoss(5)(model, {"input_ids": ids, "labels": ids})
     finally:
         model.train(was_training)
-    return float((ours - theirs).abs() / theirs.abs())
+    return float((chunked - expected).abs() / expected.abs())

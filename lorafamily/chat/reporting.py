@@ -54,9 +54,9 @@ class Reporter:
         quiet = options.result.json
         self.bar = sys.stderr.isatty() and not quiet
         self.lines = not self.bar and not quiet and processes.first
-        talks = [one for one in asked if one.messages is not None][: options.evaluation.samples]
-        self.questions = [question_of(base, one.question, one.tools) for one in talks]
-        self.answers = [one.answer for one in talks]
+        talks = [talk for talk in asked if talk.messages is not None][: options.evaluation.samples]
+        self.questions = [question_of(base, talk.question, talk.tools) for talk in talks]
+        self.answers = [talk.answer for talk in talks]
         self.weigh = weigher("tokens", base.model, loss_fn)
         self.board: SummaryWriter | None = None
         self.at = 0

@@ -88,14 +88,14 @@ class MethodOptions:
             DataError: an option of the method has no value.
         """
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        own = dict(map(_method_option, given.pop("method_options")))
+        options = dict(map(_method_option, given.pop("method_options")))
         for name in ("targets", "exclude", "also_train"):
             given[name] = given[name] or None
             if given[name] in (("attention",), ("all-linear",)):
                 given[name] = given[name][0]
             elif given[name]:
                 given[name] = list(given[name])
-        return given | own
+        return given | options
 
 
 def _method_option(text: str) -> tuple[str, Any]:

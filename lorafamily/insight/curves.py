@@ -40,7 +40,7 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
     areas = axes.stackplot(
         steps,
         by_kind,
-        labels=[f"{kind}: {own[0]} → {own[-1]}" for kind, own in zip(kinds, by_kind, strict=True)],
+        labels=[f"{kind}: {slices[0]} → {slices[-1]}" for kind, slices in zip(kinds, by_kind, strict=True)],
         colors=[next(colours) for _ in kinds],
         step="post",
         edgecolor="white",
@@ -85,7 +85,7 @@ def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure |
     chosen = [scored[i] for i in sorted({round(i) for i in np.linspace(0, len(scored) - 1, panels)})]
     figure = Figure(figsize=(1.0 + 3.4 * len(chosen), 3.6), dpi=100, layout="constrained")
     for axes, decision in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
-        scores = np.array([value for own in decision.scores.values() for value in own])
+        scores = np.array([score for slices in decision.scores.values() for score in slices])
         over_decades = scores.min() > 0 and scores.max() / scores.min() > 100  # sensitivities span orders of magnitude
         edges = np.geomspace(scores.min(), scores.max(), 31) if over_decades else np.histogram_bin_edges(scores, 30)
         threshold = -np.inf if decision.threshold is None else decision.threshold

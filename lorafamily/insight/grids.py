@@ -80,14 +80,14 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
     stacks = by_stack(names)
     shown_as = merged(list(stacks), STACKS)
     places: dict[str, dict[str, Place]] = {}
-    for stack, own in stacks.items():
-        for name in own:
+    for stack, members in stacks.items():
+        for name in members:
             places.setdefault(shown_as[stack], {})[name] = place_of(name)
     grids: dict[str, list[Grid]] = {}
-    for stack, of in places.items():
-        kinds = list(dict.fromkeys(kind for _, _, kind in of.values()))
+    for stack, modules_at in places.items():
+        kinds = list(dict.fromkeys(kind for _, _, kind in modules_at.values()))
         rows = merged(kinds, max(4, ROWS // len(places)))
-        layers = sorted({layer for _, layer, _ in of.values()}, key=lambda layer: (layer is None, layer))
+        layers = sorted({layer for _, layer, _ in modules_at.values()}, key=lambda layer: (layer is None, layer))
         labels = ["–" if layer is None else str(layer) for layer in layers]
         wide = min(COLUMNS, len(layers))
         column = {layer: i * wide // len(layers) for i, layer in enumerate(layers)}
@@ -95,13 +95,13 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
         heads = [chunk[0] if len(chunk) == 1 else f"{chunk[0]}–{chunk[-1]}" for chunk in chunks]
         named = list(dict.fromkeys(rows[kind] for kind in kinds))
         index = {kind: named.index(rows[kind]) for kind in kinds}
-        cells = np.array([(index[kind], column[layer]) for _, layer, kind in of.values()])
+        cells = np.array([(index[kind], column[layer]) for _, layer, kind in modules_at.values()])
         modules = np.zeros((len(named), wide))
         np.add.at(modules, tuple(cells.T), 1)
         grids[stack] = []
         for ranks in shown:
             total = np.zeros_like(modules)
-            np.add.at(total, tuple(cells.T), [ranks[name] for name in of])
+            np.add.at(total, tuple(cells.T), [ranks[name] for name in modules_at])
             mean = np.divide(total, modules, out=np.full_like(total, np.nan), where=modules > 0)
             grids[stack].append(Grid(named, heads, mean, int(total.sum())))
     return grids

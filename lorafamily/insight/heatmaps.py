@@ -30,14 +30,14 @@ def rank_heatmap(
     """
     shown = {"start": start} if now is None else {"start": start, "now": now}
     grids = small_grids(list(start), list(shown.values()))
-    cells = sum(int((~np.isnan(own[0].ranks)).sum()) for own in grids.values())
+    cells = sum(int((~np.isnan(of_stack[0].ranks)).sum()) for of_stack in grids.values())
     if cells < len(start):
         title += f"\n{len(start):,} modules in {cells:,} cells, each the mean of those it stands for"
-    largest = max(float(np.nanmax(grid)) for own in grids.values() for _, _, grid, _ in own)
+    largest = max(float(np.nanmax(grid)) for of_stack in grids.values() for _, _, grid, _ in of_stack)
     top = max(1.0, largest) if highest is None else max(1, highest)
-    longest = max(len(layers) for own in grids.values() for _, layers, _, _ in own)
+    longest = max(len(layers) for of_stack in grids.values() for _, layers, _, _ in of_stack)
     side_by_side = longest <= SIDE_BY_SIDE
-    tall = [len(own[0][0]) for own in grids.values() for _ in (shown if not side_by_side else ["start"])]
+    tall = [len(of_stack[0].kinds) for of_stack in grids.values() for _ in (shown if not side_by_side else ["start"])]
     wide = len(shown) if side_by_side else 1
     numbered = cells * len(shown) <= NUMBERED
     row, column = (0.32, 0.45) if numbered else (0.18, 0.2)
@@ -45,8 +45,8 @@ def rank_heatmap(
     size = (3.0 + wide * max(room, column * longest), 1.3 + sum(0.7 + row * kinds for kinds in tall))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     panels = figure.subplots(len(tall), wide, squeeze=False, gridspec_kw={"height_ratios": tall}).flat
-    for stack, own in grids.items():
-        for number, (when, (kinds, layers, grid, total)) in enumerate(zip(shown, own, strict=True)):
+    for stack, of_stack in grids.items():
+        for number, (when, (kinds, layers, grid, total)) in enumerate(zip(shown, of_stack, strict=True)):
             axes = next(panels)
             named = kinds if number == 0 or not side_by_side else [""] * len(kinds)
             image = draw_grid(axes, named, layers, grid, top, longest, numbered)
@@ -76,8 +76,8 @@ def expert_heatmap(
         title += f"\n{left} more kinds of matrix are not shown"
     panels = []
     for kind in kinds:
-        for when, own in grids.items():
-            layers, experts, grid = own[kind]
+        for when, by_kind in grids.items():
+            layers, experts, grid = by_kind[kind]
             panel = f"{kind}, {when}: {int(np.nansum(grid))} in all"
             layers, grid = in_chunks(layers, grid, max(4, ROWS // len(kinds)))
             experts, turned = in_chunks(experts, grid.T, 2 * COLUMNS)
@@ -123,8 +123,9 @@ def draw_grid(
         axes.spines["right"].set_position(("data", end))  # drops tick labels, so set these later
         axes.spines[["top", "bottom"]].set_bounds(-0.5, end)
         axes.xaxis.label.set_x(len(layers) / columns / 2)
-    apart = 1 if numbered and max(map(len, layers)) < 5 else 2 if numbered else max(1, max(map(len, layers)) // 2)
-    axes.set_xticks(range(0, len(layers), apart), layers[::apart], fontsize=8)
+    longest = max(map(len, layers))
+    stride = (1 if longest < 5 else 2) if numbered else max(1, longest // 2)
+    axes.set_xticks(range(0, len(layers), stride), layers[::stride], fontsize=8)
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     for (row, column), rank in np.ndenumerate(grid) if numbered else ():
         if not np.isnan(rank):

@@ -144,8 +144,8 @@ def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
         groups.setdefault(together, []).append(row)
         indices.setdefault(together, []).append(index)
     return {
-        name if indices[name] == [-1] else name.replace(".*.", f".{_range(indices[name])}."): own
-        for name, own in groups.items()
+        name if indices[name] == [-1] else name.replace(".*.", f".{_range(indices[name])}."): members
+        for name, members in groups.items()
     }
 
 

@@ -62,9 +62,9 @@ def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from lorafamily.insight.drawing import save
         from lorafamily.planner.bars import memory_bars
 
-        uses = [*(one.use for one in plans), plans[0].full, plans[0].floor]
+        uses = [*(plan.use for plan in plans), plans[0].full, plans[0].floor]
         save(memory_bars({use.way: use.memory for use in uses}, _title(given, plans[0])), given.png)
-    result = {"plans": [one.record() for one in plans], "refused": refused}
+    result = {"plans": [plan.record() for plan in plans], "refused": refused}
     return result, table(plans, refused)
 
 
@@ -124,10 +124,10 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _fused(given: list[str]) -> dict[str, list[str]]:
     found = {}
-    for one in given:
-        layer, equals, parts = one.rpartition("=")
+    for option in given:
+        layer, equals, parts = option.rpartition("=")
         if not equals:
-            raise TargetError(f'--fused {one}: must be a regular expression, "=" and names, such as c_attn$=q,k,v')
+            raise TargetError(f'--fused {option}: must be a regular expression, "=" and names, such as c_attn$=q,k,v')
         found[layer] = parts.split(",")
     return found
 

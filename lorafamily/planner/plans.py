@@ -21,7 +21,7 @@ from lorafamily.parts import Fused
 from lorafamily.placement import Placement
 from lorafamily.planner.blocks import on_meta, repeated_blocks
 from lorafamily.planner.costs import FLOOR, FULL, Memory, Plan, Use
-from lorafamily.planner.tracing import Held, NotTracedError, Penalty, Ready, held_in_step
+from lorafamily.planner.tracing import NotTracedError, PeakBytes, Penalty, Ready, peak_of_step
 from lorafamily.quantised import counts_of, packed_parameters, quantised_layers, tensors_of
 from lorafamily.site import base_parameters
 from lorafamily.training.guards import check_keys
@@ -108,7 +108,7 @@ class Planner:
             sum(value.numel() for value in extra.values()),
             0,
             sizes(described(choice.model, placement, choice.targets, extra)),
-            self._memory(added, trained, self._held(ready, [*choice.targets, *choice.beside])),
+            self._memory(added, trained, self._peak(ready, [*choice.targets, *choice.beside])),
         )
         return Plan(
             model=type(self.model).__name__,
@@ -134,7 +134,7 @@ class Planner:
                 parameter.requires_grad_(name in names)
 
         trained = [self._as_planned(p) for name, p in base_parameters(self.model).items() if name in names]
-        memory = self._memory([], trained, self._held(ready, []))
+        memory = self._memory([], trained, self._peak(ready, []))
         count = sum(parameter.numel() for parameter in trained)
         return Use(FULL, 0, 0, count, {"weights": sum(tensor.nbytes for tensor in self._base())}, memory)
 
@@ -145,7 +145,7 @@ class Planner:
         def ready(model: nn.Module) -> None:
             model.requires_grad_(False)
 
-        return Use(FLOOR, 0, 0, 0, {}, self._memory([], [], self._held(ready, [])))
+        return Use(FLOOR, 0, 0, 0, {}, self._memory([], [], self._peak(ready, [])))
 
     def _adapters(self, choice: Choice) -> dict[str, Adapter]:
         built = choice.build(torch.Generator(), meta=True, dtype=self.dtype)
@@ -160,21 +160,21 @@ class Planner:
     def _as_planned(self, tensor: Tensor) -> Tensor:
         return on_meta(tensor, self.dtype)
 
-    def _memory(self, added: Sequence[Tensor], trained: Sequence[Tensor], held: Held | None) -> Memory:
+    def _memory(self, added: Sequence[Tensor], trained: Sequence[Tensor], peak: PeakBytes | None) -> Memory:
         """`added`: tensors that the base does not have; `trained`: those with a gradient and optimizer states."""
         base = [*self._base(), *(self._as_planned(buffer) for buffer in self.model.buffers())]
         weights = sum(tensor.nbytes for tensor in [*base, *added])
         gradients = sum(tensor.nbytes for tensor in trained)
         states = sum(2 * t.numel() * (self.states or t.dtype).itemsize + COUNTER for t in trained)
-        within = gradients if held is None else max(gradients, held.both)
-        activations = None if held is None else held.activations
+        within = gradients if peak is None else max(gradients, peak.with_gradients)
+        activations = None if peak is None else peak.activations
         return Memory(weights, gradients, states, activations, weights + states + within)
 
-    def _held(self, ready: Ready, marked: Sequence[str]) -> Held | None:
+    def _peak(self, ready: Ready, marked: Sequence[str]) -> PeakBytes | None:
         if self.batch is None or self._not_traced is not None:
             return None
         try:
-            return held_in_step(
+            return peak_of_step(
                 self.model,
                 self.batch,
                 ready,

@@ -32,12 +32,12 @@ FEW, MORE = 2, 3  # blocks that are run: the first may differ from the others, s
 
 
 @dataclass(frozen=True)
-class Held:
+class PeakBytes:
     """Bytes at their highest. `activations`: what the backward needs and what is computed on the way, so everything a
-    step makes but parameters' gradients and optimizer states; `both`: activations and gradients."""
+    step makes but parameters' gradients and optimizer states; `with_gradients`: activations and gradients."""
 
     activations: int
-    both: int
+    with_gradients: int
 
 
 class NotTracedError(Exception):
@@ -48,7 +48,7 @@ class _UnlikeError(Exception):
     """The model does not call its blocks one after the other, each once."""
 
 
-def held_in_step(
+def peak_of_step(
     model: nn.Module,
     batch: Any,
     ready: Ready,
@@ -57,7 +57,7 @@ def held_in_step(
     loss_fn: LossFn | None = None,
     checkpoint_activations: bool = False,
     blocks: Blocks | None = None,
-) -> Held:
+) -> PeakBytes:
     """What a training step holds besides weights and optimizer states. The model itself is not changed.
 
     Args:
@@ -69,7 +69,7 @@ def held_in_step(
         NotTracedError: forward or backward depend on values of tensors.
     """
 
-    def run(shown: Blocks | None, count: int) -> list[tuple[str, Held]]:
+    def run(shown: Blocks | None, count: int) -> list[tuple[str, PeakBytes]]:
         shorter = copy_on_meta(model, dtype, shown, count)
         penalty = ready(shorter)
         return _run(shorter.train(), batch, penalty, loss_fn, checkpoint_activations, shown)
@@ -82,7 +82,7 @@ def held_in_step(
         else:
             return _extended(few, more, blocks.count)
     whole = [held for _, held in run(None, 0)]
-    return Held(max(held.activations for held in whole), max(held.both for held in whole))
+    return PeakBytes(max(held.activations for held in whole), max(held.with_gradients for held in whole))
 
 
 def _run(
@@ -92,7 +92,7 @@ def _run(
     loss_fn: LossFn | None,
     checkpoint_activations: bool,
     blocks: Blocks | None,
-) -> list[tuple[str, Held]]:
+) -> list[tuple[str, PeakBytes]]:
     """One step on fake tensors: what is held in each part of the step, in order."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _not_packed():
@@ -122,7 +122,7 @@ class Timeline(PeakActivations):
 
     def __init__(self, model: nn.Module, blocks: Blocks | None):
         super().__init__()
-        self.parts: list[tuple[str, Held]] = []
+        self.parts: list[tuple[str, PeakBytes]] = []
         self.in_backward = False
         self._part, self._activations, self._both, self._gradients = "before", 0, 0, 0
         self._of_gradients: set[int] = set()
@@ -143,7 +143,7 @@ class Timeline(PeakActivations):
 
     def mark(self, part: str) -> None:
         """Begin another part of the step."""
-        self.parts.append((self._part, Held(self._activations, self._both)))
+        self.parts.append((self._part, PeakBytes(self._activations, self._both)))
         self._part, self._activations, self._both = part, 0, 0
         self._note()
 
@@ -171,7 +171,7 @@ class Timeline(PeakActivations):
         self.mark("head")
 
 
-def _by_place(parts: list[tuple[str, Held]], count: int) -> list[Held]:
+def _by_place(parts: list[tuple[str, PeakBytes]], count: int) -> list[PeakBytes]:
     """What is held in those parts that every step has, whatever its number of blocks, from one with `count` blocks."""
     order = [name for name, _ in parts]
     # What happens between two blocks is hardly anything, and happens after the last one, too.
@@ -183,16 +183,16 @@ def _by_place(parts: list[tuple[str, Held]], count: int) -> list[Held]:
     return [held[0], first, last, head, held[2 * count + 1], held[-2], held[-1]]
 
 
-def _extended(few: list[Held], more: list[Held], count: int) -> Held:
+def _extended(few: list[PeakBytes], more: list[PeakBytes], count: int) -> PeakBytes:
     """What is held with `count` blocks. In each part it grows by the same with every block, so the highest is in the
     first or the last part of its kind."""
 
     def at(a: int, b: int) -> int:
         return b + (b - a) * (count - MORE)
 
-    return Held(
+    return PeakBytes(
         max(at(a.activations, b.activations) for a, b in zip(few, more, strict=True)),
-        max(at(a.both, b.both) for a, b in zip(few, more, strict=True)),
+        max(at(a.with_gradients, b.with_gradients) for a, b in zip(few, more, strict=True)),
     )
 
 

@@ -119,8 +119,8 @@ class Batches:
         if state["taken"]:
             before = [generator.get_state() for generator in _generators(self.data)]
             self._go_to_round(state)
-            for generator, own in zip(_generators(self.data), before, strict=True):
-                generator.set_state(own)  # the run may still be refused
+            for generator, state_before in zip(_generators(self.data), before, strict=True):
+                generator.set_state(state_before)  # the run may still be refused
             if self.first != state["first"]:
                 found.append("first batch of the data is another (or follows from no random generator)")
         return found
@@ -153,8 +153,8 @@ class Batches:
         self.epoch, self.taken, self.first = state["round"], 0, ""
         with self._own_random():
             set_random_state(state["begun"], self.device)
-            for generator, own in zip(_generators(self.data), state["begun"]["own"], strict=False):
-                generator.set_state(own)
+            for generator, then in zip(_generators(self.data), state["begun"]["own"], strict=False):
+                generator.set_state(then)
             self._begin()
             for batch in islice(self._iterator or (), 1):
                 self.taken, self.first = 1, fingerprint(batch)
@@ -195,8 +195,8 @@ def _is_divided(data: Any, processes: Processes) -> bool:
     """
     among, part = 1, 0
     for holder in _holders(data):
-        for number, own in (("num_replicas", "rank"), ("num_processes", "process_index"), ("world_size", "rank")):
-            replicas, at = getattr(holder, number, None), getattr(holder, own, None)
+        for count, index in (("num_replicas", "rank"), ("num_processes", "process_index"), ("world_size", "rank")):
+            replicas, at = getattr(holder, count, None), getattr(holder, index, None)
             if isinstance(replicas, int) and isinstance(at, int) and replicas > 1:
                 among, part = replicas, at
     length = None

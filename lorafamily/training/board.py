@@ -130,7 +130,7 @@ class Board:
             self.writer.add_scalar(f"slices by kind/{kind}", rank, decision.step)
 
     def _score_histogram(self, decision: Decision) -> None:
-        scores = np.array([score for own in decision.scores.values() for score in own])
+        scores = np.array([score for slices in decision.scores.values() for score in slices])
         if scores.size and np.ptp(scores) > 0:
             self.writer.add_histogram("rank/scores", scores, decision.step)
 

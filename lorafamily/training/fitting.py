@@ -25,9 +25,9 @@ def fit_ranks(
     names = {id(parameter): prefix + name for name, parameter in model.named_parameters()}
     replaced = []
     for adapter in adapters.values():
-        at = {name: names[id(parameter)] for name, parameter in adapter.named_parameters()}
-        if all(name in state_dict for name in at.values()):
-            tensors = {own: state_dict[name] for own, name in at.items()}
+        full_names = {name: names[id(parameter)] for name, parameter in adapter.named_parameters()}
+        if all(name in state_dict for name in full_names.values()):
+            tensors = {name: state_dict[full_name] for name, full_name in full_names.items()}
             if adapter.differs_in_rank(tensors):
                 replaced += adapter.take(tensors)
     return replaced

@@ -44,7 +44,7 @@ class FrozenBuffers:
         }
 
     def put_back(self) -> None:
-        """Give moved ones their values back, and their modules eval mode from now on; they are named in a warning."""
+        """Put back buffers that moved, with a warning, and their modules into eval mode for the rest of the run."""
         moved = [at for at, value in self.values.items() if not torch.equal(self.model.get_buffer(at), value)]
         for at in moved:
             self.model.get_buffer(at).copy_(self.values[at])

@@ -39,14 +39,14 @@ class LoopContext:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
 
-def check_held(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
-    """The optimiser must hold everything that trains.
+def check_optimizer_has(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
+    """Check that the optimiser has everything that trains.
 
     Raises:
         TrainingError: it does not; the message names what is missing.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [at for at, p in trained.items() if p.requires_grad and p.numel() and id(p) not in held]
+    present = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [at for at, p in trained.items() if p.requires_grad and p.numel() and id(p) not in present]
     if missing:
         raise TrainingError(
             f"the optimiser does not hold {len(missing)} of the tensors that train ({listed(missing)}): make it after "

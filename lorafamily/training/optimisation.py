@@ -93,7 +93,7 @@ def parameter_groups(
     if up_lr is not None and not ups:
         raise TrainingError(f"up_lr={up_lr!r}: no adapter trains here, so that nothing makes U; leave it out")
     rates = [(trained.others(head, ups), lr), (ups, up_lr), (head, default_head_lr(lr, head_lr))]
-    return [{"params": list(own), "lr": rate, "weight_decay": weight_decay} for own, rate in rates if own]
+    return [{"params": list(group), "lr": rate, "weight_decay": weight_decay} for group, rate in rates if group]
 
 
 def check_up_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -139,8 +139,8 @@ def made(
             raise TrainingError(f"{name}={value!r}: must be zero or positive")
     if optimizer is None:
         rates = {"lr": LR if lr is None else float(lr), "weight_decay": float(weight_decay or 0.0)}
-        own = {name: float(rate) for name, rate in (("head_lr", head_lr), ("up_lr", up_lr)) if rate is not None}
-        groups = parameter_groups(model, **rates, **own)
+        rates |= {name: float(rate) for name, rate in (("head_lr", head_lr), ("up_lr", up_lr)) if rate is not None}
+        groups = parameter_groups(model, **rates)
         device = groups[0]["params"][0].device
         return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     found = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(Trained(model))
@@ -196,8 +196,8 @@ class Rates:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint; only an LRScheduler has more than the peaks."""
-        own = self.schedule
-        scheduler = own.state_dict() if isinstance(own, torch.optim.lr_scheduler.LRScheduler) else None
+        schedule = self.schedule
+        scheduler = schedule.state_dict() if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler) else None
         return {"peaks": list(self.peaks), "scheduler": scheduler}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -116,14 +116,14 @@ class Processes:
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for dtype, own in by_dtype.items():
-            there = torch.tensor([parameter.grad is not None for parameter in own], device=self.device).to(dtype)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+        for dtype, group in by_dtype.items():
+            there = torch.tensor([parameter.grad is not None for parameter in group], device=self.device).to(dtype)
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             flat = torch.cat([there, *(gradient.flatten() for gradient in gradients)])
             self._collective(lambda flat=flat: dist.all_reduce(flat))
-            anywhere, *pieces = flat.split([len(own), *(parameter.numel() for parameter in own)])
-            for parameter, piece, some in zip(own, pieces, anywhere.tolist(), strict=True):
-                if some:
+            anywhere, *pieces = flat.split([len(group), *(parameter.numel() for parameter in group)])
+            for parameter, piece, has_one in zip(group, pieces, anywhere.tolist(), strict=True):
+                if has_one:
                     give_gradient(parameter, piece.view_as(parameter))
 
     def agreed(self, value: T) -> T:
@@ -148,9 +148,9 @@ class Processes:
         Raises:
             TrainingError: they differ.
         """
-        all_of_them = self.gathered(dict(fingerprints))
-        for rank, other in enumerate(all_of_them):
-            differing = [name for name in other if other[name] != all_of_them[0].get(name)]
+        everybody = self.gathered(dict(fingerprints))
+        for rank, other in enumerate(everybody):
+            differing = [name for name in other if other[name] != everybody[0].get(name)]
             if differing:
                 raise TrainingError(
                     f"after step {step} process {rank} has another {differing[0]} than process 0: the processes do not "
@@ -215,13 +215,13 @@ def shard(model: Model) -> Model:
         # With AVX512 bitsandbytes would pack the weight gathered for one forward, and take the next for packed.
         vars(layer)["support_avx512bf16_for_cpu"] = False
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    own = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    whole |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
     owner, state = noted(model)
     for placement in state.placements.values() if state is not None else ():
-        own |= {owner.get_parameter(path) for path in placement.parked}  # of the inactive adapters, too
+        whole |= {owner.get_parameter(path) for path in placement.parked}  # of the inactive adapters, too
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     for block in reversed(blocks):  # the inner ones first
-        fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in own})
-    fully_shard(model, mesh=mesh, ignored_params=own)
+        fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in whole})
+    fully_shard(model, mesh=mesh, ignored_params=whole)
     return model

@@ -29,7 +29,7 @@ from lorafamily.placement import Placement, noted, placement_of, refuse_merged, 
 from lorafamily.reading import leave_out, watch_first_batch
 from lorafamily.training.fitting import follow_state_dicts
 from lorafamily.training.guards import CUT, FrozenBuffers
-from lorafamily.training.loop_context import LoopContext, check_held, refuse_holding_engine
+from lorafamily.training.loop_context import LoopContext, check_optimizer_has, refuse_holding_engine
 from lorafamily.training.optimisation import check_up_rate
 from lorafamily.training.processes import Processes
 from lorafamily.training.scoring_loss import ScoringLoss
@@ -129,7 +129,7 @@ class Session:
         if self.placement is not None:
             refuse_untold(self.owner, self.placement)
             factors = {f"{at}: {name}": p for at, a in self.adapters.items() for name, p in a.update.named_parameters()}
-            check_held(self.optimizer, factors | self._extra_trained())
+            check_optimizer_has(self.optimizer, factors | self._extra_trained())
             check_up_rate(self.model, self.optimizer)
         self.start = dict(start or {name: adapter.rank for name, adapter in self.adapters.items()})
         self._begin_allocation(steps)

@@ -40,8 +40,8 @@ class Snapshot:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All of them, by the names in a saved adapter's file."""
-        own = {f"{at}.{name}": value for at, state in self.adapters.items() for name, value in state.items()}
-        return own | self.trained | self.buffers
+        factors = {f"{at}.{name}": value for at, state in self.adapters.items() for name, value in state.items()}
+        return factors | self.trained | self.buffers
 
     @torch.no_grad()
     def put_into(self, model: nn.Module, adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer) -> None:

@@ -98,7 +98,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     if "devices" in state and device.type not in ("cpu", "meta"):
         module = torch.get_device_module(device)
         if hasattr(module, "get_rng_state_all"):
-            for i, own in enumerate(state["devices"][: module.device_count()]):
-                module.set_rng_state(own, i)
+            for i, device_state in enumerate(state["devices"][: module.device_count()]):
+                module.set_rng_state(device_state, i)
         else:
             module.set_rng_state(state["devices"][0])

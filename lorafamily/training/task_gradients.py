@@ -107,12 +107,12 @@ class TaskGradients:
         gradient arrives."""
         if not self._hooks or not penalty.requires_grad:
             return penalty
-        own = self._factors()
+        factors = self._factors()
 
         def share(weight: Tensor) -> None:  # `weight`: of the penalty in the loss, a scaler's factor included
             with self.paused():
-                shares = torch.autograd.grad(penalty, own, weight, retain_graph=True, allow_unused=True)
-            self._of_penalty = {p: s for p, s in zip(own, shares, strict=True) if s is not None}
+                shares = torch.autograd.grad(penalty, factors, weight, retain_graph=True, allow_unused=True)
+            self._of_penalty = {p: s for p, s in zip(factors, shares, strict=True) if s is not None}
 
         outside = penalty.view_as(penalty)
         outside.register_hook(share)
