@@ -141,7 +141,7 @@ class Allocator(ABC):
         keep[best[:slices]] = True
         return dict(zip(scores, keep.split([len(values) for values in scores.values()]), strict=True))
 
-    def decided(
+    def record(
         self, step: int, after: dict[str, int], reason: str, threshold: float | None, scores: Scores
     ) -> Decision:
         """The decision, for a change that was made."""

@@ -21,7 +21,7 @@ Slice = tuple[str, int]
 """Module, and index of the slice in it."""
 
 
-def exchanged(
+def slices_to_move(
     run: Run, drop: Sequence[Slice], gain: Sequence[str], most: int, *, once: bool = False
 ) -> tuple[dict[str, set[int]], list[str]]:
     """The slices to drop, by module, and the module of every new slice.
@@ -67,7 +67,7 @@ def exchanged(
     return best
 
 
-def exchange(allocator: Allocator, lost: Mapping[str, set[int]], gains: Sequence[str]) -> dict[str, int]:
+def move_slices(allocator: Allocator, lost: Mapping[str, set[int]], gains: Sequence[str]) -> dict[str, int]:
     """Drop and add these slices, in the model, the optimiser and the scorer; returns the ranks afterwards."""
     ranks = allocator.ranks
     for name, dropped in lost.items():
@@ -131,5 +131,5 @@ class CubicExchanger(Allocator):
             return None
         scores = self.scores()
         drop, gain = self.order(scores)
-        lost, gains = exchanged(self.run, drop, gain, self.slices_at(step), once=True)
-        return self.decided(step, exchange(self, lost, gains), self.reason, None, scores)
+        lost, gains = slices_to_move(self.run, drop, gain, self.slices_at(step), once=True)
+        return self.record(step, move_slices(self, lost, gains), self.reason, None, scores)

@@ -110,7 +110,7 @@ class ImportancePruner(Allocator):
         keep = self.highest(scores, self.slices_at(step), fit=False)
         for name, adapter in self.run.adapters.items():
             adapter.mask((~keep[name]).nonzero().squeeze(1).to(adapter.device))
-        return self._decided(step, keep, "masked by importance", scores)
+        return self._recorded(step, keep, "masked by importance", scores)
 
     def _settle(self, step: int) -> Decision:
         scores = self.scores()
@@ -118,12 +118,12 @@ class ImportancePruner(Allocator):
         for name, kept in keep.items():
             self.resize(name, kept.nonzero().squeeze(1))
         self.settled = True
-        return self._decided(step, keep, "final pattern", scores)
+        return self._recorded(step, keep, "final pattern", scores)
 
-    def _decided(self, step: int, keep: dict[str, Tensor], reason: str, scores: Scores) -> Decision:
+    def _recorded(self, step: int, keep: dict[str, Tensor], reason: str, scores: Scores) -> Decision:
         fallen = torch.cat([scores[name][~kept] for name, kept in keep.items()])
         threshold = float(fallen.max()) if len(fallen) else None
-        return self.decided(step, {name: int(kept.sum()) for name, kept in keep.items()}, reason, threshold, scores)
+        return self.record(step, {name: int(kept.sum()) for name, kept in keep.items()}, reason, threshold, scores)
 
     def _check_limit(self) -> None:
         """Refuse a limit that has no room for a single slice, so that all would be pruned."""

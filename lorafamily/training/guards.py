@@ -57,7 +57,7 @@ class FrozenBuffers:
             )
 
 
-class FiniteNumbers:
+class NonFiniteGuard:
     """Decides what happens when the loss or a gradient is not finite: the step is skipped, at most `limit` times in a
     row; then the run stops. `skipped` counts all of them."""
 

@@ -57,11 +57,11 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         # After an error nothing that goes wrong here may hide it.
-        hidden = (OSError, LoraFamilyError) if kind is not None and not issubclass(kind, Interrupted) else ()
+        hidden = (OSError, LoraFamilyError) if error is not None and not issubclass(error, Interrupted) else ()
         with contextlib.suppress(*hidden):
-            self._close(pictures=kind is None or not issubclass(kind, Interrupted))
+            self._close(pictures=error is None or not issubclass(error, Interrupted))
 
     def _begin(self) -> None:
         if self.folder is not None and self.record is None:

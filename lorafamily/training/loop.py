@@ -30,7 +30,7 @@ from lorafamily.training.execution import (
     start_training,
 )
 from lorafamily.training.folder_lock import FolderLock
-from lorafamily.training.guards import FiniteNumbers, check_keys
+from lorafamily.training.guards import NonFiniteGuard, check_keys
 from lorafamily.training.interrupt import Interrupted, StopSignals
 from lorafamily.training.log import Log
 from lorafamily.training.loop_context import LoopContext
@@ -198,7 +198,7 @@ def train(
         settings = run_settings(rates, session.placement, warmup, accumulate, seed, loss_over, again, patience)
         settings |= {"head lr": rates.peaks[-1]} if optimizer is None else {}
         settings |= {"precision": precision, "max gradient norm": clip}
-        finite = FiniteNumbers(max(skip_nonfinite, SCALING_LIMIT if scaling else 0))
+        finite = NonFiniteGuard(max(skip_nonfinite, SCALING_LIMIT if scaling else 0))
         best = Best(model, session, monitor, mode, patience, restore_best)
         state = RunState(model, session, settings, rates, scaler, batches, finite, processes, seed, best)
         state.seed_by_process()

@@ -21,7 +21,7 @@ from lorafamily.site import base_parameters
 from lorafamily.training.batches import Batches
 from lorafamily.training.best import Best
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, of_step
-from lorafamily.training.guards import FiniteNumbers, check_base
+from lorafamily.training.guards import NonFiniteGuard, check_base
 from lorafamily.training.history_tree import from_tree, to_tree
 from lorafamily.training.optimisation import Rates, parameters_of
 from lorafamily.training.optimizer_state import OptimizerState
@@ -42,7 +42,7 @@ class RunState:
     rates: Rates
     scaler: torch.amp.GradScaler
     batches: Batches
-    finite: FiniteNumbers
+    finite: NonFiniteGuard
     processes: Processes
     seed: int | None
     best: Best

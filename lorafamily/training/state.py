@@ -43,10 +43,10 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(packed, list):
         return [unpack(value, tensors) for value in packed]
     if isinstance(packed, dict):
-        ((kind, inside),) = packed.items()
-        if kind == _TENSOR:
+        ((tag, inside),) = packed.items()
+        if tag == _TENSOR:
             return tensors[inside]
-        if kind == _TUPLE:
+        if tag == _TUPLE:
             return tuple(unpack(value, tensors) for value in inside)
         return {key: unpack(value, tensors) for key, value in inside}
     return packed
