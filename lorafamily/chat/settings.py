@@ -216,26 +216,14 @@ class Train:
         return self.result.json
 
 
-@dataclass(frozen=True)
-class Generate:
-    """Let a model with an adapter answer."""
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """What `generate` and `evaluate` have in common."""
 
-    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What the user says, each in a conversation of its own; none: from standard input."""
     model: str | None = None
-    """The base; by default that of the adapter's run."""
-    adapter: Path | None = None
-    """Folder that lorafamily train or lorafamily.save wrote; none: the base alone."""
-    system: str | None = None
-    """The system message."""
+    """The base; by default that of the first adapter's run."""
     max_new: int = 256
     """The most tokens of an answer."""
-    temperature: float = 0.0
-    """0: take the likeliest token each time."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
-    seed: int = 0
-    """Of the sampling."""
     dtype: Dtype = "auto"
     """Of the base's weights."""
     quantise: Literal["nf4"] | None = None
@@ -243,21 +231,37 @@ class Generate:
     device: str = "auto"
     """Such as cuda:1 or cpu."""
     template: str | None = None
-    """File with a chat template, or "plain"; none: that of the adapter's run, or the model's own."""
+    """File with a chat template, or "plain"; by default that of the first adapter's run, or the model's own."""
     json: bool = False
     """Print a JSON object."""
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Generate(Inference):
+    """Let a model with an adapter answer."""
+
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What the user says, each in a conversation of its own; none: from standard input."""
+    adapter: Path | None = None
+    """Folder that lorafamily train or lorafamily.save wrote; none: the base alone."""
+    system: str | None = None
+    """The system message."""
+    temperature: float = 0.0
+    """0: take the likeliest token each time."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Inference):
     """Loss, perplexity and exact match on a file of conversations, for the base and for each adapter."""
 
     data: tuple[str, ...]
     """As lorafamily train takes it."""
     adapter: tuple[Path, ...] = ()
     """Folders that lorafamily train or lorafamily.save wrote."""
-    model: str | None = None
-    """The base; none: that of the first adapter's run."""
     split: str = "test"
     """Split of data sets on the hub."""
     loss_on: Literal["assistant", "everything"] = "assistant"
@@ -268,20 +272,8 @@ class Evaluate:
     """Rows at a time."""
     generate: int = 50
     """Rows whose last answer is generated and compared with the one given; 0: none."""
-    max_new: int = 256
-    """The most tokens of an answer."""
     chunk: int = 256
     """Tokens whose logits are in memory at a time; 0: all."""
-    dtype: Dtype = "auto"
-    """Of the base's weights."""
-    quantise: Literal["nf4"] | None = None
-    """Hold the base in 4 bits."""
-    device: str = "auto"
-    """Such as cuda:1 or cpu."""
-    template: str | None = None
-    """File with a chat template, or "plain"; none: that of the first adapter's run, or the model's own."""
-    json: bool = False
-    """Print a JSON object."""
 
 
 EXAMPLES = {

@@ -49,22 +49,12 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
     for area, hatch in zip(areas, cycle(hatches)):
         area.set_hatch(hatch)
     total = by_kind.sum(0)
-    axes.plot(
-        [d.step for d in changed],
-        [d.total for d in changed],
-        linestyle="",
-        marker="v",
-        color=MARK,
-        markersize=4,
-        label=f"decision that changed ranks ({changes} in all)",
-    )
-    axes.set_xlim(0, max(last_step, 1))
-    axes.set_ylim(0, 1.08 * max(1, int(total.max())))
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("rank slices in use")
-    figure.suptitle(
-        f"Slices by kind of matrix during training: {total[0]} slices at the start, {total[-1]} at the end", fontsize=11
-    )
+    label = f"decision that changed ranks ({changes} in all)"
+    axes.plot([d.step for d in changed], [d.total for d in changed], "v", color=MARK, markersize=4, label=label)
+    axes.set(xlim=(0, max(last_step, 1)), ylim=(0, 1.08 * max(1, int(total.max()))))
+    axes.set(xlabel="optimiser step", ylabel="rank slices in use")
+    title = f"Slices by kind of matrix during training: {total[0]} at the start, {total[-1]} at the end"
+    figure.suptitle(title, fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure

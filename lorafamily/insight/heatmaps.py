@@ -55,8 +55,7 @@ def rank_heatmap(
             if stack == OUTSIDE:
                 axes.set_xticks([]), axes.set_xlabel("")
     figure.suptitle(title, fontsize=10)
-    beyond = largest > top  # of modules that grew beyond the scale
-    extend = "max" if beyond else "neither"
+    extend = "max" if largest > top else "neither"  # for modules that grew beyond the scale
     figure.colorbar(image, ax=figure.axes, label="slices", shrink=0.9, extend=extend, aspect=20 * len(grids))
     return figure
 
@@ -102,27 +101,21 @@ def expert_heatmap(
 
 
 def draw_grid(
-    axes: Axes,
-    kinds: list[str],
-    layers: list[str],
-    grid: np.ndarray,
-    top: float,
-    columns: int = 0,
-    numbered: bool = True,
+    axes: Axes, kinds: list[str], layers: list[str], grid: np.ndarray, top: float, room: int = 0, numbered: bool = True
 ) -> AxesImage:
     """Draw a grid into axes, each number in its cell, on a colour scale from 0 to `top`.
 
-    `columns`: how many layers the axes have room for, so that cells have one width in the panels of all stacks.
+    `room`: how many layers the axes have room for, so that cells have one width in the panels of all stacks.
     `numbered`: whether there is room for numbers in the cells and for a label at every column.
     """
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
     axes.set_xlabel("layer", fontsize=8)
-    if columns > len(layers):
+    if room > len(layers):
         end = len(layers) - 0.5
-        axes.set_xlim(-0.5, columns - 0.5)
+        axes.set_xlim(-0.5, room - 0.5)
         axes.spines["right"].set_position(("data", end))  # drops tick labels, so set these later
         axes.spines[["top", "bottom"]].set_bounds(-0.5, end)
-        axes.xaxis.label.set_x(len(layers) / columns / 2)
+        axes.xaxis.label.set_x(len(layers) / room / 2)
     longest = max(map(len, layers))
     stride = (1 if longest < 5 else 2) if numbered else max(1, longest // 2)
     axes.set_xticks(range(0, len(layers), stride), layers[::stride], fontsize=8)

@@ -1,4 +1,4 @@
-"""Evaluation during a run: when it happens, and what it measures."""
+"""Evaluation during a run: its metrics, and the loss that ranks are scored by."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.batch import LossFn, loss_of, to_device
+from lorafamily.batch import LossFn, gather_rows, loss_of, to_device
 from lorafamily.errors import TrainingError
 from lorafamily.training.batches import mean_loss
 from lorafamily.training.execution import evaluating
 from lorafamily.training.processes import Processes
+from lorafamily.training.state import seed_all
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,39 @@ class Evaluator:
                 assert self.validation is not None
                 metrics = {"loss": mean_loss(self.validation, loss, self.weigh, self.processes)}
         return self.processes.agreed(metrics)
+
+
+class ScoringLoss:
+    """Called with a number of rows: the task loss on the first so many rows of the validation data, in eval mode, with
+    the gates' gradients if gradients are on. The rows are drawn once, by the seed, so that a resumed run scores on the
+    same ones."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        validation: Iterable[Any],
+        loss_fn: LossFn | None,
+        weigh: Callable[[Any], float],
+        precision: Callable[[], AbstractContextManager[Any]],
+        seed: int,
+    ):
+        self.model, self.validation, self.loss_fn, self.seed = model, validation, loss_fn, seed
+        self.weigh, self.precision = weigh, precision
+        self._drawn: dict[int, list[tuple[Any, float]]] = {}
+
+    def __call__(self, rows: int) -> Tensor:
+        device = next(p for p in self.model.parameters() if p.requires_grad).device
+        with evaluating(self.model, device), self.precision():
+            losses = [share * loss_of(self.model, batch, self.loss_fn) for batch, share in self._batches(rows, device)]
+            return torch.stack(losses).sum()
+
+    def _batches(self, rows: int, device: torch.device) -> list[tuple[Any, float]]:
+        """Batches, with the share that each has in the loss."""
+        if rows not in self._drawn:
+            seed_all(self.seed)  # `evaluating` puts the generators back
+            pieces = gather_rows(self.validation, rows, self.weigh)
+            self._drawn[rows] = [(to_device(piece, device), share) for piece, share in pieces]
+        return self._drawn[rows]
 
 
 def check_evaluation(evaluates: bool, every: int | None, patience: int | None, restore_best: bool) -> None:

@@ -71,10 +71,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def start_training(model: nn.Module, base_is_frozen: bool) -> None:
-    """Put the model into train mode, except for two kinds of module. One that was in eval mode inside a model in train
-    mode stays so. And a frozen normalisation goes into eval mode: otherwise it would move its running statistics, and
-    train with others than it is served with.
-    """
+    """Put the model into train mode, unless it is, and then leave modules in eval mode alone. A frozen normalisation goes
+    into eval mode: it would move its running statistics, and train with others than it is served with."""
     if not model.training:
         model.train()
     for module in model.modules() if base_is_frozen else ():

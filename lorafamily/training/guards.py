@@ -76,7 +76,8 @@ class NonFiniteGuard:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row <= self.limit:
             return False
-        broken = next((path for path, adapter in adapters.items() if _has_broken_gradient(adapter)), None)
+        gradients = {at: [p.grad for p in a.parameters() if p.grad is not None] for at, a in adapters.items()}
+        broken = next((at for at, own in gradients.items() if not all(g.isfinite().all() for g in own)), None)
         where = f"; first adapter with such a gradient: {broken}" if broken else ""
         before = f" after {self.limit} steps skipped for the same reason" if self.limit else ""
         raise NonFiniteError(
@@ -84,10 +85,6 @@ class NonFiniteGuard:
             f"{step * accumulate - 1} of the run){where}{before}. Nothing of this step was applied; lower lr or look "
             "at the batch"
         )
-
-
-def _has_broken_gradient(adapter: nn.Module) -> bool:
-    return any(p.grad is not None and not p.grad.isfinite().all() for p in adapter.parameters())
 
 
 def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:

@@ -27,12 +27,12 @@ from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
 from lorafamily.placement import Placement, noted, placement_of, refuse_merged, refuse_untold, targets_of
 from lorafamily.reading import leave_out, watch_first_batch
+from lorafamily.training.evaluation import ScoringLoss
 from lorafamily.training.fitting import follow_state_dicts
 from lorafamily.training.guards import CUT, FrozenBuffers
 from lorafamily.training.loop_context import LoopContext, check_optimizer_has, refuse_holding_engine
 from lorafamily.training.optimisation import check_up_rate
 from lorafamily.training.processes import Processes
-from lorafamily.training.scoring_loss import ScoringLoss
 from lorafamily.training.step_hooks import StepHooks, check_optimizer, steppers
 from lorafamily.training.task_gradients import TaskGradients
 
