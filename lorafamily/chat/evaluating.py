@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import lorafamily
-from lorafamily.batch import to_device, weigher
+from lorafamily.batch import weigher
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.checking import at_least
 from lorafamily.chat.forms import Conversation, conversations
@@ -90,12 +90,7 @@ def _column(options: Evaluate, base: Base, batches: ChatBatches, asked: Sequence
     model, device = base.model, next(base.model.parameters()).device
     chunked = options.chunk and difference(model, base.vocabulary) <= SAME
     loss_fn = ChunkedLoss(options.chunk) if chunked else own_loss
-    loss = mean_loss(
-        batches,
-        lambda batch: loss_fn(model, to_device(batch, device)),
-        weigher("tokens", model, loss_fn),
-        Processes(device),
-    )
+    loss = mean_loss(model, batches, loss_fn, weigher("tokens", model, loss_fn), Processes(device))
     found = {"loss": loss, "perplexity": perplexity(loss)}
     if asked:
         questions = [question_of(base, talk.question, talk.tools) for talk in asked]

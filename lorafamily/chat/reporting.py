@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from lorafamily.batch import LossFn, to_device, weigher
+from lorafamily.batch import LossFn, weigher
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.forms import Conversation
 from lorafamily.chat.generating import answers_to, question_of
@@ -95,12 +95,7 @@ class Reporter:
         """Loss in nats per token, and perplexity; writes samples to TensorBoard."""
         assert self.validation is not None
         begun = time.perf_counter()
-        device = next(model.parameters()).device
-
-        def loss(batch: Any) -> torch.Tensor:
-            return self.loss_fn(model, to_device(batch, device))
-
-        value = mean_loss(self.validation, loss, self.weigh, self.processes)
+        value = mean_loss(model, self.validation, self.loss_fn, self.weigh, self.processes)
         if self.processes.first:
             self._samples(model)
             self._print_loss(value)

@@ -8,9 +8,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from lorafamily.batch import fingerprint, refuse_one_batch
+from lorafamily.batch import LossFn, fingerprint, loss_of, refuse_one_batch, to_device
 from lorafamily.errors import DataError
 from lorafamily.training.processes import Processes
 from lorafamily.training.state import random_state, set_random_state
@@ -219,10 +219,13 @@ def _is_divided(data: Any, processes: Processes) -> bool:
 
 
 def mean_loss(
-    data: Iterable[Any], loss: Callable[[Any], Tensor], weigh: Callable[[Any], float], processes: Processes
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: LossFn | None,
+    weigh: Callable[[Any], float],
+    processes: Processes,
 ) -> float:
-    """The mean loss over all batches, each weighted by what its own loss is a mean over, as if they were one large
-    batch.
+    """The mean loss over all batches, each weighted by what its own loss is a mean over: that of one large batch.
 
     If the data divides itself among the processes, the mean is over the batches of all of them.
 
@@ -232,7 +235,8 @@ def mean_loss(
     losses, weights = [], []
     for batch in data:
         weights.append(weigh(batch))
-        losses.append(loss(batch).detach().reshape(()))
+        loss = loss_of(model, to_device(batch, processes.device), loss_fn)
+        losses.append(loss.detach().reshape(()))
     if not losses:
         raise DataError("validation gave no batch; it is empty, or an iterator that is used up")
     counted = [(weight, value) for weight, value in zip(weights, torch.stack(losses).tolist(), strict=True) if weight]

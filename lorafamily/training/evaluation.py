@@ -33,17 +33,12 @@ class Evaluator:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Metrics by name, the same in every process; the model is in eval mode meanwhile."""
-        device = self.processes.device
-
-        def loss(batch: Any) -> Tensor:
-            return loss_of(model, to_device(batch, device), self.loss_fn)
-
-        with evaluating(model, device), torch.no_grad(), self.precision():
+        with evaluating(model, self.processes.device), torch.no_grad(), self.precision():
             if self.evaluate is not None:
                 metrics = _as_floats(self.evaluate(model))
             else:
                 assert self.validation is not None
-                metrics = {"loss": mean_loss(self.validation, loss, self.weigh, self.processes)}
+                metrics = {"loss": mean_loss(model, self.validation, self.loss_fn, self.weigh, self.processes)}
         return self.processes.agreed(metrics)
 
 

@@ -71,8 +71,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def start_training(model: nn.Module, base_is_frozen: bool) -> None:
-    """Put the model into train mode, unless it is, and then leave modules in eval mode alone. A frozen normalisation goes
-    into eval mode: it would move its running statistics, and train with others than it is served with."""
+    """Put a model in eval mode into train mode; in one in train mode leave modules in eval mode alone. A frozen
+    normalisation goes into eval mode: it would move its running statistics, and be served with others."""
     if not model.training:
         model.train()
     for module in model.modules() if base_is_frozen else ():
