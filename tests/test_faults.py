@@ -13,7 +13,7 @@ from lorafamily.training.board import Board
 def test_killed_processes_go_on_and_end_as_if_nothing_had_been(method, tmp_path, monkeypatch):
     # Pictures take most of the time, and nothing here looks at them; the forked processes inherit this.
     monkeypatch.setattr("lorafamily.training.log.Log._pictures", lambda log, folder: {})
-    monkeypatch.setattr(Board, "_ranks", lambda board, decision: None)
+    monkeypatch.setattr(Board, "_ranks", lambda board: None)
     outcome = faults.outcome(method, faults.Faults(kills=3, steps=25), tmp_path)
     assert outcome.kills >= 3
     assert outcome.identical == outcome.runs > 0
