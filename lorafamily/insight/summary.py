@@ -30,7 +30,7 @@ class Row:
     module: str
     d_out: int
     d_in: int
-    start_slices: int
+    initial_slices: int
     slices: int
     width: int | None
     parameters: int
@@ -60,7 +60,7 @@ class Summary:
     budget: int | None
     rank_budget: int | None
     budget_at: str
-    start_parameters: int
+    initial_parameters: int
     tensor_bytes: int
     dtype: str
     reached: int
@@ -98,8 +98,8 @@ class Summary:
         head += "".join(f"  {name:>9}" for name in more)
         lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, "─" * len(head)]
         for module, rows in grouped.items():
-            began, now = _range([row.start_slices for row in rows]), _range([row.slices for row in rows])
-            slices = now if all(row.slices == row.start_slices for row in rows) else f"{began} → {now}"
+            began, now = _range([row.initial_slices for row in rows]), _range([row.slices for row in rows])
+            slices = now if all(row.slices == row.initial_slices for row in rows) else f"{began} → {now}"
             cells = f"{slices:>9}"
             if two:
                 widths, ranks = _range([row.width or 0 for row in rows]), _range([row.rank for row in rows])
@@ -115,7 +115,7 @@ class Summary:
             f"adapters: {self.parameters:,} trainable ({share:.2%} of the base's {self.base_parameters:,}), "
             f"total rank {self.rank}"
             + (f" from {self.slices} slices" if two else "")
-            + f"; started with {self.start_parameters:,}"
+            + f"; {self.initial_parameters:,} at the start"
         )
         if self.budget is not None:
             lines.append(f"budget (at the {self.budget_at}): {self.budget:,}, of which {self.unused:,} unused")
@@ -185,7 +185,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         budget=placement.sizing.budget,
         rank_budget=placement.sizing.rank_budget,
         budget_at=placement.sizing.budget_at,
-        start_parameters=placement.sizing.start,
+        initial_parameters=placement.sizing.start,
         tensor_bytes=sum(tensor.nbytes for tensor in tensors),
         dtype=str(next(first.update.parameters()).dtype).removeprefix("torch."),
         reached=reached,
