@@ -34,7 +34,7 @@ from lorafamily.training.guards import NonFiniteGuard, check_keys
 from lorafamily.training.interrupt import Interrupted, StopSignals
 from lorafamily.training.log import Log
 from lorafamily.training.loop_context import LoopContext
-from lorafamily.training.optimisation import Optimizer, Rates, clipping_norm, made, parameters_of
+from lorafamily.training.optimisation import Optimizer, Rates, made, parameters_of
 from lorafamily.training.processes import Processes
 from lorafamily.training.run_state import RunState
 from lorafamily.training.schedule import Schedule, total_steps
@@ -171,7 +171,9 @@ def train(
         seed = processes.agreed(int(torch.randint(2**31, ())))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     scaling = scaler if scaler.is_enabled() else None
-    clip = clipping_norm(max_grad_norm)
+    clip = float(max_grad_norm or torch.inf)
+    if not clip > 0:
+        raise TrainingError(f"max_grad_norm={max_grad_norm!r}: must be a positive norm; 0 or None for no clipping")
     shown = progress and processes.first
     with contextlib.ExitStack() as around:
         around.enter_context(seeded(seed, device))

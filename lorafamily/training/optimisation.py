@@ -23,18 +23,6 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def clipping_norm(max_grad_norm: float | None) -> float:
-    """The norm that gradients are scaled down to, infinite for 0 or None.
-
-    Raises:
-        TrainingError: it is negative, or no number.
-    """
-    norm = float(max_grad_norm or torch.inf)
-    if not norm > 0:
-        raise TrainingError(f"max_grad_norm={max_grad_norm!r}: must be a positive norm; 0 or None for no clipping")
-    return norm
-
-
 class Trained(list[nn.Parameter]):
     """All parameters that train, as a list, and by role.
 
