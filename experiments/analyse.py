@@ -35,7 +35,7 @@ import embedded
 import lorafamily
 from lorafamily.deploy.saved import read
 from lorafamily.insight import analysis
-from lorafamily.insight.figures import COLOURS, pixels, save
+from lorafamily.insight.drawing import COLOURS, pixels, save
 from lorafamily.names import kind_labels
 from pages.report import as_text
 

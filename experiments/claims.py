@@ -26,7 +26,7 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from lorafamily.insight.figures import COLOURS, save
+from lorafamily.insight.drawing import COLOURS, save
 from pages.groups import grouped
 from pages.page import Heading, Part, Picture, Table, Text, markdown
 from pages.report import table, tuning

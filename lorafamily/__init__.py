@@ -41,12 +41,11 @@ from lorafamily.functional import fast_path
 from lorafamily.history import History
 from lorafamily.injection import apply, gather
 from lorafamily.insight import analysis
-from lorafamily.insight.costs import Plan
-from lorafamily.insight.plan import plan
 from lorafamily.insight.record import ranks_at, redraw
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers.kinds import LayerKind, register_layer_kind
 from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
+from lorafamily.planner import Plan, plan
 from lorafamily.rates import Suggestion, suggest_lr
 from lorafamily.registry import methods, scorers
 from lorafamily.training.interrupt import Interrupted

@@ -1,6 +1,6 @@
-"""Train on a file of conversations; look into adapter folders, merge, compress, export and plan them.
+"""The command `lorafamily`: train on conversations; inspect, merge, compress, export and plan adapters.
 
-The command `lorafamily`. Errors are one line on standard error and exit code 2.
+An error is one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lorafamily.deploy.checkpoint import merge_checkpoint
 from lorafamily.deploy.checkpoint_entries import FOLDER, entries_of, is_weights, refuse_used
 from lorafamily.deploy.combine import Cut, compressed
 from lorafamily.deploy.files import load
-from lorafamily.deploy.merge import merge as merge_in_memory
+from lorafamily.deploy.merge import merge
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.plain import PLAIN
 from lorafamily.deploy.saved import Saved, read, write
 from lorafamily.errors import FileError, LoraFamilyError, StateError
-from lorafamily.insight.figures import rank_grid, rank_heatmap, save
+from lorafamily.insight.grids import rank_grid
 from lorafamily.names import OUTSIDE, by_stack
-from lorafamily.planning import add_options, plan
+from lorafamily.planner.command import add_options, plan_methods
 from lorafamily.terminal import any_text, nearest
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -40,7 +40,7 @@ CHAT = {
     "generate": "Let a model with an adapter answer.",
     "evaluate": "Loss, perplexity and exact match on a file of conversations.",
 }
-"""Commands of `lorafamily.chat`, which has their options."""
+"""Commands of `lorafamily.chat`, where their options are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _chat(command: str, arguments: Sequence[str]) -> int:
-    """The commands that need the extra packages."""
+    """Run a command that needs the packages of `lorafamily[chat]`."""
     try:
         from lorafamily.chat.command import run
     except ImportError as error:
@@ -70,8 +70,8 @@ def _chat(command: str, arguments: Sequence[str]) -> int:
     return run(command, arguments)
 
 
-def inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What is in an adapter folder."""
+def inspect_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Show what an adapter folder has."""
     saved = read(given.path)
     ranks = {at: entry["rank"] for at, entry in saved.modules.items()}
     result = {
@@ -81,20 +81,23 @@ def inspect(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "parameters": sum(adapter.trainable() for adapter in saved.adapters.values()),
         "rank": sum(ranks.values()),
         "bytes": sum(file.stat().st_size for file in saved.folder.iterdir() if file.is_file()),
-        "also trained": {at: list(value.shape) for at, value in saved.extra_trained.items()},
+        "extra trained": {at: list(value.shape) for at, value in saved.extra_trained.items()},
         "modules": {
             at: {**{key: entry[key] for key in ("shape", "rank", "scale")}, "norm": saved.adapters[at].norm()}
             for at, entry in saved.modules.items()
         },
     }
     if given.png is not None:
+        from lorafamily.insight.drawing import save  # matplotlib takes long to import
+        from lorafamily.insight.heatmaps import rank_heatmap
+
         start = {at: entry["initial_rank"] for at, entry in saved.modules.items()}
-        figure = rank_heatmap(start, ranks, f"{saved.record['method']} on {result['base']}: rank by layer and matrix")
+        figure = rank_heatmap(start, ranks, f"{saved.record['method']} on {result['base']}: slices by layer and matrix")
         save(figure, given.png)
     return result, _table(saved, result) + "\n\n" + _heatmap(ranks)
 
 
-def merge(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def merge_into_checkpoint(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Merge an adapter into a checkpoint on disk."""
     saved = read(given.adapter)
     if given.dequantise is not None:
@@ -107,12 +110,12 @@ def merge(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _merge_dequantised(given: argparse.Namespace, saved: Saved) -> tuple[dict[str, Any], str]:
-    """The base's own loader knows its format; the whole model is in memory, quantised, and an ordinary one after it."""
+    """Through the base's own loader, which knows its format. It holds the whole model in memory."""
     refuse_used(given.out)
     model = load(_base(given, saved), given.adapter)
-    merge_in_memory(model, dequantise=getattr(torch, given.dequantise), keep="none")
+    merge(model, dequantise=getattr(torch, given.dequantise), keep="none")
     model.save_pretrained(given.out)
-    for file in given.base.iterdir():  # the tokenizer; an index of shards is not the one of these weights
+    for file in given.base.iterdir():  # the tokenizer and so on, but no index of the old shards
         of_weights = is_weights(file) or file.name.endswith(".index.json")
         if file.is_file() and not of_weights and not (given.out / file.name).exists():
             shutil.copyfile(file, given.out / file.name)
@@ -121,8 +124,8 @@ def _merge_dequantised(given: argparse.Namespace, saved: Saved) -> tuple[dict[st
     return result, f"{given.out}: {given.base} in {given.dequantise} with {len(saved.adapters)} layers merged"
 
 
-def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Write an adapter as plain LoRA of lower rank, the best there is for every layer or for all together."""
+def compress_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Write an adapter as plain LoRA of lower rank, the best for each layer or for all together."""
     saved = read(given.adapter)
     method, sizing, adapters, report = compressed(
         saved.adapters, Cut(given.rank, given.energy, given.budget, given.rank_budget)
@@ -133,7 +136,7 @@ def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     worst = max(report, key=lambda row: row.error)
     before, after = sum(row.rank_before for row in report), sum(row.rank_after for row in report)
     error = f"largest error ‖ΔW − ΔW′‖ / ‖ΔW‖ {worst.error:.1%} ({worst.module})"
-    if given.rank is None and given.energy is None:  # cut through all layers at once
+    if given.rank is None and given.energy is None:  # ranks of all layers are chosen together
         error += f", {report.error:.1%} in all"
     return {
         "out": str(given.out),
@@ -142,8 +145,8 @@ def compress(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }, f"{given.out}: total rank {before} → {after}; {error}"
 
 
-def export(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Write an adapter as a LoRA folder of peft, or one that inference servers or diffusers read."""
+def export_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Write an adapter as a LoRA folder for peft, inference servers or diffusers."""
     saved = read(given.adapter)
     folder = export_peft(load(_base(given, saved), given.adapter), given.out, layout=given.layout)
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -152,10 +155,10 @@ def export(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _base(given: argparse.Namespace, saved: Saved) -> Any:
     """The model that the adapter was made for, read by its own library."""
-    kind = _class_of(saved.record["base"]["architecture"])
+    cls = _class_of(saved.record["base"]["architecture"])
     if not (given.base / "config.json").is_file():
         raise FileError(f"{given.base}: no config.json there; {FOLDER}")
-    return kind.from_pretrained(given.base)
+    return cls.from_pretrained(given.base)
 
 
 def _class_of(architecture: str) -> Any:
@@ -167,9 +170,9 @@ def _class_of(architecture: str) -> Any:
         except ImportError:
             continue
         installed.append(library)
-        kind = getattr(module, architecture, None)
-        if isinstance(kind, type) and issubclass(kind, getattr(module, parent)):
-            return kind
+        cls = getattr(module, architecture, None)
+        if isinstance(cls, type) and issubclass(cls, getattr(module, parent)):
+            return cls
     if not installed:
         raise StateError("this reads the base with transformers or diffusers, and neither is installed")
     raise StateError(
@@ -179,7 +182,7 @@ def _class_of(architecture: str) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, with the nearest command or option."""
+    """Reports an error in one line, with the nearest command or option."""
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -208,57 +211,57 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--out", type=Path, required=True, help=out)
         return added
 
-    looking = command("inspect", inspect)
+    looking = command("inspect", inspect_folder)
     looking.add_argument("path", type=Path, help="folder that lorafamily.save wrote")
-    looking.add_argument("--png", type=Path, help="draw the ranks by layer and matrix into this file")
-    merging = converting("merge", merge, out="new folder for the merged checkpoint")
+    looking.add_argument("--png", type=Path, help="draw the slices by layer and matrix into this file")
+    merging = converting("merge", merge_into_checkpoint, out="new folder for the merged checkpoint")
     merging.add_argument("--base", type=Path, required=True, help="folder of a transformers checkpoint (safetensors)")
     merging.add_argument(
         "--dequantise",
         choices=("bfloat16", "float16", "float32"),
         help="of a quantised checkpoint: write an ordinary one of this dtype, with the whole model in memory",
     )
-    smaller = converting("compress", compress, out="folder for the smaller adapter")
+    smaller = converting("compress", compress_folder, out="folder for the smaller adapter")
     amount = smaller.add_mutually_exclusive_group(required=True)
     amount.add_argument("--rank", type=int, help="of every layer at most")
     amount.add_argument("--energy", type=float, help="share of every layer's ‖ΔW‖² to keep at least")
     amount.add_argument("--budget", type=float, help="trainable adapter parameters in all; see lorafamily.compress")
     amount.add_argument("--rank-budget", type=int, help="rank slices in all")
-    exporting = converting("export", export, out="folder for the files")
+    exporting = converting("export", export_folder, out="folder for the files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
     exporting.add_argument(
         "--layout", choices=("peft", "serving", "diffusers"), default="peft", help="see lorafamily.export_peft"
     )
-    add_options(command("plan", plan))
+    add_options(command("plan", plan_methods))
     return parser
 
 
 def _table(saved: Saved, result: dict[str, Any]) -> str:
     width = max((len(at) for at in saved.modules), default=6)
-    head = f"{'module':<{width}}  {'d_out × d_in':>13}  {'rank':>9}  {'scale':>6}  {'‖ΔW‖':>9}"
+    head = f"{'module':<{width}}  {'d_out × d_in':>13}  {'slices':>9}  {'scale':>6}  {'‖ΔW‖':>9}"
     lines = [f"{saved.record['method']} for {result['base']}, {saved.folder}", head, "─" * len(head)]
     for at, entry in saved.modules.items():
         d_out, d_in = entry["shape"]
         before, now = entry["initial_rank"], entry["rank"]
-        rank = f"{now}" if now == before else f"{before} → {now}"
+        slices = f"{now}" if now == before else f"{before} → {now}"
         norm = result["modules"][at]["norm"]
-        lines.append(f"{at:<{width}}  {f'{d_out} × {d_in}':>13}  {rank:>9}  {entry['scale']:>6.3g}  {norm:>9.3g}")
+        lines.append(f"{at:<{width}}  {f'{d_out} × {d_in}':>13}  {slices:>9}  {entry['scale']:>6.3g}  {norm:>9.3g}")
     lines.append("─" * len(head))
     size = f"{result['bytes'] / 1024:,.0f} KiB on disk"
-    lines.append(f"{result['parameters']:,} adapter parameters, total rank {result['rank']}, {size}")
+    lines.append(f"{result['parameters']:,} adapter parameters, {result['rank']} slices, {size}")
     if saved.extra_trained:
-        lines.append(f"trained along with the adapters: {', '.join(saved.extra_trained)}")
+        lines.append(f"also trained: {', '.join(saved.extra_trained)}")
     return "\n".join(lines)
 
 
 def _heatmap(ranks: dict[str, int]) -> str:
-    """Ranks as blocks, kinds of matrix by layers, for every stack; the highest block is the largest rank."""
+    """Slices as blocks, kinds of matrix by layers, for every stack; the highest block is the largest number."""
     top, lines = max([1, *ranks.values()]), []
     grids = {stack: rank_grid({name: ranks[name] for name in names}) for stack, names in by_stack(ranks).items()}
     width = max((len(kind) for kinds, _, _ in grids.values() for kind in kinds), default=0)
     for stack, (kinds, layers, grid) in grids.items():
         extent = "" if stack == OUTSIDE else f", {layers[0]} to {layers[-1]}"
-        lines.append(f"{stack + ': ' if stack else ''}rank by layer{extent}; {BLOCKS[-1]} = {top}")
+        lines.append(f"{stack + ': ' if stack else ''}slices by layer{extent}; {BLOCKS[-1]} = {top}")
         for kind, row in zip(kinds, grid, strict=True):
             cells = ["·" if rank != rank else BLOCKS[round(rank / top * (len(BLOCKS) - 1))] for rank in row]
             lines.append(f"{kind:<{width}}  {''.join(cells)}")

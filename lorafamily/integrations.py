@@ -5,8 +5,8 @@
     trainer.train(resume_from_checkpoint=...)     # where it was, ranks and allocator included
     lorafamily.save(model, "my-adapter")
 
-Tensors really change size, in the model and in the optimiser. What the allocation has seen travels in the optimiser's
-state, so that it is there wherever the Trainer resumes from.
+Tensors change size, in the model and in the optimiser. The allocation's state is saved with the optimizer state, so
+that it is there wherever the Trainer resumes from.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from lorafamily.history import Decision
 from lorafamily.layers.placement import noted, placement_of, refuse_merged, state_of
 from lorafamily.layers.site import base_parameters
 from lorafamily.layers.uncalled import leave_out
-from lorafamily.training.session import Session, fit_ranks
-from lorafamily.training.surroundings import Surroundings
+from lorafamily.training.fitting import fit_ranks
+from lorafamily.training.loop_context import LoopContext
+from lorafamily.training.session import Session
 
 FOLDER = KEY = "lorafamily"
 
 
 class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] # transformers is not typed
-    """Penalty and rank allocation of a model's active adapters, in a Trainer.
+    """Adds the penalty and the rank allocation of a model's active adapters to a Trainer.
 
     Args:
-        model: the model that the Trainer gets, with its adapters.
-        validation: batches, needed by methods that score ranks on them; `trainer.get_eval_dataloader()` has some.
-        seed: of the numbers that new ranks start from.
-        adapters_only: let the Trainer's checkpoints hold what trains, without the frozen base.
-        log: called with every decision's numbers; `trainer.log` hands them to the Trainer's loggers.
-        check_gradients: refuse to go on where adapters get no gradient from the task.
+        model: the model that the Trainer gets, with adapters.
+        validation: batches, for methods that score ranks on them, such as `trainer.get_eval_dataloader()`.
+        seed: for the initialisation of new slices.
+        adapters_only: save only what trains in the Trainer's checkpoints, without the frozen base.
+        log: called with the ranks after every decision, as metrics; `trainer.log` passes them to the Trainer's loggers.
+        check_gradients: refuse to go on if adapters get no gradient from the task.
 
-    `session`: what runs since training began, with its `decisions`.
+    `session`: the session of the training, with its `decisions`.
 
     Raises:
         StateError: no adapter is active, or one is merged.
@@ -72,8 +73,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         self.session: Session | None = None
         self._hooks: list[RemovableHandle] = []
         self._ddp_may_lose_some = self._resizes and _leave_to_session(model, self.placement.adapters)
-        self._absent = False  # whether what was last loaded into the model had nothing of the adapters
-        # The Trainer loads a checkpoint into the model before it calls back; ranks must fit by then.
+        self._absent = False  # whether the state dict loaded last had no adapters
+        # The Trainer loads a checkpoint into the model before it calls the callback, and ranks must fit by then.
         model.register_load_state_dict_pre_hook(self._fit_ranks)
 
     @property
@@ -82,7 +83,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         return [] if self.session is None else self.session.decisions
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Look at how the Trainer will put DDP around the model.
+        """Check the settings of DDP, which the Trainer will put around the model.
 
         Raises:
             StateError: DDP would wait for the gradient of a tensor that a decision replaces.
@@ -98,7 +99,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Begin the allocation, or go on with that of the checkpoint that the Trainer resumes from.
+        """Begin the allocation, or continue that of the checkpoint that the Trainer resumes from.
 
         Raises:
             StateError: the Trainer trains another model; ranks would change where its engine holds on to tensors (DDP,
@@ -131,7 +132,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             loss_fn=None,
             seed=self.seed,
             check_gradients=self.check_gradients,
-            around=Surroundings(
+            loop=LoopContext(
                 scaler=getattr(optimizer, "scaler", None),
                 compiled=args.torch_compile,
                 last_backward=_last_backward if _under_ddp(args) and self._resizes else None,
@@ -142,7 +143,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         if engine is not None and not self.session.allocator.settled:
             raise StateError(f"{engine} holds on to the tensors it was given, and this method changes their size")
         if begun is not None:
-            if not self._absent:  # they came with the model, and may be of another precision there
+            if not self._absent:  # they were loaded with the model, perhaps in another precision
                 begun = {key: value for key, value in begun.items() if key not in ("adapters", "beside")}
             self.session.load_state_dict(begun)
         self._absent = False
@@ -151,7 +152,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             self._hooks.append(self.model._register_state_dict_hook(_without_base))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Leave the model and the optimiser as they are without a Trainer."""
+        """Take all hooks off the model and the optimiser."""
         if self._absent and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = saved.read(Path(state.best_model_checkpoint) / FOLDER)
             for at, adapter in self.placement.adapters.items():
@@ -161,21 +162,21 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             self._hooks.pop().remove()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Begin the step's gradient with the penalty's, which is clipped with the task's then."""
+        """Begin the step's gradient with the penalty's, so that it is clipped together with the task's."""
         assert self.session is not None
         self.session.add_penalty()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        """Let the allocator see the gradients, and decide."""
+        """Let the allocator observe the gradients, and decide."""
         assert self.session is not None
         decision = self.session.step()
         if decision is not None and self.log is not None:
             ranks = list(decision.after.values())
-            numbers = {"rank": sum(ranks), "rank/lowest": min(ranks), "rank/highest": max(ranks)}
-            self.log({name: float(number) for name, number in numbers.items()})
+            metrics = {"rank": sum(ranks), "rank/lowest": min(ranks), "rank/highest": max(ranks)}
+            self.log({name: float(value) for name, value in metrics.items()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **given: Any) -> None:
-        """Add the adapters, as `lorafamily.load` reads them, to the Trainer's checkpoint."""
+        """Save the adapters in the Trainer's checkpoint as a folder that `lorafamily.load` reads."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
             files.save(self.model, folder, self.placement.name)
@@ -188,7 +189,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         return {at: adapter.rank for at, adapter in self.placement.adapters.items()}
 
     def _check_best(self, state: TrainerState) -> None:
-        """The Trainer may end with the weights of an evaluation from before the ranks were settled."""
+        """Warn if the Trainer ended with the weights of an evaluation from before the ranks settled."""
         assert self.session is not None
         came_to, now = self.session.allocator.ranks, self._ranks()
         if self.session.allocator.settled and now != came_to:
@@ -208,38 +209,39 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         state["param_groups"] = groups
 
     def _fit_ranks(self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Give the adapters the sizes of the tensors that are about to be loaded, and leave out those without any.
+        """Give the adapters the ranks of the tensors that are about to be loaded, and leave out adapters that have
+        none.
 
-        Without any adapter in them they are of a model that was built anew from its files, as sentence-transformers
-        does it, and nothing is said of the adapters. Those stay until `on_train_begin` or `on_train_end` has them.
+        If the state dict has no adapters at all, it is of a model that was built anew from its files, as
+        sentence-transformers does. Then the adapters stay until `on_train_begin` or `on_train_end` loads them.
         """
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         known = {at: prefix + names[id(next(a.parameters()))] for at, a in self.placement.adapters.items()}
         gone = [at for at, name in known.items() if name not in state_dict]
         self._absent = len(gone) == len(known)
         if self._absent:
-            own = {id(p) for adapter in self.placement.adapters.values() for p in adapter.parameters()}
-            state_dict.update({prefix + name: p.data for name, p in module.named_parameters() if id(p) in own})
+            ids = {id(p) for adapter in self.placement.adapters.values() for p in adapter.parameters()}
+            state_dict.update({prefix + name: p.data for name, p in module.named_parameters() if id(p) in ids})
             return
-        if self.placement.by_default and len(gone) < len(known):  # it has adapters, without those that it left out
+        if self.placement.by_default and len(gone) < len(known):  # it has adapters, except those that it had left out
             if self.session is None:
                 leave_out(self.model, self.placement, gone)
             else:
                 self.session.leave_out(gone)
-        if self.session is None:  # which does it itself
+        if self.session is None:  # a session fits them itself
             fit_ranks(module, self.placement.adapters, state_dict, prefix)
 
 
 def _leave_to_session(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
-    """Tell DDP, which the Trainer will put around the model, not to hold on to the adapters' tensors: it would wait for
-    gradients of tensors that are gone. The session averages theirs.
+    """Let DDP, which the Trainer will put around the model, ignore the adapters' tensors, and the session average their
+    gradients: DDP would wait for gradients of tensors that were replaced.
 
-    DDP takes no model without a parameter of its own to train. Where nothing else trains it gets the smallest of the
-    adapters', which it may lose: whether it must allow for that.
+    DDP refuses a model of which it has no parameter to train. If nothing else trains, it gets the smallest of the
+    adapters', which may be replaced. Returns whether that is so.
     """
-    own = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
+    ids = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ignored = {name for name, p in model.named_parameters() if id(p) in own}
+    ignored = {name for name, p in model.named_parameters() if id(p) in ids}
     alone = trained.keys() <= ignored
     if alone:
         ignored.discard(min(trained, key=lambda name: trained[name].numel()))
@@ -253,7 +255,7 @@ def _under_ddp(args: TrainingArguments) -> bool:
 
 
 def _sharding(args: TrainingArguments) -> str | None:
-    """The engine that cuts tensors into pieces and keeps them."""
+    """The engine that shards tensors and keeps the shards."""
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         return "DeepSpeed"
     return "FSDP" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else None
@@ -265,7 +267,7 @@ def _last_backward() -> bool:
 
 
 def _taken_out(optimizer: Any) -> dict[str, Any] | None:
-    """The session's state out of an optimiser's, where the Trainer has loaded one."""
+    """Take the session's state out of the optimizer state, if the Trainer has loaded one."""
     found = None
     while optimizer is not None:
         for group in getattr(optimizer, "param_groups", ()):

@@ -1,4 +1,4 @@
-"""What the commands print: colours where there is a terminal, any text on any stream, the nearest name in errors."""
+"""Printing for the commands: colours on a terminal, any text on any stream, the nearest name in errors, bytes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ PLAINER = {
 }
 
 
+BYTES = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+
+
 def any_text() -> None:
-    """Let standard output and error take every character: what their encoding lacks is written in plainer ones."""
+    """Let standard output and error take every character: those that their encoding lacks are replaced by plainer
+    ones."""
     codecs.register_error("lorafamily", _plainer)
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)
@@ -46,5 +50,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def coloured(stream: TextIO) -> bool:
-    """Whether colours are shown: on a terminal, unless NO_COLOR says otherwise (https://no-color.org)."""
+    """Whether to show colours: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def in_units(size: int) -> str:
+    """Bytes with three digits."""
+    for unit, of in BYTES:
+        if size >= 0.9995 * of:  # rounds to 1.00
+            return f"{size / of:#.3g}".rstrip(".") + f" {unit}"
+    return f"{size} B"

@@ -17,7 +17,7 @@ from conftest import data, every_method, few_rounds, logits, perturb_, tiny
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.ablation import Ablation, AblationEstimate
 from lorafamily.allocation.allocator import Fixed
-from lorafamily.allocation.importance import ImportancePruning
+from lorafamily.allocation.pruning import ImportancePruning
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.sensitivity import Sensitivity
 from lorafamily.allocation.surgery import follow_resize

@@ -172,8 +172,8 @@ def test_long_rows_are_cut_or_left_out_and_counted():
     dropped = tokenised(talks, template, length=60, too_long="drop")
     assert len(dropped.rows) == 1
     assert (dropped.cut, dropped.dropped) == (0, 2)
-    assert "1 rows" in dropped.said()
-    assert "2 left out" in dropped.said()
+    assert "1 rows" in dropped.line()
+    assert "2 left out" in dropped.line()
     with pytest.raises(DataError, match="all 3 rows are longer than --length 5"):
         tokenised(talks, template, length=5, too_long="drop")
 

@@ -14,7 +14,8 @@ from conftest import METHODS, perturb_
 from lorafamily import TargetError
 from lorafamily.adapter import Adapter
 from lorafamily.functional import fast_path
-from lorafamily.insight.figures import expert_grids, expert_heatmap
+from lorafamily.insight.grids import expert_grids
+from lorafamily.insight.heatmaps import expert_heatmap
 from lorafamily.layers.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")

@@ -17,7 +17,7 @@ from lorafamily.adapter import Adapter
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.surgery import follow_resize, forget
 from lorafamily.layers.placement import placement_of
-from lorafamily.training.around_steps import AroundSteps
+from lorafamily.training.step_hooks import StepHooks
 from lorafamily.variants.lora import Plain
 
 METHODS = {"adalora": {"rank": 4}, "alora": {"rank": 4}, "lora2": {"width": 6, "slices": 4}}
@@ -210,7 +210,7 @@ def same_as_fresh(make: Make, model: nn.Module, optimizer: torch.optim.Optimizer
     """The state's shapes are those that an optimiser made now would have."""
     other = copy.deepcopy(model)
     fresh = make(trained(other))
-    AroundSteps(fresh, placement_of(other).adapters)
+    StepHooks(fresh, placement_of(other).adapters)
     step(other, fresh)
     for mine, its in zip(trained(model), trained(other), strict=True):
         if mine.numel():
@@ -251,7 +251,7 @@ def test_every_optimiser_follows_ranks_to_zero_and_back(name, method):
     model = lorafamily.apply(layers(), method, seed=0, targets=lambda n, m: True, **METHODS[method])
     adapters = placement_of(model).adapters
     optimizer = make(trained(model))
-    AroundSteps(optimizer, adapters)
+    StepHooks(optimizer, adapters)
     for inner in getattr(optimizer, "optimizers", [optimizer]):
         inner.register_step_pre_hook(lambda o, *_: seen.extend(p for g in o.param_groups for p in g["params"]))
     run = Run(model, adapters, steps=1, optimizer=optimizer)
@@ -446,7 +446,7 @@ def test_what_cannot_train_adapters_is_refused_before_training():
         (lambda parameters: nn.Linear(1, 1), "optimizer is a Linear; it must be"),
     ):
         with pytest.raises(lorafamily.TrainingError, match=message):
-            AroundSteps(make(trained(model)), placement_of(model).adapters)
+            StepHooks(make(trained(model)), placement_of(model).adapters)
     with pytest.raises(lorafamily.TrainingError, match="LBFGS needs a closure"):
         lorafamily.train(model, [torch.randn(2, 12)], steps=1, optimizer=torch.optim.LBFGS, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -474,7 +474,7 @@ def test_decay_is_that_of_adamw_counted_from_the_frozen_start():
     perturb_(model)
     reference = [nn.Parameter((p - start).detach()) for p, start in zip(own, starts, strict=True)]
     optimizers = [torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.3) for parameters in (own, reference)]
-    AroundSteps(optimizers[0], adapters)
+    StepHooks(optimizers[0], adapters)
     for i in range(20):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + i)
@@ -497,8 +497,8 @@ def test_decay_is_applied_once_whatever_wraps_the_optimiser(make):
     optimizer = make([p for a in adapters.values() for p in a.update.parameters()])
     for group in optimizer.param_groups:
         group |= {"lr": 1e-3, "weight_decay": 50.0}
-    AroundSteps(optimizer, adapters)
-    AroundSteps(optimizer, adapters)  # a second run with the same optimiser
+    StepHooks(optimizer, adapters)
+    StepHooks(optimizer, adapters)  # a second run with the same optimiser
     away = [a.update.A.detach() - a.initial.A for a in adapters.values()]
     for p in trained(model):
         p.grad = torch.zeros_like(p)
@@ -518,7 +518,7 @@ def test_what_has_no_frozen_start_keeps_the_optimiser_s_own_decay(make):
     alone = nn.Parameter(bias.detach().clone())
     optimizer, reference = make([*trained(model), bias]), make([alone])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # it counts the groups
-    AroundSteps(optimizer, adapters)
+    StepHooks(optimizer, adapters)
     for i in range(5):
         bias.grad = alone.grad = torch.randn(10, generator=torch.Generator().manual_seed(i)).double()
         for p in trained(model):
@@ -579,14 +579,14 @@ def test_a_learning_rate_that_the_optimiser_finds_itself_is_refused_with_decay()
     model, adapters = frozen()
     optimizer = of("transformers.optimization", "Adafactor", lr=None, weight_decay=0.1)(trained(model))
     with pytest.raises(lorafamily.TrainingError, match="finds its learning rate itself"):
-        AroundSteps(optimizer, adapters)
-    AroundSteps(of("transformers.optimization", "Adafactor", lr=None)(trained(model)), adapters)  # nothing to decay
+        StepHooks(optimizer, adapters)
+    StepHooks(of("transformers.optimization", "Adafactor", lr=None)(trained(model)), adapters)  # nothing to decay
 
 
 def test_removing_leaves_the_optimiser_as_it_was():
     model, adapters = frozen()
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=1.0)
-    AroundSteps(optimizer, adapters).remove()
+    StepHooks(optimizer, adapters).remove()
     p = adapters["a"].update.A
     before = p.detach().clone()
     p.grad = torch.zeros_like(p)

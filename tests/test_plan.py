@@ -17,11 +17,10 @@ import lorafamily
 from conftest import data, every_method, tiny, tokens
 from embedded import ByteDecoder
 from lorafamily.allocation.replay import PeakActivations
-from lorafamily.insight.blocks import alike_blocks
-from lorafamily.insight.plan import Planner
-from lorafamily.insight.tracing import held_in_step
-from lorafamily.layers import standard
 from lorafamily.layers.placement import placement_of
+from lorafamily.planner import Planner
+from lorafamily.planner.blocks import repeated_blocks
+from lorafamily.planner.tracing import peak_of_step
 from lorafamily.training.execution import recomputing
 
 transformers = pytest.importorskip("transformers", reason="its models are what is planned for")
@@ -192,7 +191,7 @@ def test_predicted_files_are_those_that_save_writes(method, tmp_path):
     assert planned.use.files == written(model, tmp_path)
     placement = placement_of(model)
     assert planned.use.adapters == placement.trainable()
-    assert planned.use.beside == 16
+    assert planned.use.extra == 16
     assert planned.ranks == {path: adapter.rank for path, adapter in placement.adapters.items()}
     assert planned.sizing == placement.sizing
 
@@ -215,7 +214,7 @@ def test_predicted_files_in_any_dtype(dtype, factors, tmp_path):
 def test_two_and_three_blocks_tell_what_all_of_them_hold(family, method):
     with torch.device("meta"):
         model, batch = made(family, layers=6)
-    blocks = alike_blocks(model)
+    blocks = repeated_blocks(model)
     assert blocks.count == 6
 
     def ready(model):
@@ -225,7 +224,7 @@ def test_two_and_three_blocks_tell_what_all_of_them_hold(family, method):
         adapters = placement_of(lorafamily.apply(model, method, rank=2)).adapters.values()
         return lambda: placement_of(model).method.penalty(adapters)
 
-    assert held_in_step(model, batch, ready, blocks=blocks) == held_in_step(model, batch, ready)
+    assert peak_of_step(model, batch, ready, blocks=blocks) == peak_of_step(model, batch, ready)
 
 
 class Ladder(nn.Module):
@@ -259,9 +258,9 @@ def test_blocks_that_differ_are_all_run(model, targets):
 
 def test_a_plan_runs_the_fast_path(monkeypatch):
     read = []
-    own = standard.adapted_linear
-    monkeypatch.setattr(standard, "adapted_linear", lambda *args, **kwargs: read.append(args) or own(*args, **kwargs))
-    held_in_step(tiny(), data(1)[0], lambda model: lorafamily.apply(model, "lora", rank=2) and None)
+    own = layers.adapted_linear
+    monkeypatch.setattr(layers, "adapted_linear", lambda *args, **kwargs: read.append(args) or own(*args, **kwargs))
+    peak_of_step(tiny(), data(1)[0], lambda model: lorafamily.apply(model, "lora", rank=2) and None)
     assert len(read) >= 2 * 6  # of two blocks at least
 
 
@@ -355,7 +354,7 @@ def test_a_model_that_asks_for_numbers_is_planned_without_activations():
     assert planned.use.adapters == 1_152
     for use in (planned.use, planned.full, planned.floor):
         assert use.memory.activations is None
-    assert "a step of this Looking asks for numbers, which a plan has not (DataDependentOutput" in str(planned)
+    assert "a step of this Looking depends on tensors' values, which a plan does not have (Data" in str(planned)
 
 
 def test_a_plan_reads_as_a_table():

@@ -12,10 +12,11 @@ import torch
 
 import lorafamily
 from lorafamily.cli import main
-from lorafamily.insight.costs import Memory, in_units
-from lorafamily.insight.figures import memory_bars
-from lorafamily.insight.plan import Planner
-from lorafamily.insight.shapes import SHAPES, example_batch, model_of, targets_of
+from lorafamily.planner import Planner
+from lorafamily.planner.bars import memory_bars
+from lorafamily.planner.costs import Memory
+from lorafamily.planner.models import SHAPES, example_batch, model_of, targets_of
+from lorafamily.terminal import in_units
 
 transformers = pytest.importorskip("transformers", reason="builds the models of the names")
 shape = functools.cache(model_of)  # plans leave models alone, so that tests can share them

@@ -250,7 +250,7 @@ def test_data_that_is_divided_is_seen_once(named, shares):
     [
         ("differing", "process 1 draws other batches than process 0"),
         ("one part", "the processes' samplers draw the parts 0, 0; each needs its own"),
-        ("one longer", "the processes have 1, 2 batches a round"),
+        ("one longer", "the processes have 1, 2 batches an epoch"),
     ],
 )
 def test_data_that_does_not_fit_the_processes_is_refused(named, message, shares):

@@ -153,7 +153,7 @@ def test_what_trains_beside_the_adapters_is_saved_and_given_back(tmp_path):
     lorafamily.train(model, data(), steps=3, progress=False)
     trained = logits(model)
     assert not torch.equal(model.norm.weight, base["norm.weight"])
-    assert lorafamily.summary(model).beside == 16
+    assert lorafamily.summary(model).extra_trained == 16
     with lorafamily.disabled(model):
         assert torch.equal(logits(model), logits(tiny()))
     assert torch.equal(logits(model), trained)

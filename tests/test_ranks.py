@@ -202,7 +202,7 @@ def test_lora2_has_a_width_and_slices_everywhere():
     model = lorafamily.apply(tiny(), "lora2", width=6, slices=4, targets="attention", seed=0)
     assert sizes_of(model) == {(6, 4)}
     row = lorafamily.summary(model).rows[0]
-    assert (row.width, row.start_slices, row.slices, row.rank) == (6, 4, 4, 4)
+    assert (row.width, row.initial_slices, row.slices, row.rank) == (6, 4, 4, 4)
     head, line = str(lorafamily.summary(model)).splitlines()[1:4:2]
     assert head.split()[4:7] == ["width", "slices", "rank"]
     assert line.split()[4:7] == ["6", "4", "4"]

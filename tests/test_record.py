@@ -16,9 +16,12 @@ import lorafamily
 from conftest import data, every_method, few_rounds, tiny
 from lorafamily import cli
 from lorafamily.history import Decision, History, Step
-from lorafamily.insight import figures
-from lorafamily.insight.figures import pixels, rank_by_kind, rank_heatmap, small_grids
-from lorafamily.insight.record import pictures, read_decisions, read_steps
+from lorafamily.insight.curves import POINTS
+from lorafamily.insight.drawing import pixels
+from lorafamily.insight.grids import COLUMNS, ROWS, STACKS, rank_by_kind, small_grids
+from lorafamily.insight.heatmaps import rank_heatmap
+from lorafamily.insight.pictures import pictures_of
+from lorafamily.insight.record import read_decisions, read_steps
 from lorafamily.training import board
 from pages.groups import Group
 from pages.plots import allocation
@@ -85,22 +88,22 @@ def test_tensorboard_shows_the_run(tmp_path, monkeypatch):
     def curve(tag: str) -> list[float]:
         return [event.value for event in shown.Scalars(tag)]
 
-    assert curve("rank/total") == [step.rank for step in history.steps]
+    assert curve("rank/slices") == [step.rank for step in history.steps]
     assert curve("train/loss (nats)") == pytest.approx([step.loss for step in history.steps])  # stored as float32
     assert curve("train/orthogonality error") == pytest.approx([step.orthogonality for step in history.steps])
-    assert {"train/penalty", "train/learning rate", "rank/trainable numbers", "validation/loss"} <= set(
+    assert {"train/penalty", "train/learning rate", "rank/trainable parameters", "validation/loss"} <= set(
         shown.Tags()["scalars"]
     )
     changes = [d for d in history.decisions if d.before != d.after]
     assert len(changes) > 5
-    assert [event.step for event in shown.Images("rank/by layer")] == [d.step for d in changes]
-    assert [event.step for event in shown.Images("rank/history")] == [40]
+    assert [event.step for event in shown.Images("rank/slices by layer")] == [d.step for d in changes]
+    assert [event.step for event in shown.Images("rank/history of slices")] == [40]
     assert [event.step for event in shown.Images("rank/scores at decisions")] == [40]
     tags = [tag for kind in ("scalars", "images", "histograms") for tag in shown.Tags()[kind]]
     assert len(tags) == len(set(tags))  # of two things under one tag TensorBoard shows one
     assert [event.step for event in shown.Histograms("rank/scores")] == [d.step for d in history.decisions]
     for kind, start in rank_by_kind(history.ranks_start).items():
-        assert curve(f"rank by kind/{kind}") == [start, *(rank_by_kind(d.after)[kind] for d in changes)]
+        assert curve(f"slices by kind/{kind}") == [start, *(rank_by_kind(d.after)[kind] for d in changes)]
 
 
 def test_runs_sort_by_their_final_metrics_in_the_hparams_tab(tmp_path):
@@ -118,8 +121,8 @@ def test_runs_sort_by_their_final_metrics_in_the_hparams_tab(tmp_path):
             settings = {name: value.number_value or value.string_value for name, value in info.hparams.items()}
     # TensorBoard stores float32.
     assert finals["final/loss"] == pytest.approx(history.metrics["loss"])
-    assert finals["final/rank"] == history.steps[-1].rank
-    assert finals["final/trainable numbers"] == history.steps[-1].trainable
+    assert finals["final/slices"] == history.steps[-1].rank
+    assert finals["final/trainable parameters"] == history.steps[-1].trainable
     assert (settings["method"], settings["budget"], settings["lr"]) == ("lora2", 3_000, 0.02)
     assert settings["beta1"] == 0.85
 
@@ -171,7 +174,7 @@ def test_what_is_outside_the_blocks_of_two_stacks_has_its_own_panel():
     }
     assert rank_by_kind(ranks) == {"encoder, q": 3, "decoder, q": 4, "lm_head": 5}
     start = Decision(step=0, reason="start", threshold=None, before=ranks, after=ranks, scores={})
-    legend = pictures([start], [])["rank-history"].axes[0].get_legend()
+    legend = pictures_of([start], [])["rank-history"].axes[0].get_legend()
     said = [text.get_text() for text in legend.get_texts()]
     assert said[1:] == ["lm_head: 5 → 5", "decoder, q: 4 → 4", "encoder, q: 3 → 3"]
 
@@ -208,9 +211,9 @@ def test_a_picture_of_very_many_modules_has_some_hundred_rows(kind):
         sum(len(own[0].kinds) for own in grids.values()),
         max(len(own[0].layers) for own in grids.values()),
     )
-    assert rows <= figures.ROWS
-    assert columns <= figures.COLUMNS
-    assert len(grids) <= figures.STACKS
+    assert rows <= ROWS
+    assert columns <= COLUMNS
+    assert len(grids) <= STACKS
     for number, ranks in enumerate((start, now)):  # nothing is lost: every module is in one cell
         assert sum(own[number].total for own in grids.values()) == sum(ranks.values())
     cells = sum(int((grids[at][0].ranks >= 0).sum()) for at in grids)
@@ -218,13 +221,13 @@ def test_a_picture_of_very_many_modules_has_some_hundred_rows(kind):
     assert f"{len(names):,} modules in {cells:,} cells" in figure.get_suptitle()
     many = [Decision(0, {}, start, "start"), *(Decision(i, start, now, "cut") for i in range(1, 1001))]
     steps = [Step(i, 1.0, 0.0, 0.1, 1.0, 1000 - i // 50, 9) for i in range(1, 30_001)]
-    drawn = pictures(many, steps)
+    drawn = pictures_of(many, steps)
     assert "decision that changed ranks (1000 in all)" in str(
         [t.get_text() for t in drawn["rank-history"].findobj(Text)]
     )
     for name, picture in drawn.items():
         assert artists(picture) < 6_000, name
-        assert max(len(line.get_xdata()) for line in picture.findobj(Line2D)) <= figures.POINTS, name
+        assert max(len(line.get_xdata()) for line in picture.findobj(Line2D)) <= POINTS, name
         assert picture.dpi * max(picture.get_size_inches()) < 6_000, name
 
 
@@ -280,8 +283,8 @@ def test_pictures_take_at_most_two_hundredths_of_a_run(slow, tmp_path, monkeypat
     shown.close(History(), {}, {"rank-by-layer": Figure()})
     assert len(drawn) == expected
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0}).Reload()
-    assert [event.step for event in events.Scalars("rank by kind/q")] == list(range(3001))
-    assert [event.step for event in events.Images("rank/by layer")][-1] == 3000
+    assert [event.step for event in events.Scalars("slices by kind/q")] == list(range(3001))
+    assert [event.step for event in events.Images("rank/slices by layer")][-1] == 3000
 
 
 def test_a_short_run_draws_each_picture_once_at_its_end(tmp_path, monkeypatch):
@@ -295,7 +298,7 @@ def test_a_short_run_draws_each_picture_once_at_its_end(tmp_path, monkeypatch):
     assert len(calls) == len(list(tmp_path.glob("*.png"))) == 4
     assert read_decisions(tmp_path)[1:] == history.decisions
     shown = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in shown.Images("rank/by layer")] == [changes[-1].step]
+    assert [event.step for event in shown.Images("rank/slices by layer")] == [changes[-1].step]
 
 
 def test_a_comparison_draws_a_line_of_panels_for_every_stack():
@@ -318,10 +321,10 @@ def test_a_comparison_draws_a_line_of_panels_for_every_stack():
 def test_the_command_shows_a_map_for_every_stack():
     ranks = {"encoder.block.0.q": 1, "encoder.block.1.q": 2, "decoder.block.0.cross": 4, "lm_head": 0}
     assert cli._heatmap(ranks).splitlines() == [
-        "encoder: rank by layer, 0 to 1; █ = 4",
+        "encoder: slices by layer, 0 to 1; █ = 4",
         "q        ▂▄",
-        "decoder: rank by layer, 0 to 0; █ = 4",
+        "decoder: slices by layer, 0 to 0; █ = 4",
         "cross    █",
-        "outside blocks: rank by layer; █ = 4",
+        "outside blocks: slices by layer; █ = 4",
         "lm_head   ",
     ]

@@ -26,7 +26,6 @@ from conftest import METHODS, data, few_rounds, tiny, tokens
 from lorafamily.history import Decision, Step
 from lorafamily.insight.record import Record
 from lorafamily.layers.placement import placement_of
-from lorafamily.training import log
 from lorafamily.training.board import Board
 from lorafamily.training.folder_lock import FolderLock
 from lorafamily.training.interrupt import EXIT_CODE, Interrupted
@@ -39,7 +38,7 @@ STEPS = 20
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """They take most of the time, and nothing here looks at them."""
-    monkeypatch.setattr(log, "pictures_of", lambda decisions, steps: {})
+    monkeypatch.setattr("lorafamily.training.log.Log._pictures", lambda log, folder: {})
     monkeypatch.setattr(Board, "_ranks", lambda board: None)
 
 

@@ -324,7 +324,7 @@ def test_gradients_are_laid_out_as_the_parameters_are():
     assert given
     assert all(p.grad.stride() == p.stride() for p in given)
     processes = Processes(torch.device("cpu"))
-    processes.world, processes._exchange = 2, lambda exchange: None
+    processes.world, processes._collective = 2, lambda operation: None
     for parameter in given:
         parameter.grad = parameter.grad.t().contiguous().t() if parameter.dim() == 2 else parameter.grad
     processes.add_up_gradients(given)

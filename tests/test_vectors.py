@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import shared
 from lorafamily.adapter import Adapter, Parametrisation
-from lorafamily.allocation.importance import ImportancePruning
+from lorafamily.allocation.pruning import ImportancePruning
 from lorafamily.allocation.run import Run
 from lorafamily.layers.placement import place
 from lorafamily.layers.state import Placement

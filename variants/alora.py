@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from lorafamily.allocation.allocator import Allocator, in_steps
-from lorafamily.allocation.by_score import ScoredAllocation
-from lorafamily.allocation.moving import Slice, exchange, exchanged
+from lorafamily.allocation.moving import Slice, move_slices, slices_to_move
 from lorafamily.allocation.run import Run
+from lorafamily.allocation.scored_allocation import ScoredAllocation
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision
@@ -72,10 +72,10 @@ class PruneAndGrower(Allocator):
         scores = self.scores()
         self.settled = step == max(self.rounds)
         drop, gain = self._order(scores)
-        lost, gains = exchanged(self.run, drop, gain, self.drop)
+        lost, gains = slices_to_move(self.run, drop, gain, self.drop)
         dropped = [float(scores[name][i]) for name, of in lost.items() for i in of]
         threshold = max(dropped) if dropped else None
-        return self.decided(step, exchange(self, lost, gains), "pruned and grown", threshold, scores)
+        return self.record(step, move_slices(self, lost, gains), "pruned and grown", threshold, scores)
 
     def _order(self, scores: Scores) -> tuple[list[Slice], list[str]]:
         """Slices from the lowest score up, and modules from the highest mean score down; one without slices is last."""

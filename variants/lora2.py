@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorafamily.adapter import Factors, Parametrisation
-from lorafamily.allocation.importance import ImportancePruning
+from lorafamily.allocation.pruning import ImportancePruning
 from lorafamily.method import Method
 from lorafamily.penalty import Orthogonality
 from lorafamily.variants.adalora import gaussian

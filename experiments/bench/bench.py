@@ -33,7 +33,7 @@ from torch.nn import functional as F
 import lorafamily
 from bench.measuring import BESIDE, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed
 from lorafamily.functional import adapted_linear
-from lorafamily.insight.figures import COLOURS, save
+from lorafamily.insight.drawing import COLOURS, save
 from lorafamily.layers.placement import placement_of
 from lorafamily.targets import match
 from pages.report import as_text

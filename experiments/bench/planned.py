@@ -24,8 +24,8 @@ import torch
 
 import lorafamily
 from bench.measuring import bert
-from lorafamily.insight.plan import Planner
 from lorafamily.layers.placement import placement_of
+from lorafamily.planner import Planner
 
 FULL, RANK = "full", 8
 

@@ -201,8 +201,8 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
         if FIRST:
             row["file_bytes"] = sum(p.stat().st_size for p in lorafamily.save(model, folder / "adapter").iterdir())
         row |= {
-            "beside": summary.beside,
-            "trainable": summary.start_parameters,
+            "beside": summary.extra_trained,
+            "trainable": summary.initial_parameters,
             "merge_difference": lorafamily.merge_difference(model, _first_batch(model, task)),
         }
     elif cell.method == NONE:

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cells.cell import FULL, NONE
-from lorafamily.insight.figures import draw_grid, rank_grid
+from lorafamily.insight.grids import rank_grid
+from lorafamily.insight.heatmaps import draw_grid
 from lorafamily.names import by_stack
 from pages.groups import Group
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lorafamily.insight.figures import save
+from lorafamily.insight.drawing import save
 from pages import page
 from pages.groups import Group, Row, grouped, size_of
 from pages.page import Heading, Part, Picture, Table, Text

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorafamily.allocation.importance import ImportancePruning
+from lorafamily.allocation.pruning import ImportancePruning
 from lorafamily.penalty import Orthogonality
 from lorafamily.registry import find as find_method
 from studies import protocol

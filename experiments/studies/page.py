@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from lorafamily.insight.figures import COLOURS, save
+from lorafamily.insight.drawing import COLOURS, save
 from pages.page import Heading, Part, Picture, Table, Text, markdown
 from studies import protocol
 from studies.arms import UNIFORM

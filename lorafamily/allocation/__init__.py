@@ -1,1 +1,1 @@
-"""Which module gets how many rank slices, and when."""
+"""Which module gets how many slices, and when: scorers, and the allocators that prune and move."""

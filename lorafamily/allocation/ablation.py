@@ -1,8 +1,8 @@
-"""AB-LoRA (ALoRA, sec. 3.3, eq. 6): a rank slice is worth what the network loses without it plus what it does alone.
+"""AB-LoRA (ALoRA, sec. 3.3, eq. 6): a slice is worth what the network loses without it plus what it gives alone.
 
     IS(i) = S(M) − S(M∖i) + S(M_i),   S = −loss on one batch of validation data
 
-M∖i has slice i off, M_i has only slice i on in the whole network. Taken literally that is two forwards a slice.
+M∖i has slice i off; M_i has slice i on and all others in the whole network off. That is two forwards a slice.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `scoring_memory` say
 
 
 class Ablation(Scorer):
-    """AB-LoRA, exact, at about half the definition's price.
+    """AB-LoRA, exact, in about half the time of two forwards a slice.
 
-    Slices are taken in the order in which the network reaches their layers. What is computed before such a layer is
-    the same for every ablation of it and comes from a `Tape`; what is computed after it, for several slices in one
-    batch: as many as fit into `scoring_memory`, MiB of activations. None: 1024 on a GPU, and on a CPU, where batches
-    gain nothing, one ablation at a time. `scoring_rows`: rows of validation data that the loss is taken over.
+    Layers are taken in the order in which the network calls them. What comes before a layer is the same for all its
+    ablations, and is replayed from a `Tape`. What comes after it is computed for several ablations in one batch, as
+    many as fit into `scoring_memory`, in MiB of activations. None: 1024 on a GPU; on a CPU, where batching gains
+    nothing, one ablation at a time. `scoring_rows`: rows of validation data for the loss.
     """
 
     def __init__(self, run: Run, scoring_rows: int = SCORING_ROWS, scoring_memory: float | None = None):
@@ -68,8 +68,8 @@ class Ablation(Scorer):
         return {name: without[name] - whole - alone[name] for name in without}
 
     def _losses(self, bar: tqdm) -> tuple[Float[Tensor, ""], Scores]:
-        """The loss with the adapters as they are, and for every slice the loss with that slice turned over: taken out
-        where adapters are on, put in where they are off."""
+        """The loss with the adapters as they are, and for every slice the loss with that slice flipped: off where
+        adapters are on, on where they are off."""
         tape = Tape(self.run.model)
         with PeakActivations() as one_pass:
             unchanged = tape.run(self._loss).cpu()
@@ -84,21 +84,21 @@ class Ablation(Scorer):
             only = torch.eye(adapter.rank, device=adapter.device)
             gates = only if adapter.off else 1 - only
             found = []
-            for some in gates.split(self._together(adapter.device, tape.bytes, one_pass.peak)):
-                found.append(self._with_gates(tape, adapter, some).cpu())
-                bar.update(len(some))
+            for batch in gates.split(self._batch_size(adapter.device, tape.bytes, one_pass.peak)):
+                found.append(self._with_gates(tape, adapter, batch).cpu())
+                bar.update(len(batch))
             losses[name] = torch.cat(found)
         return unchanged, losses
 
-    def _together(self, device: torch.device, held: int, one: int) -> int:
-        """How many ablations ride in one batch. On a CPU, unless a bound was set, one: batches gain nothing there."""
+    def _batch_size(self, device: torch.device, recorded: int, of_one: int) -> int:
+        """How many ablations are computed in one batch; on a CPU one, unless `scoring_memory` was set."""
         bound = self.memory
         if not self._batches or (bound is None and device.type == "cpu"):
             return 1
-        return max(1, int(((ON_A_GPU if bound is None else bound) * 2**20 - held) / max(one, 1)))
+        return max(1, int(((ON_A_GPU if bound is None else bound) * 2**20 - recorded) / max(of_one, 1)))
 
     def _with_gates(self, tape: Tape, adapter: Adapter, gates: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
-        """The loss under each gate. Slices of one layer share everything that does not depend on it."""
+        """The loss under each gate."""
 
         def loss(gate: Float[Tensor, " r"]) -> Tensor:
             with adapter.gated(gate):
@@ -107,7 +107,7 @@ class Ablation(Scorer):
         if len(gates) > 1 and self._batches:
             try:
                 with warnings.catch_warnings():
-                    # Attention on a CPU has no batching rule and runs once a slice, which is said as a warning.
+                    # Attention on a CPU has no batching rule and runs once a slice, with a warning.
                     warnings.filterwarnings("ignore", "There is a performance drop")
                     return tape.run(lambda: torch.func.vmap(loss)(gates))
             except RuntimeError as error:
@@ -142,7 +142,7 @@ class AblationEstimate(Ablation):
                 loss = self.loss()
                 gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
             for name, gradient in zip(gates, gradients, strict=True):
-                if gradient is not None:  # None: the layer took no part in the loss
+                if gradient is not None:  # None: the layer has no part in the loss
                     result[name] -= gradient.cpu().double()
                 if value == 0.0:
                     result[name] -= loss.detach().cpu().double()
@@ -151,7 +151,7 @@ class AblationEstimate(Ablation):
 
 @contextmanager
 def all_off(adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """Inside the block the model computes as if it had no adapters, but for those that get a gate."""
+    """In the block the model computes as if it had no adapters, except those that get a gate."""
     for adapter in adapters.values():
         adapter.off = True
     try:
@@ -172,7 +172,7 @@ def _loss_on(rows: int, run: Run) -> Callable[[], Tensor]:
 
 
 def _gated(adapters: Mapping[str, Adapter], gates: Mapping[str, Tensor]) -> ExitStack:
-    """Inside the block every adapter's slices are multiplied by its gate."""
+    """In the block every adapter's slices are multiplied by its gate."""
     stack = ExitStack()
     for name, adapter in adapters.items():
         stack.enter_context(adapter.gated(gates[name]))

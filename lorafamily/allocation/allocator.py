@@ -1,7 +1,7 @@
-"""The contract between the training loop and whatever moves rank between modules.
+"""The contract between a training loop and what moves rank between modules.
 
-A method carries an `Allocation`: plain settings. At the start of a run it becomes an `Allocator`, which the loop calls
-after every optimiser step, while the gradients are still there: it observes, and decides. What it does is returned as a
+A method has an `Allocation`, which is plain settings. A run makes an `Allocator` of it, which the loop calls after
+every optimiser step, before the gradients are cleared: it observes, decides, acts, and returns what it did as a
 `Decision`.
 """
 
@@ -23,7 +23,7 @@ from lorafamily.history import Decision
 
 
 class Allocator(ABC):
-    """Moves rank during one run. Deterministic: the same numbers seen, the same decisions."""
+    """Moves rank during one run. It is deterministic: the same gradients and losses lead to the same decisions."""
 
     grows: ClassVar[bool] = False
     """Whether a module may end with more slices than it started with."""
@@ -31,22 +31,22 @@ class Allocator(ABC):
     def __init__(self, run: Run):
         self.run = run
         self.ranks = dict(run.start or {name: adapter.rank for name, adapter in run.adapters.items()})
-        """Slices in use by module: present and not masked at the last decision."""
+        """Slices in use, by module: those that exist and were not masked by the last decision."""
         self.settled = False
         """Whether no further decision will come."""
         self.scorer: Scorer | None = None
         self.observed = 0
-        """Steps that the scorer has seen."""
+        """Steps that the scorer has observed."""
         self.now = 0
-        """The step it was last called after."""
+        """The last step it was called after."""
 
     def step(self, step: int, *, observe: bool = True) -> Decision | None:
-        """Called after optimiser step `step` (from 1) with the gradients still in place; does what it decides.
+        """Call it after optimiser step `step` (from 1), before the gradients are cleared; it decides and acts.
 
-        `observe`: False for a step that was skipped, since its numbers were not finite.
+        `observe`: False for a step that was skipped because its gradient was not finite.
 
         Raises:
-            AllocationError: a decision is due, and there are no scores to decide by.
+            AllocationError: a decision is due, and there are no scores for it.
         """
         if self.settled:
             return None
@@ -60,7 +60,7 @@ class Allocator(ABC):
 
     @property
     def wants_task_gradient(self) -> bool:
-        """Whether the next steps' gradients of the task must be kept from the penalty's, for `run.task_gradient`."""
+        """Whether the loop must keep the task's gradient apart from the penalty's, for `run.task_gradient`."""
         return not self.settled and self.scorer is not None and self.scorer.wants_task_gradient
 
     def observe(self, step: int) -> None:
@@ -71,21 +71,21 @@ class Allocator(ABC):
 
     @abstractmethod
     def decide(self, step: int) -> Decision | None:
-        """What is decided after optimiser step `step`, and done; None where nothing is due."""
+        """Decide after optimiser step `step`, and act; None if nothing is due."""
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
-        """Change one adapter's slices, and with them the optimiser's state and what the scorer has averaged."""
+        """Change one adapter's slices; the optimizer state and the scorer's averages follow."""
         self.run.resize(name, keep, add)
         if self.scorer is not None:
             self.scorer.follow(name, keep, add)
 
     def state(self) -> dict[str, Any]:
-        """Where it is in its run, as plain data and tensors; `restore` takes it."""
+        """Its state, as plain data and tensors, for `restore`."""
         scorer = None if self.scorer is None else self.scorer.state()
         return {"ranks": dict(self.ranks), "settled": self.settled, "scorer": scorer, "observed": self.observed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where another allocator with the same settings was; the adapters have its ranks already."""
+        """Continue from the state of an allocator with the same settings, whose ranks the adapters have already."""
         self.ranks, self.settled, self.observed = dict(state["ranks"]), state["settled"], state["observed"]
         if self.scorer is not None:
             self.scorer.restore(state["scorer"])
@@ -93,20 +93,20 @@ class Allocator(ABC):
 
     @property
     def has_scores(self) -> bool:
-        """Whether there is something to decide by: a scorer that learns from steps has seen one."""
+        """Whether there are scores: a scorer that learns from steps needs at least one."""
         return self.scorer is not None and (self.observed > 0 or not self.scorer.observes)
 
     def scores(self) -> Scores:
-        """What every slice is worth now, the same in every process.
+        """The scores of all slices, the same in every process.
 
         Raises:
-            AllocationError: the scorer has seen no step yet, or a score is not finite.
+            AllocationError: the scorer has observed no step yet, or a score is not finite.
         """
         assert self.scorer is not None
         if not self.has_scores:
             raise AllocationError(
                 f"ranks are to change after step {self.now}, but {type(self.scorer).__name__} has seen no step yet: "
-                "each was skipped, since its numbers were not finite; begin later (warmup), or lower lr"
+                "each was skipped, since its gradient was not finite; begin later (warmup), or lower lr"
             )
         scores = self.run.agreed(self.scorer.scores())
         for name, values in scores.items():
@@ -119,10 +119,10 @@ class Allocator(ABC):
         return scores
 
     def highest(self, scores: Scores, slices: int, *, fit: bool = True) -> dict[str, Bool[Tensor, " r"]]:
-        """Masks by module of the `slices` highest scores in the network; of equal ones those of later modules.
+        """Masks, by module, of the `slices` highest scores in the network; of equal scores those of later modules.
 
-        `fit`: fewer where the run's limits ask for it. Slices differ in cost between modules: one that does not fit
-        into what is left is passed over, and the next ones are tried.
+        `fit`: take fewer if the run's limits ask for it. Slices of different modules differ in cost: one that does not
+        fit into what is left of the limit is skipped, and the next ones are tried.
         """
         flat = torch.cat(list(scores.values()))
         best = flat.argsort(stable=True).flip(0)
@@ -141,29 +141,29 @@ class Allocator(ABC):
         keep[best[:slices]] = True
         return dict(zip(scores, keep.split([len(values) for values in scores.values()]), strict=True))
 
-    def decided(
+    def record(
         self, step: int, after: dict[str, int], reason: str, threshold: float | None, scores: Scores
     ) -> Decision:
-        """Record a change that was made."""
+        """The decision, for a change that was made."""
         before, self.ranks = self.ranks, after
         by_module = {name: values.tolist() for name, values in scores.items()}
         return Decision(step, before, dict(after), reason, threshold, by_module)
 
     def _note_settled(self) -> None:
-        """Adapters know whether their ranks are settled, in files too, so that a second run leaves them alone."""
+        """Adapters note whether their ranks are settled, and save it, so that a second run leaves them alone."""
         for adapter in self.run.adapters.values():
             adapter.settled = self.settled
 
 
 @dataclass(frozen=True)
 class Allocation(ABC):
-    """Settings of an allocator. Fields are options of the methods that use it."""
+    """Settings of an allocator. Its fields are options of the methods that use it."""
 
     def begin(self, run: Run) -> Allocator:
-        """The allocator for one run; one that leaves ranks alone where `run.settled`.
+        """The allocator for one run; if `run.settled` one that leaves the ranks alone.
 
         Raises:
-            AllocationError: the schedule cannot run as set, or needs what the run lacks.
+            AllocationError: the schedule does not fit the run, or needs something that the run lacks.
         """
         return Still(run) if run.settled else self.allocator(run)
 
@@ -172,11 +172,11 @@ class Allocation(ABC):
         """The allocator for a run whose ranks may move.
 
         Raises:
-            AllocationError: the schedule cannot run as set, or needs what the run lacks.
+            AllocationError: the schedule does not fit the run, or needs something that the run lacks.
         """
 
     def end_share(self) -> float:
-        """The share of all slices that is left at the end; what `budget_at="end"` reckons with."""
+        """The share of all slices that is left at the end, for `budget_at="end"`."""
         return 1.0
 
 
@@ -189,7 +189,7 @@ class Fixed(Allocation):
 
 
 class Still(Allocator):
-    """Nothing changes: ranks are fixed, or an earlier run settled them."""
+    """Changes nothing: the ranks are fixed, or an earlier run settled them."""
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -199,7 +199,7 @@ class Still(Allocator):
         return None
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where a run was whose ranks did not change any more.
+        """Continue a run whose ranks had settled.
 
         Raises:
             AllocationError: that run had decisions to make.
@@ -213,10 +213,10 @@ class Still(Allocator):
 
 
 def in_steps(value: float, steps: int, name: str) -> int:
-    """A schedule setting in optimiser steps: a whole number is steps already, a fraction is of the run.
+    """A setting of a schedule in optimiser steps: a whole number is steps, a fraction is of the run.
 
     Raises:
-        AllocationError: neither; `name` is named.
+        AllocationError: neither; the message has `name`.
     """
     if isinstance(value, int) and value >= 0:
         return value

@@ -1,4 +1,4 @@
-"""Scorers that look at the update alone, or at nothing: what others must beat."""
+"""Simple scorers, by the update alone or at random, to compare others with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lorafamily.allocation.scorer import Scorer, Scores
 
 
 class Magnitude(Scorer):
-    """‖ΔW‖_F of the slice alone."""
+    """‖ΔW‖_F of each slice alone."""
 
     def scores(self) -> Scores:
         result = {}
@@ -22,7 +22,7 @@ class Magnitude(Scorer):
 
 
 class Random(Scorer):
-    """Uniform random numbers of the run's seed: the control that a scorer must beat."""
+    """Uniformly random scores from the run's seed: the control that a scorer must beat."""
 
     def scores(self) -> Scores:
         draw = self.run.generator
@@ -33,8 +33,8 @@ class Random(Scorer):
 
 
 class Singular(Magnitude):
-    """|λ| of a parametrisation that has a number for every slice (AdaLoRA's singular values, LoRA²'s E); of others
-    ‖ΔW‖_F of the slice alone."""
+    """|λ| where a parametrisation has one entry a slice (AdaLoRA's singular values, LoRA²'s E), otherwise ‖ΔW‖_F of
+    each slice alone."""
 
     def scores(self) -> Scores:
         result = {}

@@ -1,4 +1,4 @@
-"""Moving rank slices between modules during training: drop some, give as many to others, and again, ever fewer."""
+"""Moving slices between modules during training: some are dropped and as many added elsewhere, fewer each time."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from dataclasses import dataclass
 import torch
 
 from lorafamily.allocation.allocator import Allocator, in_steps
-from lorafamily.allocation.by_score import ScoredAllocation
 from lorafamily.allocation.run import Run
+from lorafamily.allocation.scored_allocation import ScoredAllocation
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision
 from lorafamily.names import modules_per_block
 
 Slice = tuple[str, int]
-"""Module and place."""
+"""Module, and index of the slice in it."""
 
 
-def exchanged(
+def slices_to_move(
     run: Run, drop: Sequence[Slice], gain: Sequence[str], most: int, *, once: bool = False
 ) -> tuple[dict[str, set[int]], list[str]]:
-    """The slices to drop by module, and the module of every new one.
+    """The slices to drop, by module, and the module of every new slice.
 
-    The first of `drop` go, at most so many, and as many new ones come to the modules of `gain` that lose none, evenly
-    and the remainder to the first of them; with `once` at most one each. Slices differ in cost, and a module has a
-    largest rank: one that has no room passes its turn on, and no more are dropped than make room for the most new ones.
+    At most `most` slices are dropped, the first of `drop`. As many are added to the modules of `gain` that lose none,
+    in turn, so that the first of them get the remainder; with `once` at most one each. Slices differ in cost, and a
+    module has a largest rank: a module without room is skipped. No more are dropped than needed for the most new ones.
     """
     ranks = {name: adapter.rank for name, adapter in run.adapters.items()}
     costs = {name: adapter.update.slice_cost for name, adapter in run.adapters.items()}
@@ -67,8 +67,8 @@ def exchanged(
     return best
 
 
-def exchange(allocator: Allocator, lost: Mapping[str, set[int]], gains: Sequence[str]) -> dict[str, int]:
-    """Do it, in the model, the optimiser and the scorer; the ranks afterwards."""
+def move_slices(allocator: Allocator, lost: Mapping[str, set[int]], gains: Sequence[str]) -> dict[str, int]:
+    """Drop and add these slices, in the model, the optimiser and the scorer; returns the ranks afterwards."""
     ranks = allocator.ranks
     for name, dropped in lost.items():
         if dropped:
@@ -81,7 +81,7 @@ def exchange(allocator: Allocator, lost: Mapping[str, set[int]], gains: Sequence
 
 @dataclass(frozen=True)
 class CubicExchange(ScoredAllocation):
-    """Every Δ_T steps b(t) slices change places,   b(t) = ⌈b0 (1 − (t − t_i) / (T − t_f − t_i))³⌉   for
+    """Every Δ_T steps b(t) slices move,   b(t) = ⌈b0 (1 − (t − t_i) / (T − t_f − t_i))³⌉   for
     t_i < t < T − t_f, and none before or after.
 
     `moved` is b0; None takes the number of adapted modules in one block. `warmup` (t_i), `final` (t_f) and `interval`
@@ -95,7 +95,7 @@ class CubicExchange(ScoredAllocation):
 
 
 class CubicExchanger(Allocator):
-    """One run of a `CubicExchange`; a leaf says which slices go first, and who gets new ones first."""
+    """One run of a `CubicExchange`; subclasses say which slices go first, and which modules get new ones first."""
 
     grows = True
     reason = "exchanged"
@@ -119,10 +119,10 @@ class CubicExchanger(Allocator):
 
     @abstractmethod
     def order(self, scores: Scores) -> tuple[list[Slice], list[str]]:
-        """Slices in the order in which they go, and modules in the order in which they gain one."""
+        """Slices in the order in which they are dropped, and modules in the order in which they get a new one."""
 
     def slices_at(self, step: int) -> int:
-        """b(t), rounded up so that the last exchange still moves one."""
+        """b(t), rounded up, so that the last exchange moves one slice."""
         return math.ceil(self.moved * (1 - (step - self.warmup) / (self.end - self.warmup)) ** 3)
 
     def decide(self, step: int) -> Decision | None:
@@ -131,5 +131,5 @@ class CubicExchanger(Allocator):
             return None
         scores = self.scores()
         drop, gain = self.order(scores)
-        lost, gains = exchanged(self.run, drop, gain, self.slices_at(step), once=True)
-        return self.decided(step, exchange(self, lost, gains), self.reason, None, scores)
+        lost, gains = slices_to_move(self.run, drop, gain, self.slices_at(step), once=True)
+        return self.record(step, move_slices(self, lost, gains), self.reason, None, scores)

@@ -1,7 +1,7 @@
-"""Running a model again from the middle: what a change deep inside leaves as it was is not computed again.
+"""Running a model again from the middle: what comes before a changed layer is replayed, not computed again.
 
-A module whose call was over before the changed layer is reached cannot depend on it; its recorded output stands in for
-the call. Nothing is assumed of the architecture but that a module's output follows from its inputs and parameters.
+A module whose call was over before the changed layer is called cannot depend on it, so its recorded output replaces the
+call. All that is assumed of the model is that a module's output follows from its inputs and parameters.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 class Tape:
-    """Stands in front of the `forward` of every module of a model, and hands out recorded outputs instead of calling.
+    """Wraps the `forward` of every module of a model, and returns recorded outputs instead of calling.
 
-    What is recorded are the outputs of the calls that were over when some adapted layer was first reached, and what
-    that layer computes there without its adapter. A call is told from others by the calls it happens in and its number
-    in them, so modules may be shared and called repeatedly.
+    It records the outputs of calls that were over when an adapted layer was first called, and what that layer computes
+    there without its adapter. A call is identified by the calls around it and its number within them, so modules may be
+    shared and called repeatedly.
     """
 
     def __init__(self, model: nn.Module):
@@ -36,18 +36,19 @@ class Tape:
         self.order: dict[str, None] = {}
         """Modules in the order in which they were first called since the tape was made."""
         self._outputs: dict[str, Any] = {}
-        self._layer: tuple[str, Tensor] | None = None  # the call that was wound to, and what it computes
+        self._layer: tuple[str, Tensor] | None = None  # the call that was wound to, and its output
         self._within: list[_Call] = []
         self._stop_at: str | None = None
 
     def run(self, compute: Callable[[], T]) -> T:
-        """Compute something with the model, recorded calls replayed."""
+        """Compute something with the model, replaying recorded calls."""
         self._within = [_Call("")]
         with self._in_front():
             return compute()
 
     def wind_to(self, path: str, compute: Callable[[], Any]) -> None:
-        """Compute until a layer is first reached, and record what was over by then; layers must come in `order`."""
+        """Compute until a layer is first called, and record the calls that were over by then; layers must come in
+        `order`."""
         self._stop_at, self._layer = path, None
         try:
             self.run(compute)
@@ -83,7 +84,7 @@ class Tape:
             recorded = self._outputs[key]
             if self._stop_at is not None:
                 caller.over[key] = recorded
-            return _copied(recorded)  # the model may write into what it is given
+            return _copied(recorded)  # the model may write into it
         site = module._modules.get(NAME)
         if isinstance(site, Site):
             if path == self._stop_at:
@@ -95,7 +96,7 @@ class Tape:
         self.order.setdefault(path)
         self._within.append(_Call(key))
         output = forward(*args, **kwargs)
-        self._within.pop()  # and with it what was recorded inside: the whole call is over
+        self._within.pop()  # with what was recorded inside it, which the whole call replaces
         if self._stop_at is not None:
             caller.over[key] = _copied(output)
         return output
@@ -103,7 +104,7 @@ class Tape:
 
 @dataclass
 class _Call:
-    """A call in progress: how often it has called each module, and the outputs of those calls that are over."""
+    """A call in progress: how often it called each module, and the outputs of calls that are over."""
 
     key: str
     calls: Counter[str] = field(default_factory=Counter)
@@ -111,11 +112,11 @@ class _Call:
 
 
 class _Reached(BaseException):
-    """Thrown to leave the model at the layer that was asked for; no `except Exception` of a model may catch it."""
+    """Raised to leave the model at the layer that was asked for; no `except Exception` in a model catches it."""
 
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules without what adapters are made of: an ablation happens inside those."""
+    """The model's modules without those of adapters, inside which an ablation happens."""
     adapters = {id(inner) for _, site in sites_in(model) for inner in site.modules()}
     return ((path, module) for path, module in model.named_modules() if id(module) not in adapters)
 
@@ -125,7 +126,7 @@ def _copied(output: Any) -> Any:
 
 
 class PeakActivations(TorchDispatchMode):
-    """Measures in a `with` block the most bytes of new tensors alive at once; `peak` afterwards."""
+    """Measures the most bytes of new tensors alive at once in a `with` block, as `peak`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What an allocator and its scorer get to work on."""
+"""The run that an allocator and its scorer work on."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from lorafamily.allocation.surgery import follow_resize
 
 @dataclass(frozen=True)
 class Run:
-    """What an allocator may know and touch.
+    """What an allocator may look at and change.
 
-    `adapters`: by name of their layer in `model`. `steps`: optimiser steps of the whole run. `limit`, `rank_limit`:
-    trainable adapter parameters and rank slices that must never be exceeded, None for no such limit.
-    `validation_loss(rows)`: the task loss on the first so many rows of the validation data, always the same, in eval
-    mode, with the gates' gradients if gradients are on; None where the run has no validation data.
-    `task_gradient(parameter)`: the gradient of the task's loss alone at the step just made, as `parameter.grad` but
-    without a penalty's; None where nobody keeps it apart. `agreed(value)`: what the first of several processes has.
-    `reached(name)`: whether the task had a gradient for that adapter at the step just made.
-    `start`: ranks by module when the run began, where the adapters are beyond that; None for those they have.
-    `again`: whether ranks that an earlier run settled may move once more.
+    `adapters`: by name of their layer in `model`. `steps`: optimiser steps of the whole run. `limit`, `rank_limit`: the
+    most trainable adapter parameters and slices at any step; None: no such limit. `validation_loss(rows)`: the task
+    loss on the first so many rows of the validation data, always the same ones, in eval mode, with the gates' gradients
+    if gradients are on; None without validation data. `task_gradient(parameter)`: `parameter.grad` of the step just
+    made without the penalty's share; None if the loop does not keep it apart. `agreed(value)`: the first process's
+    value. `reached(name)`: whether the task had a gradient for that adapter at the step just made. `start`: ranks by
+    module when the run began, if the adapters have others by now. `again`: whether ranks that an earlier run settled
+    may move once more.
     """
 
     model: nn.Module
@@ -45,7 +44,7 @@ class Run:
 
     @property
     def settled(self) -> bool:
-        """Whether the ranks are those an earlier run came to, and nobody asked for others."""
+        """Whether an earlier run settled the ranks, and nobody asked to let them move again."""
         return not self.again and bool(self.adapters) and all(adapter.settled for adapter in self.adapters.values())
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
@@ -56,7 +55,7 @@ class Run:
                 follow_resize(self.optimizer, change)
 
     def has_room(self, name: str) -> bool:
-        """Whether a module may get one slice more: within the limits, and ΔW could gain from it."""
+        """Whether a module may get one more slice, within the limits and up to the largest rank of its ΔW."""
         update = self.adapters[name].update
         slices = sum(adapter.rank for adapter in self.adapters.values())
         return (
@@ -70,5 +69,6 @@ class Run:
         return sum(adapter.trainable() for adapter in self.adapters.values())
 
     def unsliced(self) -> int:
-        """Trainable adapter parameters that belong to no slice, and stay whatever is dropped: LoRA²'s outer factors."""
+        """Trainable adapter parameters that belong to no slice and stay whatever is dropped, such as LoRA²'s outer
+        factors."""
         return sum(a.trainable() - a.rank * a.update.slice_cost for a in self.adapters.values())

@@ -1,4 +1,4 @@
-"""Smoothed sensitivity: what AdaLoRA and those that follow it prune by."""
+"""Smoothed sensitivity, the score of AdaLoRA and its successors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Sensitivity(Scorer):
     """Smoothed sensitivity times its uncertainty (AdaLoRA, sec. 3.2), over every tensor that has slices.
 
     With I = |w · ∂L/∂w|:   Ī ← β1 Ī + (1−β1) I,   Ū ← β2 Ū + (1−β2) |I − Ī|,   s(w) = Ī Ū.
-    A slice scores the sum over its tensors of the mean s(w) of its entries: P, λ, Q in AdaLoRA; E, aa, B in LoRA².
-    `gradient_of`: L is the "total" loss, as the authors have it, so that what the penalty pulls at counts as important;
-    or that of the "task" alone. A step in which the task has no gradient for an adapter, as where no token came to an
-    expert, counts as gradient zero for its slices, whatever the penalty pulls at: an expert that is never visited
-    scores 0 and one rarely visited little, so that ranks follow use.
+    A slice's score is the sum over its tensors of the mean s(w) of its entries: P, λ, Q in AdaLoRA; E, aa, B in LoRA².
+    `gradient_of`: whether L is the "total" loss, as in the authors' code, so that what the penalty pulls at counts as
+    important, or that of the "task" alone. In a step in which the task has no gradient for an adapter, as when no token
+    came to an expert, its slices count as having gradient zero, whatever the penalty: an expert that is never visited
+    scores 0, and a rarely visited one little, so that ranks follow use.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Sensitivity(Scorer):
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Take in the gradients of the step just made; a tensor without one counts as gradient zero."""
+        """Average the gradients of the step just made; a tensor without one counts as gradient zero."""
         weights = [parameter.detach() for _, parameter, _ in self._tensors()]
         reached = {name: self.run.reached(name) for name in self.run.adapters}
         found = [self._gradient(parameter) if reached[name] else None for name, parameter, _ in self._tensors()]
@@ -80,7 +80,7 @@ class Sensitivity(Scorer):
 
     @torch.no_grad()
     def follow(self, name: str, keep: Int[Tensor, " n"], add: int) -> None:
-        # Not over all tensors: every module is followed when the pattern settles, and a model may have thousands.
+        # Over this module's tensors alone: when ranks settle this is called for each of perhaps thousands of modules.
         for i, (parameter, axis) in enumerate(self.run.adapters[name].update.sliced(), self.first[name]):
             for averages in (self.average, self.uncertainty):
                 kept = averages[i].index_select(axis, keep.to(parameter.device))

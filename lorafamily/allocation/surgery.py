@@ -1,8 +1,8 @@
-"""Operating on an optimiser whose parameters change size.
+"""Changing an optimiser whose parameters change size, so that its state follows.
 
-Its state follows, whatever its shape: moments as large as the parameter, sums over rows or columns (Adafactor, SM3),
-flat copies (Prodigy), 8- and 4-bit moments of torchao. What cannot follow (bitsandbytes' blocks, the matrices of
-Shampoo and SOAP) begins anew, with a warning.
+It does in whatever shape: moments as large as the parameter, sums over rows or columns (Adafactor, SM3), flat copies
+(Prodigy), 8- and 4-bit moments of torchao. State that cannot follow (bitsandbytes' blocks, the matrices of Shampoo and
+SOAP) begins anew, with a warning.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from lorafamily.adapter import Resize
 
 Axes = tuple[int | None, ...]
-"""For every axis of a state tensor the axis of its parameter that it runs along; None where it has a single entry."""
+"""For every axis of a state tensor the axis of the parameter that it runs along; None if it has a single entry."""
 FLAT: Axes = (-1,)
 """All entries of the parameter in one row."""
 
-# What an optimiser keeps and does not start at zero: part of its class's name, key -> new entries, from those of the
-# parameter and its group's options. All other state of new slices is zero.
-_BEGINNINGS: list[tuple[str, str, Callable[[Tensor, dict[str, Any]], Tensor]]] = [
+# State that an optimiser does not initialise with zeros: part of the class's name, key, and a function from the new
+# parameter and its group's options to initial entries. All other state of new slices is zero.
+_INITIAL: list[tuple[str, str, Callable[[Tensor, dict[str, Any]], Tensor]]] = [
     ("ScheduleFree", "z", lambda new, options: new),
     ("ASGD", "ax", lambda new, options: new),
     ("Prodigy", "p0", lambda new, options: new),
@@ -34,11 +34,11 @@ _BEGINNINGS: list[tuple[str, str, Callable[[Tensor, dict[str, Any]], Tensor]]] =
 
 
 class _CannotFollowError(Exception):
-    """State that has no slices to cut, or nobody knows where."""
+    """It is not known which entries of some state belong to which slice."""
 
 
 def levels(optimizer: Any) -> Iterator[Any]:
-    """The optimiser and all that it wraps (accelerate, SAM, schedule-free wrappers), which may share groups or not."""
+    """The optimiser and those that it wraps (accelerate, SAM, schedule-free wrappers), with shared groups or not."""
     seen, waiting = set(), [optimizer]
     while waiting:
         level = waiting.pop()
@@ -51,15 +51,15 @@ def levels(optimizer: Any) -> Iterator[Any]:
             waiting += [inner for inner in inside if isinstance(inner, torch.optim.Optimizer)]
 
 
-def exchange(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Let the optimiser train another parameter in the old one's place, without its state."""
+def replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Let the optimiser train another parameter in place of the old one, without its state."""
     for level in levels(optimizer):
         for group in level.param_groups:
             group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
 
 
 def forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
-    """Let the optimiser drop the parameters with these ids, and their state."""
+    """Remove the parameters with these ids, and their state, from the optimiser."""
     for level in levels(optimizer):
         for group in level.param_groups:
             for parameter in group["params"]:
@@ -70,14 +70,14 @@ def forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
 
 @torch.no_grad()
 def follow_resize(optimizer: torch.optim.Optimizer, change: Resize) -> None:
-    """Let the optimiser train the new parameter in the old one's place.
+    """Let the optimiser train the new parameter in place of the old one, with its state.
 
-    State that runs along the slices follows them: survivors' entries keep their bits (quantised ones are rounded
-    again), those of new slices are what the optimiser would begin with, zero for moments. State along the other axis,
-    and numbers such as the step count, stay. Where some of a parameter's state cannot follow, all of it begins anew; a
-    warning names the optimiser and the state.
+    State along the slices follows them: entries of kept slices keep their bits (quantised ones are rounded again),
+    those of new slices are what the optimiser would begin with, which is zero for moments. State along the other axis,
+    and scalars such as the step count, stay. If some of a parameter's state cannot follow, all of it begins anew, with
+    a warning that names the optimiser and the state.
     """
-    exchange(optimizer, change.old, change.new)
+    replace_parameter(optimizer, change.old, change.new)
     for level in levels(optimizer):
         state = level.state.pop(change.old, None)
         if not state:
@@ -100,7 +100,7 @@ def _followed(optimizer: Any, key: Any, value: Any, change: Resize, options: dic
     """One entry of a parameter's state after the change.
 
     Raises:
-        _CannotFollowError: it cannot be told which of its entries belong to which slice; carries the key.
+        _CannotFollowError: it is not known which entries belong to which slice; its message is the key.
     """
     if value is None or isinstance(value, bool | int | float | complex | str):
         return value
@@ -110,51 +110,51 @@ def _followed(optimizer: Any, key: Any, value: Any, change: Resize, options: dic
         return value
     if quantised := _in_blocks(value):
         return quantised(_cut(value.dequantize(), change.axis, change))
-    if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():  # codes of somebody's quantisation
+    if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():  # codes of an unknown quantisation
         raise _CannotFollowError(key)
     axes = _axes(optimizer, key, value, change.old)
     if axes is None:
         raise _CannotFollowError(key)
-    begin = None
-    for name, of, beginning in _BEGINNINGS:
+    initial = None
+    for name, of, initialise in _INITIAL:
         if name in type(optimizer).__name__ and str(key).startswith(of):
-            begin = beginning(change.new.detach(), options)
+            initial = initialise(change.new.detach(), options)
     if axes == FLAT:
-        return _cut(value.view(change.old.shape), change.axis, change, begin).flatten()
-    return _cut(value, axes.index(change.axis), change, begin) if change.axis in axes else value
+        return _cut(value.view(change.old.shape), change.axis, change, initial).flatten()
+    return _cut(value, axes.index(change.axis), change, initial) if change.axis in axes else value
 
 
-def _cut(value: Tensor, axis: int, change: Resize, begin: Tensor | None = None) -> Tensor:
-    """The kept entries of `value` along its `axis`, then those of `begin`, or zeros, for slices that were added."""
+def _cut(value: Tensor, axis: int, change: Resize, initial: Tensor | None = None) -> Tensor:
+    """The kept entries of `value` along its `axis`, then those of `initial`, or zeros, for new slices."""
     kept = value.index_select(axis, change.keep.to(value.device))
     shape, n = list(kept.shape), len(change.keep)
     shape[axis] = change.new.shape[change.axis] - n
-    new = kept.new_zeros(shape) if begin is None else begin.narrow(axis, n, shape[axis]).to(kept)
+    new = kept.new_zeros(shape) if initial is None else initial.narrow(axis, n, shape[axis]).to(kept)
     return torch.cat([kept, new], axis)
 
 
 def _in_blocks(value: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """For state that torchao quantises in blocks: what quantises other values alike. They stay floats where its
-    optimisers leave them so, in tensors that are small or no whole number of blocks."""
-    kind, size = type(value), getattr(value, "block_size", None)
-    if size is None or not hasattr(kind, "zeros"):
+    """For state that torchao quantises in blocks, the function that quantises other values the same way; None for other
+    state. Tensors that are small, or no whole number of blocks, stay floats, as in torchao's optimisers."""
+    cls, size = type(value), getattr(value, "block_size", None)
+    if size is None or not hasattr(cls, "zeros"):
         return None
     options = {"signed": value.signed} if hasattr(value, "signed") else {}
 
     def quantised(values: Tensor) -> Tensor:
         if values.numel() < 4096 or values.numel() % size:
             return values
-        empty: Tensor = kind.zeros(values.shape, **options, block_size=size, device=values.device)
+        empty: Tensor = cls.zeros(values.shape, **options, block_size=size, device=values.device)
         return empty.copy_(values)
 
     return quantised
 
 
 def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes | None:
-    """Along which of the parameter's axes a state tensor runs; None where that cannot be told.
+    """Along which axes of the parameter a state tensor runs; None if that is not known.
 
-    Shapes leave it open for square parameters and those of one slice. Then the state's name decides, or what its shape
-    is for other parameters.
+    Shapes do not decide it for square parameters and those of one slice. Then the state's name does, or its shape for
+    other parameters.
     """
     found = _possible(key, value, old)
     if len(found) > 1:
@@ -164,13 +164,13 @@ def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes | None:
                 found &= _possible(key, other, parameter)
                 if len(found) <= 1:
                     break
-    if len(found) > 1:  # what is no mean by its name is most often all there is
+    if len(found) > 1:  # state that is no mean by its name most often has all axes
         found = found & {tuple(range(old.ndim))} or found & {FLAT}
     return found.pop() if found else None
 
 
 def _possible(key: Any, value: Tensor, parameter: Tensor) -> set[Axes]:
-    """All ways to read a state tensor's shape."""
+    """All axes that a state tensor's shape allows."""
     shape, n = tuple(parameter.shape), parameter.ndim
     full = tuple(range(n))
     readings: dict[Axes, tuple[int, ...]] = {full: shape, (None,) * value.ndim: (1,) * value.ndim}

@@ -1,7 +1,7 @@
-"""Rows as batches, shuffled anew each round: padded to the longest of similar length, or packed.
+"""Rows as batches, shuffled every epoch: padded to the longest of rows with similar length, or packed.
 
-A packed row is several rows one after the other, with position ids that begin at 0 with each. Models of transformers
-derive block-diagonal attention from them; `sees_other_rows` tries whether a model does.
+A packed row is several rows one after the other, each with position ids from 0. Models of transformers derive
+block-diagonal attention from these ids; `sees_other_rows` tests whether a model does.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lorafamily.batch import IGNORED
 from lorafamily.chat.tokens import Tokens
 from lorafamily.errors import DataError
 
-WINDOW = 50  # batches whose rows are sorted by length together: enough that few are padded, and still shuffled
+WINDOW = 50  # batches whose rows are sorted by length together: enough for little padding, few enough to stay shuffled
 
 Batch = dict[str, Tensor]
 
 
 @dataclass
 class Count:
-    """What went by. `tokens`: of rows; `places`: with padding; `learnt`: that count in the loss."""
+    """What was drawn. `tokens`: of rows; `places`: tokens and padding; `learnt`: tokens that count in the loss."""
 
     tokens: int = 0
     places: int = 0
@@ -40,19 +40,19 @@ class Count:
 
 @dataclass
 class ChatBatches:
-    """Batches for `lorafamily.train`, the same ones for the same seed and round, so that a run goes on inside a round.
+    """Batches for `lorafamily.train`, the same for the same seed and epoch, so that a run can resume inside an epoch.
 
     Args:
-        rows: what is trained.
-        size: rows of a batch; of packed ones, packed rows.
-        pad: the token to fill up with.
-        pack: length of packed rows, in tokens; None: rows are padded.
-        shuffle: a new order each round; else that of the rows.
-        rank, num_replicas: this process, of how many; each takes its own batches. (Their names are those of torch's
-            DistributedSampler, by which `train` sees that the data is divided.)
+        rows: to train on.
+        size: rows of a batch, or packed rows.
+        pad: the token to pad with.
+        pack: length of packed rows in tokens; None: rows are padded instead.
+        shuffle: a new order every epoch; otherwise the order of the rows.
+        rank, num_replicas: this process, and how many there are; each draws batches of its own. (`train` knows these
+            names from torch's DistributedSampler, and so that the data is divided.)
 
     Raises:
-        DataError: no batch for every process.
+        DataError: fewer batches than processes.
     """
 
     rows: Sequence[Tokens]
@@ -74,7 +74,7 @@ class ChatBatches:
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Which round comes next; `train` says it."""
+        """Which epoch comes next; called by `train`."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class ChatBatches:
             yield batch
 
     def _order(self) -> list[list[list[int]]]:
-        """Of the round: batches of packed rows of row numbers; unpacked, a packed row is one row."""
+        """The epoch's batches, as lists of packed rows, each a list of row indices; without packing of one."""
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.rows)) if self.shuffle else np.arange(len(self.rows))
         if self.pack:
@@ -112,8 +112,8 @@ class ChatBatches:
         return batches
 
     def _packed(self, order: Any) -> list[list[int]]:
-        """Row numbers by packed row: each row, the longest first, goes where it leaves the least room. How many there
-        are follows from the lengths alone, so that every round has as many."""
+        """Row indices by packed row: each row, the longest first, goes where it leaves the least room. How many packed
+        rows there are depends on the lengths alone, so that it is the same in every epoch."""
         assert self.pack is not None
         groups: list[list[int]] = []
         room: list[tuple[int, int]] = []  # (tokens left, packed row), sorted
@@ -139,23 +139,23 @@ class ChatBatches:
         for row, group in enumerate(groups):
             end = 0
             for at in group:
-                own = self.rows[at]
-                begin, end = end, end + len(own)
-                ids[row, begin:end] = torch.from_numpy(own.ids).long()
-                learnt = torch.from_numpy(own.learnt)
+                tokens = self.rows[at]
+                begin, end = end, end + len(tokens)
+                ids[row, begin:end] = torch.from_numpy(tokens.ids).long()
+                learnt = torch.from_numpy(tokens.learnt)
                 labels[row, begin:end] = torch.where(learnt, ids[row, begin:end], IGNORED)
                 there[row, begin:end] = 1
-                positions[row, begin:end] = torch.arange(len(own))
-            positions[row, end:] = torch.arange(length - end)  # padding is a row of its own, which nothing looks at
-        if self.pack:  # an attention mask would keep transformers from reading the rows off the positions
+                positions[row, begin:end] = torch.arange(len(tokens))
+            positions[row, end:] = torch.arange(length - end)  # padding is a row of its own, which no other attends to
+        if self.pack:  # with an attention mask transformers would not read the rows off the positions
             return {"input_ids": ids, "position_ids": positions, "labels": labels}
         return {"input_ids": ids, "attention_mask": there, "labels": labels}
 
 
 @torch.no_grad()
 def sees_other_rows(model: nn.Module, vocabulary: int) -> float:
-    """How much the outputs for a row change when another one is packed before it: the largest change of a logit over
-    the largest logit. Rounding alone gives some 1e-6 in float32 and 1e-2 in bfloat16; a leak is of the order of 1."""
+    """How much the outputs for a row change when another row is packed before it: the largest change of a logit over
+    the largest logit. Rounding alone makes about 1e-6 in float32 and 1e-2 in bfloat16; a leak makes about 1."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (1, length), generator=generator) for length in (7, 12)]

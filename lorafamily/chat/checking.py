@@ -1,4 +1,4 @@
-"""What `lorafamily train` refuses before anything is read: options without sense, and folders of something else."""
+"""What `lorafamily train` refuses before it reads anything: options that make no sense, and a folder in use."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lorafamily.errors import DataError, StateError
 
 
 def check(options: Train) -> None:
-    """What can be refused before anything is read.
+    """Check the options and the folder.
 
     Raises:
-        DataError, StateError: an option that makes no sense, or a folder that is something else.
+        DataError, StateError: an option makes no sense, or the folder has something else.
     """
     data, batches, evaluation, result = options.data, options.batches, options.evaluation, options.result
     at_least(
@@ -50,10 +50,10 @@ def check(options: Train) -> None:
 
 
 def check_folder(options: Train) -> None:
-    """Whether the folder is new, or that of a run with the same options.
+    """Check that the folder is new, or of a run with the same options.
 
     Raises:
-        StateError: it is something else.
+        StateError: it has something else.
     """
     out = options.result.out
     assert out is not None
@@ -87,10 +87,10 @@ def _as_yaml(value: Any) -> Any:
 
 
 def at_least(*given: tuple[str, int | None, int]) -> None:
-    """Options with their values and the least that each may be.
+    """Check options, given as name, value and the least value allowed.
 
     Raises:
-        DataError: one is less.
+        DataError: a value is less.
     """
     for name, value, least in given:
         if value is not None and value < least:

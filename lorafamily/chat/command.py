@@ -1,4 +1,4 @@
-"""The commands `train`, `generate` and `evaluate`: options in, text or JSON out, exit code 2 and one line on errors."""
+"""The commands `train`, `generate` and `evaluate`: they print text or JSON; an error is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     try:
         options: Any = parsed(COMMANDS[command], arguments, command, settings.EXAMPLES[command])
         quiet()
-        result, text = _found(options)
+        result, text = _result(options)
     except (LoraFamilyError, OSError) as error:
         print(f"lorafamily {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -42,16 +42,16 @@ def run(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _found(options: Any) -> tuple[dict[str, Any], str]:
+def _result(options: Any) -> tuple[dict[str, Any], str]:
     if isinstance(options, settings.Train):
-        return training.train(options, _say(options.result.json))
+        return training.train_command(options, _say(options.result.json))
     if isinstance(options, settings.Evaluate):
-        return evaluating.evaluate(options, _say(options.json))
-    return generating.generate(options)
+        return evaluating.evaluate_command(options, _say(options.json))
+    return generating.generate_command(options)
 
 
 def _say(silent: bool) -> Callable[[str], None]:
-    """Prints lines, in the first of several processes."""
+    """What prints a line, in the first of several processes."""
     silent = silent or os.environ.get("RANK", "0") != "0"
     return (lambda line: None) if silent else (lambda line: print(line, flush=True))
 
@@ -64,5 +64,5 @@ def _warned(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """One line, without the place in our code."""
+    """Print a warning as one line, without the place in our code."""
     print(f"lorafamily: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a run would take: `plan`'s table for the longest batch, and whether this device has as much."""
+"""What a run would take: the table of `plan` for the longest batch, and whether it fits on this device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafamily.chat.loss import loss_of
 from lorafamily.chat.model import Base, pad_of
 from lorafamily.chat.settings import Train
 from lorafamily.chat.tokens import Tokens
-from lorafamily.insight.costs import in_units
+from lorafamily.terminal import in_units
 
 
 def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[str, Any], str]:
@@ -24,7 +24,7 @@ def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[st
     pack = options.data.length if given.pack else None
     longest = sorted(rows, key=len)[-given.batch :]
     batches = ChatBatches(longest if pack is None else rows, given.batch, pad_of(base.tokenizer), pack, shuffle=False)
-    batch = max(batches, key=lambda one: one["input_ids"].numel())
+    batch = max(batches, key=lambda batch: batch["input_ids"].numel())
     plan = lorafamily.plan(
         base.model,
         batch=batch,
@@ -34,20 +34,19 @@ def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[st
     )
     device = next(base.model.parameters()).device
     free, peak = free_memory(device), plan.use.memory.peak
-    rows_, length = batch["input_ids"].shape
+    height, length = batch["input_ids"].shape
     fits = None if free is None else peak <= free
-    said = f"the longest batch is {rows_} × {length} tokens; {device.type} has "
-    said += (
-        "an unknown amount free" if free is None else f"{in_units(free)} free: it {'fits' if fits else 'DOES NOT FIT'}"
-    )
+    verdict = "an unknown amount" if free is None else f"{in_units(free)} free: it {'fits' if fits else 'DOES NOT FIT'}"
     every = len(ChatBatches(rows, given.batch, pad_of(base.tokenizer), pack))
-    said += f"\n{every} batches a round; nothing was trained or written"
-    record = dataclasses.asdict(plan) | {"free": free, "fits": fits, "batch": [rows_, length]}
-    return record, f"{plan}\n{said}"
+    record = dataclasses.asdict(plan) | {"free": free, "fits": fits, "batch": [height, length]}
+    return record, (
+        f"{plan}\nthe longest batch is {height} × {length} tokens; {device.type} has {verdict}\n"
+        f"{every} batches an epoch; nothing was trained or written"
+    )
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken, the base's weights that are there already included."""
+    """Free bytes, including those that the base's weights take already."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_allocated(device))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import lorafamily
-from lorafamily.batch import to_device, weigher
+from lorafamily.batch import weigher
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.checking import at_least
 from lorafamily.chat.forms import Conversation, conversations
@@ -28,24 +28,24 @@ from lorafamily.training.processes import Processes
 BASE = "base"
 
 
-def evaluate(options: Evaluate, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-    """The command: what it found, and as a table.
+def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Run the command; returns its result as data and as a table.
 
     Raises:
-        LoraFamilyError: no data, no model, or an adapter that does not fit it.
+        LoraFamilyError: no data, no model, or an adapter that does not fit the model.
     """
     _check(options)
     name = model_name(options.model, options.adapter)
     template = read_template(name, options.template, options.adapter[0] if options.adapter else None)
     rows = [row for source in options.data for row in read(source, options.split)]
     found = tokenised(conversations(rows), template, length=options.length, loss_on=options.loss_on)
-    say(found.said())
+    say(found.line())
     base = read_base(name, options.dtype, options.quantise, device_of(options.device), template)
     names = _names(options.adapter)
     for name, folder in names.items():
         lorafamily.load(base.model, folder, name=name)
     batches = ChatBatches(sorted(found.rows, key=len), options.batch, pad_of(base.tokenizer), shuffle=False)
-    asked = [one for one in found.kept if one.messages is not None][: options.generate]
+    asked = [talk for talk in found.kept if talk.messages is not None][: options.generate]
     columns = {}
     for column in (BASE, *names):
         with contextlib.ExitStack() as around:
@@ -70,7 +70,7 @@ def _check(options: Evaluate) -> None:
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Names of the columns: the folders' own, or where two are the same with those they lie in.
+    """Columns by name: the folder's name, with that of its parent where two are the same.
 
     Raises:
         DataError: a folder is given twice.
@@ -90,17 +90,12 @@ def _column(options: Evaluate, base: Base, batches: ChatBatches, asked: Sequence
     model, device = base.model, next(base.model.parameters()).device
     chunked = options.chunk and difference(model, base.vocabulary) <= SAME
     loss_fn = ChunkedLoss(options.chunk) if chunked else own_loss
-    loss = mean_loss(
-        batches,
-        lambda batch: loss_fn(model, to_device(batch, device)),
-        weigher("tokens", model, loss_fn),
-        Processes(device),
-    )
+    loss = mean_loss(model, batches, loss_fn, weigher("tokens", model, loss_fn), Processes(device))
     found = {"loss": loss, "perplexity": perplexity(loss)}
     if asked:
-        questions = [question_of(base, one.question, one.tools) for one in asked]
+        questions = [question_of(base, talk.question, talk.tools) for talk in asked]
         written = answers_to(model, base.template, questions, options.max_new, batch=options.batch)
-        same = [answer == one.answer.strip() for answer, one in zip(written, asked, strict=True)]
+        same = [answer == talk.answer.strip() for answer, talk in zip(written, asked, strict=True)]
         found["exact match"] = sum(same) / len(same)
     return found
 

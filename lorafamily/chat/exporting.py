@@ -1,4 +1,4 @@
-"""What a result is written as, besides the adapter itself."""
+"""What `lorafamily train --export` writes besides the adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 
 
 def converter() -> Path | None:
-    """llama.cpp's converter: on the path, or in the folder that LLAMA_CPP names."""
+    """llama.cpp's converter, on the path or in the folder LLAMA_CPP; None if it is in neither."""
     found = shutil.which(CONVERTER)
     if found is not None:
         return Path(found)
@@ -28,7 +28,7 @@ def converter() -> Path | None:
 
 
 def check(exports: Sequence[str]) -> None:
-    """Before anything is trained.
+    """Check that the exports are possible, before anything is trained.
 
     Raises:
         StateError: a GGUF file is asked for, and there is no converter.
@@ -41,10 +41,10 @@ def check(exports: Sequence[str]) -> None:
 
 
 def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[str, Path]:
-    """Write what was asked for into `out`, from the adapter that is saved there; folders by kind.
+    """Write the exports of the adapter in `out`, into that folder; returns their paths.
 
     Raises:
-        StateError: something that the layout cannot hold.
+        StateError: the layout cannot hold something.
         FileError: a file cannot be written, or the converter fails.
     """
     written: dict[str, Path] = {}
@@ -67,7 +67,7 @@ def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[st
 
 
 def checkpoint_of(model: str) -> Path:
-    """The folder of a checkpoint; of a name on the hub that where it was downloaded to.
+    """The folder of a checkpoint; for a name on the hub the one it was downloaded to.
 
     Raises:
         FileError: it cannot be found.
@@ -83,13 +83,13 @@ def checkpoint_of(model: str) -> Path:
 
 
 def _tokenizer(base: Base, folder: Path) -> None:
-    """The tokenizer with the template that was trained with: servers ask in the same words."""
+    """Save the tokenizer with the template of the training, so that servers render conversations the same way."""
     base.tokenizer.chat_template = base.template.text
     base.tokenizer.save_pretrained(folder)
 
 
 def _new(folder: Path) -> Path:
-    """A place for a folder; one of an earlier end of the same run goes."""
+    """The path, after removing what an earlier end of the same run left there."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 
@@ -98,6 +98,6 @@ def _gguf(merged: Path, out: Path) -> Path:
     command = [sys.executable, str(converter()), str(merged), "--outfile", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise FileError(f"{out}: {CONVERTER} failed ({last}); the merged checkpoint is in {merged}")
     return out

@@ -1,4 +1,4 @@
-"""The forms a row can have, found by its keys, all as one: a conversation, or a plain text."""
+"""Rows of every form, told by their keys, as conversations or plain texts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ KEYS = ("messages", "prompt", "completion", "instruction", "input", "output", "t
 
 @dataclass(frozen=True)
 class Conversation:
-    """What one row says. `messages`: with `role` and `content`, as chat templates take them, or None of a plain text;
-    `tools`: descriptions of functions that the template may show."""
+    """One row. `messages`: with `role` and `content`, as chat templates take them; None for a plain text; `tools`:
+    descriptions of functions that the template may show."""
 
     place: str
     messages: list[dict[str, Any]] | None
@@ -27,14 +27,14 @@ class Conversation:
 
     @property
     def question(self) -> list[dict[str, Any]]:
-        """What is said before the last thing that the assistant says."""
+        """The messages before the assistant's last one."""
         assert self.messages is not None
         last = max(at for at, message in enumerate(self.messages) if message["role"] == "assistant")
         return self.messages[:last]
 
     @property
     def answer(self) -> str:
-        """The last thing that the assistant says."""
+        """The content of the assistant's last message."""
         assert self.messages is not None
         return str([message for message in self.messages if message["role"] == "assistant"][-1]["content"])
 
@@ -43,7 +43,7 @@ def conversations(rows: Iterable[Row]) -> list[Conversation]:
     """Every row as a conversation or a text.
 
     Raises:
-        DataError: rows that are none; the place and reason of the first.
+        DataError: some rows are neither; the message has the place and reason of the first.
     """
     found, complaints = [], Complaints()
     for row in rows:
@@ -64,7 +64,7 @@ def _conversation(row: Row) -> Conversation:
     if "instruction" in values or "output" in values:
         asked = _text(values, "instruction")
         more = _text(values, "input") if values.get("input") else ""
-        return Conversation(place, _said(f"{asked}\n\n{more}" if more else asked, _text(values, "output")))
+        return Conversation(place, _two_messages(f"{asked}\n\n{more}" if more else asked, _text(values, "output")))
     if "text" in values:
         text = _text(values, "text")
         if not text.strip():
@@ -83,7 +83,7 @@ def _text(values: dict[str, Any], key: str) -> str:
     return str(values[key])
 
 
-def _said(user: str, assistant: str) -> list[dict[str, Any]]:
+def _two_messages(user: str, assistant: str) -> list[dict[str, Any]]:
     if not assistant.strip():
         raise RowError("the answer is empty: there is nothing to learn")
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
@@ -94,7 +94,7 @@ def _pair(values: dict[str, Any]) -> list[dict[str, Any]]:
     prompt, completion = values.get("prompt"), values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _messages([*prompt, *completion])
-    return _said(_text(values, "prompt"), _text(values, "completion"))
+    return _two_messages(_text(values, "prompt"), _text(values, "completion"))
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:
@@ -106,8 +106,8 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         raise RowError("messages must be a list of at least one message")
     messages = [_message(message, number) for number, message in enumerate(given, 1)]
-    said = [m for m in messages if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
-    if not said:
+    spoken = [m for m in messages if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
+    if not spoken:
         raise RowError("no message of the assistant says anything: there is nothing to learn")
     return messages
 

@@ -1,4 +1,4 @@
-"""Answers of a model, many at a time."""
+"""Answers of a model, in batches; and the command `lorafamily generate`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lorafamily.terminal import nearest
 RUN = "run.yaml"
 
 
-def generate(options: Generate) -> tuple[dict[str, Any], str]:
-    """The command: what it found, and as text.
+def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
+    """Run the command; returns its result as data and as text.
 
     Raises:
         DataError: nothing was asked, or an option makes no sense.
-        FileError: no model or adapter there.
+        FileError: there is no such model or adapter.
     """
     if options.max_new < 1:
         raise DataError(f"--max-new {options.max_new}: must be at least 1 token")
@@ -49,7 +49,7 @@ def generate(options: Generate) -> tuple[dict[str, Any], str]:
     before = [{"role": "system", "content": options.system}] if options.system else []
     torch.manual_seed(options.seed)
     try:
-        prompts = [template.render([*before, {"role": "user", "content": one}], prompt=True) for one in asked]
+        prompts = [template.render([*before, {"role": "user", "content": question}], prompt=True) for question in asked]
     except RowError as error:
         raise DataError(str(error)) from None
     written = answers_to(
@@ -59,20 +59,20 @@ def generate(options: Generate) -> tuple[dict[str, Any], str]:
     if len(answers) == 1:
         text = answers[0]
     else:
-        text = "\n\n".join(f"> {one}\n{answer}" for one, answer in zip(asked, answers, strict=True))
+        text = "\n\n".join(f"> {question}\n{answer}" for question, answer in zip(asked, answers, strict=True))
     return {"model": name, "answers": answers}, text
 
 
 def model_name(given: str | None, adapters: Sequence[Path]) -> str:
-    """The base: the one given, or that of the first adapter's run.
+    """The base: the given one, or that of the first adapter's run.
 
     Raises:
-        FileError: an adapter's folder is none.
-        DataError: nobody says which.
+        FileError: a folder has no adapter.
+        DataError: neither says which.
     """
     for adapter in adapters:
         if not (adapter / RECORD).is_file():
-            around = [one.name for one in adapter.parent.iterdir()] if adapter.parent.is_dir() else []
+            around = [file.name for file in adapter.parent.iterdir()] if adapter.parent.is_dir() else []
             close = "" if adapter.exists() else nearest(adapter.name, around)
             raise FileError(f"--adapter {adapter}: no {RECORD} there; it must be a folder that train wrote{close}")
     if given is not None:
@@ -98,9 +98,10 @@ def answers_to(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Iterator[str]:
-    """What the model writes after each prompt (texts from the template), up to `max_new` tokens.
+    """What the model writes after each prompt (a text from the template), at most `max_new` tokens.
 
-    Ends at whatever the model's generation config or its tokenizer calls an end, and where the template ends a turn.
+    An answer ends with a token that the generation config or the tokenizer calls an end, or that ends the template's
+    turn.
     """
     tokenizer = template.tokenizer
     ends = end_tokens(model, template)
@@ -111,7 +112,7 @@ def answers_to(
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), pad_of(tokenizer))
         there = torch.zeros_like(ids)
-        for at, row in enumerate(rows):  # padded before the text: what is written follows directly
+        for at, row in enumerate(rows):  # padding comes first, so that new tokens follow the text
             ids[at, length - len(row) :] = torch.tensor(row)
             there[at, length - len(row) :] = 1
         written = model.generate(
@@ -133,13 +134,13 @@ def end_tokens(model: Any, template: Template) -> list[int]:
     given = getattr(config, "eos_token_id", None)
     found = {template.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
     try:
-        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text, spans = template.spans(said)
+        short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text, spans = template.spans(short)
         ids = template.tokenizer(text[slice(*spans[-1])], add_special_tokens=False)["input_ids"]
         if ids[-1] in template.tokenizer.added_tokens_decoder:
             found.add(ids[-1])
     except (RowError, IndexError):
-        pass  # a template that refuses so short a conversation has the other two
+        pass  # a template that refuses so short a conversation: the other ends will do
     return sorted(token for token in found if token is not None)
 
 

@@ -1,7 +1,7 @@
-"""Cross-entropy a chunk of tokens at a time, so that logits of a large vocabulary do not decide the memory.
+"""Cross-entropy over chunks of tokens, so that the logits of a large vocabulary do not fill the memory.
 
-Only positions that are learnt get logits, and those of a chunk are let go before the next is computed; the backward
-computes them again. What counts is the same mean over tokens that the model's own loss is.
+Only positions with a label get logits. Those of a chunk are freed before the next is computed, and the backward
+computes them again. The loss is the same mean over tokens as the model's own.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from lorafamily.batch import IGNORED
 
 Loss = Callable[[nn.Module, Any], Tensor]
-SAME = 1e-3  # of losses computed in another order, in any precision
+SAME = 1e-3  # relative difference allowed between the two ways to compute a loss, in any precision
 
 
 def loss_of(chunk: int, model: nn.Module, vocabulary: int) -> Loss:
-    """In chunks of so many tokens, unless the model does more between its head and its loss, or 0 says all at once."""
+    """The chunked loss, or the model's own if `chunk` is 0 or the model does more between its head and its loss."""
     if not chunk:
         return own_loss
     if difference(model, vocabulary) > SAME:
-        return own_loss  # such as capped logits; `Reporter` says it
+        return own_loss  # such as capping logits; `Reporter` tells the user
     return ChunkedLoss(chunk)
 
 
@@ -41,7 +41,7 @@ class ChunkedLoss:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         given = {name: value for name, value in batch.items() if name != "labels"}
-        body, head = parts(model)
+        body, head = body_and_head(model)
         hidden = body(**given, use_cache=False)[0][:, :-1]
         targets = batch["labels"][:, 1:]
         learnt = targets != IGNORED
@@ -57,8 +57,8 @@ def _summed(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
 
-def parts(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The model without its head, which gives hidden states first, and the head that makes logits of them."""
+def body_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The model without its head, whose first output is the hidden states, and the head, which makes logits of them."""
     model = getattr(model, "_orig_mod", model)
     return model.base_model, model.get_output_embeddings()
 
@@ -71,8 +71,8 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @torch.no_grad()
 def difference(model: Any, vocabulary: int) -> float:
-    """How far the chunked loss is from the model's own on a few tokens, relative; infinite where the model has no such
-    parts. Not zero for models that do more between head and loss, such as capping the logits."""
+    """The relative difference between the chunked loss and the model's own on a few tokens. It is large for models that
+    do more between head and loss, such as capping logits, and infinite for those without a separate head."""
     if getattr(model, "base_model", model) is model or model.get_output_embeddings() is None:
         return float("inf")
     ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -80,8 +80,8 @@ def difference(model: Any, vocabulary: int) -> float:
     was_training = model.training
     model.eval()
     try:
-        theirs = own_loss(model, {"input_ids": ids, "labels": ids})
-        ours = ChunkedLoss(5)(model, {"input_ids": ids, "labels": ids})
+        expected = own_loss(model, {"input_ids": ids, "labels": ids})
+        chunked = ChunkedLoss(5)(model, {"input_ids": ids, "labels": ids})
     finally:
         model.train(was_training)
-    return float((ours - theirs).abs() / theirs.abs())
+    return float((chunked - expected).abs() / expected.abs())

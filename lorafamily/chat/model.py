@@ -17,12 +17,12 @@ from lorafamily.errors import DataError, FileError
 from lorafamily.terminal import nearest
 
 TEMPLATE = "chat_template.jinja"
-"""Beside an adapter: the template it was trained with, so that `generate` asks in the same words."""
+"""File in an adapter's folder: the template of its training, so that `generate` renders conversations the same way."""
 
 
 @dataclass
 class Base:
-    """A causal language model that is not adapted yet. `name`: as it was asked for."""
+    """A causal language model without adapters. `name`: as it was given."""
 
     name: str
     model: Any
@@ -34,12 +34,12 @@ class Base:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """The rows of the embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
 
 def quiet() -> None:
-    """Libraries speak of loading bars and defaults that nobody asked here; warnings of ours stay."""
+    """Silence progress bars and warnings of libraries; our own warnings stay."""
     for logger in ("torch.utils.flop_counter", "torch.utils._pytree", "torchao"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     import transformers
@@ -52,7 +52,7 @@ def quiet() -> None:
 
 def device_of(asked: str) -> torch.device:
     """Raises:
-    DataError: no such device here.
+    DataError: this machine has no such device.
     """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,15 +65,16 @@ def device_of(asked: str) -> torch.device:
 
 
 def dtype_of(asked: str, device: torch.device) -> torch.dtype:
-    """Of the base's weights."""
+    """The dtype of the base's weights."""
     if asked == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     found: torch.dtype = getattr(torch, asked)
     return found
 
 
-def read_template(name: str, template: str | None, beside: Path | None = None) -> Template:
-    """The tokenizer of a model, with the template asked for: a file, "plain", that beside an adapter, or its own.
+def read_template(name: str, template: str | None, adapter: Path | None = None) -> Template:
+    """The tokenizer of a model, with a template: from a file, "plain", from an adapter's folder, or the tokenizer's
+    own.
 
     Raises:
         FileError: no tokenizer, or no such file.
@@ -89,12 +90,12 @@ def read_template(name: str, template: str | None, beside: Path | None = None) -
         raise FileError(f"--model {name}: its tokenizer does not say where tokens are in a text (no tokenizer.json)")
     if tokenizer.eos_token is None:
         raise FileError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), so no answer would end")
-    own = tokenizer.chat_template
-    own = own.get("default") if isinstance(own, dict) else own
-    if template is None and beside is not None and (beside / TEMPLATE).is_file():
-        template = str(beside / TEMPLATE)
+    native = tokenizer.chat_template
+    native = native.get("default") if isinstance(native, dict) else native
+    if template is None and adapter is not None and (adapter / TEMPLATE).is_file():
+        template = str(adapter / TEMPLATE)
     if template is None or template == "plain":
-        return Template(tokenizer, PLAIN if template == "plain" or not own else own)
+        return Template(tokenizer, PLAIN if template == "plain" or not native else native)
     path = Path(template)
     try:
         return Template(tokenizer, path.read_text(encoding="utf-8"))
@@ -108,7 +109,7 @@ def _check_folder(name: str) -> None:
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileError(f"--model {name}: the folder has no config.json; it must be a transformers checkpoint")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        around = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        around = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileError(f"--model {name}: no such folder{nearest(path.name, around)}")
 
 
@@ -122,18 +123,18 @@ def read_model(name: str, dtype: str, quantise: str | None, device: torch.device
     import transformers
 
     _check_folder(name)
-    kind = dtype_of(dtype, device)
-    options: dict[str, Any] = {"dtype": kind, "device_map": {"": device}}
+    weights = dtype_of(dtype, device)
+    options: dict[str, Any] = {"dtype": weights, "device_map": {"": device}}
     if quantise == "nf4":
         try:
             import bitsandbytes  # noqa: F401  only whether it is there
         except ImportError:
             raise DataError("--quantise nf4 needs bitsandbytes: pip install bitsandbytes") from None
         options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=weights
         )
     elif device.type == "cpu":
-        del options["device_map"]  # needs accelerate, for nothing
+        del options["device_map"]  # would need accelerate
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
@@ -148,7 +149,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_base(name: str, dtype: str, quantise: str | None, device: torch.device, template: Template) -> Base:
-    """The model for a tokenizer that was read before it, since most mistakes show there and in the data.
+    """The model, for a tokenizer that was read before, since most mistakes show there and in the data.
 
     Raises:
         FileError: it cannot be read, or the tokenizer has tokens that it has no embedding for.
@@ -164,5 +165,5 @@ def read_base(name: str, dtype: str, quantise: str | None, device: torch.device,
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The token to fill up with; masked wherever it stands, so any will do."""
+    """The token to pad with. It is masked everywhere, so any will do."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

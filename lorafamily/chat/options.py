@@ -19,24 +19,24 @@ from lorafamily.terminal import nearest
 T = TypeVar("T")
 
 INSTEAD = (("budget", "rank", "rank_budget"), ("steps", "epochs"))
-"""Options of which one takes the place of the others: given on the command line, it does so in a config file too."""
+"""Options that replace each other: one on the command line replaces the others in a config file."""
 
 
 def parsed(of: type[T], arguments: Sequence[str], command: str, examples: str) -> T:
-    """The options, from the arguments and, for what they leave open, from the file that `--config` names.
+    """The options, from the arguments and, for those not given, from the file of `--config`.
 
     Raises:
-        DataError: an option that does not exist or has no such value; one line, with the nearest name.
-        FileError: a config file that cannot be read, or is no mapping of options.
-        SystemExit: the help was asked for, and printed.
+        DataError: no such option or value; the message is one line, with the nearest name.
+        FileError: the config file cannot be read, or is no mapping of options.
+        SystemExit: help was asked for, and printed.
     """
     arguments, config = _config(list(arguments))
     names = dict(_fields(of))
     given = {name.removeprefix("no_") if name not in names else name for name in map(_name, arguments) if name}
     arguments = [*_from_file(config, names, given), *arguments]
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             return tyro.cli(
                 of,
                 args=arguments,
@@ -47,7 +47,7 @@ def parsed(of: type[T], arguments: Sequence[str], command: str, examples: str) -
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise DataError(_one_line(said.getvalue(), names)) from None
+        raise DataError(_one_line(printed.getvalue(), names)) from None
 
 
 def _config(arguments: list[str]) -> tuple[list[str], Path | None]:
@@ -67,7 +67,7 @@ def _name(argument: str) -> str:
 
 
 def _fields(of: Any) -> Iterator[tuple[str, Any]]:
-    """All options with the classes they stand in, groups taken apart."""
+    """Names and types of all options, also those inside groups."""
     import typing
 
     hints = typing.get_type_hints(of)
@@ -79,7 +79,7 @@ def _fields(of: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> list[str]:
-    """What a config file says, as arguments, but for what is given on the command line."""
+    """The options of a config file as arguments, without those given on the command line."""
     if path is None:
         return []
     try:
@@ -112,28 +112,28 @@ def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> 
 
 
 def _one_line(text: str, names: Mapping[str, Any]) -> str:
-    """What tyro says in a box, as one line; its first part only, which says what is wrong."""
+    """The first part of tyro's message, which says what is wrong, without its box and in one line."""
     lines = [re.sub(r"[│╭╮╰╯|+]|─{3,}|-{3,}", " ", line).strip() for line in text.splitlines()[1:]]
     first: list[str] = []
-    for line in lines[not lines[:1] or not lines[0] :]:  # a rule below the title, where there is no box
+    for line in lines[not lines[:1] or not lines[0] :]:  # without a box there is a rule below the title
         if not line:
             break
         first.append(line)
-    said = " ".join(first)
-    if found := re.match(r"Unrecognized options: (--[^\s,=]+)", said):
+    message = " ".join(first)
+    if found := re.match(r"Unrecognized options: (--[^\s,=]+)", message):
         option = found[1]
         return f"no option {option}{nearest(option, ['--' + name.replace('_', '-') for name in names])}"
-    if found := re.match(r"Error parsing (\S+): .* instantiated from \[(.*)\]", said):
+    if found := re.match(r"Error parsing (\S+): .* instantiated from \[(.*)\]", message):
         return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
-    if found := re.match(r"Error parsing (\S+): .*: ('.*')$", said):
+    if found := re.match(r"Error parsing (\S+): .*: ('.*')$", message):
         return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
-    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", said):
+    if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", message):
         choices = [choice.strip(" '") for choice in found[3].split(",") if choice.strip(" '") not in ("", "None")]
         return f"{found[2]} {found[1]}: must be one of {', '.join(choices)}{nearest(found[1], choices)}"
-    if said.startswith("Missing from"):
-        missing = re.findall(r"(?<!\S)--[a-z-]+", said)
+    if message.startswith("Missing from"):
+        missing = re.findall(r"(?<!\S)--[a-z-]+", message)
         return f"needs {', '.join(missing)}; --help shows all options"
-    return said
+    return message
 
 
 def _wanted(names: Mapping[str, Any], option: str) -> str:
@@ -142,7 +142,7 @@ def _wanted(names: Mapping[str, Any], option: str) -> str:
 
 
 def write(options: Any, path: Path) -> None:
-    """All options into a config file, as they were taken: `--config FILE` runs the same."""
+    """Write all options into a config file, with which `--config FILE` runs the same again."""
     groups = {
         group.name: {key: _plain(value) for key, value in vars(getattr(options, group.name)).items()}
         for group in dataclasses.fields(options)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes, and at its end."""
+"""Reports on a run: evaluations, lines of progress, samples, and its result in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from lorafamily.batch import LossFn, to_device, weigher
+from lorafamily.batch import LossFn, weigher
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.forms import Conversation
 from lorafamily.chat.generating import answers_to, question_of
@@ -21,18 +21,18 @@ from lorafamily.chat.loss import ChunkedLoss
 from lorafamily.chat.model import Base
 from lorafamily.chat.settings import Train
 from lorafamily.history import History, Step
-from lorafamily.insight.costs import in_units
+from lorafamily.terminal import in_units
 from lorafamily.training.batches import mean_loss
 from lorafamily.training.processes import Processes
 from lorafamily.training.schedule import total_steps
 
-LINES = 20  # of progress in a run, where there is no terminal for a bar
-SAMPLE = 64  # tokens of a sample at most
+LINES = 20  # of progress in a run, if there is no terminal for a bar
+SAMPLE = 64  # the most tokens of a sample
 EPOCHS = 3.0
 
 
 class Reporter:
-    """Of one run: evaluates, prints lines of progress, writes samples to TensorBoard, and puts the end into words."""
+    """For one run: evaluates, prints progress, writes samples to TensorBoard, and describes the result."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class Reporter:
         quiet = options.result.json
         self.bar = sys.stderr.isatty() and not quiet
         self.lines = not self.bar and not quiet and processes.first
-        talks = [one for one in asked if one.messages is not None][: options.evaluation.samples]
-        self.questions = [question_of(base, one.question, one.tools) for one in talks]
-        self.answers = [one.answer for one in talks]
+        talks = [talk for talk in asked if talk.messages is not None][: options.evaluation.samples]
+        self.questions = [question_of(base, talk.question, talk.tools) for talk in talks]
+        self.answers = [talk.answer for talk in talks]
         self.weigh = weigher("tokens", base.model, loss_fn)
         self.board: SummaryWriter | None = None
         self.at = 0
@@ -74,40 +74,35 @@ class Reporter:
             self.board.close()
 
     def step(self, step: Step) -> None:
-        """After each step, in the first process."""
+        """Called after every step, in the first process."""
         self.at = step.step
         self.last = (time.perf_counter() - self.away, self.batches.count.tokens, self.batches.count.places)
         self.first = self.first or self.last
         every = max(1, self.total // LINES)
         if self.lines and (step.step % every == 0 or step.step in (1, self.total)):
             rate = f"  {self.rate:,.0f} tokens/s" if self.rate else ""
-            self.say(f"step {step.step}/{self.total}  loss {step.loss:.4f}  lr {step.lr:.2e}  rank {step.rank}{rate}")
+            self.say(f"step {step.step}/{self.total}  loss {step.loss:.4f}  lr {step.lr:.2e}  slices {step.rank}{rate}")
 
     @property
     def rate(self) -> float:
-        """Tokens per second of this process and, where there are several, all together; 0 where one step says none."""
+        """Tokens per second of all processes together; 0 after a single step."""
         if self.first is None or self.last[0] <= self.first[0]:
             return 0.0
         mine = (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
         return mine * self.processes.world
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        """Loss in nats per token, and perplexity; samples go to TensorBoard."""
+        """Loss in nats per token, and perplexity; writes samples to TensorBoard."""
         assert self.validation is not None
         begun = time.perf_counter()
-        device = next(model.parameters()).device
-
-        def loss(batch: Any) -> torch.Tensor:
-            return self.loss_fn(model, to_device(batch, device))
-
-        value = mean_loss(self.validation, loss, self.weigh, self.processes)
+        value = mean_loss(model, self.validation, self.loss_fn, self.weigh, self.processes)
         if self.processes.first:
             self._samples(model)
-            self._say_loss(value)
+            self._print_loss(value)
         self.away += time.perf_counter() - begun
         return {"loss": value, "perplexity": perplexity(value)}
 
-    def _say_loss(self, value: float) -> None:
+    def _print_loss(self, value: float) -> None:
         line = f"evaluation at step {self.at}: loss {value:.4f}, perplexity {perplexity(value):.2f}"
         if self.bar:
             from tqdm import tqdm
@@ -124,12 +119,12 @@ class Reporter:
             self.board = SummaryWriter(str(self.options.result.out / "log"), filename_suffix=".samples")
         written = answers_to(getattr(model, "_orig_mod", model), self.base.template, self.questions, SAMPLE)
         for number, answer in enumerate(written):
-            parts = {"asked": self.questions[number], "written": answer, "given": self.answers[number]}
-            text = "\n\n".join(f"**{name}**\n\n{_code(value)}" for name, value in parts.items())
+            texts = {"asked": self.questions[number], "written": answer, "given": self.answers[number]}
+            text = "\n\n".join(f"**{name}**\n\n{_code(value)}" for name, value in texts.items())
             self.board.add_text(f"samples/{number + 1}", text, self.at)
 
     def result(self, history: History) -> dict[str, Any]:
-        """For --json."""
+        """The result as data, for --json."""
         losses = history.smoothed_loss()
         return {
             "steps": len(history.steps),
@@ -145,7 +140,7 @@ class Reporter:
         }
 
     def text(self, history: History, out: Path, written: Mapping[str, Path]) -> str:
-        """For people."""
+        """The result in words."""
         found = self.result(history)
         lines = [f"{found['stopped']}: loss {found['loss']['first']:.4f} → {found['loss']['last']:.4f}"]
         if history.evaluations:
@@ -156,7 +151,7 @@ class Reporter:
         peak = f", peak memory {in_units(found['peak memory'])}" if found["peak memory"] else ""
         lines.append(f"{speed}{found['padding']:.1%} padding, {found['seconds']:.1f} s in steps{peak}")
         start, end = found["rank"]["start"], found["rank"]["end"]
-        ranks = f"rank {start}" if start == end else f"rank {start} → {end}"
+        ranks = f"{start} slices" if start == end else f"{start} → {end} slices"
         lines.append(f"{out}: adapter ({ranks}), run.yaml, log/" + "".join(f", {p.name}" for p in written.values()))
         adapter = f"--model {self.options.model.model} --adapter {out}"
         lines.append(f'try it:   lorafamily generate {adapter} "Hello"')
@@ -165,12 +160,12 @@ class Reporter:
 
 
 def perplexity(loss: float) -> float:
-    """e to the loss; infinite where that is too large for a float."""
+    """e to the loss; infinite if that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def _peak() -> int | None:
-    """Bytes: of the GPU if there is one, otherwise of the process."""
+    """The most memory used, in bytes: on the GPU if there is one, otherwise by the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     try:
@@ -182,5 +177,5 @@ def _peak() -> int | None:
 
 
 def _code(text: str) -> str:
-    """As Markdown that changes nothing in it."""
+    """As a code block in Markdown, which leaves the text as it is."""
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])

@@ -1,4 +1,4 @@
-"""Rows from files and from the hub, each with the place it came from, so that an error can name it."""
+"""Rows from files and from the hub, each with its place, so that an error can name it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 from lorafamily.errors import DataError
 from lorafamily.terminal import nearest
 
-KINDS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".parquet")
 
 
 class RowError(Exception):
-    """What is wrong with one row; `read` and `conversations` add the place."""
+    """Something is wrong with a row; `read` and `conversations` add its place."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the file has it. `place`: such as "chats.jsonl, line 3"."""
+    """A row of a file. `place`: such as "chats.jsonl, line 3"."""
 
     place: str
     values: dict[str, Any]
 
 
 class Complaints:
-    """Gathers what is wrong with rows, so that the message has the first place and says how many more there are."""
+    """Collects what is wrong with rows, for a message with the first place and the number of others."""
 
     def __init__(self) -> None:
         self.first, self.count = "", 0
@@ -40,8 +40,9 @@ class Complaints:
         self.count += 1
 
     def raise_if_any(self) -> None:
-        """Raises:
-        DataError: something was added.
+        """
+        Raises:
+            DataError: something was added.
         """
         if self.count:
             more = f" (and {self.count - 1} more rows are wrong)" if self.count > 1 else ""
@@ -57,16 +58,17 @@ def read(source: str, split: str = "train") -> list[Row]:
         split: of a data set on the hub.
 
     Raises:
-        DataError: nothing there, another kind of file, or rows that cannot be read: the first place, with the reason.
+        DataError: no such file, an unknown type of file, or rows that cannot be read; the message has the first place
+            and the reason.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and _kind(file))
+        files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file))
         if not files:
-            raise DataError(f"{path}: the folder has no file that ends in {', '.join(KINDS)}")
+            raise DataError(f"{path}: the folder has no file that ends in {', '.join(SUFFIXES)}")
     elif path.is_file():
-        if not _kind(path):
-            raise DataError(f"{path}: data must end in {', '.join(KINDS)}, or be a folder of such files")
+        if not _suffix(path):
+            raise DataError(f"{path}: data must end in {', '.join(SUFFIXES)}, or be a folder of such files")
         files = [path]
     elif path.suffix or path.is_absolute() or source.startswith((".", "~")):
         around = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -82,22 +84,22 @@ def read(source: str, split: str = "train") -> list[Row]:
     return rows
 
 
-def _kind(path: Path) -> str:
-    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if path.name.lower().endswith(kind)), "")
+def _suffix(path: Path) -> str:
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), "")
 
 
 def _from_file(path: Path, complaints: Complaints) -> list[Row]:
-    kind = _kind(path)
-    if kind == ".parquet":
+    suffix = _suffix(path)
+    if suffix == ".parquet":
         return _parquet(path)
     try:
         data = path.read_bytes()
-        if kind.endswith(".gz"):
+        if suffix.endswith(".gz"):
             data = gzip.decompress(data)
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error}); nothing was trained") from None
     reading: Callable[[Path, bytes, Complaints], Iterator[Row]]
-    reading = _csv if kind.startswith(".csv") else _json if kind == ".json" else _json_lines
+    reading = _csv if suffix.startswith(".csv") else _json if suffix == ".json" else _json_lines
     return list(reading(path, data.removeprefix(b"\xef\xbb\xbf"), complaints))
 
 
@@ -111,10 +113,10 @@ def _json_lines(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    """One line of JSON lines.
+    """A line of a JSON lines file.
 
     Raises:
-        RowError: empty, not UTF-8, not JSON, or no object.
+        RowError: it is empty, not UTF-8, not JSON, or no object.
     """
     if not line.strip():
         raise RowError("the line is empty")
@@ -132,14 +134,8 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _named(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        int: "a number",
-        float: "a number",
-        bool: "true or false",
-    }
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    names |= {int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
@@ -174,9 +170,9 @@ def _csv(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
         for values in reader:
             place = f"{path}, line {reader.line_num}"
             if None in values or None in values.values():
-                said = len(reader.fieldnames or ())
-                given = said + len(values.get(None, ())) - sum(value is None for value in values.values())
-                complaints.add(place, f"{given} columns, where the header has {said}")
+                columns = len(reader.fieldnames or ())
+                given = columns + len(values.get(None, ())) - sum(value is None for value in values.values())
+                complaints.add(place, f"{given} columns, where the header has {columns}")
             else:
                 yield Row(place, {key: value for key, value in values.items() if value != ""})
     except csv.Error as error:
@@ -214,5 +210,5 @@ def _from_hub(name: str, split: str) -> list[Row]:
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Columns of tables are there in every row; what is null was not given."""
+    """Tables have every column in every row; null means that a value was not given."""
     return {key: value for key, value in row.items() if value is not None}

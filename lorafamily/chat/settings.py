@@ -1,4 +1,4 @@
-"""The options of the three commands, typed; groups of `--help` and of a config file are the classes here."""
+"""The options of the three commands; the classes are the groups of `--help` and of a config file."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What is learnt from."""
+    """The data."""
 
     data: tuple[str, ...]
     """Files (.jsonl, .json, .csv, each also .gz, .parquet), folders of such files, or names on the hub."""
     split: str = "train"
-    """Of data sets on the hub."""
+    """Split of data sets on the hub."""
     validation_data: str | None = None
     """Rows to evaluate on, instead of a share of the data."""
     eval_share: float = 0.05
     """Share of the rows kept for evaluation, drawn by the seed; 0: none."""
     loss_on: Literal["assistant", "everything"] = "assistant"
-    """Which tokens are learnt: what the assistant says, end-of-turn token included, or all of them."""
+    """Which tokens count in the loss: the assistant's, with end-of-turn tokens, or all."""
     length: int = 1024
-    """Tokens of a row at most; of a packed row exactly."""
+    """The most tokens of a row; the tokens of a packed row."""
     too_long: Literal["cut", "drop"] = "cut"
-    """What becomes of longer rows."""
+    """What happens to longer rows."""
     preview: int | None = None
-    """Print so many rows with the learnt tokens coloured, and train nothing."""
+    """Print so many rows with the tokens that count coloured, and stop."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class MethodOptions:
     rank: int | None = None
     """Of every layer, instead of a budget."""
     rank_budget: int | None = None
-    """Rank slices of all layers together, instead of a budget."""
+    """Slices of all layers together, instead of a budget."""
     budget_at: Literal["peak", "end"] = "peak"
     """Whether the budget holds at every step, or at the end of a method that prunes."""
     targets: tuple[str, ...] = ()
     """Regular expressions for the layers to adapt, or "attention"; none: all linear layers but the head."""
     exclude: tuple[str, ...] = ()
-    """What of these is left out."""
+    """Regular expressions for layers to leave out."""
     also_train: tuple[str, ...] = ()
     """Regular expressions for parameters that train too."""
     dropout: float = 0.0
@@ -82,20 +82,20 @@ class MethodOptions:
     """Options of the method, such as alpha=32 rounds=4."""
 
     def arguments(self) -> dict[str, Any]:
-        """Of `lorafamily.apply` and `lorafamily.plan`.
+        """The arguments of `lorafamily.apply` and `lorafamily.plan`.
 
         Raises:
-            DataError: an option of the method without a value.
+            DataError: an option of the method has no value.
         """
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        own = dict(map(_method_option, given.pop("method_options")))
+        options = dict(map(_method_option, given.pop("method_options")))
         for name in ("targets", "exclude", "also_train"):
             given[name] = given[name] or None
             if given[name] in (("attention",), ("all-linear",)):
                 given[name] = given[name][0]
             elif given[name]:
                 given[name] = list(given[name])
-        return given | own
+        return given | options
 
 
 def _method_option(text: str) -> tuple[str, Any]:
@@ -110,13 +110,13 @@ class BatchOptions:
     """How rows become batches."""
 
     batch: int = 8
-    """Rows of a batch; with --pack packed rows."""
+    """Rows of a batch; with --pack, packed rows."""
     pack: bool = False
-    """Put several rows into one of --length tokens; none sees another."""
+    """Put several rows into one of --length tokens; they do not see each other."""
     accumulate: int = 1
-    """Batches of an optimiser step."""
+    """Batches per optimiser step."""
     chunk: int = 256
-    """Tokens whose logits are in memory at a time; 0: all, the model's own loss."""
+    """Tokens whose logits are in memory at a time; 0: all, with the model's own loss."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class OptimisationOptions:
     steps: int | None = None
     """Optimiser steps, instead of --epochs."""
     epochs: float | None = None
-    """Rounds through the data; 3 unless said."""
+    """Passes through the data; 3 by default."""
     lr: float | Literal["auto"] | None = None
-    """Peak learning rate; 0.001 unless said. LoRA² and AdaLoRA want more, OLoRA less. auto: lorafamily.suggest_lr's."""
+    """Peak learning rate; 0.001 by default. LoRA² and AdaLoRA want more, OLoRA less. auto: lorafamily.suggest_lr's."""
     head_lr: float | None = None
-    """Of what --also-train names; ten times --lr unless said."""
+    """Of what --also-train names; ten times --lr by default."""
     up_lr: float | None = None
     """Of the up factors (LoRA+)."""
     weight_decay: float | None = None
@@ -138,7 +138,7 @@ class OptimisationOptions:
     warmup: int | float = 0.06
     """Share of the run, or whole number of steps, in which the rate rises."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How it goes on."""
+    """Of the rate after the warm-up."""
     floor: float = 0.0
     """Share of the peak below which it does not fall."""
     max_grad_norm: float = 1.0
@@ -149,14 +149,14 @@ class OptimisationOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Looks at the run while it goes."""
+    """Evaluation during the run."""
 
     evaluate_every: int | None = None
-    """Steps between evaluations; none: ten in all."""
+    """Steps between evaluations; by default there are ten."""
     patience: int | None = None
     """Stop after so many evaluations without a lower loss."""
     restore_best: bool = False
-    """Save the adapter of the best evaluation and not the last."""
+    """Save the adapter of the best evaluation instead of the last."""
     samples: int = 2
     """Evaluation rows whose answers are generated at each evaluation and shown on TensorBoard."""
 
@@ -172,9 +172,9 @@ class ExecutionOptions:
     checkpoint_activations: bool = False
     """Compute activations again in the backward instead of keeping them."""
     skip_nonfinite: int = 0
-    """Steps in a row that may be skipped because a number is not finite."""
+    """Steps in a row that may be skipped because the loss or a gradient is not finite."""
     check_gradients: bool = True
-    """Refuse to go on where adapters get no gradient."""
+    """Refuse to go on if adapters get no gradient."""
 
 
 @dataclass(frozen=True)
@@ -182,17 +182,17 @@ class ResultOptions:
     """What is written, and where."""
 
     out: Path | None = None
-    """Folder of the result; the same command again goes on where it stopped."""
+    """Folder of the result; the same command resumes an interrupted run there."""
     save_every: int | None = None
-    """Steps between checkpoints; none: ten in all."""
+    """Steps between checkpoints; by default there are ten."""
     keep: int = 2
-    """Checkpoints that stay, besides the best."""
+    """Checkpoints to keep, besides the best."""
     resume: Literal["auto", "anyway"] = "auto"
-    """anyway: go on with other settings too, such as more steps."""
+    """anyway: resume even with other settings, such as more steps."""
     export: tuple[Export, ...] = ()
     """Besides the adapter: a folder for peft, one for inference servers, a merged checkpoint, a GGUF file."""
     dry_run: bool = False
-    """Say what it would take, and stop."""
+    """Print what the run would take, and stop."""
     json: bool = False
     """Print a JSON object at the end, and no progress."""
 
@@ -216,26 +216,14 @@ class Train:
         return self.result.json
 
 
-@dataclass(frozen=True)
-class Generate:
-    """Let a model with an adapter answer."""
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """What `generate` and `evaluate` have in common."""
 
-    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What the user says, each an own conversation; none: standard input."""
     model: str | None = None
-    """The base; none: that of the adapter's run."""
-    adapter: Path | None = None
-    """Folder that lorafamily train or lorafamily.save wrote; none: the base alone."""
-    system: str | None = None
-    """What the system message says."""
+    """The base; by default that of the first adapter's run."""
     max_new: int = 256
-    """Tokens of an answer at most."""
-    temperature: float = 0.0
-    """0: the likeliest token each time."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
-    seed: int = 0
-    """Of what is drawn."""
+    """The most tokens of an answer."""
     dtype: Dtype = "auto"
     """Of the base's weights."""
     quantise: Literal["nf4"] | None = None
@@ -243,45 +231,49 @@ class Generate:
     device: str = "auto"
     """Such as cuda:1 or cpu."""
     template: str | None = None
-    """File with a chat template, or "plain"; none: that of the adapter's run, or the model's own."""
+    """File with a chat template, or "plain"; by default that of the first adapter's run, or the model's own."""
     json: bool = False
     """Print a JSON object."""
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Generate(Inference):
+    """Let a model with an adapter answer."""
+
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What the user says, each in a conversation of its own; none: from standard input."""
+    adapter: Path | None = None
+    """Folder that lorafamily train or lorafamily.save wrote; none: the base alone."""
+    system: str | None = None
+    """The system message."""
+    temperature: float = 0.0
+    """0: take the likeliest token each time."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Inference):
     """Loss, perplexity and exact match on a file of conversations, for the base and for each adapter."""
 
     data: tuple[str, ...]
     """As lorafamily train takes it."""
     adapter: tuple[Path, ...] = ()
     """Folders that lorafamily train or lorafamily.save wrote."""
-    model: str | None = None
-    """The base; none: that of the first adapter's run."""
     split: str = "test"
-    """Of data sets on the hub."""
+    """Split of data sets on the hub."""
     loss_on: Literal["assistant", "everything"] = "assistant"
     """Which tokens count."""
     length: int = 1024
-    """Tokens of a row at most; longer ones are cut."""
+    """The most tokens of a row; longer ones are cut."""
     batch: int = 8
     """Rows at a time."""
     generate: int = 50
     """Rows whose last answer is generated and compared with the one given; 0: none."""
-    max_new: int = 256
-    """Tokens of an answer at most."""
     chunk: int = 256
     """Tokens whose logits are in memory at a time; 0: all."""
-    dtype: Dtype = "auto"
-    """Of the base's weights."""
-    quantise: Literal["nf4"] | None = None
-    """Hold the base in 4 bits."""
-    device: str = "auto"
-    """Such as cuda:1 or cpu."""
-    template: str | None = None
-    """File with a chat template, or "plain"; none: that of the first adapter's run, or the model's own."""
-    json: bool = False
-    """Print a JSON object."""
 
 
 EXAMPLES = {

@@ -1,10 +1,9 @@
-"""Chat templates: the text of a conversation, and which of its characters the assistant says.
+"""Chat templates: the text of a conversation, and which of its characters are the assistant's.
 
-Templates with generation marks ({% generation %}) say so themselves. For all others the conversation is rendered again
-with two characters of Unicode's private use area around each thing that the assistant says, which finds its place in
-the text whatever the template does around it; a turn begins where the generation prompt of the conversation so far
-ends, since from there on the model writes itself, and it ends with the end-of-turn token, which the model must learn to
-write.
+Templates with generation marks ({% generation %}) say so. For all others the conversation is rendered again with two
+characters of Unicode's private use area around each content of the assistant, which shows where the content is,
+whatever the template writes around it. A turn begins where the generation prompt for the conversation so far ends,
+since the model writes what follows, and it ends with the end-of-turn token, which the model must learn to write.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}"
 )
-"""For tokenizers without a template: a heading for each role, and the end-of-text token after the assistant's words."""
+"""For tokenizers without a template: a heading for each role, and the end-of-text token after the assistant's
+content."""
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Template:
-    """A template with the tokenizer whose special tokens it writes.
+    """A template, with the tokenizer whose special tokens it uses.
 
     Args:
         tokenizer: of transformers.
@@ -49,19 +49,19 @@ class Template:
         )
 
     def render(self, messages: Messages, *, prompt: bool = False, tools: list[Any] | None = None) -> str:
-        """The conversation as text. `prompt`: with what comes before an answer of the assistant.
+        """The conversation as text. `prompt`: with the generation prompt for the assistant's next answer.
 
         Raises:
-            RowError: the template refuses it, such as a system message that it does not know.
+            RowError: the template refuses it, for example a system message.
         """
         return self._rendered(messages, prompt, tools)[0]
 
     def spans(self, messages: Messages, tools: list[Any] | None = None) -> tuple[str, list[Span]]:
-        """The conversation as text and what of it the assistant says, as [begin, end) in characters, end-of-turn token
-        included.
+        """The conversation as text, and the spans of the assistant's turns, as [begin, end) in characters, end-of-turn
+        tokens included.
 
         Raises:
-            RowError: the template refuses it, or changes what the assistant says so that its place is unknown.
+            RowError: the template refuses it, or changes the assistant's content so that it cannot be found.
         """
         if self.marked:
             text, spans = self._rendered(messages, False, tools, marks=True)
@@ -75,7 +75,7 @@ class Template:
         return text, [(begin, end) for begin, end in spans if end > begin]
 
     def _span(self, messages: Messages, at: int, text: str, content: Span | None, tools: list[Any] | None) -> Span:
-        """Of message `at`. `content`: where its content is, as far as that is known."""
+        """The span of message `at`. `content`: that of its content, if known."""
         floor = self._begin(messages, at, text, tools)
         if content is not None:
             begin = min(floor, content[0])
@@ -91,40 +91,41 @@ class Template:
         return floor, floor + self._length_of_end(shared[floor:], last=True)
 
     def _begin(self, messages: Messages, at: int, text: str, tools: list[Any] | None) -> int:
-        """Where the model begins to write message `at`: the end of the generation prompt, as far as the text has it."""
+        """Where the model begins to write message `at`: at the end of the generation prompt, as far as it is in the
+        text."""
         try:
             prompt = self.render(messages[:at], prompt=True, tools=tools)
         except RowError:
             if at:
                 raise
-            return len(text)  # of nothing said before, which templates need not know; the content decides
+            return len(text)  # a template may refuse an empty conversation; the content decides
         content = messages[at]["content"].strip()[:20]
         unprompted = prompt == self.render(messages[:at], tools=tools)  # the template has no generation prompt
         if unprompted and not text[len(prompt) :].lstrip(" ").startswith(content):
-            return len(text)  # but a heading, which the content's place tells from it
+            return len(text)  # but a heading, after which the content comes
         return len(_shared(prompt, text))
 
     def _ends(self, messages: Messages, text: str, tools: list[Any] | None) -> dict[int, Span]:
-        """Where the content of each message of the assistant is, from a rendering with characters around it that no
-        text has. What a template writes in other words, or leaves out, is not in the answer."""
+        """The span of the content of each message of the assistant, from a rendering with unused characters around it.
+        Contents that the template changes or leaves out are not in the result."""
         before, after = _unused(text + "".join(str(message["content"]) for message in messages))
-        said = [
+        contents = [
             at for at, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()
         ]
-        marked = [_around(m, before, after) if at in said else m for at, m in enumerate(messages)]
+        marked = [_around(m, before, after) if at in contents else m for at, m in enumerate(messages)]
         try:
             rendered = self.render(marked, tools=tools)
         except RowError:
             return {}
-        if rendered.replace(before, "").replace(after, "") != text or rendered.count(after) != len(said):
+        if rendered.replace(before, "").replace(after, "") != text or rendered.count(after) != len(contents):
             return {}
         found: dict[int, Span] = {}
-        position, begin, ended = 0, None, iter(said)
+        position, begin, ended = 0, None, iter(contents)
         for character in rendered:
             if character == before:
                 begin = position
             elif character == after:
-                # without the first: a template that keeps only what follows a part, such as a train of thought
+                # begin is None if the template cut the start of the content, such as a train of thought
                 found[next(ended)] = (len(text) if begin is None else begin, position)
                 begin = None
             else:
@@ -141,14 +142,14 @@ class Template:
         return _shared(rest, until.rpartition(after)[2])
 
     def _length_of_end(self, tail: str, last: bool) -> int:
-        """How much of what follows belongs to the turn: through its first (or last) special token, and without any all
-        but white space at the end."""
+        """How much of what follows belongs to the turn: up to and including its first (or last) special token; without
+        any, all except white space at the end."""
         found = list(self._special.finditer(tail)) if self._special else []
         return found[-1 if last else 0].end() if found else len(tail.rstrip())
 
     def _through_end(self, text: str, begin: int, end: int) -> int:
-        """Marks often leave out the token that ends the turn; where it follows directly, it is learnt too. White space
-        at the end is not: nothing is written after that token."""
+        """The end of a marked span, moved behind the token that ends the turn, which marks often leave out. White space
+        at the end is cut off: the model writes nothing after that token."""
         inside = text[begin:end]
         found = list(self._special.finditer(inside)) if self._special else []
         if found and not inside[found[-1].end() :].strip():
@@ -172,13 +173,13 @@ class Template:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            said = str(error).splitlines()[0] if str(error) else repr(error)
-            raise RowError(f"the chat template refuses it ({said})") from None
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            raise RowError(f"the chat template refuses it ({reason})") from None
         return texts[0], [(begin, end) for begin, end in spans[0]] if marks else []
 
 
 def _around(message: dict[str, Any], before: str, after: str) -> dict[str, Any]:
-    """The message with a character before and after its content, inside white space, which templates trim."""
+    """The message with a character before and after its content, inside of white space, which templates strip."""
     content = message["content"]
     core = content.strip()
     lead = content[: len(content) - len(content.lstrip())]
@@ -186,12 +187,12 @@ def _around(message: dict[str, Any], before: str, after: str) -> dict[str, Any]:
 
 
 def _unused(text: str) -> tuple[str, str]:
-    """Two characters for private use that are not in the text."""
+    """Two characters of the private use area that are not in the text."""
     found = [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text]
     return found[0], found[1]
 
 
 def _shared(one: str, other: str) -> str:
-    """The characters with which both texts begin."""
+    """The longest common beginning of two texts."""
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(character for character, _ in pairs)

@@ -1,4 +1,4 @@
-"""Conversations as tokens, with a mark at each that is learnt."""
+"""Conversations as tokens, each marked as counting in the loss or not."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TooLong = Literal["cut", "drop"]
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row. `ids`: of its tokens; `learnt`: which of them count in the loss. The first never does: nothing comes
-    before it."""
+    """One row. `ids`: of its tokens; `learnt`: which of them count in the loss. The first never does, since nothing
+    predicts it."""
 
     ids: NDArray[np.int32]
     learnt: NDArray[np.bool_]
@@ -33,16 +33,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Rows that are trained, and what became of the others. `kept`: the conversations of these rows; `cut`: rows that
-    were longer than allowed; `dropped`: rows left out, because they were too long or nothing learnt was left."""
+    """Rows to train on. `kept`: their conversations; `cut`: how many were cut to the allowed length; `dropped`: how
+    many rows were left out, because they were too long or no token that counts was left."""
 
     rows: list[Tokens]
     kept: list[Conversation]
     cut: int = 0
     dropped: int = 0
 
-    def said(self) -> str:
-        """In one line."""
+    def line(self) -> str:
+        """A summary in one line."""
         tokens, learnt = sum(map(len, self.rows)), sum(int(row.learnt.sum()) for row in self.rows)
         more = [f"{self.cut} cut"] if self.cut else []
         more += [f"{self.dropped} left out"] if self.dropped else []
@@ -63,7 +63,7 @@ def tokenised(
     """Every conversation as tokens of at most `length`.
 
     Raises:
-        DataError: the template refuses rows (the first place and reason), or no row is left.
+        DataError: the template refuses rows (the message has the first place and the reason), or no row is left.
     """
     rows, kept, complaints = list[Tokens](), list[Conversation](), Complaints()
     cut = dropped = 0
@@ -110,8 +110,8 @@ def tokens_of(conversation: Conversation, template: Template, loss_on: LossOn = 
 
 
 def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens end within a span. One that begins before it and ends within, such as a space with the first word,
-    is written by the model and not given to it, since the prompt ends where the span begins."""
+    """Which tokens end within a span. A token that begins before it, such as a space with the first word, counts: the
+    prompt ends where the span begins, so the model writes the whole token."""
     learnt = [False] * len(offsets)
     for begin, end in spans:
         for at, (first, last) in enumerate(offsets):
@@ -127,12 +127,12 @@ def _row(ids: Sequence[int], learnt: Sequence[bool]) -> Tokens:
 
 
 def pieces(row: Tokens, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The text of a row, tokens that are learnt and that are not apart."""
+    """The text of a row in pieces, and whether each is learnt."""
     for learnt, group in groupby(zip(row.ids.tolist(), row.learnt.tolist(), strict=True), key=lambda pair: pair[1]):
         yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), learnt
 
 
 def preview(row: Tokens, tokenizer: Any, colour: bool) -> str:
-    """A row to look at: what is learnt in green, or between « and » where there are no colours."""
+    """The text of a row, with what is learnt in green or, without colours, between « and »."""
     before, after = ("\x1b[1;32m", "\x1b[0m") if colour else ("«", "»")
     return "".join(f"{before}{text}{after}" if learnt else text for text, learnt in pieces(row, tokenizer))

@@ -1,10 +1,10 @@
 """The command `lorafamily train`: from a file of conversations to a folder with an adapter.
 
 OUT/adapter.safetensors, adapter.json   the adapter, as lorafamily.save writes it
-OUT/run.yaml                            all options, as they were taken
+OUT/run.yaml                            all options
 OUT/chat_template.jinja                 the template it was trained with
 OUT/log/                                TensorBoard's events, steps, allocation, pictures, checkpoints
-OUT/peft, serving, merged, model.gguf   on request
+OUT/peft, serving, merged, model.gguf   if asked for
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from lorafamily.terminal import coloured
 from lorafamily.training.processes import Processes
 
 LOG = "log"
-LEAK = 0.1  # half precision rounds to 1e-2; a row that sees another changes by about 1
+LEAK = 0.1  # rounding in half precision changes logits by 1e-2, seeing another row by about 1
 
 
 @dataclass
@@ -54,16 +54,16 @@ class Data:
     validation: list[Tokens]
     asked: list[Conversation]
     """Conversations of the rows to evaluate on."""
-    said: str
+    line: str
     """What was read, in one line."""
 
 
-def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-    """The command: what it found, and as text. `say`: prints a line before the result is there.
+def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Run the command; returns its result as data and as text. `say` prints a line meanwhile.
 
     Raises:
-        DataError: rows that cannot be read or packed; nothing was trained, and nothing written.
-        LoraFamilyError: options, models and folders that do not fit; or what `lorafamily.train` raises.
+        DataError: rows cannot be read or packed; nothing was trained or written.
+        LoraFamilyError: options, model and folder do not fit, or what `lorafamily.train` raises.
         Interrupted: a signal stopped the run, and it is saved.
     """
     quiet()
@@ -72,7 +72,7 @@ def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], s
     data = read_data(options, template)
     if options.data.preview is not None:
         return _preview(options, data, template)
-    say(data.said)
+    say(data.line)
     device = _device(options)
     base = read_base(options.model.model, options.model.dtype, options.model.quantise, device, template)
     if options.result.dry_run:
@@ -107,7 +107,7 @@ def train(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], s
 
 
 def _device(options: Train) -> torch.device:
-    """Of this process; torchrun's processes take a GPU each."""
+    """The device of this process; of torchrun's processes each takes a GPU."""
     device = device_of(options.model.device)
     if device.type == "cuda" and device.index is None and (local := os.environ.get("LOCAL_RANK")):
         torch.cuda.set_device(int(local))
@@ -116,10 +116,10 @@ def _device(options: Train) -> torch.device:
 
 
 def read_data(options: Train, template: Any) -> Data:
-    """Rows as tokens, and which of them are for evaluation.
+    """Rows as tokens, to train and to evaluate on.
 
     Raises:
-        DataError: a row that is no conversation, or none left.
+        DataError: a row is no conversation, or no row is left.
     """
     given = options.data
 
@@ -131,18 +131,20 @@ def read_data(options: Train, template: Any) -> Data:
 
     found = taken(given.data)
     if given.validation_data is not None:
-        apart = taken((given.validation_data,))
-        return Data(found.rows, apart.rows, apart.kept, f"{found.said()}; {len(apart.rows):,} for evaluation")
+        validation = taken((given.validation_data,))
+        return Data(
+            found.rows, validation.rows, validation.kept, f"{found.line()}; {len(validation.rows):,} for evaluation"
+        )
     count = max(1, round(given.eval_share * len(found.rows))) if given.eval_share else 0
     if count and len(found.rows) < 2:
         raise DataError("one row cannot be shared between training and evaluation; add rows, or --eval-share 0")
     order = torch.randperm(len(found.rows), generator=torch.Generator().manual_seed(options.optimisation.seed)).tolist()
-    held = sorted(order[:count])
+    held_out = sorted(order[:count])
     return Data(
         [found.rows[at] for at in sorted(order[count:])],
-        [found.rows[at] for at in held],
-        [found.kept[at] for at in held],
-        f"{found.said()}; {count:,} for evaluation",
+        [found.rows[at] for at in held_out],
+        [found.kept[at] for at in held_out],
+        f"{found.line()}; {count:,} for evaluation",
     )
 
 
@@ -152,13 +154,13 @@ def _preview(options: Train, data: Data, template: Any) -> tuple[dict[str, Any],
     colour = coloured(sys.stdout) and not options.result.json
     texts = [preview(row, template.tokenizer, colour) for row in data.train[: options.data.preview]]
     marks = "in green" if colour else "between « and »"
-    head = [f"{data.said}", f"learnt tokens are {marks}"]
+    head = [f"{data.line}", f"learnt tokens are {marks}"]
     parts = [f"── row {at} ──\n{text}" for at, text in enumerate(texts, 1)]
-    return {"rows": texts, "data": data.said}, "\n".join([*head, *parts])
+    return {"rows": texts, "data": data.line}, "\n".join([*head, *parts])
 
 
 def batches_of(options: Train, base: Base, data: Data, processes: Processes) -> tuple[ChatBatches, ChatBatches | None]:
-    """Batches to train on, divided among the processes, and to evaluate on, the same in all."""
+    """Batches to train on, which are divided among the processes, and to evaluate on, which are the same in all."""
     given, pad = options.batches, pad_of(base.tokenizer)
     batches = ChatBatches(
         data.train,
@@ -176,15 +178,16 @@ def batches_of(options: Train, base: Base, data: Data, processes: Processes) -> 
 
 
 def adapted(options: Train, base: Base, batches: ChatBatches, loss_fn: LossFn) -> None:
-    """Put the adapters on."""
+    """Apply the adapters."""
     method = options.method
     more: dict[str, Any] = {}
-    if find(method.method).looks_at_data:  # the same in all processes
+    if find(method.method).looks_at_data:  # and sees the same in all processes
         more = {"data": _of_all_processes(batches), "loss_fn": loss_fn}
     lorafamily.apply(base.model, seed=options.optimisation.seed, **method.arguments(), **more)
 
 
 def _of_all_processes(batches: ChatBatches) -> ChatBatches:
+    """The same batches, undivided."""
     return dataclasses.replace(batches, rank=0, num_replicas=1, count=Count())
 
 
@@ -192,14 +195,14 @@ def adapters_line(options: Train, base: Base) -> str:
     """What was adapted, in one line."""
     trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
     ranks = [adapter.rank for adapter in placement_of(base.model).adapters.values()]
-    return f"{options.method.method}: {trained:,} trainable parameters, rank {sum(ranks):,} on {len(ranks)} layers"
+    return f"{options.method.method}: {trained:,} trainable parameters, {sum(ranks):,} slices on {len(ranks)} layers"
 
 
 def begin_folder(options: Train, template: str) -> bool:
-    """What the result has from the beginning on; whether there was nothing yet.
+    """Write the options and the template into the folder; returns whether it was new.
 
     Raises:
-        FileError: it cannot be written.
+        FileError: they cannot be written.
     """
     out = options.result.out
     assert out is not None
@@ -249,7 +252,7 @@ def _run(
 
 
 def finish(options: Train, base: Base, history: History, reporter: Reporter) -> tuple[dict[str, Any], str]:
-    """Save, export, and say what came out.
+    """Save and export the adapter; returns the result as data and as text.
 
     Raises:
         TrainingError: no step was made.
@@ -261,7 +264,7 @@ def finish(options: Train, base: Base, history: History, reporter: Reporter) -> 
         raise TrainingError("no step was made")
     lorafamily.save(base.model, out)
     write_card(out, base.model, placement_of(base.model), NATIVE, options.model.model)
-    write(options, out / RUN)  # with what a run that went on was given
+    write(options, out / RUN)  # a resumed run may have been given others
     for picture in (out / LOG).glob("*.png"):
         shutil.copyfile(picture, out / picture.name)
     written = exporting.export(options.result.export, options.model.model, base, out)

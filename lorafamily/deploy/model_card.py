@@ -11,7 +11,6 @@ from torch import nn
 
 from lorafamily.deploy.folder import write_text
 from lorafamily.deploy.peft_config import found_at, task_of
-from lorafamily.insight.figures import rank_heatmap, save
 from lorafamily.layers.state import Placement
 
 CARD, PICTURE = "README.md", "ranks.png"
@@ -39,7 +38,10 @@ def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str
         return
     start = {at: adapter.initial_rank for at, adapter in placement.adapters.items()}
     ranks = {at: adapter.rank for at, adapter in placement.adapters.items()}
-    save(rank_heatmap(start, ranks, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
+    from lorafamily.insight.drawing import save as draw  # matplotlib takes long to import
+    from lorafamily.insight.heatmaps import rank_heatmap
+
+    draw(rank_heatmap(start, ranks, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
     write_text(card, _text(model, placement, layout, base or found_at(model)))
 
 

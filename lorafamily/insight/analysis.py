@@ -1,7 +1,7 @@
-"""What an update is, against the weight it updates and against other updates: section 7 of the LoRA paper.
+"""Updates compared with the weights they update and with other updates: section 7 of the LoRA paper.
 
-Everything is computed from the factors, ΔW = s · U V, in float64: decompositions are of m × d factors and m × m cores,
-never of a d_out × d_in update. Axes: d_in, d_out of the weight; m = inner size of the factors; i, j count directions.
+Everything is computed from the factors, ΔW = s · U V, in float64: what is decomposed are m × d factors and m × m cores,
+never the d_out × d_in update. Axes: d_in, d_out of the weight; m = inner size of the factors; i, j count directions.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from lorafamily.layers.target import Target
 from lorafamily.names import place_of
 
 Side = Literal["down", "up"]
-"""Of the factors: down is V, its directions are in R^{d_in}; up is U, its directions are in R^{d_out}."""
+"""A factor: "down" is V, with directions in R^{d_in}; "up" is U, with directions in R^{d_out}."""
 
 
 @torch.no_grad()
 def directions(adapter: Adapter, side: Side = "down") -> Float[Tensor, "k d"]:
     """Orthonormal directions of a factor, the strongest first: right singular vectors of V, left ones of U.
 
-    As many as the factor's rank, to rounding (LoRA, sec. 7.2). With a frozen start the factors are those of ΔW.
+    There are as many as the factor's rank, up to rounding (LoRA, sec. 7.2). If a frozen copy of the initialisation is
+    subtracted, the factors are those of the difference, ΔW.
 
     Raises:
         StateError: no such side.
@@ -44,8 +45,7 @@ def directions(adapter: Adapter, side: Side = "down") -> Float[Tensor, "k d"]:
 def similarity(one: Float[Tensor, "k d"], other: Float[Tensor, "l e"]) -> Float[Tensor, "k l"]:
     """φ(i, j) = ‖one[:i] other[:j]ᵀ‖²_F / min(i, j), for every i and j from 1 (LoRA, eq. 4).
 
-    The share of one subspace that lies in the other: 1 where the smaller is contained, near max(i, j) / d for random
-    ones.
+    The share of one subspace that lies in the other: 1 if the smaller is contained, near max(i, j) / d for random ones.
 
     Args:
         one, other: orthonormal directions as rows, see `directions`.
@@ -64,7 +64,7 @@ def similarity(one: Float[Tensor, "k d"], other: Float[Tensor, "l e"]) -> Float[
 
 
 def random_directions(k: int, d: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
-    """k orthonormal directions of a uniformly random subspace of R^d, what φ is held against."""
+    """k orthonormal directions of a uniformly random subspace of R^d, to compare φ with."""
     gaussian = torch.randn(d, k, dtype=torch.float64, device="cpu", generator=generator)
     return torch.linalg.qr(gaussian).Q.T
 
@@ -75,7 +75,7 @@ def spectrum(adapter: Adapter) -> Float[Tensor, " m"]:
 
 
 def effective_rank(values: Float[Tensor, " m"]) -> float:
-    """exp of the entropy of values / Σ values: how many directions really carry an update; 0 for none.
+    """exp of the entropy of values / Σ values: how many directions carry the update; 0 for a zero update.
 
     Source: Roy and Vetterli 2007, "The effective rank".
     """
@@ -87,9 +87,9 @@ def effective_rank(values: Float[Tensor, " m"]) -> float:
 
 
 def leading(W: Float[Tensor, "d_out d_in"], k: int) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "k d_in"]]:
-    """The k strongest left and right singular vectors of a weight, by Lanczos, so that W is not decomposed whole."""
+    """The k strongest left and right singular vectors of a weight, by Lanczos, which does not decompose all of W."""
     matrix = W.detach().cpu().double().numpy()
-    if k >= min(matrix.shape) // 2:  # where Lanczos would take more than all of it
+    if k >= min(matrix.shape) // 2:  # where Lanczos would take longer than a full decomposition
         U, _, V = torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
         return U[:, :k], V[:k]
     import scipy.sparse.linalg  # here, since it takes as long to import as the rest of the package
@@ -102,7 +102,7 @@ def leading(W: Float[Tensor, "d_out d_in"], k: int) -> tuple[Float[Tensor, "d_ou
 
 @dataclass(frozen=True)
 class Amplification:
-    """How much more an update weighs in its own directions than the weight does (LoRA, sec. 7.3, Table 7).
+    """How much an update amplifies directions that the weight has little of (LoRA, sec. 7.3, Table 7).
 
     `delta`: ‖ΔW‖_F. `weight`: ‖W‖_F. `in_delta`, `in_weight`, `in_random`: ‖Uᵀ W Vᵀ‖_F for the r strongest directions
     of ΔW, of W itself, and of a random matrix. `factor`: ‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F in ΔW's directions; nan for no update.
@@ -125,11 +125,11 @@ class Amplification:
 def amplification(
     adapter: Adapter, W: Float[Tensor, "d_out d_in"], rank: int | None = None, *, seed: int = 0
 ) -> Amplification:
-    """Table 7's numbers for one layer.
+    """Table 7's values for one layer.
 
     Args:
         W: its base weight, as (d_out, d_in).
-        rank: directions to look at; the update's own number of them, if None or beyond it.
+        rank: directions to look at; None, or more than the update has: all of the update's.
         seed: of the random directions.
     """
     left, values, right = adapter.svd()
@@ -168,7 +168,7 @@ def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
 
 @dataclass(frozen=True)
 class Norm:
-    """‖ΔW‖_F of one layer, against its weight's. `stack`, `layer`, `kind`: see `lorafamily.names.Place`."""
+    """‖ΔW‖_F of one layer, and relative to its weight's. `stack`, `layer`, `kind`: see `lorafamily.names.Place`."""
 
     module: str
     stack: str
@@ -196,7 +196,7 @@ def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
 
 
 def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[Adapter, Float[Tensor, "d_out d_in"]]]:
-    """Adapter and base weight of every adapted layer, by full name; quantised weights are dequantised as one asks.
+    """Adapter and base weight of every adapted layer, by full name; quantised weights are dequantised on access.
 
     Raises:
         StateError: as `norms`.

@@ -1,7 +1,8 @@
-"""What a run leaves in its folder, and what comes back from it without the model.
+"""The record of a run in its folder, from which ranks and pictures come back without the model.
 
-`allocation.jsonl`: one line a decision (step, reason, threshold, ranks before and after and scores by module), the
-first being the start. `steps.jsonl`: one line a training step. Both are written as the run goes.
+`allocation.jsonl` has a line for the ranks at the start and one for every decision (step, reason, threshold, ranks
+before and after, and scores by module). `steps.jsonl` has a line for every training step. Both are written during the
+run.
 """
 
 from __future__ import annotations
@@ -9,18 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from lorafamily.deploy.saved import RECORD as SAVED
 from lorafamily.deploy.saved import read
 from lorafamily.errors import FileError
 from lorafamily.history import Decision, Step
-from lorafamily.insight import figures
 
 DECISIONS, STEPS = "allocation.jsonl", "steps.jsonl"
 EVENTS = "events.out.tfevents.*"  # TensorBoard's
@@ -28,7 +26,8 @@ PICTURES = ("rank-by-layer", "rank-by-expert", "rank-history", "scores", "course
 
 
 class Record:
-    """Appends to a run's two files, from what they are to begin with; each line is written when the call returns."""
+    """Writes the two files of a run, beginning with the given decisions and steps; a line is on disk when the call
+    returns."""
 
     def __init__(self, folder: str | os.PathLike[str], decisions: Sequence[Decision], steps: Sequence[Step] = ()):
         self.folder = Path(folder)
@@ -52,13 +51,13 @@ class Record:
 
 
 def recorded(folder: Path) -> bool:
-    """Whether the record of a run is there; one that made no step leaves none."""
+    """Whether the folder has the record of a run that made at least one step."""
     steps = folder / STEPS
     return steps.is_file() and steps.stat().st_size > 0
 
 
 def set_aside(folder: Path) -> Path:
-    """Move the record of an earlier run, its events and pictures too, into the first free of `earlier-1`, `earlier-2`…
+    """Move the record of an earlier run, with its events and pictures, to the first free of `earlier-1`, `earlier-2`, …
 
     Raises:
         FileError: it cannot be moved.
@@ -77,17 +76,17 @@ def set_aside(folder: Path) -> Path:
 
 
 def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, int]:
-    """The rank slices of every module after `step` optimiser steps of a recorded run, or those of a saved adapter.
+    """The slices of every module after `step` optimiser steps of a recorded run, or those of a saved adapter.
 
-    `apply(model, method, rank=ranks_at(folder))` starts with just these (LoRA²: `slices=ranks_at(folder)`, beside its
-    `width`).
+    `apply(model, method, rank=ranks_at(folder))` starts with these; for LoRA² it is `slices=ranks_at(folder)`, next to
+    its `width`.
 
     Args:
         folder: `log_dir` of a run, or what `save` wrote.
         step: 0 is the start, None the end. A saved adapter has no steps.
 
     Raises:
-        FileError: neither is there, or it is damaged, or a step of a saved adapter was asked for.
+        FileError: the folder has neither, it is damaged, or a step of a saved adapter was asked for.
         MethodError: the saved adapter's method is not installed.
     """
     if (Path(folder) / SAVED).is_file() and not (Path(folder) / DECISIONS).is_file():
@@ -102,42 +101,18 @@ def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[st
 
 
 def redraw(folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw the pictures of a recorded run into its folder again, from its two files alone; returns them.
+    """Draw the pictures of a recorded run into its folder again, from its two files alone; returns their paths.
 
     Raises:
         FileError: no record there, or it is damaged.
     """
-    return draw(Path(folder), pictures(read_decisions(folder), read_steps(folder)))
+    from lorafamily.insight.pictures import draw, pictures_of  # matplotlib takes long to import
 
-
-def pictures(decisions: Sequence[Decision], steps: Sequence[Step]) -> dict[str, Figure]:
-    """A run's pictures: ranks at the start and at the end, also expert by expert where a model has experts, their
-    history, scores, and the course of the run."""
-    start, end = decisions[0].after, decisions[-1].after
-    if not start:
-        return {}
-    last = steps[-1].step if steps else decisions[-1].step
-    changed = f"Rank by layer and matrix after {last} steps"
-    found = {
-        "rank-by-layer": figures.rank_heatmap(start, end, changed),
-        "rank-by-expert": figures.expert_heatmap(start, end, f"Rank by layer and expert after {last} steps"),
-        "rank-history": figures.rank_history(decisions, last),
-        "scores": figures.score_histograms(decisions),
-        "course": figures.course(steps) if steps else None,
-    }
-    return {name: figure for name, figure in found.items() if figure is not None}
-
-
-def draw(folder: Path, drawn: Mapping[str, Figure]) -> list[Path]:
-    """Write pictures into a folder; returns their files."""
-    files = {name: folder / f"{name}.png" for name in drawn}
-    for name, figure in drawn.items():
-        figures.save(figure, files[name])
-    return list(files.values())
+    return draw(Path(folder), pictures_of(read_decisions(folder), read_steps(folder)))
 
 
 def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
-    """The decisions of a recorded run, the first being the start.
+    """The decisions of a recorded run; the first is the start.
 
     Raises:
         FileError: no record there, or it is damaged.

@@ -1,4 +1,4 @@
-"""What was placed in a model, as data and as a table."""
+"""The adapters of a model, as data and as a table."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lorafamily.targets import what_is
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted layer. `norm` is ‖ΔW‖_F; `parameters` are trainable parameters now. Of quantised layers `step` is the
-    ‖·‖_F of what rounding to the base's levels takes from a weight, and `lost` that of what it took in
-    merge(requantise=True); a ΔW smaller than the step would hardly survive that. `slices` are its rank slices, and
-    `width` is LoRA²'s k, None where there is no such size."""
+    """One adapted layer. `slices`: those of its adapter now; `width`: LoRA²'s k, None for other methods; `parameters`:
+    trainable ones now; `norm`: ‖ΔW‖_F. For quantised layers `step` is the ‖·‖_F of the error that rounding to the
+    base's levels makes in a weight, and `lost` that of the error it made in merge(requantise=True): a ΔW smaller than
+    the step would hardly survive that."""
 
     module: str
     d_out: int
     d_in: int
-    start_slices: int
+    initial_slices: int
     slices: int
     width: int | None
     parameters: int
@@ -41,26 +41,27 @@ class Row:
 
     @property
     def rank(self) -> int:
-        """The rank that ΔW can have."""
+        """The largest rank that ΔW can have."""
         return min(self.slices, self.d_in, self.d_out, *(() if self.width is None else (self.width,)))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Adapters of one name; prints as a table, the experts of a layer in one line. `beside` counts what trains besides
-    adapters, such as a task head; `tensor_bytes` is what the tensors of a saved file take, frozen starts and what
-    trains beside included; `reached` and `not_reached` share out the base's parameters: those in adapted layers, and
-    the others by what they are."""
+    """The adapters of one name; prints as a table, with the experts of a layer in one line.
+
+    `extra_trained`: parameters that train besides the adapters, such as a task head; `tensor_bytes`: of all tensors of
+    a saved file, frozen initial copies and extra parameters included; `reached`: the base's parameters in adapted
+    layers; `not_reached`: the others, by what they are."""
 
     name: str
     method: str
     rows: tuple[Row, ...]
     base_parameters: int
-    beside: int
+    extra_trained: int
     budget: int | None
     rank_budget: int | None
     budget_at: str
-    start_parameters: int
+    initial_parameters: int
     tensor_bytes: int
     dtype: str
     reached: int
@@ -73,17 +74,17 @@ class Summary:
 
     @property
     def slices(self) -> int:
-        """Rank slices left in all modules."""
+        """Slices of all modules."""
         return sum(row.slices for row in self.rows)
 
     @property
     def rank(self) -> int:
-        """Sum of the ranks that the layers' ΔW can have."""
+        """The sum over layers of the largest rank that ΔW can have."""
         return sum(row.rank for row in self.rows)
 
     @property
     def unused(self) -> int | None:
-        """What is left of the budget, in trainable parameters or in rank slices; None where a rank was asked for."""
+        """What is left of the budget, in trainable parameters or in slices; None if a rank was given instead."""
         if self.rank_budget is not None:
             return self.rank_budget - self.slices
         return None if self.budget is None else self.budget - self.parameters
@@ -91,23 +92,23 @@ class Summary:
     def __str__(self) -> str:
         grouped = _grouped(self.rows)
         width = max(map(len, grouped))
-        two = any(row.width is not None for row in self.rows)  # sizes, which are then both shown
-        sizes = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if two else f"{'rank':>9}"
-        head = f"{'module':<{width}}  {'d_out × d_in':>13}  {sizes}  {'parameters':>10}  {'‖ΔW‖':>9}"
+        two = any(row.width is not None for row in self.rows)  # width and slices
+        cells = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if two else f"{'rank':>9}"
+        head = f"{'module':<{width}}  {'d_out × d_in':>13}  {cells}  {'parameters':>10}  {'‖ΔW‖':>9}"
         more = [name for name in ("step", "lost") if any(getattr(row, name) is not None for row in self.rows)]
         head += "".join(f"  {name:>9}" for name in more)
         lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, "─" * len(head)]
         for module, rows in grouped.items():
-            began, now = _range([row.start_slices for row in rows]), _range([row.slices for row in rows])
-            slices = now if all(row.slices == row.start_slices for row in rows) else f"{began} → {now}"
-            sizes = f"{slices:>9}"
+            began, now = _range([row.initial_slices for row in rows]), _range([row.slices for row in rows])
+            slices = now if all(row.slices == row.initial_slices for row in rows) else f"{began} → {now}"
+            cells = f"{slices:>9}"
             if two:
                 widths, ranks = _range([row.width or 0 for row in rows]), _range([row.rank for row in rows])
-                sizes = f"{widths:>7}  {slices:>9}  {ranks:>7}"
+                cells = f"{widths:>7}  {slices:>9}  {ranks:>7}"
             lines.append(
-                f"{module:<{width}}  {f'{rows[0].d_out} × {rows[0].d_in}':>13}  {sizes}  "
+                f"{module:<{width}}  {f'{rows[0].d_out} × {rows[0].d_in}':>13}  {cells}  "
                 f"{sum(row.parameters for row in rows):>10,}  {math.hypot(*(row.norm for row in rows)):>9.3g}"
-                + "".join(f"  {_together([getattr(row, name) for row in rows]):>9}" for name in more)
+                + "".join(f"  {_joint_norm([getattr(row, name) for row in rows]):>9}" for name in more)
             )
         lines.append("─" * len(head))
         share = self.parameters / self.base_parameters
@@ -115,7 +116,7 @@ class Summary:
             f"adapters: {self.parameters:,} trainable ({share:.2%} of the base's {self.base_parameters:,}), "
             f"total rank {self.rank}"
             + (f" from {self.slices} slices" if two else "")
-            + f"; started with {self.start_parameters:,}"
+            + f"; {self.initial_parameters:,} at the start"
         )
         if self.budget is not None:
             lines.append(f"budget (at the {self.budget_at}): {self.budget:,}, of which {self.unused:,} unused")
@@ -129,13 +130,14 @@ class Summary:
             + ("; in none: " + ", ".join(f"{count:,} in {kind}" for kind, count in others) if others else "")
         )
         lines.append(f"saved: {self.tensor_bytes / 1024:,.0f} KiB of tensors")
-        if self.beside:
-            lines.append(f"trained beside the adapters, counted apart: {self.beside:,}")
+        if self.extra_trained:
+            lines.append(f"also trained, not counted above: {self.extra_trained:,}")
         return "\n".join(lines)
 
 
 def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of a table: one a module, but one for all experts of a layer, whose indices stand in the name."""
+    """Rows by line of the table: a module has a line, all experts of a layer have one with their indices in its
+    name."""
     groups: dict[str, list[Row]] = {}
     indices: dict[str, list[int]] = {}
     for row in rows:
@@ -143,13 +145,13 @@ def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
         groups.setdefault(together, []).append(row)
         indices.setdefault(together, []).append(index)
     return {
-        name if indices[name] == [-1] else name.replace(".*.", f".{_range(indices[name])}."): own
-        for name, own in groups.items()
+        name if indices[name] == [-1] else name.replace(".*.", f".{_range(indices[name])}."): members
+        for name, members in groups.items()
     }
 
 
-def _together(norms: Sequence[float | None]) -> str:
-    """Of the rows of one line."""
+def _joint_norm(norms: Sequence[float | None]) -> str:
+    """The norm of the rows of one line together."""
     known = [norm for norm in norms if norm is not None]
     return f"{math.hypot(*known):.3g}" if known else "–"
 
@@ -180,11 +182,11 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
         method=placement.spec,
         rows=rows,
         base_parameters=sum(counts_of(owner).values()),
-        beside=sum(value.numel() for value in placement.inactive_values.values()),
+        extra_trained=sum(value.numel() for value in placement.inactive_values.values()),
         budget=placement.sizing.budget,
         rank_budget=placement.sizing.rank_budget,
         budget_at=placement.sizing.budget_at,
-        start_parameters=placement.sizing.initial_parameters,
+        initial_parameters=placement.sizing.initial_parameters,
         tensor_bytes=sum(tensor.nbytes for tensor in tensors),
         dtype=str(next(first.update.parameters()).dtype).removeprefix("torch."),
         reached=reached,
@@ -193,7 +195,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
 
 
 def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, int]]:
-    """How many of the base's parameters are in layers that the placement adapts, and what the others are in."""
+    """How many of the base's parameters are in adapted layers, and how many others by what they are."""
     targets = {at: target for at, target in targets_of(model).items() if at in placement.adapters}
     layers = {id(target.layer): target.layer for target in targets.values() if not isinstance(target.kind, Expert)}
     adapted = {

@@ -1,4 +1,4 @@
-"""Batches, round after round, and the place in them."""
+"""Batches, epoch after epoch, and the position in them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from lorafamily.batch import fingerprint, refuse_one_batch
+from lorafamily.batch import LossFn, fingerprint, loss_of, refuse_one_batch, to_device
 from lorafamily.errors import DataError
 from lorafamily.training.processes import Processes
 from lorafamily.training.state import random_state, set_random_state
 
 
 class Batches:
-    """The batches, again from the start when they end; a DataLoader shuffles anew each time round.
+    """The batches of the data, from its beginning again when they end; a DataLoader shuffles every epoch.
 
-    Drawn with random generators of their own, so that what the model draws does not change the order of the data, and
-    the place reached is known: `state()`, `restore(state)`.
+    They are drawn with random generators of their own, so that random numbers of the model do not change the order of
+    the data. `state()` has the position reached, and `restore(state)` goes back to it.
 
-    Of several processes each draws from its own copy of the data. Where that divides itself among them
-    (DistributedSampler, the loaders that accelerate prepares, split_dataset_by_node) a batch is the process's own; else
-    all must draw the same, and each takes its rows.
+    Each process draws from its own copy of the data. If the data divides itself among the processes
+    (DistributedSampler, loaders that accelerate prepared, split_dataset_by_node), a batch is the process's own;
+    otherwise all must draw the same batches, of which each process takes some rows.
 
     Raises:
         DataError: the data is one batch, or is divided among another number of processes than there are.
@@ -35,23 +35,23 @@ class Batches:
         self.data, self.device, self.processes = data, device, processes
         self.divided = False if processes is None else _is_divided(data, processes)
         self._compared = processes is None or processes.world == 1 or self.divided
-        self.round = self.taken = 0
-        self.first = ""  # fingerprint of the round's first batch
+        self.epoch = self.taken = 0
+        self.first = ""  # fingerprint of the epoch's first batch
         self._same: Any = None
         self._iterator: Iterator[Any] | None = None
         self._random = random_state(device)
-        self._begun: dict[str, Any] = {}  # random states when the present round began
+        self._begun: dict[str, Any] = {}  # random states when the present epoch began
 
     def __next__(self) -> Any:
         with self._own_random():
             return self._next()
 
     def draw(self, count: int, weigh: Callable[[Any], float]) -> list[tuple[Any, float]]:
-        """What this process computes of an optimiser step of `count` batches, and by how much each loss counts: see
-        `Processes.shares`.
+        """The batches of this process for one optimiser step of `count` batches, each with the share that its loss has:
+        see `Processes.shares`.
 
         Raises:
-            DataError: no batch; or the processes draw different ones of data that is not divided among them.
+            DataError: no batch, or the processes draw different batches of data that is not divided among them.
         """
         assert self.processes is not None
         drawn = [next(self) for _ in range(count)]
@@ -60,14 +60,15 @@ class Batches:
         return self.processes.shares(drawn, weigh, self.divided)
 
     def _compare(self, batch: Any) -> None:
-        """Each process would take its rows of another batch, and the other rows would be seen by nobody."""
+        """Refuse different batches: each process would take its rows of another batch, and nobody would see the
+        others."""
         assert self.processes is not None
         first, *others = self.processes.gathered(fingerprint(batch))
         for rank, other in enumerate(others, 1):
             if other != first:
                 raise DataError(
                     f"process {rank} draws other batches than process 0, and the data says nothing of being divided. "
-                    "Make it the same in all (train's seed, or a generator that is seeded alike), or divide it with a "
+                    "Make it the same in all (train's seed, or a generator with the same seed), or divide it with a "
                     "DistributedSampler"
                 )
         self._compared = True
@@ -80,54 +81,54 @@ class Batches:
             self.taken += 1
             if self.taken == 1 and batch is not self._same:
                 self.first = fingerprint(batch)
-                self._same = batch if isinstance(self.data, (list, tuple)) else None  # a list of one: each step a round
+                self._same = batch if isinstance(self.data, (list, tuple)) else None  # one batch: each step is an epoch
             return batch
         if not self.taken:
             raise DataError(
                 "the data gave no batch; it is empty, or an iterator that is used up: pass something that can be "
                 "iterated again, such as a DataLoader or a list"
             )
-        self.round, self.taken, self._iterator = self.round + 1, 0, None
+        self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
         return self._next()
 
     def _begin(self) -> None:
         self._begun = random_state(self.device) | {"own": [g.get_state() for g in _generators(self.data)]}
         for holder in _holders(self.data):
             if callable(getattr(holder, "set_epoch", None)):
-                holder.set_epoch(self.round)
+                holder.set_epoch(self.epoch)
         self._iterator = iter(self.data)
 
     def length(self) -> int | None:
-        """Batches a round, where the data says so."""
-        with suppress(TypeError):  # a DataLoader on a stream has a `__len__` and no length
+        """Batches of an epoch, None if the data does not say."""
+        with suppress(TypeError):  # a DataLoader of a stream has a `__len__` that raises
             return len(self.data) if isinstance(self.data, Sized) else None
         return None
 
     def state(self) -> dict[str, Any]:
-        """Where the data is: batches taken of which round, and what the order of that round was drawn from."""
+        """The position: the batches taken of the epoch, and the generators' states that its order was drawn from."""
         among = self.processes.world if self.processes is not None and self.divided else 1
-        place = {"round": self.round, "taken": self.taken, "first": self.first, "length": self.length()}
+        place = {"round": self.epoch, "taken": self.taken, "first": self.first, "length": self.length()}
         return {**place, "divided among": among, "begun": self._begun, "random": self._random}
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
-        """In what the data is another than that of `state`: its length, and the first batch of the round, drawn again
-        as it was drawn then. Empty where it is the same."""
+        """How the data differs from that of `state`: in its length, or in the epoch's first batch, which is drawn again
+        as it was drawn then. Empty if it does not."""
         found = []
         if (then := state["length"]) != (now := self.length()):
             found.append(f"length of the data was {then}, is {now}")
         if state["taken"]:
             before = [generator.get_state() for generator in _generators(self.data)]
             self._go_to_round(state)
-            for generator, own in zip(_generators(self.data), before, strict=True):
-                generator.set_state(own)  # whether the run goes on is not yet said
+            for generator, state_before in zip(_generators(self.data), before, strict=True):
+                generator.set_state(state_before)  # the run may still be refused
             if self.first != state["first"]:
                 found.append("first batch of the data is another (or follows from no random generator)")
         return found
 
     def restore(self, state: Mapping[str, Any], other: bool = False) -> None:
-        """Go to where the data was; the batches of the round that were taken then are read again and dropped.
+        """Go to the position of `state`; the batches that were taken of the epoch are read again and dropped.
 
-        `other`: it is known to be other data; where it has no such place, a new round begins.
+        `other`: it is known to be other data; if it is too short for the position, a new epoch begins.
 
         Raises:
             DataError: there are fewer batches than were taken, or they were divided among another number of processes.
@@ -135,25 +136,25 @@ class Batches:
         then, now = state.get("divided among", 1), self.state()["divided among"]
         if then != now:
             raise DataError(f"the run's data was divided among {then} processes by its sampler, and is now among {now}")
-        self.round, self.taken = state["round"], 0
+        self.epoch, self.taken = state["round"], 0
         if state["taken"]:
             self._go_to_round(state)
             with self._own_random():
                 for _ in islice(self._iterator or (), state["taken"] - 1):
                     self.taken += 1
             if self.taken < state["taken"] and not other:
-                raise DataError(f"the run had taken {state['taken']} batches of a round, and now one has {self.taken}")
+                raise DataError(f"the run had taken {state['taken']} batches of an epoch, and now one has {self.taken}")
             if self.taken < state["taken"]:
-                self.round, self.taken, self._iterator = self.round + 1, 0, None
+                self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
         self._random = state["random"]
 
     def _go_to_round(self, state: Mapping[str, Any]) -> None:
-        """Begin the round of `state` as it began then, and take its first batch."""
-        self.round, self.taken, self.first = state["round"], 0, ""
+        """Begin the epoch of `state` as it began then, and take its first batch."""
+        self.epoch, self.taken, self.first = state["round"], 0, ""
         with self._own_random():
             set_random_state(state["begun"], self.device)
-            for generator, own in zip(_generators(self.data), state["begun"]["own"], strict=False):
-                generator.set_state(own)
+            for generator, then in zip(_generators(self.data), state["begun"]["own"], strict=False):
+                generator.set_state(then)
             self._begin()
             for batch in islice(self._iterator or (), 1):
                 self.taken, self.first = 1, fingerprint(batch)
@@ -170,7 +171,7 @@ class Batches:
 
 
 def _holders(data: Any) -> list[Any]:
-    """The data and what it draws from: samplers, those inside them, the data set, the loader that somebody wrapped."""
+    """The data and what it draws from: samplers and samplers inside them, the data set, a wrapped loader."""
     found: list[Any] = []
     to_do = [data]
     while to_do:
@@ -180,7 +181,7 @@ def _holders(data: Any) -> list[Any]:
         found.append(holder)
         inner = ("sampler", "batch_sampler", "dataset", "base_dataloader", "dataloader", "_distributed")
         to_do += [getattr(holder, name, None) for name in inner]
-        if hasattr(holder, "slice_fn"):  # accelerate's loader in which one process reads for all
+        if hasattr(holder, "slice_fn"):  # accelerate's loader, where one process reads for all
             to_do.append(getattr(holder, "state", None))
     return found
 
@@ -189,40 +190,44 @@ def _is_divided(data: Any, processes: Processes) -> bool:
     """Whether the data divides itself among the processes.
 
     Raises:
-        DataError: among another number of them, or two have the same part, or other numbers of batches.
+        DataError: it is divided among another number, two processes have the same part, or their numbers of batches
+            differ.
     """
     among, part = 1, 0
     for holder in _holders(data):
-        for number, own in (("num_replicas", "rank"), ("num_processes", "process_index"), ("world_size", "rank")):
-            replicas, at = getattr(holder, number, None), getattr(holder, own, None)
+        for count, index in (("num_replicas", "rank"), ("num_processes", "process_index"), ("world_size", "rank")):
+            replicas, at = getattr(holder, count, None), getattr(holder, index, None)
             if isinstance(replicas, int) and isinstance(at, int) and replicas > 1:
                 among, part = replicas, at
     length = None
-    with suppress(TypeError):  # a loader of a data set that is a stream says that it has one, and has not
+    with suppress(TypeError):  # a DataLoader of a stream has a `__len__` that raises
         length = len(data) if isinstance(data, Sized) else None
-    everybody = processes.gathered((among, part, length))
-    numbers, parts, lengths_of_all = zip(*everybody, strict=True)
-    if set(numbers) not in ({1}, {processes.world}):
+    counts, parts, lengths = zip(*processes.gathered((among, part, length)), strict=True)
+    if set(counts) not in ({1}, {processes.world}):
         raise DataError(
-            f"a sampler divides the data among {max(numbers)} processes, and this run has {processes.world}: start it "
+            f"a sampler divides the data among {max(counts)} processes, and this run has {processes.world}: start it "
             "with torchrun, or leave the sampler out"
         )
     if among > 1 and len(set(parts)) < processes.world:
         raise DataError(f"the processes' samplers draw the parts {', '.join(map(str, parts))}; each needs its own")
-    if len(set(lengths_of_all)) > 1:
+    if len(set(lengths)) > 1:
         raise DataError(
-            f"the processes have {', '.join(map(str, lengths_of_all))} batches a round; all make the same steps, so it "
+            f"the processes have {', '.join(map(str, lengths))} batches an epoch; all make the same steps, so it "
             "must be one number (drop_last=True, or a DistributedSampler, which fills up)"
         )
     return among > 1
 
 
 def mean_loss(
-    data: Iterable[Any], loss: Callable[[Any], Tensor], weigh: Callable[[Any], float], processes: Processes
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: LossFn | None,
+    weigh: Callable[[Any], float],
+    processes: Processes,
 ) -> float:
-    """The mean loss over all batches, each counted by what its own loss is a mean over: that of one large batch.
+    """The mean loss over all batches, each weighted by what its own loss is a mean over: that of one large batch.
 
-    Where the data divides itself among the processes, the mean is over the batches of all.
+    If the data divides itself among the processes, the mean is over the batches of all of them.
 
     Raises:
         DataError: no batch, or no label that counts in any of them.
@@ -230,7 +235,8 @@ def mean_loss(
     losses, weights = [], []
     for batch in data:
         weights.append(weigh(batch))
-        losses.append(loss(batch).detach().reshape(()))
+        loss = loss_of(model, to_device(batch, processes.device), loss_fn)
+        losses.append(loss.detach().reshape(()))
     if not losses:
         raise DataError("validation gave no batch; it is empty, or an iterator that is used up")
     counted = [(weight, value) for weight, value in zip(weights, torch.stack(losses).tolist(), strict=True) if weight]
@@ -243,6 +249,6 @@ def mean_loss(
 
 
 def _generators(data: Any) -> list[torch.Generator]:
-    """What a DataLoader draws from besides the global generators."""
-    held = (getattr(holder, "generator", None) for holder in _holders(data))
-    return list({id(generator): generator for generator in held if isinstance(generator, torch.Generator)}.values())
+    """Generators that the data draws from, besides the global ones."""
+    found = (getattr(holder, "generator", None) for holder in _holders(data))
+    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())

@@ -1,4 +1,4 @@
-"""What a run shows on TensorBoard. It observes; nothing of the result exists only here."""
+"""A run on TensorBoard. It only observes: every result is in the history, too."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from lorafamily.history import Decision, Evaluation, History, Step
-from lorafamily.insight.figures import area_labels, pixels, rank_by_kind, rank_heatmap
+from lorafamily.insight.drawing import pixels
+from lorafamily.insight.grids import area_labels, rank_by_kind
+from lorafamily.insight.heatmaps import rank_heatmap
+from lorafamily.training.settings import Setting
 
-Setting = str | int | float | bool
-SHARE = 0.02  # of a run's time, for pictures while it goes
+SHARE = 0.02  # of a run's time, for pictures during the run
 FIRST = 0.5  # seconds that the first picture is expected to take
 
 
 class Allowance:
-    """Time that pictures may take: `SHARE` of the time since the run began, counting the next one as long as the
-    last."""
+    """The time that pictures may take: `SHARE` of the time since the run began. The next picture is expected to take as
+    long as the last."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock, self.begun = clock, clock()
@@ -41,11 +43,12 @@ class Allowance:
 
 
 class Board:
-    """Scalars at every step; ranks by kind whenever an allocation changed, and a rank heat-map and scores then too as
-    far as the `allowance` goes; at the end the last heat-map, the history of the allocation, and a line in the HParams
-    tab.
+    """Scalars at every step. After a decision slices by kind, and as long as the `allowance` lasts a heat-map of slices
+    and a histogram of scores. At the end the last heat-map, the history of slices, and a line in the HParams tab.
 
-    `highest`: top of the colour scale of all heat-maps, so that they compare; `done`: steps of an earlier session.
+    `highest`: top of the colour scale of all heat-maps, so that they can be compared; `done`: steps made before.
+
+    TensorBoard keeps one plugin per tag, so no tag has both a histogram and an image.
     """
 
     def __init__(
@@ -56,11 +59,11 @@ class Board:
         done: int = 0,
         allowance: Allowance | None = None,
     ):
-        # What an interrupted run showed of steps after its last checkpoint is taken back.
+        # Steps that an interrupted run made after its last checkpoint are made again: hide them.
         self.writer = SummaryWriter(os.fspath(folder), purge_step=done + 1 if done else None)
         self.start, self.highest, self.kinds = start, highest, area_labels(start.after)
         self.allowance = allowance or Allowance()
-        self.last, self.shown = start, True  # the start is the left half of every heat-map
+        self.last, self.shown = start, True  # every heat-map shows the start, too
         if not done:
             self._by_kind(start)
 
@@ -70,8 +73,8 @@ class Board:
             "train/penalty": record.penalty,
             "train/learning rate": record.lr,
             "train/gradient norm": record.gradient,
-            "rank/total": record.rank,
-            "rank/trainable numbers": record.trainable,
+            "rank/slices": record.rank,
+            "rank/trainable parameters": record.trainable,
         }
         if record.orthogonality is not None:
             scalars["train/orthogonality error"] = record.orthogonality
@@ -83,7 +86,7 @@ class Board:
                 self._by_kind(decision)
             if self.allowance.has_room():
                 with self.allowance.spending():
-                    self._scores(decision)
+                    self._score_histogram(decision)
                     self._ranks()
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -91,43 +94,43 @@ class Board:
             self.writer.add_scalar(f"validation/{name}", value, evaluation.step)
 
     def close(self, history: History, settings: Mapping[str, Setting], drawn: Mapping[str, Figure]) -> None:
-        """`drawn`: the run's pictures, of which the history and the scores are shown; without any, as where somebody
-        waits for the process to end, nothing is drawn."""
+        """Show the run's pictures, `drawn` for its folder already, and close the file. Nothing is drawn if that is
+        empty, as when a signal ended the run."""
         if "rank-by-layer" in drawn and not self.shown:
             if self.allowance.spent:
-                self._ranks()  # on the colour scale of those before
+                self._ranks()  # on the colour scale of the ones before
             else:
-                self._image("rank/by layer", drawn["rank-by-layer"], self.last.step)
+                self._image("rank/slices by layer", drawn["rank-by-layer"], self.last.step)
         last = history.steps[-1] if history.steps else None
         for tag, name in (
-            ("rank/by expert", "rank-by-expert"),
-            ("rank/history", "rank-history"),
+            ("rank/slices by expert", "rank-by-expert"),
+            ("rank/history of slices", "rank-history"),
             ("rank/scores at decisions", "scores"),
         ):
             if name in drawn and last is not None:
                 self._image(tag, drawn[name], last.step)
         final = {f"final/{name}": value for name, value in history.metrics.items()}
         if last is not None:
-            final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/rank": last.rank}
-            final |= {"final/trainable numbers": last.trainable}
-            # Under the run's own name; the default is a run of its own, named after the time.
+            final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/slices": last.rank}
+            final |= {"final/trainable parameters": last.trainable}
+            # Under the name of this run; by default it would be a run of its own, named after the time.
             self.writer.add_hparams(dict(settings), final, run_name=".")
         self.writer.close()
 
     def _ranks(self) -> None:
-        """The heat-map of the last decision that changed something, if it has not been shown."""
+        """Show the heat-map of the last decision that changed ranks, if it was not shown yet."""
         if not self.shown:
-            title = f"Rank by layer and matrix, step {self.last.step}: {self.last.reason}"
+            title = f"Slices by layer and matrix, step {self.last.step}: {self.last.reason}"
             figure = rank_heatmap(self.start.after, self.last.after, title, self.highest)
-            self._image("rank/by layer", figure, self.last.step)
+            self._image("rank/slices by layer", figure, self.last.step)
         self.shown = True
 
     def _by_kind(self, decision: Decision) -> None:
         for kind, rank in rank_by_kind(decision.after, self.kinds).items():
-            self.writer.add_scalar(f"rank by kind/{kind}", rank, decision.step)
+            self.writer.add_scalar(f"slices by kind/{kind}", rank, decision.step)
 
-    def _scores(self, decision: Decision) -> None:
-        scores = np.array([score for own in decision.scores.values() for score in own])
+    def _score_histogram(self, decision: Decision) -> None:
+        scores = np.array([score for slices in decision.scores.values() for score in slices])
         if scores.size and np.ptp(scores) > 0:
             self.writer.add_histogram("rank/scores", scores, decision.step)
 

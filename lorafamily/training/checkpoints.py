@@ -1,7 +1,7 @@
-"""Checkpoints of a run: complete, whole or not there, the last few and the best kept.
+"""Checkpoints of a run. Each is complete or does not exist; the last few and the best are kept.
 
-`FOLDER/checkpoints/step-00000100/` is a saved adapter, which `lorafamily.load` reads, and beside it `state.json` and
-`state.safetensors` with everything else that the run needs to go on. It is written under another name and renamed.
+`FOLDER/checkpoints/step-00000100/` is a saved adapter, which `lorafamily.load` reads, with everything else that the run
+needs to go on in `state.json` and `state.safetensors`. It is written under another name and then renamed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Resume = Literal["never", "auto", "anyway"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read. `adapters`: None where the run trains a plain model."""
+    """A checkpoint as it was read. `adapters`: None if the run trains a plain model."""
 
     folder: Path
     state: dict[str, Any]
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Of one run, in its folder. Does nothing without one, or where `every` is None."""
+    """The checkpoints of one run, in its folder. Does nothing without a folder, or if `every` is None."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, keep: int):
         if every is not None and (folder is None or every < 1):
@@ -58,11 +58,12 @@ class Checkpoints:
         return self.folder is not None and self.every is not None and step % self.every == 0
 
     def to_go_on_from(self, resume: Resume) -> Checkpoint | None:
-        """The newest checkpoint, None where the run begins.
+        """The newest checkpoint, None if the run begins.
 
         Raises:
-            StateError: there is one, or the record of an earlier run, but nobody asked to go on; or somebody asked
-                without naming a folder.
+            StateError: there is a checkpoint or the record of an earlier run, and `resume` is "never"; or `resume` is
+            not,
+                and there is no folder.
         """
         if resume not in ("never", "auto", "anyway"):
             raise StateError(f'resume={resume!r}: must be "never", "auto" or "anyway"')
@@ -81,7 +82,7 @@ class Checkpoints:
         return self.newest()
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; damaged ones are said and passed over.
+        """The newest checkpoint that is whole; damaged ones are skipped with a warning.
 
         Raises:
             FileError: there are checkpoints, and all are damaged.
@@ -103,32 +104,32 @@ class Checkpoints:
     def write(
         self, step: int, model: nn.Module, adapters: str | None, state: Mapping[str, Any], best: int | None
     ) -> None:
-        """Write a checkpoint and remove those that are neither the last nor the best.
+        """Write a checkpoint, and remove those that are neither among the last nor the best.
 
-        `adapters`: name of the adapters that train; `best`: the step whose checkpoint is to stay.
+        `adapters`: name of the adapters that train; `best`: the step whose checkpoint is kept.
 
         Raises:
-            FileError: it cannot be written; the earlier ones are as they were.
+            FileError: it cannot be written; the earlier ones are unchanged.
         """
         if self.folder is None:
             return
         final = self.folder / name_of(step)
-        beside = final.with_name(final.name + ".partial")
+        partial = final.with_name(final.name + ".partial")
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
             if adapters is not None:
-                files.save(model, beside, adapters)
+                files.save(model, partial, adapters)
             tensors: dict[str, Any] = {}
             packed = pack(dict(state), "state", tensors)
-            write_sealed(beside, STATE, {"format": FORMAT, "state": packed}, TENSORS, tensors)
+            write_sealed(partial, STATE, {"format": FORMAT, "state": packed}, TENSORS, tensors)
             shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has since gone back
-            beside.rename(final)
+            partial.rename(final)
             _flush(self.folder)
         except OSError as error:
             raise FileError(f"{final}: cannot write the checkpoint ({error})") from error
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         for old in self._folders()[: -self.keep]:
             if old.name != (None if best is None else name_of(best)):
                 shutil.rmtree(old, ignore_errors=True)
@@ -140,7 +141,7 @@ class Checkpoints:
 
 
 def name_of(step: int) -> str:
-    """The name of the folder of a step's checkpoint."""
+    """The folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -167,7 +168,7 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _flush(folder: Path) -> None:
-    """Make a renaming last through a loss of power, where the system can."""
+    """Let a renaming survive a loss of power, if the system can."""
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         try:

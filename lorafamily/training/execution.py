@@ -1,4 +1,4 @@
-"""How a step is computed: precision, compilation, activations kept or computed again, evaluation in between."""
+"""How a step is computed: precision, compilation, activations kept or recomputed, evaluation in between."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def autocast(precision: str, device: torch.device) -> Callable[[], contextlib.Ab
 
 
 def recompiling(times: int | None) -> contextlib.AbstractContextManager[Any]:
-    """Let every change of the ranks compile anew; after eight shapes torch.compile would give up without a word."""
+    """Let every change of ranks recompile: by default torch.compile silently gives up after eight shapes."""
     if times is None:
         return contextlib.nullcontext()
-    import torch._dynamo.config as dynamo  # slow to import, for those who compile alone
+    import torch._dynamo.config as dynamo  # slow to import, so only where something is compiled
 
     return dynamo.patch(recompile_limit=max(dynamo.recompile_limit, times))
 
 
 @contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in the mode it was in, training or eval."""
+    """Put every module back into the mode it was in, training or eval, afterwards."""
     before = {module: module.training for module in model.modules()}
     try:
         yield
@@ -60,7 +60,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, with the random states put back: how often one looks must not change what is trained."""
+    """Eval mode, with the random states put back: evaluating more often must not change what is trained."""
     before = random_state(device)
     with modes_kept(model):
         model.eval()
@@ -71,9 +71,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def start_training(model: nn.Module, base_is_frozen: bool) -> None:
-    """Train mode, but for what somebody put into eval in a model that trains, and for frozen running statistics: in
-    train mode a normalisation of a frozen base would move them, and would compute with others than it is served with.
-    """
+    """Put a model in eval mode into train mode; in one in train mode leave modules in eval mode alone. A frozen
+    normalisation goes into eval mode: it would move its running statistics, and be served with others."""
     if not model.training:
         model.train()
     for module in model.modules() if base_is_frozen else ():
@@ -87,23 +86,23 @@ def _trains(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
-    """Keep no activations inside the model's blocks, but compute them again in the backward (non-reentrant).
+    """Activation checkpointing (non-reentrant): blocks keep no activations but compute them again in the backward.
 
-    Blocks are the entries of the outermost `nn.ModuleList`s; models of `transformers` have a switch of their own.
+    Models of `transformers` do it themselves; of others the blocks are the entries of the outermost `nn.ModuleList`s.
 
     Raises:
-        TrainingError: the model has neither.
+        TrainingError: the model can do neither.
     """
     if not active:
         yield
         return
-    for theirs in ("activation_checkpointing", "gradient_checkpointing"):  # its name from transformers 5 on, and before
-        if hasattr(model, f"{theirs}_enable"):
-            getattr(model, f"{theirs}_enable")(**{f"{theirs}_kwargs": {"use_reentrant": False}})
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # from transformers 5 on, and before
+        if hasattr(model, f"{name}_enable"):
+            getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
             try:
                 yield
             finally:
-                getattr(model, f"{theirs}_disable")()
+                getattr(model, f"{name}_disable")()
             return
     blocks = list(_blocks(model))
     if not blocks:

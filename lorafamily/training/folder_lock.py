@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A lock, so that only one run at a time writes into a folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lorafamily.errors import FileError, StateError
 
 try:
     import fcntl
-except ImportError:  # Windows, where a folder is not guarded
+except ImportError:  # Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 
 class FolderLock:
-    """Held to the end of a `with` block, or of the process, however that comes.
+    """Held until the end of a `with` block, or of the process, however that ends.
 
     Raises:
         StateError: another process holds it.
@@ -44,7 +44,7 @@ class FolderLock:
                 ) from None
             if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 self._file = file
-            else:  # its last holder took it away between opening and locking
+            else:  # its last holder removed it between our opening and locking
                 file.close()
         self._file.truncate(0)
         self._file.write(str(os.getpid()))

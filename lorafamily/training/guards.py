@@ -1,4 +1,4 @@
-"""Silent failures of training, made loud."""
+"""Guards against failures of training that would otherwise be silent."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lorafamily.layers.extra_trained import movable_buffers
 CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 
 
-def silence(silent: Sequence[str], adapters: Mapping[str, Any], beside: Mapping[str, Any], steps: int) -> str:
-    """The message where adapters, or parameters that train beside them, got no gradient from the task."""
+def no_gradient(silent: Sequence[str], adapters: Mapping[str, Any], extra: Mapping[str, Any], steps: int) -> str:
+    """The message if adapters, or extra trained parameters, got no gradient from the task."""
     of, what, narrow = adapters, "adapters", "targets"
     if not any(at in adapters for at in silent):
-        of, what, narrow = beside, "parameters that train beside the adapters", "also_train"
+        of, what, narrow = extra, "extra trained parameters", "also_train"
     of_these = [at for at in silent if at in of]
     since = "the first batch" if steps == 1 else f"the first {steps} steps"
     return (
@@ -32,8 +32,8 @@ def silence(silent: Sequence[str], adapters: Mapping[str, Any], beside: Mapping[
 
 
 class FrozenBuffers:
-    """Keeps the persistent buffers of a frozen base what they are: running statistics and the like, which a module in
-    train mode may move. `frozen`: those of modules in which nothing trains."""
+    """Keeps the persistent buffers of modules in which nothing trains: running statistics and the like, which a module
+    in train mode may move."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -44,28 +44,28 @@ class FrozenBuffers:
         }
 
     def put_back(self) -> None:
-        """Give moved ones their values back, and their modules eval mode from now on; they are named in a warning."""
+        """Put back buffers that moved, with a warning, and their modules into eval mode for the rest of the run."""
         moved = [at for at, value in self.values.items() if not torch.equal(self.model.get_buffer(at), value)]
         for at in moved:
             self.model.get_buffer(at).copy_(self.values[at])
             self.model.get_submodule(at.rpartition(".")[0]).eval()
         if moved:
             warnings.warn(
-                f"training moved {len(moved)} buffers of the frozen base, {listed(moved)}; they are what they were "
-                "again, and their modules stay in eval mode. To train one, name a parameter of it in also_train",
+                f"training moved {len(moved)} buffers of the frozen base, {listed(moved)}; they were put back, and "
+                "their modules stay in eval mode. To train one, name a parameter of it in also_train",
                 stacklevel=3,
             )
 
 
-class FiniteNumbers:
-    """What happens where the loss or a gradient is not finite: the run stops, or the step is skipped, `limit` times in
-    a row at most. `skipped` counts all of them."""
+class NonFiniteGuard:
+    """Decides what happens when the loss or a gradient is not finite: the step is skipped, at most `limit` times in a
+    row; then the run stops. `skipped` counts all of them."""
 
     def __init__(self, limit: int):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
 
     def check(self, step: int, loss: float, norm: float, accumulate: int, adapters: Mapping[str, nn.Module]) -> bool:
-        """Whether the step can be made.
+        """Whether the step can be made; False skips it.
 
         Raises:
             NonFiniteError: it cannot, and no more may be skipped.
@@ -76,7 +76,8 @@ class FiniteNumbers:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row <= self.limit:
             return False
-        broken = next((path for path, adapter in adapters.items() if _has_broken_gradient(adapter)), None)
+        gradients = {at: [p.grad for p in a.parameters() if p.grad is not None] for at, a in adapters.items()}
+        broken = next((at for at, own in gradients.items() if not all(g.isfinite().all() for g in own)), None)
         where = f"; first adapter with such a gradient: {broken}" if broken else ""
         before = f" after {self.limit} steps skipped for the same reason" if self.limit else ""
         raise NonFiniteError(
@@ -86,15 +87,11 @@ class FiniteNumbers:
         )
 
 
-def _has_broken_gradient(adapter: nn.Module) -> bool:
-    return any(p.grad is not None and not p.grad.isfinite().all() for p in adapter.parameters())
-
-
 def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """The frozen base must be what it was when the run began.
+    """Check that the frozen base is what it was when the run began.
 
     Raises:
-        TrainingError: a weight is another.
+        TrainingError: a weight changed.
     """
     changed = [name for name in before if now.get(name) != before[name]]
     if changed:
@@ -105,7 +102,7 @@ def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:
 
 
 def check_keys(model: nn.Module, batch: Any) -> None:
-    """A mapping goes to the model as keywords: it must take every key.
+    """Check that the model takes every key of a mapping as a keyword.
 
     Raises:
         DataError: it does not; the message has both lists.

@@ -6,46 +6,43 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from lorafamily.adapter import Adapter
 from lorafamily.batch import LossFn, LossOver, loss_of, refuse_one_batch, to_device, weigher
-from lorafamily.errors import LoraFamilyError, TrainingError
+from lorafamily.errors import TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.layers.placement import noted, refuse_merged
-from lorafamily.layers.state import Placement
-from lorafamily.penalty import orthogonality_error
-from lorafamily.training.batches import Batches, mean_loss
-from lorafamily.training.board import Setting
+from lorafamily.training.batches import Batches
+from lorafamily.training.best import Best
 from lorafamily.training.checkpoints import Checkpoints, Resume
+from lorafamily.training.evaluation import Evaluator, check_evaluation
 from lorafamily.training.execution import (
     Precision,
     autocast,
     chosen_precision,
-    evaluating,
     modes_kept,
     recompiling,
     recomputing,
     start_training,
 )
 from lorafamily.training.folder_lock import FolderLock
-from lorafamily.training.guards import FiniteNumbers, check_keys
+from lorafamily.training.guards import NonFiniteGuard, check_keys
 from lorafamily.training.interrupt import Interrupted, StopSignals
 from lorafamily.training.log import Log
-from lorafamily.training.optimisation import WARMUP, Optimizer, Rates, made
+from lorafamily.training.loop_context import LoopContext
+from lorafamily.training.optimisation import Optimizer, Rates, made, parameters_of
 from lorafamily.training.processes import Processes
 from lorafamily.training.run_state import RunState
 from lorafamily.training.schedule import Schedule, total_steps
 from lorafamily.training.session import Session
+from lorafamily.training.settings import run_settings
 from lorafamily.training.state import seeded
-from lorafamily.training.surroundings import Surroundings
 
-SCALING_LIMIT = 25  # steps in a row that float16's loss scale may take to halve itself from 2¹⁶ to nothing
+SCALING_LIMIT = 25  # steps in a row in which float16's loss scale may halve itself, from 2¹⁶ to nothing
 
 
 def train(
@@ -87,40 +84,41 @@ def train(
     keep: int = 2,
     resume: Resume = "never",
 ) -> History:
-    """Train whatever has `requires_grad`: the active adapters and what was named beside them, or a plain model.
+    """Train whatever has `requires_grad`: the active adapters and what was named in `also_train`, or a plain model.
 
-    Runs where the model is. Penalty and rank allocation are those of the adapters' method. Started by `torchrun`, each
-    process takes its rows of every batch, or the batches that a DistributedSampler gives it, and the numbers are those
-    of one process.
+    Training runs on the model's device, with the penalty and the rank allocation of the adapters' method. Under
+    `torchrun` each process takes some rows of every batch, or the batches that a DistributedSampler gives it, and the
+    results are those of a single process.
 
     Optimisation:
-        data: batches, iterable again and again (a DataLoader, a list). A mapping goes to the model as keywords, a
-            tuple as positions; the model's output must have `.loss`, unless `loss_fn(model, batch)` gives it.
-        steps: optimiser steps; or `epochs`: rounds through the data, which then must have a length.
-        lr: peak learning rate of the adapters, 0.001 unless said. In runs of some hundred steps LoRA² and AdaLoRA want
-            about ten times LoRA's, OLoRA a tenth.
-        head_lr: of what trains beside the adapters; None: ten times `lr`, but no more than 0.01.
-        up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, which is 1 but for LoRA+.
-        weight_decay: of AdamW, 0 unless said.
+        data: batches, in something that can be iterated repeatedly (a DataLoader, a list). A mapping goes to the model
+            as keywords, a tuple as positions; the output must have `.loss`, unless there is a `loss_fn`.
+        steps: optimiser steps; or `epochs`: passes through the data, which then needs a length.
+        lr: peak learning rate of the adapters; None: 0.001. In runs of some hundred steps LoRA² and AdaLoRA want about
+            ten times LoRA's, OLoRA a tenth.
+        head_lr: of other parameters that train; None: ten times `lr`, but no more than 0.01.
+        up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, which is 1 except for LoRA+.
+        weight_decay: of AdamW; None: 0.
         warmup: a fraction of the run, or a whole number of steps, in which rates rise to their peak; None: 0.06.
-        schedule: how they go on: "linear" and "cosine" to 0, "constant", or a function from the step (from 1) to the
-            share of the peak; or the LRScheduler of an optimiser given, which then alone sets the rates.
+        schedule: of the rates after the warm-up: "linear" and "cosine" fall to 0, "constant"; or a function from the
+            step (from 1) to the share of the peak; or the LRScheduler of the given optimiser, which then sets all
+            rates.
         floor: share of the peak below which rates do not fall.
-        optimizer: instead of AdamW: an optimiser, or a function from what trains, see `Trained`, to one.
+        optimizer: instead of AdamW: an optimiser, or a function from the parameters, see `Trained`, to one.
         loss_fn: function from model and batch to the task loss.
-        loss_over: what a batch's loss is a mean over, by which batches and processes count: "tokens" (the labels that
-            are not -100), "rows", or a function from a batch to a number. "auto": the tokens where there are `labels`,
-            and with a `loss_fn` the rows.
-        accumulate: batches per optimiser step, which together count as one large batch.
-        max_grad_norm: gradients are scaled down to this norm, over all trained parameters; 0 or None: they are not.
+        loss_over: what a batch's loss is a mean over, which decides the weights of batches and processes: "tokens" (the
+            labels that are not -100), "rows", or a function from a batch to a number. "auto": rows if there is a
+            `loss_fn`, otherwise tokens if there are `labels`.
+        accumulate: batches per optimiser step; together they count as one large batch.
+        max_grad_norm: gradients are scaled down to this norm, over all trained parameters; 0 or None: no clipping.
 
     Evaluation:
-        validation: batches, needed by methods that score ranks on them; their mean loss is evaluated as "loss".
+        validation: batches; their mean loss is the metric "loss". Some methods score ranks on them.
         evaluate: function from the model (in eval mode, without gradients) to metrics by name, instead of that loss.
         evaluate_every: optimiser steps between evaluations; None: only at the end.
-        monitor, mode: the metric that `patience` and the best checkpoint go by, and whether low or high is good.
-        patience: stop after so many evaluations without a better one, counted once the allocation is settled.
-        restore_best: end with the weights of the best evaluation, ranks included, and not with the last; `History` has
+        monitor, mode: the metric that decides which evaluation is best, and whether low or high is good.
+        patience: stop after so many evaluations without a better one, counted once the ranks have settled.
+        restore_best: end with the weights of the best evaluation, ranks included, instead of the last; `History` has
             both.
 
     Execution:
@@ -128,43 +126,43 @@ def train(
             factors stay float32.
         compile: run the model through `torch.compile`.
         checkpoint_activations: compute activations again in the backward instead of keeping them.
-        seed: Python's, NumPy's and torch's generators begin there (dropout, shuffling), and are afterwards as they
-            were; None: they go on from where they are.
-        skip_nonfinite: steps in a row that are skipped where the loss or a gradient is not finite, before the run ends.
-        check_gradients: refuse to go on where adapters get no gradient in the first steps.
-        again: let ranks move once more that an earlier run settled; unless asked, they stay.
-        progress: show a bar with loss, steps per second and total rank, and one while ranks are scored.
-        on_step: called with every step's `Step`, for a logger of your own.
+        seed: for Python's, NumPy's and torch's generators (dropout, shuffling), which are put back afterwards; None:
+        the
+            generators continue from their state.
+        skip_nonfinite: how many steps in a row may be skipped because the loss or a gradient is not finite.
+        check_gradients: refuse to go on if adapters get no gradient in the first steps.
+        again: let ranks that an earlier run settled move once more.
+        progress: show a bar with loss, steps per second and slices, and one while ranks are scored.
+        on_step: called with the `Step` of every step, for a logger of your own.
 
     Persistence:
-        log_dir: folder of the run, for TensorBoard, for pictures of the allocation, for its record (see `ranks_at`,
-            `redraw`) and for checkpoints.
-        save_every: steps between checkpoints; one is written too where the best evaluation was, at the end, and
-            when SIGTERM or Ctrl-C asks the run to stop: it finishes its step, saves, and ends the process with code 75.
-        keep: of checkpoints, the last so many stay, and the best.
-        resume: "auto": go on from the newest checkpoint in `log_dir`, if there is one; "anyway": with other settings
-            too, such as more steps; "never": begin, and refuse a folder that has checkpoints or a run's record.
+        log_dir: folder of the run, for TensorBoard, pictures of the allocation, the record (see `ranks_at`, `redraw`)
+            and checkpoints.
+        save_every: steps between checkpoints. One is also written after the best evaluation, at the end, and when
+            SIGTERM or Ctrl-C asks the run to stop: it finishes its step, saves, and ends the process with code 75.
+        keep: how many of the last checkpoints are kept; the best is kept, too.
+        resume: "auto": go on from the newest checkpoint in `log_dir`, if there is one; "anyway": even with other
+            settings, such as more steps; "never": begin, and refuse a folder that has checkpoints or a record.
 
     Raises:
-        DataError: no batches, no loss from them, keys that the model does not take, or processes that draw other
+        DataError: no batches, no loss from them, keys that the model does not take, or processes that draw different
             batches without dividing the data.
         AllocationError: the method's rank schedule does not fit the run.
-        StateError: the adapters are merged, or none is active; the folder is another run's.
+        StateError: the adapters are merged, or none is active; or the folder is another run's.
         FileError: a checkpoint cannot be written or read.
-        TrainingError: nothing to train, an optimiser that cannot (LBFGS), a setting that would have no effect or makes
-            no sense, an adapter without gradient, a number that is not finite, or a frozen weight that changed.
-        TargetError: a layer that somebody named as a target only has its weight read, so that its adapter is without
-            effect.
+        TrainingError: nothing to train, an optimiser that cannot (LBFGS), a setting that has no effect or makes no
+            sense, an adapter without gradient, a loss or gradient that is not finite, a frozen weight that changed.
+        TargetError: a layer that was named as a target is never called, only its weight is read, so that its adapter
+            has no effect.
         Interrupted: a signal asked the run to stop, and it has saved.
     """
     refuse_merged(noted(model)[1])
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
+    if not parameters_of(model):
         raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")
     evaluates = evaluate is not None or validation is not None
-    _check_evaluation(evaluates, evaluate_every, patience, restore_best)
+    check_evaluation(evaluates, evaluate_every, patience, restore_best)
     total = total_steps(data, steps, epochs, accumulate)
-    device = trained[0].device
+    device = parameters_of(model)[0].device
     precision = cast(Precision, chosen_precision(precision, device))
     in_precision = autocast(precision, device)
     checkpoints = Checkpoints(log_dir, save_every, keep)
@@ -172,15 +170,18 @@ def train(
     if seed is None and processes.world > 1:  # batches must come in the same order everywhere
         seed = processes.agreed(int(torch.randint(2**31, ())))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+    scaling = scaler if scaler.is_enabled() else None
     clip = float(max_grad_norm or torch.inf)
     if not clip > 0:
         raise TrainingError(f"max_grad_norm={max_grad_norm!r}: must be a positive norm; 0 or None for no clipping")
+    shown = progress and processes.first
     with contextlib.ExitStack() as around:
         around.enter_context(seeded(seed, device))
         batches = Batches(data, device, processes)
         if validation is not None:
             refuse_one_batch(validation, "validation")
         weigh = weigher(loss_over, model, loss_fn)
+        evaluator = Evaluator(evaluate, validation, loss_fn, weigh, in_precision, processes)
         optim = made(model, optimizer, lr, head_lr, up_lr, weight_decay)
         rates = Rates(optim, schedule, total, warmup, floor)
         session = Session(
@@ -193,197 +194,85 @@ def train(
             loss_over=loss_over,
             check_gradients=check_gradients,
             again=again,
-            around=Surroundings(
-                precision=in_precision,
-                scaler=scaler if scaler.is_enabled() else None,
-                agreed=processes.agreed,
-                reduces=True,
-                progress=progress and processes.first,
-                compiled=compile,
-            ),
+            loop=LoopContext(in_precision, scaling, processes.agreed, reduces=True, progress=shown, compiled=compile),
         )
         runner = cast(nn.Module, torch.compile(model)) if compile else model
-
-        def in_evaluation(batch: Any) -> Tensor:
-            return loss_of(model, to_device(batch, device), loss_fn)
-
-        def metrics() -> dict[str, float]:
-            with evaluating(model, device), torch.no_grad(), in_precision():
-                if evaluate is not None:
-                    return _numbers(evaluate(model))
-                assert validation is not None
-                return {"loss": mean_loss(validation, in_evaluation, weigh, processes)}
-
-        settings: dict[str, Setting] = {"lr": rates.peaks[0], "steps": total, "schedule": _named(schedule)}
-        settings |= {
-            "warmup": WARMUP if warmup is None else warmup,
-            "floor": floor,
-            "accumulate": accumulate,
-            "seed": -1 if seed is None else seed,
-        }
-        settings |= {
-            "loss over": loss_over if isinstance(loss_over, str) else "a function",
-            "again": int(again),
-            "patience": patience or 0,
-        }
-        settings |= {"weight decay": optim.param_groups[0].get("weight_decay", 0.0)}
+        settings = run_settings(rates, session.placement, warmup, accumulate, seed, loss_over, again, patience)
         settings |= {"head lr": rates.peaks[-1]} if optimizer is None else {}
-        settings |= {"precision": precision, "max gradient norm": clip, **_about(session.placement)}
-        finite = FiniteNumbers(max(skip_nonfinite, SCALING_LIMIT if scaler.is_enabled() else 0))
-        state = RunState(
-            model, session, settings, rates, scaler, batches, finite, processes, seed, monitor, mode, restore_best
-        )
+        settings |= {"precision": precision, "max gradient norm": clip}
+        finite = NonFiniteGuard(max(skip_nonfinite, SCALING_LIMIT if scaling else 0))
+        best = Best(model, session, monitor, mode, patience, restore_best)
+        state = RunState(model, session, settings, rates, scaler, batches, finite, processes, seed, best)
         state.seed_by_process()
         around.enter_context(FolderLock(checkpoints.log_folder if processes.first else None))
         found = checkpoints.to_go_on_from(resume)
         if found is not None:
-            state.go_on_from(found, resume)
+            state.resume(found, resume)
         history = state.history
-        if history.stopped:
-            if restore_best:
-                state.restore_best()
-            return history  # that run was done
-        log = Log(log_dir if processes.first else None, history, session)
-        measure_frames = max(1, total // 100)  # steps between looks at the frames, where there are any
+        if history.stopped:  # the run was done already
+            best.restore_if_kept(history)
+            return history
         begun = len(history.steps)
-        for context in (modes_kept(model), recompiling(total if compile else None)):
-            around.enter_context(context)
+        around.enter_context(modes_kept(model))
+        around.enter_context(recompiling(total if compile else None))
         around.enter_context(recomputing(model, checkpoint_activations))
         around.callback(optim.zero_grad, set_to_none=True)
         signals = around.enter_context(StopSignals(checkpoints.run_folder is not None))
-        silent = not (progress and processes.first)
-        bar = around.enter_context(tqdm(total=total, initial=begun, disable=silent, unit="step", dynamic_ncols=True))
-        try:
-            start_training(model, base_is_frozen=session.placement is not None)
-            for step in range(begun + 1, total + 1):
-                started = time.perf_counter()
-                rates.set(step)
-                losses = []
-                for batch, share in batches.draw(accumulate, weigh):
-                    batch = to_device(batch, device)
-                    if step == begun + 1 and loss_fn is None:
-                        check_keys(model, batch)
-                    with in_precision():
-                        loss = share * loss_of(runner, batch, loss_fn)
-                    session.task_backward(loss)
-                    losses.append(loss.detach().reshape(()))
-                trained = state.trained()
-                processes.add_up_gradients(trained)
-                task_loss = sum(torch.stack(losses).tolist())  # read once: each reading waits for the device
-                task_loss, stop = processes.add_up([task_loss, float(signals.received is not None)])
-                penalty = session.add_penalty()
-                scaler.unscale_(optim)
-                norm = nn.utils.clip_grad_norm_(trained, clip).item()
-                if finite.check(step, task_loss, norm, accumulate, session.adapters):
-                    scaler.step(optim)
-                else:
-                    optim.zero_grad(set_to_none=True)
-                scaler.update()
-                rate = optim.param_groups[0]["lr"]
-                rates.after()
-                decision = session.step()
+        bar = around.enter_context(tqdm(total=total, initial=begun, disable=not shown, unit="step", dynamic_ncols=True))
+        log = around.enter_context(Log(log_dir if processes.first else None, history, session, settings))
+        start_training(model, base_is_frozen=session.placement is not None)
+        for step in range(begun + 1, total + 1):
+            started = time.perf_counter()
+            rates.set(step)
+            losses = []
+            for batch, share in batches.draw(accumulate, weigh):
+                batch = to_device(batch, device)
+                if step == begun + 1 and loss_fn is None:
+                    check_keys(model, batch)
+                with in_precision():
+                    loss = share * loss_of(runner, batch, loss_fn)
+                session.task_backward(loss)
+                losses.append(loss.detach().reshape(()))
+            trained = parameters_of(model)  # resized adapters have new ones
+            processes.add_up_gradients(trained)
+            task_loss = sum(torch.stack(losses).tolist())  # read once: each reading waits for the device
+            task_loss, stop = processes.add_up([task_loss, float(signals.received is not None)])
+            penalty = session.add_penalty()
+            scaler.unscale_(optim)
+            norm = nn.utils.clip_grad_norm_(trained, clip).item()
+            if finite.check(step, task_loss, norm, accumulate, session.adapters):
+                scaler.step(optim)
+            else:
                 optim.zero_grad(set_to_none=True)
-                history.seconds += time.perf_counter() - started
+            scaler.update()
+            rate = optim.param_groups[0]["lr"]
+            rates.after()
+            decision = session.step()
+            optim.zero_grad(set_to_none=True)
+            history.seconds += time.perf_counter() - started
 
-                record = Step(
-                    step=step,
-                    loss=task_loss,
-                    penalty=penalty,
-                    lr=rate,
-                    gradient=norm,
-                    rank=sum(session.allocator.ranks.values()),
-                    trainable=sum(parameter.numel() for parameter in state.trained()),
-                    orthogonality=_frame_error(session.adapters) if step % measure_frames == 0 else None,
-                )
-                log.step(record, decision)
-                state.made(record, decision)
-                if on_step is not None and processes.first:
-                    on_step(record)
-                bar.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, refresh=False)
-                bar.update()
+            record = state.record(step, task_loss, penalty, rate, norm)
+            log.step(record, decision)
+            state.add(record, decision)
+            if on_step is not None and processes.first:
+                on_step(record)
+            bar.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, refresh=False)
+            bar.update()
 
-                improved = False
-                if evaluates and (step == total or (evaluate_every is not None and step % evaluate_every == 0)):
-                    evaluation = Evaluation(step, processes.agreed(metrics()))
-                    history.evaluations.append(evaluation)
-                    log.evaluation(evaluation)
-                    improved = state.improved(evaluation, patience)
-                if step == total:
-                    history.stopped = f"all {total} steps done"
-                elif patience is not None and state.since_best >= patience:
-                    history.stopped = (
-                        f"no {'lower' if mode == 'min' else 'higher'} validation {monitor} in {patience} evaluations"
-                    )
-                if history.stopped:
-                    state.check_end()
-                if checkpoints.due(step) or (checkpoints.run_folder and (improved or history.stopped or stop)):
-                    state.save(checkpoints)
-                if history.stopped:
-                    if restore_best:
-                        state.restore_best()
-                    break
-                if stop:
-                    raise Interrupted(f"stopped by a signal after step {step} of {total}; saved in {log_dir}")
-        except Interrupted:
-            log.close(history, settings, pictures=False)  # who asks a process to stop does not wait long
-            raise
-        except BaseException:
-            with contextlib.suppress(OSError, LoraFamilyError):  # say what went wrong, not what followed from it
-                log.close(history, settings)
-            raise
-        else:
-            log.close(history, settings)
+            improved = False
+            if evaluates and (step == total or (evaluate_every is not None and step % evaluate_every == 0)):
+                evaluation = Evaluation(step, evaluator(model))
+                history.evaluations.append(evaluation)
+                log.evaluation(evaluation)
+                improved = best.improved(evaluation, history)
+            history.stopped = best.reason_to_stop(step)
+            if history.stopped:
+                state.check_end()
+            if checkpoints.due(step) or (checkpoints.run_folder and (improved or history.stopped or stop)):
+                state.save(checkpoints)
+            if history.stopped:
+                best.restore_if_kept(history)
+                break
+            if stop:
+                raise Interrupted(f"stopped by a signal after step {step} of {total}; saved in {log_dir}")
     return history
-
-
-def _check_evaluation(evaluates: bool, every: int | None, patience: int | None, restore_best: bool) -> None:
-    """Refuse what would have no effect."""
-    for name, value in (("evaluate_every", every), ("patience", patience)):
-        if value is None:
-            continue
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise TrainingError(f"{name}={value!r}: must be a whole number, at least 1")
-        if not evaluates:
-            raise TrainingError(f"{name}={value!r} has no effect: nothing is evaluated; give validation or evaluate")
-    if patience is not None and every is None:
-        raise TrainingError(f"patience={patience!r} has no effect: evaluation is at the end only; give evaluate_every")
-    if restore_best and not evaluates:
-        raise TrainingError("restore_best=True has no effect: nothing is evaluated; give validation or evaluate")
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as plain numbers, whatever they come as.
-
-    Raises:
-        TrainingError: evaluate gave no mapping, or something in it is no number; it is named.
-    """
-    if not isinstance(metrics, Mapping):
-        raise TrainingError(f"evaluate gave a {type(metrics).__name__}; it must give metrics by name")
-    found = {}
-    for name, value in metrics.items():
-        try:
-            found[str(name)] = float(value)
-        except (TypeError, ValueError):
-            raise TrainingError(f"evaluate gave {name}={value!r}, which is no number") from None
-    return found
-
-
-def _named(schedule: Schedule) -> str:
-    return schedule if isinstance(schedule, str) else getattr(schedule, "__name__", type(schedule).__name__)
-
-
-def _about(placement: Placement | None) -> dict[str, Setting]:
-    """What was adapted how, for the table of runs."""
-    if placement is None:
-        return {"method": "none"}
-    sizing, options = placement.sizing, placement.method.options()
-    about = {"method": placement.spec, "start rank": sizing.rank, "budget at": sizing.budget_at, **options}
-    about |= {"budget": sizing.budget or 0, "rank budget": sizing.rank_budget or 0}
-    about |= dict.fromkeys(placement.method.layered, "by layer")
-    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in about.items()}
-
-
-@torch.no_grad()
-def _frame_error(adapters: Mapping[str, Adapter]) -> float | None:
-    error = orthogonality_error(adapters.values())
-    return None if error is None else error.item()

@@ -1,4 +1,4 @@
-"""What an optimiser trains at which rate: parameters by role, and the rate of every step."""
+"""Parameters by role, their learning rates, and the rate at every step."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ WARMUP = 0.06  # of a run
 HIGHEST_HEAD_LR = 1e-2
 
 
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Those that train now."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 class Trained(list[nn.Parameter]):
     """All parameters that train, as a list, and by role.
 
-    `down`, `up`: of the adapters' tensors those that make V and U (V takes the input down to the rank); `gate`: the
-    numbers of one a slice; `head`: what trains beside the adapters. `names`: of every parameter.
+    `down`, `up`: tensors of the adapters that make V and U (V takes the input down to the rank); `gate`: those with one
+    entry a slice; `head`: parameters that train besides the adapters. `names`: the name of every parameter.
 
         optimizer=lambda p: AdamW([{"params": p.up, "lr": 16e-3}, {"params": p.others(p.up)}], lr=1e-3)   # LoRA+
 
-    `up_ratio`: the adapters' method's, see `Method`.
+    `up_ratio`: of the adapters' method, see `Method`.
     """
 
     def __init__(self, model: nn.Module):
@@ -40,7 +45,7 @@ class Trained(list[nn.Parameter]):
         self.head = [p for p in self if p not in self.role]
 
     def others(self, *roles: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Those that are in none of the given lists."""
+        """Parameters that are in none of the given lists."""
         taken = {id(p) for role in roles for p in role}
         return [p for p in self if id(p) not in taken]
 
@@ -57,29 +62,30 @@ def parameter_groups(
 
     Args:
         lr: peak rate of the adapters.
-        head_lr: of what trains beside them. None: ten times `lr`, but no more than 0.01: a new head has to move by
-            whole numbers, which at an adapter's rate takes thousands of steps.
+        head_lr: of parameters that train besides them. None: ten times `lr`, but no more than 0.01, since the weights
+        of
+            a new head have to move by about 1, which at an adapter's rate takes thousands of steps.
         up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, 1 but for LoRA+.
         weight_decay: of all groups.
 
     Raises:
-        TrainingError: nothing trains, or nothing that `up_lr` is for.
+        TrainingError: nothing trains, or `up_lr` is given and no adapter trains.
     """
     trained = Trained(model)
     if not trained:
         raise TrainingError("no parameter has requires_grad; lorafamily.apply(model, ...) adds some that do")
     if up_lr is None and trained.up_ratio != 1:
         up_lr = lr * trained.up_ratio
-    beside = trained.head if len(trained.head) < len(trained) else []  # of a plain model nothing is beside anything
+    head = trained.head if len(trained.head) < len(trained) else []  # a plain model has no head in this sense
     ups = trained.up if up_lr is not None else []
     if up_lr is not None and not ups:
         raise TrainingError(f"up_lr={up_lr!r}: no adapter trains here, so that nothing makes U; leave it out")
-    rates = [(trained.others(beside, ups), lr), (ups, up_lr), (beside, default_head_lr(lr, head_lr))]
-    return [{"params": list(own), "lr": rate, "weight_decay": weight_decay} for own, rate in rates if own]
+    rates = [(trained.others(head, ups), lr), (ups, up_lr), (head, default_head_lr(lr, head_lr))]
+    return [{"params": list(group), "lr": rate, "weight_decay": weight_decay} for group, rate in rates if group]
 
 
 def check_up_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Warn of an optimiser that trains U and V at one rate where the method has two (LoRA+)."""
+    """Warn if an optimiser trains U and V at one rate and the method has two (LoRA+)."""
     trained = Trained(model)
     if trained.up_ratio == 1 or not trained.up or not trained.down:
         return
@@ -94,7 +100,7 @@ def check_up_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def default_head_lr(lr: float, head_lr: float | None) -> float:
-    """The rate of what trains beside the adapters."""
+    """The learning rate of parameters that train besides the adapters."""
     return max(lr, min(10 * lr, HIGHEST_HEAD_LR)) if head_lr is None else head_lr
 
 
@@ -109,10 +115,10 @@ def made(
     up_lr: float | None,
     weight_decay: float | None,
 ) -> torch.optim.Optimizer:
-    """AdamW, or the optimiser that somebody gave or knows how to make.
+    """AdamW, or the optimiser that was given, or that the given function makes.
 
     Raises:
-        TrainingError: rates beside an optimiser that has its own, or what is given is no optimiser.
+        TrainingError: rates given together with an optimiser, which has its own; or no optimiser.
     """
     for name, value in (("lr", lr), ("head_lr", head_lr), ("up_lr", up_lr), ("weight_decay", weight_decay)):
         if value is not None and optimizer is not None:
@@ -121,8 +127,8 @@ def made(
             raise TrainingError(f"{name}={value!r}: must be zero or positive")
     if optimizer is None:
         rates = {"lr": LR if lr is None else float(lr), "weight_decay": float(weight_decay or 0.0)}
-        own = {name: float(rate) for name, rate in (("head_lr", head_lr), ("up_lr", up_lr)) if rate is not None}
-        groups = parameter_groups(model, **rates, **own)
+        rates |= {name: float(rate) for name, rate in (("head_lr", head_lr), ("up_lr", up_lr)) if rate is not None}
+        groups = parameter_groups(model, **rates)
         device = groups[0]["params"][0].device
         return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     found = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(Trained(model))
@@ -132,7 +138,7 @@ def made(
 
 
 class Rates:
-    """The learning rate of every step: a share of each group's peak, or what somebody's LRScheduler says."""
+    """Sets the learning rate of every step: a share of each group's peak, or what the given LRScheduler says."""
 
     def __init__(
         self,
@@ -156,15 +162,15 @@ class Rates:
                         f"{name}={value!r} has no effect: schedule=... is an LRScheduler, which sets rates"
                     )
         else:
-            self.share(1)  # refuses what is no schedule
+            self.share(1)  # refuses an unknown schedule
 
     def share(self, step: int) -> float:
-        """Of the peak, at step `step` (from 1)."""
+        """Of the peak rate, at step `step` (from 1)."""
         share = lr_factor(step, self.total, self.warmup, self.schedule)
         return share if step <= self.warmup else max(share, self.floor)
 
     def set(self, step: int) -> None:
-        """Before the optimiser's step `step`."""
+        """Call it before optimiser step `step`."""
         if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler):
             return
         share = self.share(step)
@@ -172,17 +178,17 @@ class Rates:
             group["lr"] = peak * share
 
     def after(self) -> None:
-        """After an optimiser's step."""
+        """Call it after an optimiser step."""
         if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler):
             self.schedule.step()
 
     def state(self) -> dict[str, Any]:
-        """Of an LRScheduler; a function of the step has none."""
-        own = self.schedule
-        scheduler = own.state_dict() if isinstance(own, torch.optim.lr_scheduler.LRScheduler) else None
+        """For a checkpoint; only an LRScheduler has more than the peaks."""
+        schedule = self.schedule
+        scheduler = schedule.state_dict() if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler) else None
         return {"peaks": list(self.peaks), "scheduler": scheduler}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where another was."""
+        """Continue from a state."""
         if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler) and state["scheduler"] is not None:
             self.schedule.load_state_dict(state["scheduler"])

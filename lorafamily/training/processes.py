@@ -1,4 +1,5 @@
-"""The processes of one run, as `torchrun` starts them: each takes its rows of every batch, all make the same steps."""
+"""The processes of one run, as `torchrun` starts them: each takes some rows of every batch, and all make the same
+steps."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ from lorafamily.layers.site import sites_in
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
-TIMEOUT = timedelta(minutes=10)  # of one exchange; a process that died is noticed at once, one that hangs after this
+TIMEOUT = timedelta(minutes=10)  # of one collective; a dead process is noticed at once, a hanging one after this
 
 
 class Processes:
-    """Those that run this program together; a process alone is the special case in which nothing is exchanged."""
+    """The processes that run this program together. A single process is the special case that communicates nothing."""
 
     def __init__(self, device: torch.device):
         """
@@ -36,11 +37,11 @@ class Processes:
             if device.type == "cuda":
                 _take_gpu(device)
             if not dist.is_initialized():
-                if device.type == "cuda":  # objects go through the CPU
+                if device.type == "cuda":  # Python objects go through the CPU
                     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
                 else:
                     dist.init_process_group("gloo", timeout=TIMEOUT)
-                atexit.register(dist.destroy_process_group)  # else its threads may abort a process that is done
+                atexit.register(dist.destroy_process_group)  # otherwise its threads may abort a process that is done
         self.together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.together else 0
         self.world = dist.get_world_size() if self.together else 1
@@ -52,7 +53,7 @@ class Processes:
         return self.rank == 0
 
     def rows(self, batch: Any) -> list[Any]:
-        """The rows of a batch that each process takes, in their order.
+        """A batch cut into the rows of each process, in order.
 
         Raises:
             DataError: fewer rows than processes.
@@ -66,15 +67,16 @@ class Processes:
     def shares(
         self, batches: Sequence[Any], weigh: Callable[[Any], float], divided: bool = False
     ) -> list[tuple[Any, float]]:
-        """What this process computes of one optimiser step, and by how much each loss counts.
+        """The batches of this process for one optimiser step, each with the share that its loss has.
 
-        The sum of share · loss, over all batches and processes, is the loss of one large batch: a batch counts by what
-        its loss is a mean over. One without a label that counts is left out, since its loss is 0 / 0; where there are
-        several processes it is replaced, at share 0, because a sharded model must be called equally often in all.
+        The sum of share · loss, over all batches and processes, is the loss of one large batch: each is weighted by
+        what its loss is a mean over. A batch without a label that counts is left out, since its loss is 0 / 0. With
+        several processes it is replaced, at share 0, because a sharded model must be called equally often in all of
+        them.
 
         Args:
-            weigh: what the loss of a batch is a mean over.
-            divided: whether each process drew batches of its own; else all drew these, and each takes its rows.
+            weigh: returns what the loss of a batch is a mean over.
+            divided: whether each process drew batches of its own; otherwise all drew these, and each takes its rows.
 
         Raises:
             DataError: fewer rows than processes, or no label that counts in this process's own batches.
@@ -84,12 +86,12 @@ class Processes:
             all_weights = [[weigh(piece) for piece in of] for of in pieces]
             total = sum(map(sum, all_weights))
             mine, weights = [of[self.rank] for of in pieces], [of[self.rank] for of in all_weights]
-            others = [(sum(of), at) for at, of in enumerate(all_weights)]  # whole batches, to replace by
+            others = [(sum(of), at) for at, of in enumerate(all_weights)]  # weights of whole batches, for replacements
         else:
             mine, weights = list(batches), [weigh(batch) for batch in batches]
             (total,) = self.add_up([sum(weights)])
             others = [(weight, at) for at, weight in enumerate(weights)]
-        if not total:  # the loss is not finite, which the loop says
+        if not total:  # the loss is not finite, which the loop reports
             return [(batch, 1 / (len(mine) * self.world)) for batch in mine]
         if self.world == 1:
             return [(batch, weight / total) for batch, weight in zip(mine, weights, strict=True) if weight]
@@ -103,61 +105,61 @@ class Processes:
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        self._exchange(lambda: dist.all_reduce(tensor))
+        self._collective(lambda: dist.all_reduce(tensor))
         return list(tensor.tolist())
 
     @torch.no_grad()
     def add_up_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over all processes: one buffer a dtype, one exchange a buffer."""
+        """Replace every gradient by its sum over all processes, with one buffer and one collective for each dtype."""
         if self.world == 1:
             return
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for dtype, own in by_dtype.items():
-            there = torch.tensor([parameter.grad is not None for parameter in own], device=self.device).to(dtype)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+        for dtype, group in by_dtype.items():
+            there = torch.tensor([parameter.grad is not None for parameter in group], device=self.device).to(dtype)
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             flat = torch.cat([there, *(gradient.flatten() for gradient in gradients)])
-            self._exchange(lambda flat=flat: dist.all_reduce(flat))
-            anywhere, *pieces = flat.split([len(own), *(parameter.numel() for parameter in own)])
-            for parameter, piece, some in zip(own, pieces, anywhere.tolist(), strict=True):
-                if some:
+            self._collective(lambda flat=flat: dist.all_reduce(flat))
+            anywhere, *pieces = flat.split([len(group), *(parameter.numel() for parameter in group)])
+            for parameter, piece, has_one in zip(group, pieces, anywhere.tolist(), strict=True):
+                if has_one:
                     give_gradient(parameter, piece.view_as(parameter))
 
     def agreed(self, value: T) -> T:
-        """What the first process has: decisions must be the same everywhere, to the last bit."""
+        """The first process's value, for decisions that must be the same everywhere, to the last bit."""
         if self.world == 1:
             return value
-        held = [value]
-        self._exchange(lambda: dist.broadcast_object_list(held, 0))
-        return held[0]
+        values = [value]
+        self._collective(lambda: dist.broadcast_object_list(values, 0))
+        return values[0]
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all processes, in their order."""
+        """The values of all processes, in order."""
         if self.world == 1:
             return [value]
-        held: list[Any] = [None] * self.world
-        self._exchange(lambda: dist.all_gather_object(held, value))
-        return held
+        values: list[Any] = [None] * self.world
+        self._collective(lambda: dist.all_gather_object(values, value))
+        return values
 
     def check_same(self, fingerprints: Mapping[str, int], step: int) -> None:
-        """Weights that train must be the same in every process.
+        """Check that the weights that train are the same in every process.
 
         Raises:
-            TrainingError: they are not.
+            TrainingError: they differ.
         """
-        all_of_them = self.gathered(dict(fingerprints))
-        for rank, other in enumerate(all_of_them):
-            differing = [name for name in other if other[name] != all_of_them[0].get(name)]
+        everybody = self.gathered(dict(fingerprints))
+        for rank, other in enumerate(everybody):
+            differing = [name for name in other if other[name] != everybody[0].get(name)]
             if differing:
                 raise TrainingError(
                     f"after step {step} process {rank} has another {differing[0]} than process 0: the processes do not "
                     "compute the same (different data, models or seeds?)"
                 )
 
-    def _exchange(self, exchange: Any) -> None:
+    def _collective(self, operation: Any) -> None:
         try:
-            exchange()
+            operation()
         except RuntimeError as error:
             raise TrainingError(
                 f"process {self.rank} of {self.world} lost the others, one of which has probably died (its own message "
@@ -166,16 +168,16 @@ class Processes:
 
 
 def give_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Set `parameter.grad`, laid out in memory as the parameter is, as autograd does: fused optimisers walk through
-    both side by side and mix up the entries of a gradient with other strides, without a word."""
+    """Set `parameter.grad` with the strides of the parameter, as autograd does: fused optimisers walk through both
+    together, and silently mix up the entries of a gradient with other strides."""
     parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 def _take_gpu(device: torch.device) -> None:
-    """Make the model's GPU the current one: collectives of objects and new tensors go there.
+    """Make the model's GPU the current one, where collectives of objects and new tensors go.
 
     Raises:
-        TrainingError: it is the first process's, because nobody chose one before the model went to "cuda".
+        TrainingError: it is the first process's, since no GPU was chosen before the model went to "cuda".
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local and device.index == 0 and torch.cuda.device_count() > 1:
@@ -187,12 +189,12 @@ def _take_gpu(device: torch.device) -> None:
 
 
 def shard(model: Model) -> Model:
-    """Spread the frozen base over the processes with PyTorch's FSDP2; what trains stays whole in each of them.
+    """Shard the frozen base over the processes with PyTorch's FSDP2; what trains stays whole in each of them.
 
     Call it after `apply` and before `train`, in a program that `torchrun` started. Blocks (the entries of the model's
     `nn.ModuleList`s) are gathered one after the other as they are computed.
 
-    A base in bitsandbytes' 4 bits is spread as it is packed; its scales stay whole in every process.
+    A base in bitsandbytes' 4 bits is sharded in packed form; its scales stay whole in every process.
 
     Raises:
         TrainingError: this is one process alone, or the base is quantised otherwise.
@@ -205,21 +207,21 @@ def shard(model: Model) -> Model:
     if processes.world == 1:
         raise TrainingError("shard(model) spreads a model over several processes; start them with torchrun")
     for at, layer, kind in quantised_layers(model):
-        if getattr(layer, "quant_state", None) is None:  # it has to survive that the weight becomes another tensor
+        if getattr(layer, "quant_state", None) is None:  # which survives that the weight becomes another tensor
             raise TrainingError(
                 f"{at} ({type(layer).__name__}) is a {kind.name}, whose scales FSDP2 would lose: of quantised bases "
                 "only bitsandbytes' 4-bit ones are spread; train this one whole in each process"
             )
-        # With AVX512 it would pack for inference what is gathered for one forward, and take the next for packed.
+        # With AVX512 bitsandbytes would pack the weight gathered for one forward, and take the next for packed.
         vars(layer)["support_avx512bf16_for_cpu"] = False
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    own = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    own |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    whole |= {parameter for _, site in sites_in(model) for parameter in site.parameters()}
     owner, state = noted(model)
     for placement in state.placements.values() if state is not None else ():
-        own |= {owner.get_parameter(path) for path in placement.inactive_values}  # of those that are not active, too
+        whole |= {owner.get_parameter(path) for path in placement.inactive_values}  # of the inactive adapters, too
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     for block in reversed(blocks):  # the inner ones first
-        fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in own})
-    fully_shard(model, mesh=mesh, ignored_params=own)
+        fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p in whole})
+    fully_shard(model, mesh=mesh, ignored_params=whole)
     return model

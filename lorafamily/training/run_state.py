@@ -1,68 +1,56 @@
-"""Everything a run must find again to go on as if it had never stopped."""
+"""The state of a run, in a checkpoint and back, so that it goes on as if it had never stopped."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafamily.adapter import Adapter
-from lorafamily.errors import AllocationError, StateError, TrainingError
-from lorafamily.history import Decision, Evaluation, History, Step, Weights
+from lorafamily.errors import AllocationError, StateError
+from lorafamily.history import Decision, History, Step, Weights
 from lorafamily.layers.fingerprints import added_up, fingerprints
 from lorafamily.layers.offloaded import offloaded_value
 from lorafamily.layers.quantised import tensors_of
 from lorafamily.layers.sharded import is_sharded
 from lorafamily.layers.site import base_parameters
+from lorafamily.penalty import orthogonality_error
 from lorafamily.training.batches import Batches
+from lorafamily.training.best import Best
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, of_step
-from lorafamily.training.guards import FiniteNumbers, check_base
-from lorafamily.training.kept import Kept
-from lorafamily.training.optimisation import Rates
+from lorafamily.training.guards import NonFiniteGuard, check_base
+from lorafamily.training.history_tree import from_tree, to_tree
+from lorafamily.training.optimisation import Rates, parameters_of
+from lorafamily.training.optimizer_state import OptimizerState
 from lorafamily.training.processes import Processes
 from lorafamily.training.session import Session
+from lorafamily.training.snapshot import Snapshot
 from lorafamily.training.state import random_state, set_random_state
 
 
 @dataclass
 class RunState:
-    """What a run has reached. `settings`: what must be the same when it goes on.
-
-    `monitor`: the metric that decides which evaluation is the best, the lowest (`mode` "min") or highest ("max");
-    `keep_best`: keep its weights in memory, for `restore_best`. `best`: (value, step) of the best evaluation so far;
-    `since_best`: evaluations since then.
-    """
+    """Everything that a run has reached, by the objects that hold it. `settings`: what must be the same to resume;
+    `base`: fingerprints of the frozen weights when the run began."""
 
     model: nn.Module
     session: Session
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
     rates: Rates
     scaler: torch.amp.GradScaler
     batches: Batches
-    finite: FiniteNumbers
+    finite: NonFiniteGuard
     processes: Processes
     seed: int | None
-    monitor: str = "loss"
-    mode: Literal["min", "max"] = "min"
-    keep_best: bool = False
+    best: Best
     history: History = field(default_factory=History)
-    best: tuple[float, int] = (math.inf, 0)
-    since_best: int = 0
-    base: dict[str, int] = field(default_factory=dict)
-    kept: Kept | None = None
-    hyperparameters: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.mode not in ("min", "max"):
-            raise TrainingError(f'mode={self.mode!r}: must be "min" (lower is better) or "max"')
-        self.best = self._none_yet()
-        self.hyperparameters = hyperparameters(self.session.optimizer)  # as they were given: schedules move them
+        self.optimizer = OptimizerState(self.session.optimizer)
         self.history.ranks_start = dict(self.session.start)
         self.base = self.base_now()
 
@@ -70,90 +58,35 @@ class RunState:
     def device(self) -> torch.device:
         return self.batches.device
 
-    def trained(self) -> list[nn.Parameter]:
-        """Whatever trains now; resized adapters have new parameters."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
     def base_now(self) -> dict[str, int]:
-        """Fingerprints of the frozen base weights, of quantised ones with their scales; of a sharded one those of all
-        its pieces together."""
-        own = [(name, p) for name, p in tensors_of(self.model).items() if not p.requires_grad]
-        found = fingerprints((name, self._here(name, p)) for name, p in own)
-        if sharded := [name for name, p in own if is_sharded(p)]:
+        """Fingerprints of the frozen weights, of quantised ones with their scales; of a sharded one that of all its
+        shards together."""
+        frozen = [(name, p) for name, p in tensors_of(self.model).items() if not p.requires_grad]
+        found = fingerprints((name, self._value(name, p)) for name, p in frozen)
+        if sharded := [name for name, p in frozen if is_sharded(p)]:
             pieces = self.processes.gathered({name: found[name] for name in sharded})
             found |= {name: added_up([piece[name] for piece in pieces]) for name in sharded}
         return found
 
-    def _here(self, name: str, value: Tensor) -> Tensor:
-        """The value of a tensor of the base, also where it is offloaded."""
+    def _value(self, name: str, value: Tensor) -> Tensor:
+        """The value of a base tensor, also where it is offloaded."""
         found = offloaded_value(self.model, name) if value.is_meta else value
         if found is None:
             raise StateError(f"{name} has no value: it is on the meta device")
         return found
 
-    def trained_now(self) -> dict[str, int]:
-        """Fingerprints of what trains."""
-        return fingerprints((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+    @torch.no_grad()
+    def record(self, step: int, loss: float, penalty: float, lr: float, gradient: float) -> Step:
+        """The step as the history has it. How orthonormal frames are is measured a hundred times in a run."""
+        error = None
+        if step % max(1, self.session.run.steps // 100) == 0:
+            error = orthogonality_error(self.session.adapters.values())
+        slices = sum(self.session.allocator.ranks.values())
+        trainable = sum(parameter.numel() for parameter in parameters_of(self.model))
+        return Step(step, loss, penalty, lr, gradient, slices, trainable, None if error is None else error.item())
 
-    def _none_yet(self) -> tuple[float, int]:
-        return (math.inf if self.mode == "min" else -math.inf, 0)
-
-    @property
-    def adapters(self) -> Mapping[str, Adapter]:
-        return self.session.adapters
-
-    def improved(self, evaluation: Evaluation, patience: int | None) -> bool:
-        """Take in an evaluation; whether it is the best since the allocation settled, or the run ended.
-
-        Raises:
-            TrainingError: what is waited for or kept is decided by a metric that `evaluate` did not give.
-        """
-        value = evaluation.metrics.get(self.monitor)
-        if value is None and (patience is not None or self.keep_best or self.monitor != "loss"):
-            asks = "patience" if patience is not None else "restore_best" if self.keep_best else "monitor"
-            raise TrainingError(f'{asks} watches "{self.monitor}", but evaluate gave {", ".join(evaluation.metrics)}')
-        if value is None or not (self.session.allocator.settled or evaluation.step == self.session.run.steps):
-            return False
-        if value < self.best[0] if self.mode == "min" else value > self.best[0]:
-            self.best, self.since_best = (value, evaluation.step), 0
-            self.history.best = Weights(evaluation.step, dict(evaluation.metrics))
-            if self.keep_best:
-                self._keep(Kept.of(self.model, self.adapters))
-            return True
-        self.since_best += 1
-        return False
-
-    def _keep(self, kept: Kept) -> None:
-        assert self.history.best is not None
-        self.kept = kept
-        self.history.best = dataclasses.replace(self.history.best, tensors=kept.tensors)
-
-    def restore_best(self) -> None:
-        """Give the model the weights of the best evaluation, ranks included; those it has are kept in `history.last`.
-
-        Call it when the run is over and saved: a checkpoint at the end holds the last weights, not these.
-
-        Raises:
-            StateError: there was no such evaluation, or its weights were not kept.
-        """
-        if self.kept is None:
-            raise StateError(
-                f'no best weights are kept: there was no evaluation with a finite "{self.monitor}" once the '
-                "allocation had settled"
-                if self.keep_best
-                else "no best weights are kept: the run was not asked to (keep_best)"
-            )
-        if self.best[1] == len(self.history.steps):
-            return  # the model has them
-        if self.history.last is not None:
-            last = Kept.of(self.model, self.adapters).tensors
-            self.history.last = dataclasses.replace(self.history.last, tensors=last)
-        self.kept.put_into(self.model, self.adapters, self.session.optimizer)
-        self.history.ranks_end = {at: adapter.rank for at, adapter in self.adapters.items()}
-        self.session.allocator.ranks = dict(self.history.ranks_end)
-
-    def made(self, step: Step, decision: Decision | None) -> None:
-        """Take in a step and what was decided after it."""
+    def add(self, step: Step, decision: Decision | None) -> None:
+        """Record a step, and what was decided after it."""
         self.history.steps.append(step)
         self.history.skipped = self.finite.skipped
         self.history.ranks_start = dict(self.session.start)  # the first batch may show that some have no effect
@@ -161,11 +94,11 @@ class RunState:
             self.history.decisions.append(decision)
 
     def check_end(self) -> None:
-        """What must hold when the run is over; notes in the history which weights are the last.
+        """Check what must hold when the run is over, and record which weights are the last.
 
         Raises:
             TrainingError: the frozen base changed.
-            AllocationError: the schedule never fired.
+            AllocationError: the schedule never made a decision.
         """
         self.history.ranks_end = dict(self.session.allocator.ranks)
         check_base(self.base, self.base_now())
@@ -179,214 +112,147 @@ class RunState:
         self.history.last = Weights(step, dict(evaluations[-1].metrics) if evaluated else {})
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Write a checkpoint, by the first process, after a look at what should not have happened."""
+        """Let the first process write a checkpoint, if base and processes are still what they should be.
+
+        Raises:
+            TrainingError: the frozen base changed, or the processes' weights differ.
+            FileError: it cannot be written.
+        """
         check_base(self.base, self.base_now())
         step = len(self.history.steps)
-        self.processes.check_same(self.trained_now(), step)
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self.processes.check_same(fingerprints(trained), step)
         folder = f"checkpoints/{name_of(step)}" if checkpoints.folder is not None else None
         for name in ("best", "last"):
             weights = getattr(self.history, name)
             if weights is not None and weights.step == step:
                 setattr(self.history, name, dataclasses.replace(weights, folder=folder))
-        tree = self.to_save()
+        tree = self.tree()
         if self.processes.first:
             placement = self.session.placement
             adapters = None if placement is None else placement.name
-            checkpoints.write(step, self.model, adapters, tree, self.best[1] or None)
-        self.processes.add_up([0.0])  # nobody goes on, or ends, before it is there
+            checkpoints.write(step, self.model, adapters, tree, self.best.step or None)
+        self.processes.add_up([0.0])  # nobody goes on, or ends, before the checkpoint is there
 
-    def to_save(self) -> dict[str, Any]:
-        """The state as a tree of plain data and tensors, without the adapters."""
-        beside = {name: p.data for name, p in base_parameters(self.model).items() if p.requires_grad}
+    def tree(self) -> dict[str, Any]:
+        """The state as plain data and tensors, without the adapters: those are saved as `lorafamily.save` does."""
+        trained = {name: p.data for name, p in base_parameters(self.model).items() if p.requires_grad}
+        saved_buffers = self.model.state_dict().keys()
         return {
             "settings": self.settings,
             "has adapters": self.session.placement is not None,
             "step": len(self.history.steps),
             "total": self.session.run.steps,
-            "optimizer": self.session.optimizer.state_dict(),
-            "optimizer class": type(self.session.optimizer).__name__,
-            "hyperparameters": self.hyperparameters,
+            **self.optimizer.tree(),
             "scaler": self.scaler.state_dict(),
             "rates": self.rates.state(),
             "session": self.session.state_dict(adapters=False),
             "random": self.processes.gathered(random_state(self.device)),
             "batches": self.batches.state(),
             "not finite": (self.finite.skipped, self.finite.in_a_row),
-            "history": _history_tree(self.history),
-            "monitor": (self.monitor, self.mode),
-            "best": self.best,
-            "since best": self.since_best,
+            "history": to_tree(self.history),
+            "monitor": (self.best.monitor, self.best.mode),
+            "best": (self.best.value, self.best.step),
+            "since best": self.best.since,
             "base": self.base,
-            "trained": beside,
-            "buffers": _persistent_buffers(self.model),
+            "trained": trained,
+            "buffers": {name: buffer for name, buffer in self.model.named_buffers() if name in saved_buffers},
         }
 
-    def go_on_from(self, found: Checkpoint, resume: Resume) -> None:
-        """Take the state of a checkpoint. Everything is checked before anything is changed, but
-        for adapters that the run left out as without effect: they are left out here too.
+    def resume(self, found: Checkpoint, resume: Resume) -> None:
+        """Take the state of a checkpoint. Everything is checked before anything changes, except that adapters which the
+        run had left out, as without effect, are left out here first.
 
         Raises:
-            StateError: it is of a run with other settings, or on another base.
+            StateError: the checkpoint is of a run with other settings, or on another base.
         """
-        state, session = found.state, self.session
-        session.leave_out(state["session"]["left out"])
-        own_optimizer, other_metric = self._check(found, resume)
-        kept = None
-        if self.keep_best and not other_metric and (best := state["best"][1]):
-            kept = Kept.read(found if best == state["step"] else of_step(found, best), self.model)
-        self.batches.restore(state["batches"], other=resume == "anyway")
+        saved, session = found.state, self.session
+        session.leave_out(saved["session"]["left out"])
+        optimizer_fits, same_metric = self._check(found, resume)
+        weights = None
+        if self.best.keep and same_metric and (best := saved["best"][1]):
+            weights = Snapshot.read(found if best == saved["step"] else of_step(found, best), self.model)
+        self.batches.restore(saved["batches"], other=resume == "anyway")
         with torch.no_grad():
             if found.adapters is not None:
                 for at, adapter in session.adapters.items():
-                    session.exchange(adapter.take(found.adapters.adapters[at].state_dict()))
+                    session.replace_parameters(adapter.take(found.adapters.adapters[at].state_dict()))
             parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
-            for name, value in state["trained"].items():
+            for name, value in saved["trained"].items():
                 parameters[name].copy_(value)
-            for name, value in state["buffers"].items():
+            for name, value in saved["buffers"].items():
                 buffers[name].copy_(value)
-        if own_optimizer:
-            self._load_optimizer(state)
-        self.scaler.load_state_dict(state["scaler"])
-        self.rates.restore(state["rates"])
-        session.load_state_dict(state["session"])
-        self.finite.skipped, self.finite.in_a_row = state["not finite"]
-        self.history = _history(state["history"])
-        if other_metric:
-            self.history.best = None
+        if optimizer_fits:
+            self.optimizer.load(saved)
+        self.scaler.load_state_dict(saved["scaler"])
+        self.rates.restore(saved["rates"])
+        session.load_state_dict(saved["session"])
+        self.finite.skipped, self.finite.in_a_row = saved["not finite"]
+        self.history = from_tree(saved["history"])
+        if same_metric:
+            (self.best.value, self.best.step), self.best.since = saved["best"], saved["since best"]
         else:
-            self.best, self.since_best = state["best"], state["since best"]
-        if kept is not None:
-            self._keep(kept)
-        if self.history.stopped and self.session.run.steps > state["total"]:  # a longer run than it was
-            self.history.stopped, self.history.ranks_end, self.history.last, self.since_best = "", {}, None, 0
-        self._set_random(state["random"])
+            self.history.best = None
+        if weights is not None:
+            self.best.take(weights, self.history)
+        if self.history.stopped and self.session.run.steps > saved["total"]:  # a longer run than it was
+            self.history.stopped, self.history.ranks_end, self.history.last, self.best.since = "", {}, None, 0
+        self._set_random(saved["random"])
 
     def _check(self, found: Checkpoint, resume: Resume) -> tuple[bool, bool]:
-        """Whether the optimiser's state can be taken, and whether another metric is watched than was."""
-        state = found.state
-        then, now = state["settings"], self.settings
-        differing = [
-            f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in {**then, **now} if then.get(k) != now.get(k)
-        ]
-        its = {} if found.adapters is None else found.adapters.adapters
-        if {at: list(a.state_dict()) for at, a in its.items()} != {
-            at: list(a.state_dict()) for at, a in self.adapters.items()
-        }:
+        """Whether the optimizer's state can be loaded, and whether the best is decided by the same metric.
+
+        Raises:
+            StateError: the checkpoint is of other adapters, of another base or a longer run, or of other settings
+                and `resume` is not "anyway".
+        """
+        saved, then, now = found.state, found.state["settings"], self.settings
+        changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        differing = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in changed]
+        adapters = {} if found.adapters is None else found.adapters.adapters
+        if _tensors(adapters) != _tensors(self.session.adapters):
             raise StateError(f"{found.folder} is of a run with other adapters than these; it cannot go on here")
-        said = {k for k in ("lr", "weight decay") if then.get(k) != now.get(k)}
-        other = self._other_optimizer(state)
-        differing += [other] if other else [text for *_, text in self._other_hyperparameters(state, said)]
-        watched = (self.monitor, self.mode)
-        other_metric = tuple(state["monitor"]) != watched
-        if other_metric:
-            differing.append(f"monitor and mode were {', '.join(state['monitor'])}, are {', '.join(watched)}")
-        differing += self.batches.differences(state["batches"])
+        mismatch = self.optimizer.mismatch(saved)
+        named = {"lr", "weight decay"}.intersection(changed)
+        differing += [mismatch] if mismatch else [text for *_, text in self.optimizer.changed(saved, named)]
+        monitor = (self.best.monitor, self.best.mode)
+        same_metric = tuple(saved["monitor"]) == monitor
+        if not same_metric:
+            differing.append(f"monitor and mode were {', '.join(saved['monitor'])}, are {', '.join(monitor)}")
+        differing += self.batches.differences(saved["batches"])
         if differing and resume != "anyway":
             raise StateError(
                 f"{found.folder} is of a run with other settings: {'; '.join(differing)}. Set them as they were, pass "
                 'resume="anyway" to go on with the new ones, or give another folder'
             )
-        done, steps = state["step"], self.session.run.steps
-        if steps < done or (steps == done and not state["history"]["stopped"]):
+        done, steps = saved["step"], self.session.run.steps
+        if steps < done or (steps == done and not saved["history"]["stopped"]):
             raise StateError(
                 f"steps={steps}: the run of {found.folder} has made {done} steps and cannot be made shorter than that; "
                 f"give more than {done}, or another folder"
             )
-        check_base(state["base"], self.base)
+        check_base(saved["base"], self.base)
         if differing:
-            also = ". The optimiser begins without a state" if other else ""
-            if steps != state["total"]:
+            also = ". The optimiser begins without a state" if mismatch else ""
+            if steps != saved["total"]:
                 also += f". The learning rate is from here on that of step {done + 1} in a schedule of {steps} steps"
-                settled = state["session"]["allocator"]["settled"]
-                also += "; the ranks are settled and stay" if settled and self.adapters else ""
-            said_all = f"going on from {found.folder} with other settings: {'; '.join(differing)}{also}"
-            warnings.warn(said_all, stacklevel=4)
-        return not other, other_metric
-
-    def _other_optimizer(self, state: Mapping[str, Any]) -> str:
-        """How the optimiser is so different that the state of the other says nothing to it; empty where it is not."""
-        then, now = state["optimizer class"], type(self.session.optimizer).__name__
-        if then != now:
-            return f"optimizer was {then}, is {now}"
-        groups = state["optimizer"]["param_groups"], self.session.optimizer.param_groups
-        sizes = [[len(group["params"]) for group in of] for of in groups]
-        return f"optimizer had groups of {sizes[0]} parameters, has {sizes[1]}" if sizes[0] != sizes[1] else ""
-
-    def _other_hyperparameters(
-        self, state: Mapping[str, Any], said: Collection[str] = ()
-    ) -> list[tuple[int, str, str]]:
-        """Group, name and a description of what the optimiser was given otherwise; `said`: settings of `train` that are
-        named already."""
-        found = []
-        for number, (then, now) in enumerate(zip(state["hyperparameters"], self.hyperparameters, strict=True)):
-            for name in then.keys() & now.keys():
-                if then[name] != now[name] and name.replace("_", " ") not in said:
-                    where = f" of group {number}" if len(self.hyperparameters) > 1 else ""
-                    found.append((number, name, f"optimizer's {name}{where} was {then[name]!r}, is {now[name]!r}"))
-        return sorted(found)
-
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Its state, with the hyperparameters that were given now where they were others then."""
-        given = [dict(group) for group in self.session.optimizer.param_groups]
-        self.session.optimizer.load_state_dict(dict(state["optimizer"]))
-        for number, name, _ in self._other_hyperparameters(state):
-            self.session.optimizer.param_groups[number][name] = given[number][name]
+                settled = saved["session"]["allocator"]["settled"]
+                also += "; the ranks are settled and stay" if settled and adapters else ""
+            message = f"going on from {found.folder} with other settings: {'; '.join(differing)}{also}"
+            warnings.warn(message, stacklevel=4)
+        return not mismatch, same_metric
 
     def _set_random(self, states: list[Mapping[str, Any]]) -> None:
-        """Each process its own; where there are other numbers of processes than before, the new ones draw anew."""
+        """Each process gets its own generators' state; a new number of processes draws anew."""
         set_random_state(states[self.processes.rank if len(states) == self.processes.world else 0], self.device)
         if len(states) != self.processes.world:
             self.seed_by_process(len(self.history.steps))
 
     def seed_by_process(self, step: int = 0) -> None:
-        """Processes other than the first draw other numbers, for dropout."""
+        """Let processes other than the first draw other random numbers, for dropout."""
         if self.processes.rank and self.seed is not None:
             torch.manual_seed((self.seed + 7919 * self.processes.rank + 104729 * step) % 2**63)
 
 
-def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the optimiser was given, by group, as plain data."""
-    return [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(entry) for entry in value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    kept = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
-
-
-def _history_tree(history: History) -> dict[str, Any]:
-    """Steps as columns: a run has many."""
-    columns = {}
-    for name in (f.name for f in fields(Step)):
-        values = [getattr(step, name) for step in history.steps]
-        columns[name] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64, device="cpu")
-    return {**dataclasses.replace(history, steps=[]).to_dict(), "steps": columns}
-
-
-def _history(tree: Mapping[str, Any]) -> History:
-    columns = {name: column.tolist() for name, column in tree["steps"].items()}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return History(
-        **{
-            **tree,
-            "steps": [_step(row) for row in rows],
-            "evaluations": [Evaluation(**entry) for entry in tree["evaluations"]],
-            "decisions": [Decision(**entry) for entry in tree["decisions"]],
-            **{name: tree[name] and Weights(**tree[name]) for name in ("best", "last")},
-        }
-    )
-
-
-def _step(row: dict[str, Any]) -> Step:
-    row |= {name: int(row[name]) for name in ("step", "rank", "trainable")}
-    return Step(**row | {"orthogonality": None if math.isnan(row["orthogonality"]) else row["orthogonality"]})
+def _tensors(adapters: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    return {at: list(adapter.state_dict()) for at, adapter in adapters.items()}

@@ -1,4 +1,4 @@
-"""How long a run is, and its learning rate at every step."""
+"""The length of a run, and its learning rate at every step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, ac
     """Optimiser steps of a run.
 
     Raises:
-        DataError: numbers that make no sense, or epochs of data that has no length.
+        DataError: values that make no sense, or epochs of data without a length.
     """
     if isinstance(accumulate, bool) or not isinstance(accumulate, Integral) or accumulate < 1:
         raise DataError(f"accumulate={accumulate!r}: must be a whole number of batches, at least 1")
@@ -39,7 +39,7 @@ def total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, ac
 
 
 def warmup_steps(warmup: float, total: int) -> float:
-    """The steps in which the rate rises, of `total`: a whole number is steps, a fraction is of the run.
+    """The steps in which the rate rises: a whole number is steps, a fraction is of the run's `total`.
 
     Raises:
         TrainingError: neither.
@@ -60,7 +60,7 @@ def lr_factor(step: int, total: int, rising: float, schedule: Schedule) -> float
     Raises:
         TrainingError: no such schedule.
     """
-    if not callable(schedule) and schedule not in get_args(Named):  # before the warm-up is over, too
+    if not callable(schedule) and schedule not in get_args(Named):  # checked during the warm-up, too
         raise TrainingError(
             f'schedule={schedule!r}: must be "linear", "cosine", "constant", a function of the step, or an LRScheduler'
         )

@@ -1,4 +1,4 @@
-"""What a method does during training, as one object that any loop can hold: penalty, rank allocation, and the guards.
+"""What a method does during training, as one object for any loop: its penalty, its rank allocation, and guards.
 
 session = lorafamily.session(model, optimizer, steps=1000, validation=batches)
 for batch in loader:
@@ -10,7 +10,6 @@ for batch in loader:
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,24 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Allocator, Fixed
 from lorafamily.allocation.run import Run
-from lorafamily.allocation.surgery import exchange
-from lorafamily.batch import LossFn, LossOver, gather_rows, loss_of, to_device, weigher
+from lorafamily.allocation.surgery import replace_parameter
+from lorafamily.batch import LossFn, LossOver, weigher
 from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
 from lorafamily.layers.offloaded import refuse_offloaded_adapters
 from lorafamily.layers.placement import noted, placement_of, refuse_merged, refuse_unsaved, targets_of
 from lorafamily.layers.state import Placement
 from lorafamily.layers.uncalled import leave_out, watch_first_batch
-from lorafamily.training.around_steps import AroundSteps, check_optimizer, steppers
-from lorafamily.training.execution import evaluating
+from lorafamily.training.evaluation import ScoringLoss
+from lorafamily.training.fitting import follow_state_dicts
 from lorafamily.training.guards import CUT, FrozenBuffers
+from lorafamily.training.loop_context import LoopContext, check_optimizer_has, refuse_holding_engine
 from lorafamily.training.optimisation import check_up_rate
-from lorafamily.training.processes import Processes, give_gradient
-from lorafamily.training.state import seed_all
-from lorafamily.training.surroundings import Surroundings, check_held, holding_engine
+from lorafamily.training.processes import Processes
+from lorafamily.training.step_hooks import StepHooks, check_optimizer, steppers
 from lorafamily.training.task_gradients import TaskGradients
 
 
@@ -53,28 +51,27 @@ def session(
     check_gradients: bool = True,
     again: bool = False,
 ) -> Session:
-    """Everything that the active adapters' method does during training, for a loop of one's own.
+    """Everything that the active adapters' method does during training, for a loop of your own.
 
     Args:
         model: with adapters; it may be wrapped.
-        optimizer: holds everything that trains, see `parameter_groups`; it may be wrapped (`accelerate`, Lightning).
-        steps: optimiser steps of the whole run, which the method's schedule divides.
-        validation: batches, needed by methods that score ranks on them.
-        loss_fn: from model and batch to the task loss, for scoring; None: the output's `.loss`.
-        scaler: of a loop in float16; `backward` scales with it.
+        optimizer: has everything that trains, see `parameter_groups`; it may be wrapped (`accelerate`, Lightning).
+        steps: optimiser steps of the whole run, by which the method's schedule goes.
+        validation: batches, for methods that score ranks on them.
+        loss_fn: function from model and batch to the task loss, for scoring; None: the output's `.loss`.
+        scaler: of a loop in float16; `backward` scales the loss with it.
         autocast: makes the context in which the loop computes its forwards, for scoring.
-        seed: of the numbers that new ranks start from, and of the scoring batch.
-        check_gradients: refuse to go on where adapters get no gradient from the task.
-        again: whether ranks that an earlier run settled may move once more.
+        seed: for the initialisation of new slices and the choice of rows to score on.
+        check_gradients: refuse to go on if adapters get no gradient from the task.
+        again: let ranks that an earlier run settled move once more.
 
     Raises:
-        StateError: no adapter is active, one is merged, or ranks would change where something (DDP, FSDP, DeepSpeed)
+        StateError: no adapter is active, one is merged, or ranks would change while something (DDP, FSDP, DeepSpeed)
             holds on to the tensors it was given.
-        AllocationError: the method's schedule does not fit the run, or it scores on validation data and has none.
-        TrainingError: `steps` is no number of steps, or the optimiser does not hold what trains.
+        AllocationError: the method's schedule does not fit the run, or it scores on validation data and gets none.
+        TrainingError: `steps` is no number of steps, or the optimiser lacks something that trains.
     """
     placement_of(model)
-    around = Surroundings(precision=autocast, scaler=scaler)
     return Session(
         model,
         optimizer,
@@ -83,7 +80,7 @@ def session(
         loss_fn=loss_fn,
         seed=seed,
         check_gradients=check_gradients,
-        around=around,
+        loop=LoopContext(precision=autocast, scaler=scaler),
         again=again,
     )
 
@@ -104,15 +101,15 @@ class Session:
         loss_fn: LossFn | None,
         seed: int,
         check_gradients: bool,
-        around: Surroundings,
+        loop: LoopContext,
         loss_over: LossOver = "auto",
         again: bool = False,
         start: Mapping[str, int] | None = None,
     ):
-        """`start`: ranks when the run began, where the adapters are beyond that already."""
+        """`start`: ranks when the run began, if the adapters have others by now."""
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise TrainingError(f"steps={steps!r}: must be a whole number of optimiser steps, at least 1")
-        self.model, self.around, self.seed, self.loss_fn = model, around, seed, loss_fn
+        self.model, self.loop, self.seed = model, loop, seed
         self.owner, state = noted(model)
         refuse_merged(state)
         self.placement: Placement | None = None if state is None else placement_of(self.owner)
@@ -125,53 +122,40 @@ class Session:
         self.decisions: list[Decision] = []
         self.left_out: list[str] = []
         self._processes = Processes(self.device) if dist.is_available() and dist.is_initialized() else None
-        self._validation = validation
         self._again = again
-        self._penalised = self._stepped = False
-        self._scored: dict[int, list[tuple[Any, float]]] = {}
-        self._weigh = weigher(loss_over, model, loss_fn)
-        AroundSteps(optimizer, self.adapters)  # no empty tensor is stepped; decay pulls to ΔW = 0
+        self._penalised = self._stepped = self._awaits_state = False
+        scoring = (loss_fn, weigher(loss_over, model, loss_fn), loop.precision, seed)
+        self._scoring_loss = None if validation is None else ScoringLoss(model, validation, *scoring)
+        StepHooks(optimizer, self.adapters)  # no empty tensor is stepped; decay pulls to ΔW = 0
         if self.placement is not None:
             refuse_unsaved(self.owner, self.placement)
-            check_held(self.optimizer, self._trained())
+            factors = {f"{at}: {name}": p for at, a in self.adapters.items() for name, p in a.update.named_parameters()}
+            check_optimizer_has(self.optimizer, factors | self._extra_trained())
             check_up_rate(self.model, self.optimizer)
         self.start = dict(start or {name: adapter.rank for name, adapter in self.adapters.items()})
-        self.run = self._run(steps)
-        self.allocator = self._begin()
-        engine = None if self.allocator.settled or around.reduces else holding_engine(model, optimizer)
-        if engine is not None and (engine != "DDP" or around.last_backward is None):
-            raise StateError(
-                f"{engine} holds on to the tensors it was given, and this method changes their size; use "
-                "lorafamily.train under torchrun, or a method with fixed ranks"
-            )
+        self._begin_allocation(steps)
+        if not self.allocator.settled and not loop.reduces:
+            refuse_holding_engine(model, optimizer, loop)
         self._buffers = None if self.placement is None else FrozenBuffers(self.owner)
         self.gradients = TaskGradients(
-            self.adapters,
-            self._beside,
-            guard=check_gradients,
-            wanted=lambda: (self._apart, self._tells_use),
-            around=around,
-            processes=self._processes,
+            self.adapters, self._extra_trained, check_gradients, loop, self._processes, self._wanted_gradients
         )
-        if self.placement is not None and not around.compiled:
+        if self.placement is not None and not loop.compiled:
             watch_first_batch(model, targets_of(self.owner), self.leave_out)
         self.optimizer.register_step_post_hook(self._after_optimizer)
-        self._behind = False  # whether the model went on to other ranks and the session was not told
         if self.placement is not None:
             self.placement.had_session = True
-            if self.owner not in _SESSIONS:
-                self.owner.register_load_state_dict_pre_hook(_before_loading)
-            _SESSIONS[self.owner] = weakref.ref(self)
+            follow_state_dicts(self.owner, self)
 
     @property
     def device(self) -> torch.device:
-        """Of the model's trained tensors."""
+        """Of the parameters that train."""
         return next(p for p in self.model.parameters() if p.requires_grad).device
 
     def backward(self, loss: Tensor) -> None:
-        """The loss's gradient, and once a step the penalty's, unscaled by how many batches make a step.
+        """Add the gradient of the loss, and once a step that of the penalty, however many batches make a step.
 
-        Several calls before `step` add up, as `loss.backward()` does.
+        Several calls before `step` add up, as those of `loss.backward()` do.
 
         Raises:
             TrainingError: the loss depends on nothing that trains.
@@ -180,24 +164,20 @@ class Session:
         self.add_penalty()
 
     def task_backward(self, loss: Tensor) -> None:
-        """The loss's gradient alone, for a loop that has something to do before the penalty's is added.
-
-        Raises:
-            TrainingError: the loss depends on nothing that trains.
-        """
+        """`backward` without the penalty, for a loop that does something else before it is added."""
         if self._depends(loss):
-            self._scaled(loss).backward()
+            self.loop.scaled(loss).backward()
 
     def penalty(self) -> Tensor:
         """The method's penalty, for a loop that calls `backward` itself: add it to the loss once a step.
 
-        Zero for a method without one. `backward` is faster where ranks move: here the penalty's gradient is computed
-        twice, to know it from the task's in their sum.
+        Zero for a method without one. `session.backward` is faster where ranks move: here the penalty's gradient is
+        computed a second time, to tell it from the task's in their sum.
 
         Raises:
-            TrainingError: ranks are scored on the task's gradient alone, which then cannot be told apart.
+            TrainingError: ranks are scored on the task's gradient alone, which such a sum does not show.
         """
-        if self._apart:
+        if self.allocator.wants_task_gradient:
             raise TrainingError(
                 "ranks are scored on the task's gradient alone, and in a sum with the penalty it cannot be told apart: "
                 "use session.backward(loss)"
@@ -205,37 +185,29 @@ class Session:
         self._penalised = True
         if self.method is None or self.method.penalty is None:
             return torch.zeros((), device=self.device)
-        return self.gradients.told_apart(self.method.penalty(self.adapters.values()), self._factors())
+        return self.gradients.tell_apart(self.method.penalty(self.adapters.values()))
 
     def add_penalty(self) -> float:
-        """Add the penalty's gradient, if this step has not had it; the penalty. `backward` does it."""
+        """Add the penalty's gradient, unless this step has it; returns the penalty. `backward` calls this."""
         penalty = None if self.method is None else self.method.penalty
         if penalty is None or self._penalised:
             return 0.0
         self._penalised = True
         term = penalty(self.adapters.values())
         if term.requires_grad:
-            own = self._factors()
-            if self._tells_use:
-                self.gradients.note_reached(own)
-            with self.gradients.paused():
-                gradients = torch.autograd.grad(self._scaled(term), own, allow_unused=True)
-            for parameter, gradient in zip(own, gradients, strict=True):
-                if gradient is not None and parameter.grad is None:
-                    give_gradient(parameter, gradient)
-                elif gradient is not None:
-                    parameter.grad.add_(gradient)
+            self.gradients.add(self.loop.scaled(term))
         return float(term.detach())
 
     def step(self) -> Decision | None:
-        """Call it after the optimiser's step, with the gradients still there: ranks may change now, and tensors with
-        them, in the model and in the optimiser. The decision, None most of the time.
+        """Call it after the optimiser's step, before the gradients are cleared. Ranks may change here, and tensors with
+        them, in the model and in the optimiser. Returns the decision, None most of the time.
 
         Raises:
-            TrainingError: the penalty is in no gradient, or adapters got none in the first steps.
-            StateError: the model was given a state dict of other ranks, and the session not the one that goes with it.
+            TrainingError: the gradient lacks the penalty's, or adapters got none in the first steps.
+            StateError: the model was given a state dict with other ranks, and the session not the state that goes with
+                it.
         """
-        if self._behind:
+        if self._awaits_state:
             raise StateError(
                 "the model went on from a state dict with adapters of other ranks, and the session did not: load the "
                 "session's state of then too (session.load_state_dict, accelerator.register_for_checkpointing(session))"
@@ -249,8 +221,11 @@ class Session:
         if self._buffers is not None and self.steps_done in (1, self.run.steps):
             self._buffers.put_back()
         self.gradients.check(self.steps_done, last=self.steps_done == self.run.steps)
+        scorer = self.allocator.scorer
+        averages = self.loop.scaler is not None and scorer is not None and scorer.observes
+        skipped = averages and not self.gradients.finite()  # by the scaler
         with self.gradients.paused():
-            decision = self.allocator.step(self.steps_done, observe=self._stepped and self._finite())
+            decision = self.allocator.step(self.steps_done, observe=self._stepped and not skipped)
         if decision is not None:
             self.decisions.append(decision)
             self.gradients.listen()
@@ -259,8 +234,8 @@ class Session:
         return decision
 
     def state_dict(self, *, adapters: bool = True) -> dict[str, Any]:
-        """Where the run is, as plain data and tensors: what `load_state_dict` takes. With the adapters' tensors and
-        what trains beside them, at the ranks they have now, unless `adapters` is False."""
+        """The state of the run as plain data and tensors, for `load_state_dict`. It has the tensors of the adapters, at
+        their present ranks, and the other parameters that train, unless `adapters` is False."""
         state: dict[str, Any] = {
             "steps done": self.steps_done,
             "steps": self.run.steps,
@@ -273,45 +248,49 @@ class Session:
         }
         if adapters:
             state["adapters"] = {at: dict(adapter.state_dict()) for at, adapter in self.adapters.items()}
-            state["beside"] = {at: parameter.data for at, parameter in self._beside().items()}
+            state["beside"] = {at: parameter.data for at, parameter in self._extra_trained().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another session was. Ranks, in the model and in the optimiser, become those of then; load the
-        optimiser's own state afterwards. Loading the model's state dict before makes the ranks fit as well, and then
-        the optimiser's state may come first.
+        """Continue from another session's state. Ranks, in the model and in the optimiser, become those of then; load
+        the optimiser's own state afterwards. Loading the model's state dict first makes the ranks fit as well, and then
+        the optimiser's state may come before this one.
 
         Raises:
-            StateError: it is of a run with other adapters, or other ranks at the start.
+            StateError: the state is of a run with other adapters, or with other ranks at its start.
         """
         self.leave_out(state["left out"])
         if state["start"] != self.start:
             raise StateError("the session's state is of a run with other adapters than these, or other start ranks")
         for at, tensors in state.get("adapters", {}).items():
-            self.exchange(self.adapters[at].take(tensors))
+            self.replace_parameters(self.adapters[at].take(tensors))
         with torch.no_grad():
             for at, value in state.get("beside", {}).items():
-                self._beside()[at].copy_(value)
+                self._extra_trained()[at].copy_(value)
         if self.allocator.settled and not state["allocator"]["settled"]:  # back to where ranks could move
             self._again = True
-            self.run = self._run(self.run.steps)
-            self.allocator = self._begin()
+            self._begin_allocation(self.run.steps)
         self.allocator.restore(state["allocator"])
         self.run.generator.set_state(state["generator"].cpu())
         self.decisions = [Decision(**decision) for decision in state["decisions"]]
         self.steps_done, self.gradients.unreached = state["steps done"], set(state["unreached"])
-        self._behind = False
+        self._awaits_state = False
         self.gradients.listen()
 
-    def exchange(self, replaced: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Let the optimiser train new parameters in the place of old ones."""
+    def replace_parameters(self, replaced: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Let the optimiser train new parameters in place of old ones, with the old ones' state."""
         for old, new in replaced:
-            exchange(self.optimizer, old, new)
+            replace_parameter(self.optimizer, old, new)
             if old in self.optimizer.state:
                 self.optimizer.state[new] = self.optimizer.state.pop(old)
 
+    def await_state(self) -> None:
+        """The model was given other ranks: let `step` refuse until the session's own state is loaded."""
+        self._awaits_state = True
+        self.gradients.listen()
+
     def leave_out(self, names: Iterable[str]) -> None:
-        """Take away adapters that have no effect, and begin anew with the others.
+        """Remove adapters that have no effect, and begin the allocation anew with the others.
 
         Raises:
             TargetError: somebody named these targets, or no other is left.
@@ -321,120 +300,51 @@ class Session:
             self.left_out = sorted({*self.left_out, *(before - set(self.adapters))})
             self.start = {name: rank for name, rank in self.start.items() if name in self.adapters}
             self.gradients.unreached -= before - set(self.adapters)
-            self.run = self._run(self.run.steps)
-            self.allocator = self._begin()
+            self._begin_allocation(self.run.steps)
 
-    # -- What it is made of -------------------------------------------------------------------------------------------
-
-    @property
-    def _apart(self) -> bool:
-        """Whether the task's gradient is wanted apart from the penalty's."""
-        return self.allocator.wants_task_gradient
-
-    @property
-    def _tells_use(self) -> bool:
-        """Whether a scorer averages gradients that a penalty has a share in, also where the task has none."""
+    def _wanted_gradients(self) -> tuple[bool, bool]:
+        """Whether the task's gradient must be kept apart from the penalty's, and whether it must be noted which
+        adapters the task reached: where a scorer averages gradients, since the penalty has a share in all of them."""
         scorer = None if self.allocator.settled else self.allocator.scorer
         penalised = self.method is not None and self.method.penalty is not None
-        return penalised and scorer is not None and scorer.observes
+        return self.allocator.wants_task_gradient, penalised and scorer is not None and scorer.observes
 
-    def _run(self, steps: int) -> Run:
+    def _begin_allocation(self, steps: int) -> None:
         sizing = None if self.placement is None else self.placement.sizing
-        run = Run(
+        self.run = Run(
             model=self.model,
             adapters=self.adapters,
             steps=steps,
-            # With a budget for the end the start may be larger; the allocator must be below it when it is done.
+            # A budget for the end may be exceeded at the start; the allocator must meet it when it is done.
             limit=None if sizing is None else sizing.budget,
             rank_limit=None if sizing is None else sizing.rank_budget,
             start=self.start,
             again=self._again,
             task_gradient=lambda parameter: self.gradients.kept.get(parameter),
-            reached=lambda at: not self._tells_use or at in self.gradients.reached,
+            reached=lambda at: not self._wanted_gradients()[1] or at in self.gradients.reached,
             optimizer=self.optimizer,
-            validation_loss=None if self._validation is None else self._validation_loss,
-            progress=self.around.progress,
-            agreed=self.around.agreed or (self._processes.agreed if self._processes else lambda value: value),
+            validation_loss=self._scoring_loss,
+            progress=self.loop.progress,
+            agreed=self.loop.agreed or (self._processes.agreed if self._processes else lambda value: value),
         )
-        run.generator.manual_seed(self.seed)
-        return run
-
-    def _begin(self) -> Allocator:
+        self.run.generator.manual_seed(self.seed)
         allocation = Fixed() if self.method is None else self.method.allocation
-        return allocation.begin(self.run)
+        self.allocator: Allocator = allocation.begin(self.run)
 
-    def _scoring_rows(self, rows: int) -> list[tuple[Any, float]]:
-        """The first rows of the validation data, as batches and what each counts."""
-        if rows not in self._scored:
-            assert self._validation is not None
-            seed_all(self.seed)  # the same rows after resuming, whatever the loader draws; `evaluating` undoes it
-            pieces = gather_rows(self._validation, rows, self._weigh)
-            self._scored[rows] = [(to_device(piece, self.device), share) for piece, share in pieces]
-        return self._scored[rows]
-
-    def _validation_loss(self, rows: int) -> Tensor:
-        """The task loss on a fixed number of rows of validation data, in eval mode."""
-        with evaluating(self.model, self.device), self.around.precision():
-            pieces = self._scoring_rows(rows)
-            return torch.stack([share * loss_of(self.model, piece, self.loss_fn) for piece, share in pieces]).sum()
-
-    def _beside(self) -> dict[str, nn.Parameter]:
-        names = () if self.placement is None else self.placement.inactive_values
-        return {at: self.owner.get_parameter(at) for at in names}
-
-    def _factors(self) -> list[nn.Parameter]:
-        return [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        own = {f"{at}: {name}": p for at, a in self.adapters.items() for name, p in a.update.named_parameters()}
-        return own | self._beside()
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss if self.around.scaler is None else self.around.scaler.scale(loss)
+    def _extra_trained(self) -> dict[str, nn.Parameter]:
+        """Parameters that train besides the adapters, such as a head."""
+        return (
+            {}
+            if self.placement is None
+            else {at: self.owner.get_parameter(at) for at in self.placement.inactive_values}
+        )
 
     def _depends(self, loss: Tensor) -> bool:
-        """Whether the loss has gradients to give. It must, unless an allocation ended at rank 0 everywhere."""
-        emptied = self.adapters and not self._beside() and not any(a.rank for a in self.adapters.values())
+        """Whether the loss has a gradient to give. It must, unless an allocation ended at rank 0 everywhere."""
+        emptied = self.adapters and not self._extra_trained() and not any(a.rank for a in self.adapters.values())
         if not loss.requires_grad and not emptied:
             raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
         return loss.requires_grad
 
-    def _finite(self) -> bool:
-        """Whether the gradients of this step are, where a scorer is about to average them; a scaler skips others."""
-        scorer = self.allocator.scorer
-        if self.around.scaler is None or scorer is None or not scorer.observes:
-            return True
-        gradients = [p.grad for a in self.adapters.values() for p in a.update.parameters() if p.grad is not None]
-        return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-
     def _after_optimizer(self, *_: Any) -> None:
         self._stepped = True
-
-
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
-"""The newest session of a model that adapters were placed in."""
-
-
-def fit_ranks(
-    model: nn.Module, adapters: Mapping[str, Adapter], state_dict: Mapping[str, Tensor], prefix: str = ""
-) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Give adapters the ranks of a state dict that is about to be loaded into their model; which parameters replaced
-    which. What differs in more than its rank is left to torch to refuse."""
-    names = {id(parameter): prefix + name for name, parameter in model.named_parameters()}
-    replaced = []
-    for adapter in adapters.values():
-        at = {name: names[id(parameter)] for name, parameter in adapter.named_parameters()}
-        if all(name in state_dict for name in at.values()):
-            tensors = {own: state_dict[name] for own, name in at.items()}
-            if adapter.differs_in_rank(tensors):
-                replaced += adapter.take(tensors)
-    return replaced
-
-
-def _before_loading(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-    """Frameworks load the model first. A function of the module, which pickles, and does nothing for copies."""
-    session = _SESSIONS.get(model, lambda: None)()
-    if session is not None and (replaced := fit_ranks(model, session.adapters, state_dict, prefix)):
-        session.exchange(replaced)
-        session._behind = True
-        session.gradients.listen()

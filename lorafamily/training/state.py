@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: trees of plain data and tensors, and the state of every random generator."""
+"""Parts of a checkpoint: trees of plain data and tensors, and the state of every random generator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TENSOR, _TUPLE, _PAIRS = "tensor", "tuple", "pairs"
 
 
 def pack(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
-    """The tree as JSON can hold it. Its tensors go into `tensors`, named after their place.
+    """The tree as JSON can hold it. Its tensors go into `tensors`, named by their position.
 
     Dicts, lists, tuples, tensors, strings, numbers, booleans and None come back from `unpack` as they were.
 
@@ -39,21 +39,21 @@ def pack(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that `pack` took apart."""
+    """The inverse of `pack`."""
     if isinstance(packed, list):
         return [unpack(value, tensors) for value in packed]
     if isinstance(packed, dict):
-        ((kind, inside),) = packed.items()
-        if kind == _TENSOR:
+        ((tag, inside),) = packed.items()
+        if tag == _TENSOR:
             return tensors[inside]
-        if kind == _TUPLE:
+        if tag == _TUPLE:
             return tuple(unpack(value, tensors) for value in inside)
         return {key: unpack(value, tensors) for key, value in inside}
     return packed
 
 
 def seed_all(seed: int) -> None:
-    """Python's, NumPy's and torch's generators, the devices' with them."""
+    """Seed Python's, NumPy's and torch's generators, those of devices included."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Inside the block all generators are as after `seed_all(seed)`, afterwards as they were before; None: nothing."""
+    """Seed all generators for the block, and put them back afterwards; None: leave them alone."""
     if seed is None:
         yield
         return
@@ -74,8 +74,8 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of Python's, NumPy's and torch's generators, and of those of all devices of that type: a model may be on several,
-    and none of them need be the current one."""
+    """The state of Python's, NumPy's and torch's generators, and of those of all devices of the type: a model may be on
+    several, and none of them need be the current one."""
     numpy_state: Any = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -90,7 +90,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators where `random_state` found them; those of devices where the state has them."""
+    """Put the generators into a state from `random_state`; those of devices only if it has them."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -98,7 +98,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     if "devices" in state and device.type not in ("cpu", "meta"):
         module = torch.get_device_module(device)
         if hasattr(module, "get_rng_state_all"):
-            for i, own in enumerate(state["devices"][: module.device_count()]):
-                module.set_rng_state(own, i)
+            for i, device_state in enumerate(state["devices"][: module.device_count()]):
+                module.set_rng_state(device_state, i)
         else:
             module.set_rng_state(state["devices"][0])

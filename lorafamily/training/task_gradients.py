@@ -1,4 +1,4 @@
-"""The task's gradient as it arrives at the parameters: hooks see it before it is added up, whoever calls `backward`."""
+"""The task's gradient, seen by hooks on the parameters before it is added up, whoever calls `backward`."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ from torch.utils.hooks import RemovableHandle
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.folder import listed
 from lorafamily.errors import TrainingError
-from lorafamily.training.guards import silence
-from lorafamily.training.processes import Processes
-from lorafamily.training.surroundings import Surroundings
+from lorafamily.training.guards import no_gradient
+from lorafamily.training.loop_context import LoopContext
+from lorafamily.training.processes import Processes, give_gradient
 
 PATIENCE = 10
-"""Steps in which something of every kind must have got a gradient: layers may be dropped, experts unvisited."""
+"""Steps within which some layer of every kind must get a gradient: single ones may be dropped, or experts unvisited."""
 
 
 class TaskGradients:
-    """Of one run. Which adapters the task reached, its gradient apart from the penalty's, and, where DDP leaves the
-    adapters to the session, averages over processes.
+    """Of one run: which adapters the task reached, the task's gradient apart from the penalty's, and, where DDP leaves
+    the adapters to the session, averages over the processes.
 
     `unreached`: adapters and extra trained parameters that no batch of the run has reached. `reached`: adapters that
-    the task reached since the last step. `kept`: the task's gradient since the last step, by parameter, where it is
-    wanted apart.
+    the task reached since the last step. `kept`: the task's gradient since the last step, by parameter, if it is
+    wanted.
 
     Args:
-        adapters: the mapping that holds the model's adapters now, as it changes.
-        extra: gives the extra trained parameters by name.
+        adapters: the live mapping of the model's adapters.
+        extra: returns the extra trained parameters by name.
         guard: whether to refuse adapters without gradient.
-        wanted: whether the gradient is wanted apart, and whether use is told by it.
+        wanted: returns whether the task's gradient must be kept apart from the penalty's, and whether it must be noted
+            which adapters the task reached.
     """
 
     def __init__(
         self,
         adapters: Mapping[str, Adapter],
         extra: Callable[[], dict[str, nn.Parameter]],
-        *,
         guard: bool,
-        wanted: Callable[[], tuple[bool, bool]],
-        around: Surroundings,
+        loop: LoopContext,
         processes: Processes | None,
+        wanted: Callable[[], tuple[bool, bool]],
     ):
         self.adapters, self.extra, self.guard, self.wanted = adapters, extra, guard, wanted
-        self.around, self.processes = around, processes
+        self.loop, self.processes = loop, processes
         present = [at for at, adapter in adapters.items() if adapter.rank]
         self.unreached = {*present, *extra()} if guard else set()
         self.reached: set[str] = set()
         self.kept: dict[nn.Parameter, Tensor] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
-        self._of_penalty: dict[
-            nn.Parameter, Tensor
-        ] = {}  # its share in what arrives, where a loop added it to the loss
+        # The penalty's share in the gradients that arrive, if the loop added the penalty to the loss.
+        self._of_penalty: dict[nn.Parameter, Tensor] = {}
         self._from_task = True
-        self._averaging = False  # whether the backward under way ends with an average over processes
-        if around.last_backward is not None:
-            self._same_start()
+        self._averaging = False  # whether the present backward ends with an average over the processes
+        if loop.last_backward is not None:
+            self._broadcast()
         self.listen()
 
     def listen(self) -> None:
-        """Hook what has to be seen now, and nothing else; after parameters were replaced, too."""
+        """Put hooks on the parameters whose gradients must be seen now, and on no others; also after some were
+        replaced."""
         wanted: dict[nn.Parameter, str] = {}
-        everywhere = any(self.wanted()) or self.around.last_backward is not None
+        everywhere = any(self.wanted()) or self.loop.last_backward is not None
         for at, adapter in self.adapters.items():
             if everywhere or at in self.unreached:
                 wanted |= {p: at for p in adapter.update.parameters() if p.requires_grad and p.numel()}
@@ -81,44 +81,60 @@ class TaskGradients:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block gradients are not the task's: the penalty's, or a scorer's."""
+        """In the block gradients are the penalty's or a scorer's, and not the task's."""
         before, self._from_task = self._from_task, False
         try:
             yield
         finally:
             self._from_task = before
 
-    def told_apart(self, penalty: Tensor, own: list[nn.Parameter]) -> Tensor:
-        """The penalty for a loop that adds it to the loss: its share in what arrives at `own` is known when it does."""
+    def add(self, penalty: Tensor) -> None:
+        """Add the penalty's gradient to those of the task, after the step's backward."""
+        factors = self._factors()
+        if self.wanted()[1]:  # whatever has a gradient by now has one of the task, perhaps from another process
+            there = {p for p in factors if p.grad is not None}
+            self.reached |= {at for at, a in self.adapters.items() if there & {*a.update.parameters()}}
+        with self.paused():
+            gradients = torch.autograd.grad(penalty, factors, allow_unused=True)
+        for parameter, gradient in zip(factors, gradients, strict=True):
+            if gradient is not None and parameter.grad is None:
+                give_gradient(parameter, gradient)
+            elif gradient is not None:
+                parameter.grad.add_(gradient)
+
+    def tell_apart(self, penalty: Tensor) -> Tensor:
+        """The penalty, for a loop that adds it to the loss itself: its share in each gradient is known before that
+        gradient arrives."""
         if not self._hooks or not penalty.requires_grad:
             return penalty
+        factors = self._factors()
 
-        def share(weight: Tensor) -> None:  # of the penalty in the loss, a scaler's included
+        def share(weight: Tensor) -> None:  # `weight`: of the penalty in the loss, a scaler's factor included
             with self.paused():
-                shares = torch.autograd.grad(penalty, own, weight, retain_graph=True, allow_unused=True)
-            self._of_penalty = {p: s for p, s in zip(own, shares, strict=True) if s is not None}
+                shares = torch.autograd.grad(penalty, factors, weight, retain_graph=True, allow_unused=True)
+            self._of_penalty = {p: s for p, s in zip(factors, shares, strict=True) if s is not None}
 
         outside = penalty.view_as(penalty)
         outside.register_hook(share)
         return outside
 
-    def note_reached(self, own: list[nn.Parameter]) -> None:
-        """After a backward without the penalty: whatever has a gradient has the task's, another process's included."""
-        there = {p for p in own if p.grad is not None}
-        self.reached |= {at for at, a in self.adapters.items() if there & {*a.update.parameters()}}
-
     def stepped(self) -> None:
-        """The step is over."""
+        """Forget what was noted for the step that is over."""
         self.kept.clear()
         self.reached.clear()
         self._of_penalty.clear()
 
+    def finite(self) -> bool:
+        """Whether every gradient of the adapters is."""
+        gradients = [p.grad for a in self.adapters.values() for p in a.update.parameters() if p.grad is not None]
+        return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
     def check(self, step: int, last: bool) -> None:
-        """Layers may be dropped and experts unvisited, so one batch proves little: of every kind of layer something
-        must have got a gradient in the first steps, and what none of the run's batches reached is named at its end.
+        """Refuse a kind of layer without any gradient in the first steps, and warn at the end of adapters that no batch
+        reached. One batch proves little, since layers may be dropped and experts unvisited.
 
         Raises:
-            TrainingError: of some kind of layer nothing got a gradient.
+            TrainingError: no layer of some kind got a gradient.
         """
         if not self.guard:
             return
@@ -129,7 +145,7 @@ class TaskGradients:
             reached = {_kind(at) for at in {*self.adapters, *self.extra()} - self.unreached}
             silent = sorted(at for at in present if _kind(at) not in reached)
             if silent:
-                raise TrainingError(silence(silent, self.adapters, self.extra(), step))
+                raise TrainingError(no_gradient(silent, self.adapters, self.extra(), step))
         if self.unreached and last:
             pruned = sorted(self.unreached - present)
             also = f" ({len(pruned)} of them lost all of their rank)" if pruned else ""
@@ -140,36 +156,40 @@ class TaskGradients:
             )
 
     def _arrived(self, at: str, parameter: nn.Parameter, gradient: Tensor | None) -> None:
-        if not self._from_task or gradient is None:  # None: of an expert that no token went to
+        if not self._from_task or gradient is None:  # None: an expert that no token went to
             return
-        if self.around.last_backward is not None and not self._averaging and self.around.last_backward():
+        if self.loop.last_backward is not None and not self._averaging and self.loop.last_backward():
             self._averaging = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average)  # when this backward is done
         alone = self._of_penalty.get(parameter)
-        if alone is not None and torch.equal(gradient, alone):  # the same operations give the same bits
+        if alone is not None and torch.equal(gradient, alone):  # the same operations gave the same bits
             return
         self.reached.add(at)
         if at in self.unreached and (at not in self.adapters or bool(gradient.any())):
             self.unreached.discard(at)
         if self.wanted()[0]:
-            scale = 1.0 if self.around.scaler is None else self.around.scaler.get_scale()
+            scale = 1.0 if self.loop.scaler is None else self.loop.scaler.get_scale()
             before = self.kept.get(parameter)
             self.kept[parameter] = gradient / scale if before is None else before + gradient / scale
 
     def _average(self) -> None:
-        """Of the adapters' gradients over processes, as DDP does with those that it was given."""
+        """Average the adapters' gradients over the processes, as DDP does with the others."""
         self._averaging = False
         assert self.processes is not None
-        parameters = [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
+        parameters = self._factors()
         self.processes.add_up_gradients(parameters)
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.processes.world)
 
-    def _same_start(self) -> None:
+    def _factors(self) -> list[nn.Parameter]:
+        return [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
+
+    def _broadcast(self) -> None:
+        """Give every process the first one's adapters, as DDP does with the rest of the model."""
         for adapter in self.adapters.values():
             for parameter in adapter.parameters():
                 dist.broadcast(parameter.data, 0)
 
 
 def _kind(at: str) -> str:
-    """A name without its numbers: the same layer of every block, every expert."""
+    """A name without its digits: the same for this layer in every block, and for every expert."""
     return re.sub(r"\d+", "#", at)

@@ -1,4 +1,4 @@
-"""What a plan says, as data and as a table."""
+"""A plan as data and as a table."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from lorafamily.budget import Sizing
 from lorafamily.names import by_stack, expert_of, place_of
+from lorafamily.terminal import in_units
 
 FULL, FLOOR = "full fine-tuning", "frozen floor"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device. `activations`: the most that is alive at once of all other tensors, None where not counted;
-    `peak`: the most of everything together, at most the sum, as gradients come when activations go."""
+    """Bytes on the device. `activations`: the most bytes of other tensors alive at once, None if not counted; `peak`:
+    the most of everything together, which is at most the sum, since gradients come as activations go."""
 
     weights: int
     gradients: int
@@ -27,20 +28,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class Use:
-    """One way to train a model: numbers that train (in adapters; beside them, such as a head; of the base where all of
-    it trains), bytes of each file of what is saved, memory."""
+    """One way to train a model. Parameters that train: `adapters`; `extra` ones, such as a head; of the `base`, in full
+    fine-tuning. `files`: bytes of each file that is saved."""
 
     way: str
     adapters: int
-    beside: int
+    extra: int
     base: int
     files: dict[str, int]
     memory: Memory
 
     @property
     def trainable(self) -> int:
-        """All numbers that train."""
-        return self.adapters + self.beside + self.base
+        """All parameters that train."""
+        return self.adapters + self.extra + self.base
 
     @property
     def file_bytes(self) -> int:
@@ -52,8 +53,8 @@ class Use:
 class Plan:
     """One method on one model; prints as a table.
 
-    `full`: everything trains, and what is saved is all the weights; `floor`: gradients pass through the frozen model
-    and nothing trains. `ranks`: slices of every adapted layer at the start. `assumptions`: what the bytes are of.
+    `full`: full fine-tuning, which saves all the weights; `floor`: gradients pass through the frozen model and nothing
+    trains. `ranks`: slices of every adapted layer at the start. `assumptions`: what was counted, and how.
     """
 
     model: str
@@ -84,35 +85,14 @@ class Plan:
         return asdict(self)
 
 
-UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
-COLUMNS = (
-    "",
-    "rank",
-    "slices",
-    "adapters",
-    "beside",
-    "file",
-    "weights",
-    "gradients",
-    "optimiser",
-    "activations",
-    "peak",
-    "of full",
-)
-
-
-def in_units(size: int) -> str:
-    """Bytes with three digits."""
-    for unit, of in UNITS:
-        if size >= 0.9995 * of:  # what is rounded to 1.00 of it
-            return f"{size / of:#.3g}".rstrip(".") + f" {unit}"
-    return f"{size} B"
+SIZES = ["rank", "slices", "adapters", "extra", "file"]
+MEMORY = ["weights", "gradients", "optimiser", "activations", "peak", "of full"]
 
 
 def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
     """Plans for one model with their references below; `refused`: methods that have no plan, and why."""
     first = plans[0]
-    rows = [[*COLUMNS]]
+    rows = [["", *SIZES, *MEMORY]]
     for plan in plans:
         rows.append(_row(plan.use, first.full, _rank(plan.sizing), f"{plan.rank:,}"))
     rows.append(_row(first.full, first.full))
@@ -130,20 +110,20 @@ def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
 
 
 def _rank(sizing: Sizing) -> str:
-    """Of every layer; the smallest and the largest where they differ."""
+    """Of every layer; the smallest and the largest if they differ."""
     return f"{sizing.rank}" if sizing.ranks is None else f"{min(sizing.ranks.values())}–{sizing.rank}"
 
 
 def _layers(plan: Plan) -> str:
-    """What is adapted: for every stack, kinds and how often."""
-    said = []
+    """What is adapted: for every stack the kinds of matrix, and how many of each."""
+    stacks = []
     for stack, names in by_stack(plan.ranks).items():
-        often: dict[int, list[str]] = {}
+        by_count: dict[int, list[str]] = {}
         for kind, count in Counter(place_of((expert_of(name) or (name,))[0]).kind for name in names).items():
-            often.setdefault(count, []).append(kind)
-        kinds = "; ".join(f"{count} × {', '.join(kinds)}" for count, kinds in often.items())
-        said.append(f"{stack}: {kinds}" if stack else kinds)
-    return "; ".join(said)
+            by_count.setdefault(count, []).append(kind)
+        kinds = "; ".join(f"{count} × {', '.join(kinds)}" for count, kinds in by_count.items())
+        stacks.append(f"{stack}: {kinds}" if stack else kinds)
+    return "; ".join(stacks)
 
 
 def _row(use: Use, full: Use, rank: str = "–", slices: str = "–") -> list[str]:
@@ -154,7 +134,7 @@ def _row(use: Use, full: Use, rank: str = "–", slices: str = "–") -> list[st
         rank,
         slices,
         f"{use.adapters or use.base:,}",
-        f"{use.beside:,}" if use.beside else "–",
+        f"{use.extra:,}" if use.extra else "–",
         in_units(use.file_bytes) if use.files else "–",
         *("–" if part is None else in_units(part) for part in parts),
         f"{memory.peak / full.memory.peak:.1%}",

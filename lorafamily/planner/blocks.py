@@ -1,4 +1,4 @@
-"""The repeated blocks of a model, and copies of it that have fewer of them and no numbers."""
+"""The repeated blocks of a model, and copies of the model on the meta device with fewer of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorafamily.layers.quantised import quantised_layers
 
 @dataclass(frozen=True)
 class Blocks:
-    """The entries of the `nn.ModuleList` at `path`, `count` of them, all alike but perhaps the first."""
+    """The `count` entries of the `nn.ModuleList` at `path`, all of one kind but perhaps the first."""
 
     path: str
     count: int
@@ -25,17 +25,17 @@ class Blocks:
         return cast(nn.ModuleList, model.get_submodule(self.path))
 
 
-def alike_blocks(model: nn.Module, marked: Iterable[str] = ()) -> Blocks | None:
-    """The longest outermost `nn.ModuleList` of alike entries, None where there is none of more than two.
+def repeated_blocks(model: nn.Module, marked: Iterable[str] = ()) -> Blocks | None:
+    """The longest outermost `nn.ModuleList` whose entries are of one kind; None if there is none of more than two.
 
-    Alike are the same classes, shapes and settings, and in each the same modules and parameters among those `marked`
-    by full name. The first entry may differ.
+    Entries are of one kind if their classes, shapes and settings are equal, and the same modules and parameters in them
+    are `marked` (by full name). The first entry may differ.
     """
     marked = list(marked)
     lists = [(path, blocks) for path, blocks in _outermost_lists(model) if len(blocks) > 2]
     for path, blocks in sorted(lists, key=lambda found: -len(found[1])):
         inside = [{name[len(at) :] for name in marked if name.startswith(at)} for at in _prefixes(path, len(blocks))]
-        if all(inside[i] == inside[1] and _alike(blocks[1], blocks[i], i) for i in range(2, len(blocks))):
+        if all(inside[i] == inside[1] and _same_kind(blocks[1], blocks[i], i) for i in range(2, len(blocks))):
             return Blocks(path, len(blocks))
     return None
 
@@ -43,8 +43,8 @@ def alike_blocks(model: nn.Module, marked: Iterable[str] = ()) -> Blocks | None:
 def copy_on_meta(
     model: nn.Module, dtype: torch.dtype | None = None, blocks: Blocks | None = None, count: int = 0
 ) -> nn.Module:
-    """A copy on the meta device, which allocates nothing; floating-point tensors in another dtype where one is given,
-    and with the first `count` of the blocks where these are given."""
+    """A copy on the meta device, which allocates nothing; with floating-point tensors in `dtype`, if given, and only
+    the first `count` of the `blocks`, if given."""
     kept = [*blocks.of(model)][:count] if blocks is not None else []
     left_out = {id(m) for block in [*blocks.of(model)][count:] for m in block.modules()} if blocks is not None else ()
     memo: dict[int, Any] = {}
@@ -60,9 +60,10 @@ def copy_on_meta(
 
 
 def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Put other tensors in the place of a model's parameters, buffers and plain attributes; shared ones stay shared."""
+    """Replace a model's parameters, buffers and tensors in plain attributes by `change` of them; shared ones stay
+    shared."""
     changed: dict[int, Tensor] = {}
-    held: list[Tensor] = []  # so that no id is given twice
+    alive: list[Tensor] = []  # so that no id is used twice
     for module in model.modules():
         places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
         for place in places:
@@ -70,7 +71,7 @@ def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Non
                 if not isinstance(tensor, Tensor):
                     continue
                 if id(tensor) not in changed:
-                    held.append(tensor)
+                    alive.append(tensor)
                     new = change(tensor)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     changed[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
@@ -78,7 +79,7 @@ def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Non
 
 
 def on_meta(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of that shape on the meta device; in that dtype, if it is one of floating point."""
+    """A tensor of the same shape on the meta device; a floating-point one in `dtype`, if given."""
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device="meta")
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
@@ -101,18 +102,19 @@ def _prefixes(path: str, count: int) -> list[str]:
     return [f"{path}.{i}." for i in range(count)]
 
 
-def _alike(second: nn.Module, other: nn.Module, index: int) -> bool:
-    """Whether the block of that index is made as the one of index 1; a setting may be the block's own index."""
-    own, its = (list(block.named_modules()) for block in (second, other))
-    if len(own) != len(its):
+def _same_kind(second: nn.Module, other: nn.Module, index: int) -> bool:
+    """Whether block `index` is built like block 1; a setting may be the block's own index."""
+    modules, others = (list(block.named_modules()) for block in (second, other))
+    if len(modules) != len(others):
         return False
-    for (name, a), (other_name, b) in zip(own, its, strict=True):
+    for (name, a), (other_name, b) in zip(modules, others, strict=True):
         if name != other_name or type(a) is not type(b) or _shapes(a) != _shapes(b):
             return False
-        ours, theirs = _settings(a), _settings(b)
-        if ours.keys() != theirs.keys():
+        settings, other_settings = _settings(a), _settings(b)
+        if settings.keys() != other_settings.keys():
             return False
-        if any(ours[key] != theirs[key] and (ours[key], theirs[key]) != (1, index) for key in ours):
+        pairs = [(settings[key], other_settings[key]) for key in settings]
+        if any(one != two and (one, two) != (1, index) for one, two in pairs):
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""Allocations that decide by a scorer, which their user names."""
+"""Allocations that decide by a scorer, which is an option."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lorafamily.registry import find_scorer
 
 @dataclass(frozen=True)
 class ScoredAllocation(Allocation):
-    """An allocation that decides by scores. `scorer` names who gives them, see `lorafamily.scorers()`; the other fields
-    are options of scorers, each of those that take it: `beta1`, `beta2`, `gradient_of` of "sensitivity", `scoring_rows`
-    of "exact" and "first-order", `scoring_memory` of "exact"; `scorer_options`: of any other, by name."""
+    """An allocation that decides by scores. `scorer` is a name of `lorafamily.scorers()`. Other fields are options of
+    scorers: `beta1`, `beta2`, `gradient_of` of "sensitivity", `scoring_rows` of "exact" and "first-order",
+    `scoring_memory` of "exact"; `scorer_options` are those of any other scorer, by name."""
 
     scorer: str
     beta1: float = 0.85
@@ -30,21 +30,21 @@ class ScoredAllocation(Allocation):
     scorer_options: Mapping[str, Any] = field(default_factory=dict)
 
     def make_scorer(self, run: Run) -> Scorer:
-        """The scorer as set.
+        """The scorer, with the options that were set.
 
         Raises:
-            AllocationError: no such scorer, it needs what the run lacks, or has no use for an option that was set.
+            AllocationError: no such scorer, it needs something that the run lacks, or it does not take an option.
         """
-        own = {f.name: f.default for f in fields(ScoredAllocation) if f.name not in ("scorer", "scorer_options")}
-        changed = {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
+        defaults = {f.name: f.default for f in fields(ScoredAllocation) if f.name not in ("scorer", "scorer_options")}
+        changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return scorer_named(self.scorer, run, **changed, **self.scorer_options)
 
 
 def scorer_named(name: str, run: Run, **options: Any) -> Scorer:
-    """The scorer of that name for a run, with options that it takes.
+    """The scorer of that name for a run.
 
     Raises:
-        AllocationError: no such scorer, it needs what the run lacks, or has no use for an option.
+        AllocationError: no such scorer, it needs something that the run lacks, or it does not take an option.
     """
     made = find_scorer(name)
     taken = [option for option in inspect.signature(made).parameters if option != "run"]

@@ -1,4 +1,4 @@
-"""The command `lorafamily plan`: what each method will take on a model that need not be there."""
+"""The command `lorafamily plan`: what each method will take, on a model that need not be downloaded."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from lorafamily.errors import BudgetError, TargetError
-from lorafamily.insight.costs import Plan, table
-from lorafamily.insight.plan import Planner
-from lorafamily.insight.shapes import SHAPES, example_batch, model_of, targets_of
+from lorafamily.planner import Plan, Planner
+from lorafamily.planner.costs import table
+from lorafamily.planner.models import SHAPES, example_batch, model_of, targets_of
 from lorafamily.registry import methods
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What methods will take on a model: trainable numbers, file, memory; nothing is allocated."""
+def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What training will take, for each method: trainable parameters, file, memory; nothing is allocated."""
     with _uncollected():
         model = model_of(given.model, given.architecture)
     _quiet()
@@ -59,11 +59,12 @@ def plan(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
             if given.method or len(refused) == len(asked):
                 raise
     if given.png is not None:
-        from lorafamily.insight.figures import memory_bars, save
+        from lorafamily.insight.drawing import save
+        from lorafamily.planner.bars import memory_bars
 
-        uses = [*(one.use for one in plans), plans[0].full, plans[0].floor]
+        uses = [*(plan.use for plan in plans), plans[0].full, plans[0].floor]
         save(memory_bars({use.way: use.memory for use in uses}, _title(given, plans[0])), given.png)
-    result = {"plans": [one.record() for one in plans], "refused": refused}
+    result = {"plans": [plan.record() for plan in plans], "refused": refused}
     return result, table(plans, refused)
 
 
@@ -90,7 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=128, help="tokens of a row")
     add("--dtype", choices=DTYPES, help="of the base's weights and of activations; default: float32")
     add("--factors", choices=DTYPES, help="of adapters; default: float32, as lorafamily.apply makes them")
-    add("--states", choices=DTYPES, help="of AdamW's two states a number; default: as the number")
+    add("--states", choices=DTYPES, help="of AdamW's two states of a parameter; default: the parameter's")
     add("--recompute", action="store_true", help="compute activations again in the backward, block by block")
     add("--architecture", help="class of transformers, where another than the config names")
     add("--png", type=Path, help="draw the memory by part into this file")
@@ -98,8 +99,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Importing a library and building a model only makes objects, which then stay: to look for garbage among them
-    again and again, and at the end once more, takes a third of the command's time."""
+    """Without garbage collection: importing a library and building a model only makes objects that stay, and looking
+    for garbage among them takes a third of the command's time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -111,7 +112,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """What transformers warns of in a config that somebody wrote is not asked here."""
+    """Silence what transformers says about configs."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -123,10 +124,10 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _fused(given: list[str]) -> dict[str, list[str]]:
     found = {}
-    for one in given:
-        layer, equals, parts = one.rpartition("=")
+    for option in given:
+        layer, equals, parts = option.rpartition("=")
         if not equals:
-            raise TargetError(f'--fused {one}: must be a regular expression, "=" and names, such as c_attn$=q,k,v')
+            raise TargetError(f'--fused {option}: must be a regular expression, "=" and names, such as c_attn$=q,k,v')
         found[layer] = parts.split(",")
     return found
 

@@ -1,4 +1,4 @@
-"""Copies of what a run changes in a model, from which it comes back to the last bit."""
+"""A copy of everything a run changes in a model, to put back bit by bit."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.allocation.surgery import exchange
+from lorafamily.allocation.surgery import replace_parameter
 from lorafamily.layers.extra_trained import movable_buffers
 from lorafamily.layers.site import base_parameters
 from lorafamily.training.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
-class Kept:
-    """On the CPU: the tensors of every adapter by its layer, whatever their ranks; what trains beside or without
-    adapters; the buffers that training may move."""
+class Snapshot:
+    """Copies on the CPU. `adapters`: the tensors of every adapter, by layer, at the ranks it had; `trained`: parameters
+    of the model itself that train; `buffers`: buffers that training may change, such as running statistics."""
 
     adapters: dict[str, dict[str, Tensor]]
     trained: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
     @staticmethod
-    def of(model: nn.Module, adapters: Mapping[str, Adapter]) -> Kept:
-        """What the model has now. Under several processes the same in each of them."""
+    def of(model: nn.Module, adapters: Mapping[str, Adapter]) -> Snapshot:
+        """Of the model as it is now; with several processes each keeps the same."""
         trained = {name: p.data for name, p in base_parameters(model).items() if p.requires_grad}
-        return Kept(_states(adapters), _copies(trained), _copies(movable_buffers(model)))
+        return Snapshot(_states(adapters), _copies(trained), _copies(movable_buffers(model)))
 
     @staticmethod
-    def read(found: Checkpoint, model: nn.Module) -> Kept:
-        """What the checkpoint of a model has."""
+    def read(found: Checkpoint, model: nn.Module) -> Snapshot:
+        """Of the model as a checkpoint has it."""
         buffers = {name: found.state["buffers"][name] for name in movable_buffers(model)}
         adapters = {} if found.adapters is None else found.adapters.adapters
-        return Kept(_states(adapters), _copies(found.state["trained"]), _copies(buffers))
+        return Snapshot(_states(adapters), _copies(found.state["trained"]), _copies(buffers))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, by the names that a saved adapter's file has."""
-        own = {f"{at}.{name}": value for at, state in self.adapters.items() for name, value in state.items()}
-        return own | self.trained | self.buffers
+        """All of them, by the names in a saved adapter's file."""
+        factors = {f"{at}.{name}": value for at, state in self.adapters.items() for name, value in state.items()}
+        return factors | self.trained | self.buffers
 
     @torch.no_grad()
     def put_into(self, model: nn.Module, adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer) -> None:
-        """Give them back. Tensors of adapters are new parameters, which the optimiser takes without its old state."""
+        """Copy everything back. Adapters get new parameters, for which the optimiser begins without a state."""
         for at, state in self.adapters.items():
             for old, new in adapters[at].take(state):
-                exchange(optimizer, old, new)
+                replace_parameter(optimizer, old, new)
                 optimizer.state.pop(old, None)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         for name, value in self.trained.items():

@@ -1,10 +1,10 @@
-"""What holds whenever an optimiser steps, in whatever loop: it sees no empty tensor, and weight decay pulls to ΔW = 0.
+"""Hooks around every optimizer step, in any loop: empty tensors are kept from it, and weight decay pulls to ΔW = 0.
 
     p ← p − η λ (p − p0),   then the optimiser's own step
 
-η is the learning rate and λ the decay of p's group; p0 is the frozen start of adapters whose start is not zero. This is
-AdamW's decay (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, line 12), at p0 = 0 to the letter. Parameters
-without a frozen start are left to the optimiser's own decay.
+η is the learning rate and λ the decay of p's group; p0 is the frozen copy of p's initialisation, for adapters whose
+initial update is not zero. At p0 = 0 this is AdamW's decay (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2,
+line 12). Parameters without such a copy are left to the optimiser's own decay.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lorafamily.adapter import Adapter
 from lorafamily.allocation.surgery import levels
 from lorafamily.errors import TrainingError
 
-_AROUND: weakref.WeakKeyDictionary[torch.optim.Optimizer, AroundSteps] = weakref.WeakKeyDictionary()
+_HOOKED: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepHooks] = weakref.WeakKeyDictionary()
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse an optimiser that cannot train adapters, before training.
+    """Refuse an optimiser that cannot train adapters.
 
     Raises:
         TrainingError: it needs a closure (LBFGS) or sparse gradients, or is no optimiser of torch's kind.
@@ -45,57 +45,57 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def steppers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The innermost optimisers, whose steps change parameters."""
+    """The innermost optimisers, which change parameters."""
     return [
         level for level in levels(optimizer) if isinstance(level, torch.optim.Optimizer) and len([*levels(level)]) == 1
     ]
 
 
-class AroundSteps:
-    """Acts before and after every step of an optimiser, until `remove` or until another one is put around it.
+class StepHooks:
+    """Acts before and after every step of an optimiser, until `remove` or until new hooks replace it.
 
-    Tensors of modules at rank 0 are not in the groups while it steps, and are again afterwards: state dicts, learning
-    rate schedules and checkpoints find the groups as they were made. Parameters with a frozen start are not decayed by
-    the optimiser, but towards that start: the group's `weight_decay` is read at every step and stays as asked for.
+    Tensors of modules at rank 0 leave the groups for the step and come back afterwards, so that state dicts, learning
+    rate schedules and checkpoints find the groups unchanged. Parameters with a frozen copy of their initialisation are
+    decayed towards that copy, and not by the optimiser; the group's `weight_decay` is read at every step and kept.
 
     Args:
-        optimizer: or what wraps one, accelerate's for example.
-        adapters: the mapping that holds the model's adapters now, as it changes.
+        optimizer: may be wrapped, by accelerate for example.
+        adapters: the live mapping of the model's adapters.
 
     Raises:
-        TrainingError: the optimiser cannot train adapters, or decays parameters with a frozen start in a group without
-            a learning rate.
+        TrainingError: the optimiser cannot train adapters, or a group without a learning rate decays parameters that
+            have a frozen copy.
     """
 
     def __init__(self, optimizer: Any, adapters: Mapping[str, Adapter]):
         check_optimizer(optimizer)
         self.adapters = adapters
-        self._depth = 0  # a class's step may call its parent's, and both call back
+        self._depth = 0  # a class's step may call its parent's, and both call the hooks
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._hooks: list[Any] = []
-        starts = self._starts()
+        initial = self._initial_values()
         for stepper in steppers(optimizer):
             for group in stepper.param_groups:
-                if group.get("weight_decay") and group.get("lr") is None and _of(group["params"], starts):
+                if group.get("weight_decay") and group.get("lr") is None and _of(group["params"], initial):
                     raise TrainingError(
                         f"{type(stepper).__name__} finds its learning rate itself (lr=None), and decay towards a start "
                         "that is not zero needs one: give it lr (Adafactor: relative_step=False) or weight_decay=0"
                     )
-            before = _AROUND.pop(stepper, None)
+            before = _HOOKED.pop(stepper, None)
             if before is not None:
                 before.remove()
-            _AROUND[stepper] = self
+            _HOOKED[stepper] = self
             self._hooks.append(stepper.register_step_pre_hook(self._before))
             self._hooks.append(stepper.register_step_post_hook(self._after))
 
     def remove(self) -> None:
-        """Leave the optimiser as it would be by itself."""
+        """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
-    def _starts(self) -> dict[int, Tensor]:
-        """Frozen starts by the id of the parameter that began there."""
+    def _initial_values(self) -> dict[int, Tensor]:
+        """Frozen initial values, by the id of their parameter."""
         return {
             id(parameter): start
             for adapter in self.adapters.values()
@@ -108,21 +108,21 @@ class AroundSteps:
         if self._depth > 1:
             return
         groups = list(optimizer.param_groups)
-        starts = self._starts() if any(group.get("weight_decay") for group in groups) else {}
+        initial = self._initial_values() if any(group.get("weight_decay") for group in groups) else {}
         for group in groups:
             self._groups.append((group, {key: group[key] for key in ("params", "weight_decay") if key in group}))
             group["params"] = present = [parameter for parameter in group["params"] if parameter.numel()]
-            apart = _of(present, starts) if group.get("weight_decay") else []
-            if not apart:
+            decayed = _of(present, initial) if group.get("weight_decay") else []
+            if not decayed:
                 continue
             if _will_step(optimizer):
-                _pull(apart, starts, float(group["lr"]) * float(group["weight_decay"]))
-            if len(apart) == len(present):
+                _pull(decayed, initial, float(group["lr"]) * float(group["weight_decay"]))
+            if len(decayed) == len(present):
                 group["weight_decay"] = 0.0
-            else:  # for this step in a group of their own
-                chosen = {id(parameter) for parameter in apart}
+            else:  # a group of their own, for this step
+                chosen = {id(parameter) for parameter in decayed}
                 group["params"] = [parameter for parameter in present if id(parameter) not in chosen]
-                optimizer.param_groups.append({**group, "params": apart, "weight_decay": 0.0})
+                optimizer.param_groups.append({**group, "params": decayed, "weight_decay": 0.0})
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._depth -= 1
@@ -134,19 +134,19 @@ class AroundSteps:
         self._groups = []
 
 
-def _of(parameters: list[Tensor], starts: Mapping[int, Tensor]) -> list[Tensor]:
-    return [parameter for parameter in parameters if id(parameter) in starts]
+def _of(parameters: list[Tensor], initial: Mapping[int, Tensor]) -> list[Tensor]:
+    return [parameter for parameter in parameters if id(parameter) in initial]
 
 
 def _will_step(optimizer: Any) -> bool:
-    """Whether no GradScaler found something that is not finite, in which case a fused optimiser does nothing."""
+    """False if a GradScaler found a gradient that is not finite: then a fused optimiser does nothing."""
     found = getattr(optimizer, "found_inf", None)
     return found is None or not float(found)
 
 
 @torch.no_grad()
-def _pull(parameters: list[Tensor], starts: Mapping[int, Tensor], share: float) -> None:
-    """Move every parameter that has a gradient, as optimisers do, a share of the way to its start."""
+def _pull(parameters: list[Tensor], initial: Mapping[int, Tensor], share: float) -> None:
+    """Move parameters a share of the way to their initial values; only those with a gradient, as optimisers do."""
     moving = [parameter for parameter in parameters if parameter.grad is not None]
     if moving:
-        torch._foreach_lerp_(moving, [starts[id(parameter)] for parameter in moving], share)
+        torch._foreach_lerp_(moving, [initial[id(parameter)] for parameter in moving], share)

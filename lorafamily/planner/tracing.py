@@ -1,8 +1,8 @@
-"""What a training step holds in memory, found by running the real step on tensors without numbers.
+"""What a training step holds in memory, found by running the real step on fake tensors.
 
-Forward, backward and penalty run as they are, on fake tensors: these know shape, dtype and device and hold nothing, so
-every kernel is chosen and every tensor kept or freed as on the CPU, and nothing is computed or allocated. Of blocks
-that are alike only two and three are run; what the third one adds, every further one adds.
+Fake tensors know shape, dtype and device and have no storage. Forward, backward and penalty run on them as they are:
+every kernel is chosen and every tensor kept or freed as on the CPU, and nothing is computed or allocated. Of repeated
+blocks only two and then three are run: what the third adds, every further one adds.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.batch import LossFn, loss_of
 from lorafamily.errors import LoraFamilyError
-from lorafamily.insight.blocks import Blocks, copy_on_meta, replace_tensors
+from lorafamily.planner.blocks import Blocks, copy_on_meta, replace_tensors
 from lorafamily.training.execution import recomputing
 
 Penalty = Callable[[], Tensor]
 Ready = Callable[[nn.Module], Penalty | None]
-"""Makes a model train what it should; returns what computes the penalty, None where there is none."""
+"""Makes a model train what it should; returns the function that computes the penalty, None if there is none."""
 FEW, MORE = 2, 3  # blocks that are run: the first may differ from the others, so one would not do
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes at their highest. `activations`: all that a step makes but gradients of parameters and the optimiser's
-    states, that is what the backward needs and what is computed on the way; `both`: activations and gradients."""
+class PeakBytes:
+    """Bytes at their highest. `activations`: what the backward needs and what is computed on the way, so everything a
+    step makes but parameters' gradients and optimizer states; `with_gradients`: activations and gradients."""
 
     activations: int
-    both: int
+    with_gradients: int
 
 
 class NotTracedError(Exception):
-    """The step cannot be run without numbers; the message says why."""
+    """The step cannot run on fake tensors, since it depends on values; the message says why."""
 
 
 class _UnlikeError(Exception):
-    """A model that does not call its blocks one after the other, each once."""
+    """The model does not call its blocks one after the other, each once."""
 
 
-def held_in_step(
+def peak_of_step(
     model: nn.Module,
     batch: Any,
     ready: Ready,
@@ -57,32 +57,32 @@ def held_in_step(
     loss_fn: LossFn | None = None,
     checkpoint_activations: bool = False,
     blocks: Blocks | None = None,
-) -> Held:
-    """What a training step of the model holds beyond weights and the optimiser's states; the model is left alone.
+) -> PeakBytes:
+    """What a training step holds besides weights and optimizer states. The model itself is not changed.
 
     Args:
         ready: called with copies of the model on the meta device.
-        dtype: of the floating-point weights, where it is another than the model's.
-        blocks: those of which a few stand for all; None runs every one.
+        dtype: of the floating-point weights, if not the model's.
+        blocks: repeated blocks, of which a few stand for all; None runs every one.
 
     Raises:
-        NotTracedError: forward or backward ask for numbers.
+        NotTracedError: forward or backward depend on values of tensors.
     """
 
-    def run(shown: Blocks | None, count: int) -> list[tuple[str, Held]]:
+    def run(shown: Blocks | None, count: int) -> list[tuple[str, PeakBytes]]:
         shorter = copy_on_meta(model, dtype, shown, count)
         penalty = ready(shorter)
         return _run(shorter.train(), batch, penalty, loss_fn, checkpoint_activations, shown)
 
-    if blocks is not None and blocks.count > FEW + MORE:  # else it would be no less work
+    if blocks is not None and blocks.count > FEW + MORE:  # otherwise running all of them is no more work
         try:
             few, more = (_by_place(run(blocks, count), count) for count in (FEW, MORE))
         except (NotTracedError, _UnlikeError):
-            pass  # it needs all its blocks
+            pass  # run all its blocks
         else:
             return _extended(few, more, blocks.count)
     whole = [held for _, held in run(None, 0)]
-    return Held(max(held.activations for held in whole), max(held.both for held in whole))
+    return PeakBytes(max(held.activations for held in whole), max(held.with_gradients for held in whole))
 
 
 def _run(
@@ -92,8 +92,8 @@ def _run(
     loss_fn: LossFn | None,
     checkpoint_activations: bool,
     blocks: Blocks | None,
-) -> list[tuple[str, Held]]:
-    """One step on fake tensors: what was held, by part of the step, in order."""
+) -> list[tuple[str, PeakBytes]]:
+    """One step on fake tensors: what is held in each part of the step, in order."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _not_packed():
             replace_tensors(model, _fake)
@@ -117,12 +117,12 @@ def _run(
 
 
 class Timeline(PeakActivations):
-    """Inside a `with` block notes what is held in each part of a step: before the blocks, in the forward of each, in
-    between ("head"), in the backward of each, afterwards."""
+    """In a `with` block, notes what is held in each part of a step: "before" the blocks, in the "forward" of each,
+    between them ("head"), in the "backward" of each, and "after"."""
 
     def __init__(self, model: nn.Module, blocks: Blocks | None):
         super().__init__()
-        self.parts: list[tuple[str, Held]] = []
+        self.parts: list[tuple[str, PeakBytes]] = []
         self.in_backward = False
         self._part, self._activations, self._both, self._gradients = "before", 0, 0, 0
         self._of_gradients: set[int] = set()
@@ -135,15 +135,15 @@ class Timeline(PeakActivations):
                 block.register_forward_hook(partial(self._leave, i))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # every other call; it makes nothing
+        if func is torch.ops.prim.device.default:  # every second call, and it allocates nothing
             return func(*args)
         output = super().__torch_dispatch__(func, types, args, kwargs)
         self._note()
         return output
 
     def mark(self, part: str) -> None:
-        """Another part of the step begins."""
-        self.parts.append((self._part, Held(self._activations, self._both)))
+        """Begin another part of the step."""
+        self.parts.append((self._part, PeakBytes(self._activations, self._both)))
         self._part, self._activations, self._both = part, 0, 0
         self._note()
 
@@ -165,16 +165,16 @@ class Timeline(PeakActivations):
     def _leave(self, i: int, block: nn.Module, inputs: Any, output: Any) -> None:
         if self.in_backward:
             return
-        learns = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if learns:
-            learns[0].register_hook(lambda gradient: self.mark(f"backward {i}"))
+        trained = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if trained:
+            trained[0].register_hook(lambda gradient: self.mark(f"backward {i}"))
         self.mark("head")
 
 
-def _by_place(parts: list[tuple[str, Held]], count: int) -> list[Held]:
-    """What is held in the parts that a step with any number of blocks has, from a step with `count`."""
+def _by_place(parts: list[tuple[str, PeakBytes]], count: int) -> list[PeakBytes]:
+    """What is held in those parts that every step has, whatever its number of blocks, from one with `count` blocks."""
     order = [name for name, _ in parts]
-    # Between two blocks hardly anything happens; it is part of no place, as the same happens after the last one.
+    # What happens between two blocks is hardly anything, and happens after the last one, too.
     forward = [name for i in range(count) for name in (f"forward {i}", "head")]
     if order != ["before", *forward, *(f"backward {i}" for i in reversed(range(count))), "after"]:
         raise _UnlikeError
@@ -183,28 +183,28 @@ def _by_place(parts: list[tuple[str, Held]], count: int) -> list[Held]:
     return [held[0], first, last, head, held[2 * count + 1], held[-2], held[-1]]
 
 
-def _extended(few: list[Held], more: list[Held], count: int) -> Held:
-    """What is held with `count` blocks: in every place it grows by the same with each, so at the highest it is one of
-    the places at an end."""
+def _extended(few: list[PeakBytes], more: list[PeakBytes], count: int) -> PeakBytes:
+    """What is held with `count` blocks. In each part it grows by the same with every block, so the highest is in the
+    first or the last part of its kind."""
 
     def at(a: int, b: int) -> int:
         return b + (b - a) * (count - MORE)
 
-    return Held(
+    return PeakBytes(
         max(at(a.activations, b.activations) for a, b in zip(few, more, strict=True)),
-        max(at(a.both, b.both) for a, b in zip(few, more, strict=True)),
+        max(at(a.with_gradients, b.with_gradients) for a, b in zip(few, more, strict=True)),
     )
 
 
 def _fake(tensor: Tensor) -> Tensor:
-    """A tensor of the CPU without numbers, in whose mode it is called."""
+    """A fake CPU tensor; called inside `FakeTensorMode`."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 @contextmanager
 def _not_packed() -> Iterator[None]:
-    """Decoders of transformers look at positions for several texts in one row, and take a fake tensor for one that may
-    hold them: every layer would get a mask that it does not get in training."""
+    """Keep decoders of transformers from looking for several texts in one row: they assume them in a fake tensor, so
+    that every layer would get a mask that it does not get in training."""
     masks, name = sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices"
     before = getattr(masks, name, None)
     if before is None:
@@ -218,7 +218,7 @@ def _not_packed() -> Iterator[None]:
 
 
 def _let_inputs_learn(model: nn.Module, batch: Any) -> None:
-    """Let gradients flow down to the input of a model that trains nothing."""
+    """Let gradients flow down to the input, in a model that trains nothing."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))

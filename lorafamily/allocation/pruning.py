@@ -1,4 +1,4 @@
-"""Pruning by sensitivity on a cubic schedule: AdaLoRA sec. 3.3, taken over by LoRA²."""
+"""Pruning by sensitivity on a cubic schedule: AdaLoRA, sec. 3.3; LoRA² uses it, too."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lorafamily.allocation.allocator import Allocator, in_steps
-from lorafamily.allocation.by_score import ScoredAllocation
 from lorafamily.allocation.run import Run
+from lorafamily.allocation.scored_allocation import ScoredAllocation
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
 from lorafamily.history import Decision
@@ -17,14 +17,14 @@ from lorafamily.history import Decision
 
 @dataclass(frozen=True)
 class ImportancePruning(ScoredAllocation):
-    """Start with b0 slices in all, end with b_T, the least important leaving first, over all modules at once.
+    """From b0 slices in the whole network to b_T; the least important go first, whichever modules they are in.
 
     b(t) = b0 for t ≤ t_i;   b_T + (b0 − b_T) (1 − (t − t_i) / (T − t_f − t_i))³, truncated, every Δ_T steps;
-    b_T for t > T − t_f. Until then a pruned slice is masked and may come back; from then on it is gone.
+    b_T for t > T − t_f. Until then a pruned slice is masked and may come back; then it is removed.
 
     `target` is b_T: a fraction of b0, or a whole number of slices a module on average. `warmup` (t_i), `final` (t_f)
-    and `interval` (Δ_T) are fractions of the run or whole numbers of optimiser steps; the papers give steps for one
-    data set each, of which these are the rounded middle. Scorer and its options: see `ScoredAllocation`.
+    and `interval` (Δ_T) are fractions of the run or whole numbers of optimiser steps; the papers give steps for each
+    data set, and the defaults are about the middle of these. For the scorer and its options see `ScoredAllocation`.
     """
 
     scorer: str = "sensitivity"
@@ -110,7 +110,7 @@ class ImportancePruner(Allocator):
         keep = self.highest(scores, self.slices_at(step), fit=False)
         for name, adapter in self.run.adapters.items():
             adapter.mask((~keep[name]).nonzero().squeeze(1).to(adapter.device))
-        return self._decided(step, keep, "masked by importance", scores)
+        return self._recorded(step, keep, "masked by importance", scores)
 
     def _settle(self, step: int) -> Decision:
         scores = self.scores()
@@ -118,15 +118,15 @@ class ImportancePruner(Allocator):
         for name, kept in keep.items():
             self.resize(name, kept.nonzero().squeeze(1))
         self.settled = True
-        return self._decided(step, keep, "final pattern", scores)
+        return self._recorded(step, keep, "final pattern", scores)
 
-    def _decided(self, step: int, keep: dict[str, Tensor], reason: str, scores: Scores) -> Decision:
+    def _recorded(self, step: int, keep: dict[str, Tensor], reason: str, scores: Scores) -> Decision:
         fallen = torch.cat([scores[name][~kept] for name, kept in keep.items()])
         threshold = float(fallen.max()) if len(fallen) else None
-        return self.decided(step, {name: int(kept.sum()) for name, kept in keep.items()}, reason, threshold, scores)
+        return self.record(step, {name: int(kept.sum()) for name, kept in keep.items()}, reason, threshold, scores)
 
     def _check_limit(self) -> None:
-        """A limit that leaves no room for a single slice would take all of them."""
+        """Refuse a limit that has no room for a single slice, so that all would be pruned."""
         costs = [adapter.update.slice_cost for adapter in self.run.adapters.values() if adapter.rank]
         if self.run.limit is None or not self.target or not costs:
             return

@@ -1,0 +1,33 @@
+"""Figures as pixels and as files. They are matplotlib's, made without its global state.
+
+Colours are Okabe and Ito's and the map cividis, which colour-blind readers tell apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Draw the figure into a file."""
+    if path.suffix == ".png":
+        Image.fromarray(pixels(figure)).save(path)
+    else:
+        figure.savefig(path)
+
+
+def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of a figure, which is drawn only the first time."""
+    canvas = figure.canvas
+    if not isinstance(canvas, FigureCanvasAgg):  # until the first time it is the base class
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

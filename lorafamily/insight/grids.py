@@ -1,0 +1,137 @@
+"""Slices of every module as grids: layers by kinds of matrix, or layers by experts; smaller ones for large models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lorafamily.names import Place, by_stack, expert_of, kind_labels, place_of
+
+ROWS, COLUMNS, STACKS = 96, 64, 6
+"""The most rows (in all panels of one time together), columns and stacks of a picture. In that of a larger model a cell
+stands for several modules."""
+AREAS = 32
+"""The most kinds of matrix that a stack of areas shows apart."""
+
+
+def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray]:
+    """Kinds of matrix, labels of layers, and ranks as (kinds, layers), for the modules of one stack (`by_stack`).
+
+    nan if a layer has no such matrix.
+    """
+    places = {name: place_of(name) for name in ranks}
+    kinds = list(dict.fromkeys(place.kind for place in places.values()))
+    layers = sorted({place.layer for place in places.values()}, key=lambda layer: (layer is None, layer))
+    grid = np.full((len(kinds), len(layers)), np.nan)
+    for name, rank in ranks.items():
+        cell = kinds.index(places[name].kind), layers.index(places[name].layer)
+        assert np.isnan(grid[cell]), f"{name}: two matrices of the same kind and layer must be in two stacks"
+        grid[cell] = rank
+    return kinds, ["–" if layer is None else str(layer) for layer in layers], grid
+
+
+def rank_by_kind(ranks: Mapping[str, int], labels: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Slices of each kind of matrix, over all layers of its stack. `labels`: the kind of every module; None computes
+    them (`kind_labels`), which takes longer."""
+    totals: dict[str, int] = {}
+    for name, kind in (kind_labels(ranks) if labels is None else labels).items():
+        totals[kind] = totals.get(kind, 0) + ranks[name]
+    return totals
+
+
+def area_labels(names: Iterable[str]) -> dict[str, str]:
+    """`kind_labels` with at most `AREAS` different labels: of more, similar kinds share one."""
+    labels = kind_labels(names)
+    together = merged(list(dict.fromkeys(labels.values())), AREAS)
+    return {name: together[kind] for name, kind in labels.items()}
+
+
+def merged(labels: Sequence[str], most: int) -> dict[str, str]:
+    """For each label the one it is shown under, with at most `most` different ones. If there are more, those that
+    differ only in digits share one (`experts.*.up`), and if these are still too many, neighbours do (`a … d`)."""
+    if len(labels) <= most:
+        return {label: label for label in labels}
+    shown = {label: re.sub(r"\d+", "*", label) for label in labels}
+    kinds = list(dict.fromkeys(shown.values()))
+    if 1 < len(kinds) <= most:
+        return shown
+    if len(kinds) == 1:
+        shown, kinds = {label: label for label in labels}, list(labels)
+    runs = [kinds[i * len(kinds) // most : (i + 1) * len(kinds) // most] for i in range(most)]
+    name = {kind: run[0] if len(run) == 1 else f"{run[0]} … {run[-1]}" for run in runs for kind in run}
+    return {label: name[kind] for label, kind in shown.items()}
+
+
+class Grid(NamedTuple):
+    """`ranks`: (kinds, layers), nan where there is no module; `total`: the slices of all modules."""
+
+    kinds: list[str]
+    layers: list[str]
+    ranks: np.ndarray
+    total: int
+
+
+def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> dict[str, list[Grid]]:
+    """For each stack a grid of each pattern in `shown`, within `ROWS`, `COLUMNS` and `STACKS`. In a model that has
+    more, a cell is the mean of the modules it stands for."""
+    stacks = by_stack(names)
+    shown_as = merged(list(stacks), STACKS)
+    places: dict[str, dict[str, Place]] = {}
+    for stack, members in stacks.items():
+        for name in members:
+            places.setdefault(shown_as[stack], {})[name] = place_of(name)
+    grids: dict[str, list[Grid]] = {}
+    for stack, modules_at in places.items():
+        kinds = list(dict.fromkeys(kind for _, _, kind in modules_at.values()))
+        rows = merged(kinds, max(4, ROWS // len(places)))
+        layers = sorted({layer for _, layer, _ in modules_at.values()}, key=lambda layer: (layer is None, layer))
+        labels = ["–" if layer is None else str(layer) for layer in layers]
+        wide = min(COLUMNS, len(layers))
+        column = {layer: i * wide // len(layers) for i, layer in enumerate(layers)}
+        chunks = [[labels[i] for i, layer in enumerate(layers) if column[layer] == at] for at in range(wide)]
+        heads = [chunk[0] if len(chunk) == 1 else f"{chunk[0]}–{chunk[-1]}" for chunk in chunks]
+        named = list(dict.fromkeys(rows[kind] for kind in kinds))
+        index = {kind: named.index(rows[kind]) for kind in kinds}
+        cells = np.array([(index[kind], column[layer]) for _, layer, kind in modules_at.values()])
+        modules = np.zeros((len(named), wide))
+        np.add.at(modules, tuple(cells.T), 1)
+        grids[stack] = []
+        for ranks in shown:
+            total = np.zeros_like(modules)
+            np.add.at(total, tuple(cells.T), [ranks[name] for name in modules_at])
+            mean = np.divide(total, modules, out=np.full_like(total, np.nan), where=modules > 0)
+            grids[stack].append(Grid(named, heads, mean, int(total.sum())))
+    return grids
+
+
+def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
+    """By kind of matrix (`mlp.experts.*.up_proj`): labels of layers, of experts, and ranks as (layers, experts).
+
+    nan if a layer has no such expert; empty for a model without experts.
+    """
+    cells_of: dict[str, list[tuple[int | None, int, float]]] = {}
+    experts = {name: found for name in ranks if (found := expert_of(name)) is not None}
+    labels = kind_labels(dict.fromkeys(of_all for of_all, _ in experts.values()))
+    for name, (of_all, index) in experts.items():
+        cells_of.setdefault(labels[of_all], []).append((place_of(of_all).layer, index, ranks[name]))
+    grids = {}
+    for kind, cells in cells_of.items():
+        layers = sorted({layer for layer, _, _ in cells}, key=lambda layer: (layer is None, layer))
+        wide = 1 + max(index for _, index, _ in cells)
+        grid = np.full((len(layers), wide), np.nan)
+        for layer, index, rank in cells:
+            grid[layers.index(layer), index] = rank
+        grids[kind] = ["–" if layer is None else str(layer) for layer in layers], [str(i) for i in range(wide)], grid
+    return grids
+
+
+def in_chunks(labels: list[str], grid: np.ndarray, most: int) -> tuple[list[str], np.ndarray]:
+    """Labels and rows, at most `most`: of more rows, the means of neighbours."""
+    chunks = [chunk for chunk in np.array_split(np.arange(len(labels)), min(most, len(labels))) if len(chunk)]
+    heads = [labels[c[0]] if len(c) == 1 else f"{labels[c[0]]}–{labels[c[-1]]}" for c in chunks]
+    sums = np.array([np.nansum(grid[c], 0) for c in chunks])
+    counts = np.array([(~np.isnan(grid[c])).sum(0) for c in chunks])
+    return heads, np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
