@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import shapes  # noqa: F401 - before lorafamily, whose functions it checks
 
@@ -106,6 +107,12 @@ def perturb_(model: nn.Module, seed: int = 1, size: float = 0.5) -> nn.Module:
             noise = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(generator=generator)
             parameter.add_(size * noise.to(parameter.device))
     return model
+
+
+def assert_merged(found: Tensor, wanted: Tensor) -> None:
+    """Outputs in float32 of what was merged or exported: each weight was rounded once, and sums run in another order.
+    Within 1e-5 of the largest output; small outputs are differences of large terms."""
+    assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 @torch.no_grad()
