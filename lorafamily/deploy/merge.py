@@ -31,6 +31,7 @@ from lorafamily.quantised import (
     remember_quantised,
 )
 from lorafamily.site import keep_padding, sites_in
+from lorafamily.training.execution import scales_kept
 
 
 @torch.no_grad()
@@ -188,10 +189,11 @@ def merge_difference(
     merging = partial(merge, dequantise=dequantise, requantise=requantise)
     model.eval()
     try:
-        both = [outputs_of(change(model), batch).float() for change in (unmerge, merging)]
+        with scales_kept(model):
+            both = [outputs_of(change(model), batch).float() for change in (unmerge, merging)]
     finally:
-        model.train(training)
         (merging if merged else unmerge)(model)
+        model.train(training)  # also layers that unmerge has put back, which were in eval mode when they went
     return float((both[0] - both[1]).abs().max())
 
 
