@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
+import shapes  # noqa: F401 - before lorafamily, whose functions it checks
+
+# isort: split
 import embedded
 import lorafamily
 from embedded import ByteDecoder
@@ -21,6 +27,48 @@ MOVING = {"elalora", "flexlora", "loraplus"}  # AdaLoRA and LoRA but for who mov
 METHODS = [*sorted(lorafamily.methods().keys() - PARTS - INFORMED - MOVING), *COMBINATIONS]
 
 every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def pairwise(
+    names: str, *axes: Sequence[Any], and_also: Sequence[tuple[Any, ...]] = (), ids: Any = None
+) -> pytest.MarkDecorator:
+    """Parametrises a test so that any two values of different axes meet in at least one case, but not every three.
+
+    What fails, fails for a value or for two that do not go together; the product of three and more axes is many times
+    as long, and found nothing that this would not have. The two largest axes are crossed; every further one is given
+    to each row the value that brings most new pairs, and rows are added for the pairs that are left.
+    """
+    order = sorted(range(len(axes)), key=lambda axis: -len(axes[axis]))
+    rows: list[dict[int, int]] = [{}]
+    for axis in order[:2]:
+        rows = [row | {axis: value} for row in rows for value in range(len(axes[axis]))]
+    for done, axis in enumerate(order[2:], 2):
+        before, size = order[:done], len(axes[axis])
+        missing = {(other, v, w) for other in before for v in range(len(axes[other])) for w in range(size)}
+
+        def new(row: dict[int, int], w: int, missing=missing) -> set[tuple[int, int, int]]:
+            return {(other, v, w) for other, v in row.items()} & missing
+
+        for number, row in enumerate(rows):
+            # Of values that bring as many, the next one, so that a small axis is not all one value in places.
+            best = max(range(size), key=lambda w: (len(new(row, w)), -((w - number) % size)))
+            missing -= new(row, best)
+            row[axis] = best
+        while missing:
+            w = min(missing)[2]
+            row = {other: min((v for o, v, x in missing if (o, x) == (other, w)), default=0) for other in before}
+            missing -= new(row, w)
+            rows.append(row | {axis: w})
+    cases = [tuple(values[row[axis]] for axis, values in enumerate(axes)) for row in rows]
+    return pytest.mark.parametrize(names, [*cases, *and_also], ids=ids)
+
+
+def in_turn(names: str, *axes: Sequence[Any], and_also: Iterable[tuple[Any, ...]] = ()) -> pytest.MarkDecorator:
+    """Parametrises a test so that every value of every axis comes once: as many cases as the longest axis has values,
+    and those that are asked for beside. For axes whose values do not act on each other."""
+    longest = max(map(len, axes))
+    cases = [tuple(values[i % len(values)] for values in axes) for i in range(longest)]
+    return pytest.mark.parametrize(names, [*dict.fromkeys([*cases, *and_also])])
 
 
 def few_rounds(method: str) -> dict[str, int]:
@@ -59,6 +107,12 @@ def perturb_(model: nn.Module, seed: int = 1, size: float = 0.5) -> nn.Module:
             noise = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(generator=generator)
             parameter.add_(size * noise.to(parameter.device))
     return model
+
+
+def assert_merged(found: Tensor, wanted: Tensor) -> None:
+    """Outputs in float32 of what was merged or exported: each weight was rounded once, and sums run in another order.
+    Within 1e-5 of the largest output; small outputs are differences of large terms."""
+    assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 @torch.no_grad()

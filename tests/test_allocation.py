@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lorafamily
-from conftest import data, every_method, few_rounds, logits, perturb_, tiny
+from conftest import METHODS, data, every_method, few_rounds, in_turn, logits, perturb_, tiny
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.ablation import Ablation, AblationEstimate
 from lorafamily.allocation.allocator import Fixed
@@ -219,7 +219,7 @@ def test_magnitude_is_the_norm_of_the_slice_alone():
 @pytest.mark.parametrize("scores", lorafamily.scorers())
 @pytest.mark.parametrize("method", ["adalora", "lora2+olora", "alora"])
 def test_any_allocator_takes_any_scorer(method, scores):
-    model = lorafamily.apply(tiny(), method, rank=3, seed=0, scorer=scores, **few_rounds(method))
+    model = lorafamily.apply(tiny(), method, rank=3, targets="blocks.1", seed=0, scorer=scores, **few_rounds(method))
     if "alora" not in method.split("+"):
         placement_of(model).method = placement_of(model).method.with_options(interval=15)
     history = lorafamily.train(model, data(1), steps=40, validation=data(1), progress=False)
@@ -410,8 +410,10 @@ def test_alora_needs_validation_data_and_enough_steps():
         )
 
 
-@every_method
-@pytest.mark.parametrize("seed", range(3))
+methods_and_seeds = in_turn("method,seed", METHODS, range(3))
+
+
+@methods_and_seeds
 def test_the_budget_holds_at_every_step(method, seed):
     budget = 3_000
     model = lorafamily.apply(tiny(seed=seed), method, budget=budget, seed=seed, **few_rounds(method))
@@ -422,8 +424,7 @@ def test_the_budget_holds_at_every_step(method, seed):
         assert history.ranks_end != history.ranks_start
 
 
-@every_method
-@pytest.mark.parametrize("seed", range(3))
+@methods_and_seeds
 def test_the_rank_budget_holds_at_every_step(method, seed):
     """100 slices for 12 modules: 8 each, LoRA²'s singular values included, whatever they cost."""
     model = lorafamily.apply(tiny(seed=seed), method, rank_budget=100, seed=seed, **few_rounds(method))

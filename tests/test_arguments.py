@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -68,7 +70,7 @@ def rising(values):
 
 
 EFFECTS = {
-    "model": lambda tmp: trained()[0] is not None,
+    "model": lambda tmp: torch.equal(trained()[2], trained()[2]) and not torch.equal(trained()[2], untrained()),
     "data": lambda tmp: moved(data=[batch(7)]),
     "steps": lambda tmp: len(trained(steps=np.int64(5))[1].steps) == 5,
     "epochs": lambda tmp: len(trained(steps=None, epochs=2)[1].steps) == 6,
@@ -101,15 +103,15 @@ EFFECTS = {
         evaluate=rising([1, 2, 3]), evaluate_every=4, monitor="accuracy", restore_best=True
     ),
     "precision": lambda tmp: moved(precision="bfloat16"),
-    "compile": lambda tmp: "compile" in inspect.signature(lorafamily.train).parameters,  # tests/test_training.py
-    "checkpoint_activations": lambda tmp: len(trained(checkpoint_activations=True)[1].steps) == STEPS,
+    "compile": lambda tmp: len(compiled(compile=True)) == 1 and compiled() == [],  # runs in tests/test_training.py
+    "checkpoint_activations": lambda tmp: (forwards(True), forwards(False)) == (2 * STEPS, STEPS),
     "seed": lambda tmp: moved(seed=1),
     "skip_nonfinite": lambda tmp: (
         trained(data=[batch(), {**batch(), "x": torch.full((8, 8), torch.nan)}], skip_nonfinite=1)[1].skipped == 6
     ),
-    "check_gradients": lambda tmp: trained(check_gradients=False)[1].stopped != "",  # tests/test_session.py
+    "check_gradients": lambda tmp: not without_gradient_is_let_pass() and without_gradient_is_let_pass(False),
     "again": lambda tmp: settled_twice(again=True) and not settled_twice(again=False),
-    "progress": lambda tmp: trained(progress=True)[1].stopped != "",
+    "progress": lambda tmp: f"{STEPS}/{STEPS}" in shown(progress=True) and shown(progress=False) == "",
     "on_step": lambda tmp: called_with_every_step(),
     "log_dir": lambda tmp: trained(log_dir=tmp / "log") and (tmp / "log" / "steps.jsonl").exists(),
     "save_every": lambda tmp: trained(log_dir=tmp / "save", save_every=5) and (tmp / "save" / "checkpoints").is_dir(),
@@ -121,6 +123,52 @@ EFFECTS = {
         and len(trained(log_dir=tmp / "on", save_every=4, steps=16, resume="anyway")[1].steps) == 16
     ),
 }
+
+
+def untrained() -> torch.Tensor:
+    model = lorafamily.apply(Classifier(), "lora", rank=3, targets="blocks", also_train="head", seed=0)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def compiled(**given) -> list[nn.Module]:
+    """Models that were given to `torch.compile`."""
+    seen: list[nn.Module] = []
+    with mock.patch.object(torch, "compile", lambda model: seen.append(model) or model):
+        trained(**given)
+    return seen
+
+
+def forwards(checkpoint_activations: bool) -> int:
+    """How often a function inside a block was called in a run."""
+    seen: list = []
+    block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    block[1].register_forward_pre_hook(lambda *_: seen.append(1))
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block]), "head": nn.Linear(8, 3)})
+    lorafamily.apply(model, "lora", rank=2, targets="blocks", also_train="head", seed=0)
+    lorafamily.train(
+        model,
+        [batch()],
+        steps=STEPS,
+        loss_fn=lambda model, batch: F.cross_entropy(model["head"](model["blocks"][0](batch["x"])), batch["y"]),
+        checkpoint_activations=checkpoint_activations,
+        progress=False,
+    )
+    return len(seen)
+
+
+def without_gradient_is_let_pass(check: bool = True) -> bool:
+    """Of a run whose loss does not reach the blocks."""
+    try:
+        trained(loss_fn=lambda model, batch: model.head(batch["x"]).square().mean(), check_gradients=check)
+    except lorafamily.TrainingError as error:
+        return "got no gradient" not in str(error)
+    return True
+
+
+def shown(**given) -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as written:
+        trained(**given)
+    return written.getvalue()
 
 
 def settled_twice(**given) -> bool:
@@ -215,12 +263,16 @@ def test_a_seed_leaves_everybody_s_generators_alone():
 
 def looped(method: str = "adalora", **given):
     """Four steps of a loop of one's own; the session, the numbers and whether its contexts were entered."""
-    options = {"warmup": 0, "final": 1, "interval": 1} if method == "adalora" else {"scorer": "exact", "rounds": 1}
-    options |= {} if method == "adalora" else {"warmup": 1, "interval": 1, "drop": 1}
+    options = {
+        "adalora": {"warmup": 0, "final": 1, "interval": 1},
+        "alora": {"scorer": "exact", "rounds": 1, "warmup": 1, "interval": 1, "drop": 1},
+        "lora": {},
+    }[method]
+    lr = given.pop("lr", 0.1)
     model = given.pop("model", None) or lorafamily.apply(
         Classifier().eval(), method, rank=3, targets="blocks", also_train="head", seed=0, **options
     )
-    optimizer = given.pop("optimizer", None) or torch.optim.SGD(lorafamily.parameter_groups(model, lr=0.1))
+    optimizer = given.pop("optimizer", None) or torch.optim.SGD(lorafamily.parameter_groups(model, lr=lr))
     session = lorafamily.session(model, optimizer, **{"steps": 4} | given)
     for step in range(4):
         session.backward(model(**batch(step)).loss)
@@ -265,8 +317,8 @@ def silent_part(**given) -> bool:
 
 
 SESSION_EFFECTS = {
-    "model": lambda: looped()[0].decisions != [],
-    "optimizer": lambda: looped()[1].numel() > 0,
+    "model": lambda: looped()[0].decisions != [] == looped("lora")[0].decisions,
+    "optimizer": lambda: not torch.equal(looped()[1], looped(lr=0.2)[1]),
     "steps": lambda: looped(steps=4)[0].decisions != looped(steps=400)[0].decisions,
     "validation": lambda: scored_with([batch(9)]) != scored_with([batch(10)]),
     "loss_fn": lambda: scored_with() != scored_with(loss_fn=lambda model, batch: 3 * model(**batch).loss),
@@ -306,9 +358,9 @@ def test_every_argument_of_session_has_an_effect(name):
 SESSION_REFUSED = [
     ({"steps": 0}, lorafamily.TrainingError, "steps=0"),
     ({"steps": True}, lorafamily.TrainingError, "steps=True"),
-    ({"method": "alora"}, lorafamily.AllocationError, "validation"),
-    ({"model": Classifier()}, lorafamily.StateError, "no adapter|has no adapters"),
-    ({"optimizer": 1}, lorafamily.TrainingError, "int"),
+    ({"method": "alora"}, lorafamily.AllocationError, "scored on validation data"),
+    ({"model": Classifier()}, lorafamily.StateError, "has no adapters"),
+    ({"optimizer": 1}, lorafamily.TrainingError, "optimizer is a int; it must be"),
     ({"optimizer": torch.optim.SGD(Classifier().parameters())}, lorafamily.TrainingError, "does not hold"),
 ]
 
@@ -434,33 +486,33 @@ def test_every_argument_of_apply_has_an_effect(name):
 
 
 APPLY_REFUSED = [
-    ({"method": "lorra"}, "lorra"),
-    ({"rank": 3, "budget": 200}, "both given"),
-    ({"rank": 0}, "rank=0"),
-    ({"rank": None, "budget": 3}, "budget"),
-    ({"rank": None, "budget": -3}, "budget"),
-    ({"budget_at": "end"}, "budget_at"),
-    ({"budget_at": "start"}, "budget_at"),
-    ({"targets": "nothing"}, "nothing"),
-    ({"exclude": "nothing"}, "nothing"),
-    ({"fused": {"nothing": ["q", "k"]}}, "nothing"),
-    ({"fused": {"blocks": ["q", "k", "v"]}}, "blocks"),
-    ({"also_train": "nothing"}, "nothing"),
-    ({"dropout": 1.0}, "dropout"),
-    ({"dropout": 0.1, "dropout_kind": "rows"}, "dropout_kind|rows"),
-    ({"dropout_kind": "features"}, "dropout_kind|no effect"),
-    ({"name": "a.b"}, "name"),
-    ({"alhpa": 3}, "alhpa"),
-    ({"method": "eva"}, "pass data=batches"),
-    ({"data": [batch()]}, "data"),
-    ({"loss_fn": to_second_class}, "loss_fn"),
-    ({"method": "eva", "evidence": {}}, "evidence"),
+    ({"method": "lorra"}, lorafamily.MethodError, r'no method named "lorra" .* did you mean lora or'),
+    ({"rank": 3, "budget": 200}, lorafamily.BudgetError, "budget=200 and rank=3 are both given"),
+    ({"rank": 0}, lorafamily.BudgetError, "rank=0: must be a whole number of at least 1"),
+    ({"rank": None, "budget": 3}, lorafamily.BudgetError, "budget 3 is too small: .* the smallest .* that works is 48"),
+    ({"rank": None, "budget": -3}, lorafamily.BudgetError, "budget=-3: must be a positive number"),
+    ({"budget_at": "end"}, lorafamily.BudgetError, 'budget_at="end" has no effect without budget'),
+    ({"budget_at": "start"}, lorafamily.BudgetError, "budget_at='start': must be"),
+    ({"targets": "nothing"}, lorafamily.TargetError, 'target "nothing" matches no layer; .* end in: 0, 1, 2, head'),
+    ({"exclude": "nothing"}, lorafamily.TargetError, '"nothing" matches no layer'),
+    ({"fused": {"nothing": ["q", "k"]}}, lorafamily.TargetError, "fused='nothing' matches no linear layer"),
+    ({"fused": {"blocks": ["q", "k", "v"]}}, lorafamily.TargetError, "does not fit blocks.0, which has 8 rows"),
+    ({"also_train": "nothing"}, lorafamily.TargetError, r'also_train="nothing" matches no .* nearest: head\.weight'),
+    ({"dropout": 1.0}, lorafamily.MethodError, r"dropout=1\.0: must be a probability in \[0, 1\)"),
+    ({"dropout": 0.1, "dropout_kind": "rows"}, lorafamily.MethodError, "dropout_kind='rows': must be one of entries"),
+    ({"dropout_kind": "features"}, lorafamily.MethodError, "dropout_kind='features' has no effect without dropout"),
+    ({"name": "a.b"}, lorafamily.StateError, r"name='a\.b': must be of letters"),
+    ({"alhpa": 3}, lorafamily.MethodError, "unknown option alhpa; this method takes alpha"),
+    ({"method": "eva"}, lorafamily.MethodError, '"eva" looks at inputs before training: pass data=batches'),
+    ({"data": [batch()]}, lorafamily.MethodError, '"lora" looks at no data before training; leave out data'),
+    ({"loss_fn": to_second_class}, lorafamily.MethodError, '"lora" looks at no data before .*; leave out loss_fn'),
+    ({"method": "eva", "evidence": {}}, lorafamily.MethodError, "evidence is a dict; it must be what"),
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), APPLY_REFUSED, ids=[str(given)[:40] for given, _ in APPLY_REFUSED])
-def test_what_apply_cannot_do_or_would_ignore_is_refused(given, message):
-    with pytest.raises(lorafamily.LoraFamilyError, match=message):
+@pytest.mark.parametrize(("given", "error", "message"), APPLY_REFUSED, ids=lambda given: str(given)[:40])
+def test_what_apply_cannot_do_or_would_ignore_is_refused(given, error, message):
+    with pytest.raises(error, match=message):
         applied(**given)
 
 

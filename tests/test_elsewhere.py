@@ -133,9 +133,7 @@ def spread(tmp_path_factory):
     found = []
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp("spread")
-        process = start(processes, "alora", folder, program=SPREAD)
-        _, error = process.communicate(timeout=500)
-        assert process.returncode == 0, error[-3000:]
+        start(processes, "alora", folder, program=SPREAD).done()
         told = json.loads((folder / "told.json").read_text())
         found.append((told, load_file(folder / "tensors.safetensors"), folder))
     return found

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +14,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import data, logits, perturb_, tiny
+from launching import Launched
 from lorafamily.gathering import masks_of
 from lorafamily.layers.placement import placement_of
 from lorafamily.principal import EXACT, Principal
@@ -229,14 +226,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_find_what_one_does(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(TOGETHER)
-    here = Path(__file__).parent
-    paths = os.pathsep.join(map(str, (here, here.parent / "experiments", here.parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    command += [str(tmp_path), str(torch.get_num_threads())]
-    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
+    Launched(TOGETHER, [str(tmp_path), str(torch.get_num_threads())], tmp_path, processes=2).done()
     for method in ("eva", "gora"):
         alone = lorafamily.gather(tiny(), method, data(3), rank=2)
         model = lorafamily.apply(tiny(), method, budget=3_000, data=data(3), seed=0)

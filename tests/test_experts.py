@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lorafamily
-from conftest import METHODS, perturb_
+from conftest import METHODS, in_turn, pairwise, perturb_
 from lorafamily import TargetError
 from lorafamily.adapter import Adapter
 from lorafamily.functional import fast_path
@@ -143,9 +144,7 @@ def test_experts_are_counted_one_by_one_where_some_are_left_out():
     assert summary.not_reached["experts"] == 2 * EXPERTS * 3 * 32 * 24 - summary.reached
 
 
-@families
-@implementations
-@pytest.mark.parametrize("method", ["lora", "lora2", "adalora"])
+@pairwise("family,implementation,method", list(FAMILIES), IMPLEMENTATIONS, ["lora", "lora2", "adalora"])
 def test_the_start_is_the_base_to_the_last_bit(family, implementation, method):
     model = model_of(family, implementation)
     before = logits(model)
@@ -155,8 +154,7 @@ def test_the_start_is_the_base_to_the_last_bit(family, implementation, method):
     assert torch.equal(logits(model), before)
 
 
-@families
-@pytest.mark.parametrize("method", METHODS)
+@in_turn("family,method", list(FAMILIES), METHODS, and_also=product(FAMILIES, ["lora2"]))
 def test_every_method_starts_near_the_base_and_merges(family, method):
     model = model_of(family)
     before = logits(model)
@@ -169,9 +167,8 @@ def test_every_method_starts_near_the_base_and_merges(family, method):
     assert torch.equal(logits(lorafamily.unmerge(model)), adapted)
 
 
-@families
-@pytest.mark.parametrize("implementation", ["batched_mm", "eager"])  # grouped products know no float64
-@pytest.mark.parametrize("method", ["lora", "adalora+olora"])
+# Grouped products know no float64.
+@pairwise("family,implementation,method", list(FAMILIES), ["batched_mm", "eager"], ["lora", "adalora+olora"])
 def test_products_and_formed_weights_are_the_same_algebra(family, implementation, method):
     """One layer of experts alone: norms around it would round to float32."""
     model = model_of(family, implementation).double()
@@ -252,8 +249,10 @@ def test_experts_of_different_ranks_are_saved_and_merged(family, tmp_path):
         lorafamily.load(other, tmp_path / "one")
 
 
-@families
-@pytest.mark.parametrize("targets", [None, r"experts\.\d+\.down_proj", r"experts"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [*product(FAMILIES, [None]), ("mixtral", r"experts\.\d+\.down_proj"), ("gpt_oss", r"experts")],
+)
 def test_peft_computes_the_same_from_target_parameters(family, targets, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is an extra; nothing to compare with without it")
     model = model_of(family)
@@ -303,8 +302,7 @@ SCHEDULES = {
 }
 
 
-@families
-@pytest.mark.parametrize("method", SCHEDULES)
+@in_turn("family,method", list(FAMILIES), list(SCHEDULES), and_also=[("gpt_oss", "adalora")])
 def test_ranks_of_experts_move_within_the_budget(family, method):
     model, budget = model_of(family), 40_000
     lorafamily.apply(model, method, budget=budget, seed=0, **SCHEDULES[method])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +11,8 @@ from torch import nn
 
 import lorafamily
 from conftest import few_rounds
-from lorafamily.layers.placement import placement_of
+from launching import Launched
+from lorafamily.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
@@ -182,9 +179,11 @@ DDP = """
 import json, os, sys
 import torch, transformers
 import lorafamily
+from accelerate.state import AcceleratorState
 from lorafamily.integrations import LoraFamilyCallback
 from test_integrations import adapted, samples
 
+AcceleratorState._reset_state(reset_partial_state=True)  # this process was forked off one that has used it
 method, head, folder = sys.argv[1], sys.argv[2] == "head", sys.argv[3]
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 model = adapted(method, double=True, also_train="classifier" if head else None, seed=rank)  # the first process's counts
@@ -205,17 +204,10 @@ if rank == 0:
 @pytest.mark.parametrize(("method", "head"), [("adalora", "alone"), ("alora", "head")])
 def test_two_processes_under_ddp_train_what_one_does_while_ranks_change(method, head, tmp_path):
     """DDP does not know the tensors that a decision makes; the session averages their gradients."""
-    (tmp_path / "program.py").write_text(DDP)
-    here = Path(__file__).parent
-    paths = os.pathsep.join(map(str, (here, here.parent / "experiments", here.parent)))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
     def ranks(n: int, folder: str, *resume: str) -> list[str]:
-        command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * (n > 1))]
-        command += [str(tmp_path / "program.py"), method, head, str(tmp_path / folder), *resume]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [line for line in done.stdout.splitlines() if line.startswith("ranks")]
+        launched = Launched(DDP, [method, head, str(tmp_path / folder), *resume], tmp_path / f"{folder}-said", n)
+        return [line for line in launched.done().splitlines() if line.startswith("ranks")]
 
     assert ranks(1, "1") == ranks(2, "2")
     # From the checkpoint in the middle, which both processes read.

@@ -11,9 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import lorafamily
-from conftest import every_method, perturb_
-from lorafamily.layers import kinds
-from lorafamily.layers.placement import placement_of, targets_of
+from conftest import METHODS, pairwise, perturb_
+from lorafamily import layers
+from lorafamily.placement import placement_of, targets_of
 
 
 def linear():
@@ -106,9 +106,7 @@ def classes(model: nn.Module) -> dict[str, type]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@every_method
+@pairwise("method,kind,dtype", METHODS, KINDS, list(ROUNDING), ids=lambda value: getattr(value, "__name__", str(value)))
 def test_forward_is_merged_and_everything_can_be_undone(method, kind, dtype, tmp_path):
     model, x = model_of(kind, dtype)
     # F.linear may add in another order for a weight that requires no gradient; apply freezes, so compare with frozen.

@@ -11,6 +11,7 @@ import io
 import logging
 import shutil
 import warnings
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lorafamily
-from conftest import METHODS, data, every_method, few_rounds, perturb_, tiny
+from conftest import METHODS, data, few_rounds, in_turn, pairwise, perturb_, tiny
 from lorafamily.deploy.checkpoint import merge_checkpoint
 from lorafamily.deploy.saved import read
 from lorafamily.layers.placement import placement_of
@@ -107,13 +108,13 @@ def applied(kind: str, delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return F.embedding(x, delta.T)
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
-@pytest.mark.parametrize("half_base", [False, True], ids=["autocast", "half base"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("kind", ["linear", "convolution", "embedding"])
-def test_small_updates_are_kept_in_half_precision(kind, dtype, half_base, fast):
-    if kind == "embedding" and not half_base:
-        pytest.skip("autocast leaves embeddings alone")
+ON_HALVES = [*product(["linear", "convolution"], ["autocast", "half base"]), ("embedding", "half base")]
+"""Autocast leaves embeddings alone."""
+
+
+@pairwise("layer_in,dtype,fast", ON_HALVES, HALVES, [True, False], ids=str)
+def test_small_updates_are_kept_in_half_precision(layer_in, dtype, fast):
+    kind, half_base = layer_in[0], layer_in[1] == "half base"
     for method in STARTS:
         for size in (1e-5, 1e-4, 1e-3):
             layer, x = layer_and_input(kind)
@@ -920,8 +921,7 @@ GROUPED = {
 }
 
 
-@pytest.mark.parametrize("name", GROUPED)
-@every_method
+@in_turn("name,method", list(GROUPED), METHODS, and_also=product(GROUPED, ["lora"]))
 def test_grouped_convolutions_are_that_of_the_changed_kernel(method, name, tmp_path):
     torch.manual_seed(0)
     layer, shape = GROUPED[name]()
@@ -954,7 +954,7 @@ def test_nothing_is_drawn_on_the_default_device(method, tmp_path):
     for device in ("cpu", "meta"):
         model = tiny()
         with torch.device(device):
-            lorafamily.apply(model, method, rank=3, seed=0, dropout=0.1, **scheduled(method))
+            lorafamily.apply(model, method, rank=3, targets="blocks.0", seed=0, dropout=0.1, **scheduled(method))
             history = lorafamily.train(model, batches, steps=14, validation=batches, progress=False)
             files.append(lorafamily.save(model, tmp_path / device))
             lorafamily.summary(lorafamily.load(lorafamily.remove(model), files[-1]))
@@ -968,7 +968,7 @@ def test_nothing_is_drawn_on_the_default_device(method, tmp_path):
 def test_no_scorer_asks_for_the_default_device(scores):
     decisions, batches = [], data(1)
     for device in ("cpu", "meta"):
-        model = lorafamily.apply(tiny(), "alora", rank=3, seed=0, scorer=scores, rounds=2)
+        model = lorafamily.apply(tiny(), "alora", rank=3, targets="blocks.0", seed=0, scorer=scores, rounds=2)
         with torch.device(device):
             history = lorafamily.train(model, batches, steps=14, validation=batches, progress=False)
         decisions.append([vars(decision) for decision in history.decisions])

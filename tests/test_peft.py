@@ -13,13 +13,13 @@ from torch import nn
 from torch.testing import assert_close
 
 import lorafamily
-from conftest import METHODS, every_method, perturb_
-from lorafamily.layers.placement import placement_of
+from conftest import METHODS, perturb_
+from lorafamily.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 peft = pytest.importorskip("peft", reason="peft is an extra; nothing to compare with without it")
 
-from test_transformers import families, ids, model_of  # noqa: E402 - needs transformers
+from test_transformers import families, ids, methods_on_families, model_of  # noqa: E402 - needs transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers is about to rename
 
@@ -46,8 +46,7 @@ def loaded_by_peft(base: nn.Module, folder) -> nn.Module:
     return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
 
 
-@families
-@every_method
+@methods_on_families
 def test_peft_computes_the_same_from_our_file(family, method, tmp_path):
     model = model_of(family)
     base = copy.deepcopy(model)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import lorafamily
-from conftest import data, every_method, few_rounds, logits, perturb_, tiny, tokens
-from lorafamily.layers.placement import placement_of
+from conftest import METHODS, data, every_method, few_rounds, in_turn, logits, perturb_, tiny, tokens
+from lorafamily.placement import placement_of
 
 
 @every_method
@@ -66,8 +67,10 @@ def test_merged_model_computes_the_same_function(method):
     assert torch.equal(logits(lorafamily.remove(model)), base)
 
 
-@every_method
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+HALF_AND_WHOLE = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@in_turn("method,dtype", METHODS, HALF_AND_WHOLE, and_also=product(["lora"], HALF_AND_WHOLE))
 def test_a_hundred_merges_leave_every_bit_of_the_base(method, dtype):
     model = tiny(dtype=dtype)
     before = copy.deepcopy(model.state_dict())
@@ -131,7 +134,7 @@ def test_two_runs_with_one_seed_give_the_same_bytes(method, tmp_path):
     files = []
     for run in ("a", "b"):
         torch.manual_seed(int(run == "a"))  # whatever came before must not matter
-        model = lorafamily.apply(tiny(), method, rank=3, seed=7, dropout=0.1, **few_rounds(method))
+        model = lorafamily.apply(tiny(), method, rank=3, targets="blocks.1", seed=7, dropout=0.1, **few_rounds(method))
         lorafamily.train(model, data(), steps=40, validation=data(1), evaluate_every=7, progress=False, seed=3)
         files.append((lorafamily.save(model, tmp_path / run) / "adapter.safetensors").read_bytes())
     assert files[0] == files[1]

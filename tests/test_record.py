@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lorafamily
-from conftest import data, every_method, few_rounds, tiny
+from conftest import data, few_rounds, tiny
+from groups import Group
 from lorafamily import cli
 from lorafamily.history import Decision, History, Step
 from lorafamily.insight.curves import POINTS
@@ -29,7 +30,7 @@ from pages.plots import allocation
 PICTURES = {"rank-by-layer.png", "rank-history.png", "course.png"}
 
 
-@every_method
+@pytest.mark.parametrize("method", ["lora", "adalora", "alora", "lora2+olora"])  # what decides, and what does not
 def test_ranks_and_pictures_come_back_without_the_model(method, tmp_path):
     model = lorafamily.apply(tiny(), method, rank=3, seed=0, **few_rounds(method))
     history = lorafamily.train(model, data(), steps=40, validation=data(1), log_dir=tmp_path, progress=False)

@@ -27,7 +27,7 @@ def options(method: str) -> dict:
 
 def adapted(method: str, **given) -> nn.Module:
     model = tiny(dtype=torch.float64).train()
-    return lorafamily.apply(model, method, rank=3, seed=0, **options(method) | given)
+    return lorafamily.apply(model, method, **{"rank": 3, "targets": "blocks.1", "seed": 0} | options(method) | given)
 
 
 def batches() -> list:
@@ -291,7 +291,7 @@ def test_ranks_that_something_holds_on_to_are_refused():
 def test_other_adapters_do_not_go_on():
     model = adapted("lora")
     _, saved = loop(model, 2)
-    other = lorafamily.apply(tiny(dtype=torch.float64), "lora", rank=4, seed=0)
+    other = adapted("lora", rank=4)
     with pytest.raises(lorafamily.StateError, match="other adapters than these"):
         loop(other, saved=copy.deepcopy(saved))
 

@@ -20,16 +20,8 @@ from lorafamily.deploy.merge_quantised import (
     remember_quantised,
     replace_layer,
 )
-from lorafamily.errors import StateError
-from lorafamily.layers.extra_trained import parameter_names
-from lorafamily.layers.kinds import Acting
-from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
-from lorafamily.layers.placement import Model, adapted, noted, placement_of, targets_of
-from lorafamily.layers.quantised import Quantised, quantised_layers
-from lorafamily.layers.sharded import is_sharded, local, put_whole, reshard, whole
-from lorafamily.layers.site import keep_padding, sites_in
-from lorafamily.layers.state import ModelState, Placement, Replaced
-from lorafamily.layers.target import Target
+from lorafamily.site import keep_padding, sites_in
+from lorafamily.training.execution import scales_kept
 
 
 @torch.no_grad()
@@ -203,10 +195,11 @@ def merge_difference(
     merging = partial(merge, dequantise=dequantise, requantise=requantise)
     model.eval()
     try:
-        both = [outputs_of(change(model), batch).float() for change in (unmerge, merging)]
+        with scales_kept(model):
+            both = [outputs_of(change(model), batch).float() for change in (unmerge, merging)]
     finally:
-        model.train(training)
         (merging if merged else unmerge)(model)
+        model.train(training)  # also layers that unmerge has put back, which were in eval mode when they went
     return float((both[0] - both[1]).abs().max())
 
 

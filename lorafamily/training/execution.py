@@ -59,10 +59,24 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def scales_kept(model: nn.Module) -> Iterator[None]:
+    """On CPUs with AVX512-BF16, a 4-bit layer of bitsandbytes rounds its scales to bfloat16, for good, when it is first
+    called in eval mode without a gradient: the frozen base would be another after an evaluation. Not in here."""
+    layers: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, with the random states put back: evaluating more often must not change what is trained."""
     before = random_state(device)
-    with modes_kept(model):
+    with modes_kept(model), scales_kept(model):
         model.eval()
         try:
             yield
