@@ -27,7 +27,6 @@ import lorafamily
 from conftest import INFORMED, assert_merged, data, logits, perturb_, tiny, tokens
 from lorafamily import cli, errors, layers, registry
 from lorafamily.allocation.run import Run
-from lorafamily.layers import kinds
 from lorafamily.layers.placement import placement_of
 
 ROOT = Path(__file__).parents[1]

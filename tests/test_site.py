@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import pairwise, perturb_
-from lorafamily.site import NAME
+from lorafamily.layers.site import NAME
 
 
 def everywhere(name: str, module: nn.Module) -> bool:

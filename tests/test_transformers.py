@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, assert_merged, few_rounds, in_turn, perturb_
-from lorafamily.placement import placement_of
+from lorafamily.layers.placement import placement_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 

@@ -20,7 +20,16 @@ from lorafamily.deploy.merge_quantised import (
     remember_quantised,
     replace_layer,
 )
-from lorafamily.site import keep_padding, sites_in
+from lorafamily.errors import StateError
+from lorafamily.layers.extra_trained import parameter_names
+from lorafamily.layers.kinds import Acting
+from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
+from lorafamily.layers.placement import Model, adapted, noted, placement_of, targets_of
+from lorafamily.layers.quantised import Quantised, quantised_layers
+from lorafamily.layers.sharded import is_sharded, local, put_whole, reshard, whole
+from lorafamily.layers.site import keep_padding, sites_in
+from lorafamily.layers.state import ModelState, Placement, Replaced
+from lorafamily.layers.target import Target
 from lorafamily.training.execution import scales_kept
 
 
