@@ -249,7 +249,7 @@ def test_summary_reads_as_a_table():
     assert "blocks.0.attention.query" in text
     assert "adapters: 1,728 trainable" in text
     assert "budget (at the peak): 2,000, of which 272 unused" in text
-    assert "beside the adapters, counted apart: 16" in text
+    assert "also trained, not counted above: 16" in text
     delta = placement_of(model).adapters["blocks.0.mlp.up"]
     delta.update.B.data.normal_()
     row = next(row for row in lorafamily.summary(model).rows if row.module == "blocks.0.mlp.up")

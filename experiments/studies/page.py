@@ -225,14 +225,12 @@ def missing(studies: Sequence[Study]) -> str:
         said.append(f"Not run at all: {listed(absent)}.")
     said.append(
         "Planted: the first five of eight seeds were run and looked at; the comparisons with shuffled patterns were "
-        "then undecided. The protocol's other three were run after that, for uniform LoRA, the four methods and their "
-        "patterns alone; p-values do not know of this look. The problem's length and ALoRA's slices a round were "
-        "chosen while looking at seed 0, which is one of the judged. "
-        "Fewer than the eight seeds of the protocol where n says so. ALoRA drops one slice a round on the planted "
-        "problem; its paper's number, the layers of a block, would be half of all slices here, and is an arm of "
-        "its own. EVA looks at inputs alone, and the planted layers' inputs vary in few directions; the problem "
-        "misleading turns that round. AdaLoRA trains half as many slices more than uniform LoRA until it has "
-        "pruned them: uniform at the peak size is what that alone is worth. ElaLoRA and FlexLoRA are no arms yet."
+        "then undecided. The other three were run after that, for uniform LoRA, the four methods and their patterns, and "
+        "later for all other arms; ElaLoRA and FlexLoRA were added last. p-values do not know of these looks. The "
+        "problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of the judged. "
+        "ALoRA drops one slice a round there; its paper's number, the layers of a block, would be half of all slices, "
+        "and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until it has pruned them: "
+        "uniform at the peak size is what that alone is worth."
     )
     return " ".join(said)
 
