@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lorafamily.insight.drawing import COLOURS, save
 from pages.page import Heading, Part, Picture, Table, Text, markdown
@@ -82,8 +84,10 @@ PATTERNS = (
 FOLLOWS = (
     "Allocation can be worth having where layers differ much in what they need: the planted problem makes them differ "
     "as much as they can, all or nothing. It says that a method is able to find such layers, and not that a model at "
-    "hand has any. Start with uniform LoRA at a tuned rate, and hold an allocation against its own pattern shuffled "
-    "before its ranks are read as insight."
+    "hand has any. The misleading problem says what a method must look at: EVA, which sees the inputs' variance alone, "
+    "is best where that points to the right layers and worst where it points to the others; ALoRA, which tries what the "
+    "loss does without a slice, finds them in both. Start with uniform LoRA at a tuned rate, and hold an allocation "
+    "against its own pattern shuffled before its ranks are read as insight."
 )
 AGAIN = (
     "    python experiments/study.py run planted\n"
@@ -186,7 +190,7 @@ def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) ->
                     study.problem.name,
                     f"{10 ** (quarters[arm.name] / 4):.2g}",
                     f"{statistics.fmean(metrics):.3f}{spread} (n = {len(rows)})",
-                    *(["–"] * 4 if c is None else [_signed(c), f"{c.found.effect:+.1f}", _p(c), f"**{c.verdict}**"]),
+                    *(["–"] * 4 if c is None else [_signed(c), _effect(c), _p(c), f"**{c.verdict}**"]),
                     "–" if share is None else f"{100 * share[0]:.0f} %",
                     _or_dash(mean_of(rows, lambda row: row["parameters_peak"]), "{:,.0f}".format),
                     _or_dash(mean_of(rows, lambda row: row["parameters_end"]), "{:,.0f}".format),
@@ -205,7 +209,7 @@ def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
     lines = [["arm", "problem", "against", "difference", "g", "p", "verdict"]]
     for study, own in zip(studies, compared, strict=True):
         lines += [
-            [c.arm, study.problem.name, c.other, _signed(c), f"{c.found.effect:+.1f}", _p(c), f"**{c.verdict}**"]
+            [c.arm, study.problem.name, c.other, _signed(c), _effect(c), _p(c), f"**{c.verdict}**"]
             for c in own
             if c.other != "uniform"
         ]
@@ -225,8 +229,8 @@ def missing(studies: Sequence[Study]) -> str:
         said.append(f"Not run at all: {listed(absent)}.")
     said.append(
         "Planted: the first five of eight seeds were run and looked at; the comparisons with shuffled patterns were "
-        "then undecided. The other three were run after that, for uniform LoRA, the four methods and their patterns, and "
-        "later for all other arms; ElaLoRA and FlexLoRA were added last. p-values do not know of these looks. The "
+        "then undecided. The other three were run after that, for uniform LoRA, the four methods and their patterns, "
+        "and later for all other arms; ElaLoRA and FlexLoRA were added last. p-values do not know of these looks. The "
         "problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of the judged. "
         "ALoRA drops one slice a round there; its paper's number, the layers of a block, would be half of all slices, "
         "and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until it has pruned them: "
@@ -237,7 +241,7 @@ def missing(studies: Sequence[Study]) -> str:
 
 def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
     """Every arm's difference from uniform LoRA with its interval, a panel a problem."""
-    chosen = [[c for c in own if c.other == "uniform"] for own in compared]
+    chosen = [[c for c in own if c.other == "uniform" and "shuffled" not in c.arm] for own in compared]
     height = 1.2 + 0.27 * max(map(len, chosen))
     figure = Figure(figsize=(7.0 * len(studies), height), dpi=110, layout="constrained")
     for axes, study, own in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, chosen, strict=True):
@@ -246,7 +250,7 @@ def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -
             axes.plot(c.found.mean, place, "o", color=COLOUR[c.verdict], markersize=5)
         axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(own)), [c.arm for c in own], fontsize=7)
-        axes.invert_yaxis()
+        axes.set_ylim(len(own) - 0.4, -0.6)
         axes.set_title(f"{study.problem.name}: better than uniform LoRA to the right", fontsize=9)
         axes.set_xlabel(f"difference in {study.problem.metric}", fontsize=8)
         axes.grid(axis="x", alpha=0.25)
@@ -270,11 +274,12 @@ def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
         known = bool(study.problem.planted(study.problem.seeds[0]))
         if known:
             left.axvline(len(image[0]) / 2 - 0.5, color="white", linewidth=2)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
         left.set_title(
             f"{study.problem.name}: rank by layer" + (", those that can help first" if known else ""), fontsize=9
         )
         left.set_yticks(range(len(names)), names, fontsize=7)
-        figure.colorbar(shown, ax=left)
+        figure.colorbar(shown, ax=left, label="slices, mean over seeds")
         against = {c.arm: c for c in own if c.other == "uniform"}
         for place, name in enumerate(names):
             if c := against.get(name):
@@ -313,6 +318,10 @@ def _columns(studies: Sequence[Study]) -> str:
 
 def _signed(c: Comparison) -> str:
     return f"{c.found.mean:+.3f} [{c.found.low:+.3f}, {c.found.high:+.3f}]"
+
+
+def _effect(c: Comparison) -> str:
+    return "–" if math.isnan(c.found.effect) else f"{c.found.effect:+.1f}"
 
 
 def _p(c: Comparison) -> str:
