@@ -85,8 +85,8 @@ FOLLOWS = (
     "Allocation can be worth having where layers differ much in what they need: the planted problem makes them differ "
     "as much as they can, all or nothing. It says that a method is able to find such layers, and not that a model at "
     "hand has any. The misleading problem says what a method must look at: EVA, which sees the inputs' variance alone, "
-    "is best where that points to the right layers and worst where it points to the others; ALoRA, which tries what the "
-    "loss does without a slice, finds them in both. Start with uniform LoRA at a tuned rate, and hold an allocation "
+    "is best where that points to the right layers and worst where it points to the others; ALoRA, which tries what "
+    "the loss does without a slice, finds them in both. Start with uniform LoRA at a tuned rate, and hold an allocation "
     "against its own pattern shuffled before its ranks are read as insight."
 )
 AGAIN = (
