@@ -86,8 +86,8 @@ FOLLOWS = (
     "as much as they can, all or nothing. It says that a method is able to find such layers, and not that a model at "
     "hand has any. The misleading problem says what a method must look at: EVA, which sees the inputs' variance alone, "
     "is best where that points to the right layers and worst where it points to the others; ALoRA, which tries what "
-    "the loss does without a slice, finds them in both. Start with uniform LoRA at a tuned rate, and hold an allocation "
-    "against its own pattern shuffled before its ranks are read as insight."
+    "the loss does without a slice, finds them in both. Start with uniform LoRA at a tuned rate, and hold an "
+    "allocation against its own pattern shuffled before its ranks are read as insight."
 )
 AGAIN = (
     "    python experiments/study.py run planted\n"
