@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.dropout import Dropout, DropoutKind, feature_mask
+from lorafamily.errors import MethodError
 from lorafamily.functional import autocasts, low_rank_linear
 
 Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
@@ -102,6 +103,24 @@ class Parametrisation(nn.Module, ABC):
             for parameter, along in self.sliced()
         )
 
+    def check(self) -> None:
+        """Refuse tensors that would be treated otherwise than the class means.
+
+        Raises:
+            MethodError: a parameter that is frozen, or slices of something that is no parameter.
+        """
+        parameters = dict(self.named_parameters())
+        if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
+            raise MethodError(
+                f"{type(self).__name__}: {', '.join(frozen)} would train with all other parameters; a tensor that "
+                "stays as it is must be a buffer (register_buffer)"
+            )
+        if missing := [name for name in {**self.slices, self.zeroed: 0} if name not in parameters]:
+            raise MethodError(
+                f"{type(self).__name__}: {', '.join(missing)} must be parameters, since slices that are dropped, added "
+                "and scored are trained; leave frozen tensors out of `slices`, and ranks as they are"
+            )
+
     def sliced(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Each tensor that has slices, with their axis."""
         for name, axis in self.slices.items():
@@ -167,6 +186,7 @@ class Adapter(nn.Module):
         settled: bool = False,
     ):
         super().__init__()
+        update.check()
         self.update = update
         self.initial_rank = update.rank if initial_rank is None else initial_rank
         self.settled = settled

@@ -25,8 +25,9 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import INFORMED, assert_merged, data, logits, perturb_, tiny, tokens
-from lorafamily import cli, errors, layers, registry
+from lorafamily import cli, errors, registry
 from lorafamily.allocation.run import Run
+from lorafamily.layers import kinds
 from lorafamily.layers.placement import placement_of
 
 ROOT = Path(__file__).parents[1]
@@ -111,28 +112,38 @@ def extensions(tmp_path_factory) -> tuple[dict, list, dict[str, Callable[[], dic
     found = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(tmp_path_factory.mktemp("extending"))
-        monkeypatch.setattr(layers, "_KINDS", list(layers._KINDS))
+        monkeypatch.setattr(kinds, "_KINDS", list(kinds._KINDS))
         for group, of in ((registry.GROUP, "methods"), (registry.SCORERS, "scorers")):
             found[of] = with_those_of_the_page(group, getattr(registry, of)())
             monkeypatch.setattr(registry, of, found[of])
         run_page("docs/extending.md", scope)
         assert set(registry.methods()) > set(points[registry.GROUP])
         assert set(registry.scorers()) > set(points[registry.SCORERS])
-        return scope, list(layers._KINDS), found
+        return scope, list(kinds._KINDS), found
 
 
 @pytest.fixture
 def extended(extensions, monkeypatch, tmp_path) -> dict:
     """What the page defines, while it is installed."""
-    scope, kinds, registered = extensions
+    scope, known, registered = extensions
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(layers, "_KINDS", list(kinds))
+    monkeypatch.setattr(kinds, "_KINDS", list(known))
     for of, installed in registered.items():
         monkeypatch.setattr(registry, of, installed)
     return scope
 
 
-METHODS = ["orthorows", "rescaled", "cut", "small", "rescaled+alora", "cut+olora", "small+rslora", "orthorows+alora"]
+METHODS = [
+    "orthorows",
+    "rescaled",
+    "vera",
+    "cut",
+    "small",
+    "rescaled+alora",
+    "cut+olora",
+    "small+rslora",
+    "orthorows+alora",
+]
 
 
 @pytest.mark.parametrize("method", [*METHODS, "adalora"])
@@ -149,7 +160,7 @@ def test_what_extending_defines_is_a_method_like_the_others(method, extended, tm
     for adapter in adapters.values():
         counted = type(adapter.update).count(adapter.update.d_in, adapter.update.d_out, **adapter.update.sizes())
         assert counted == adapter.trainable()
-        whole = adapter.update.d_out if "rescaled" in method else 0  # what has no slices
+        whole = adapter.update.d_out if method.startswith(("rescaled", "vera")) else 0  # what has no slices
         assert adapter.rank * adapter.update.slice_cost + whole == counted
     adapted = logits(perturb_(model, size=0.2))
     assert (adapted - base).abs().max() > 0.1
@@ -301,7 +312,7 @@ def test_the_numbers_of_the_methods_page():
     for said in (
         f"rank 12 on the six matrices is {count('adalora', six * 12, 12):,}, rank 8 is",
         f"rank 8 is {count('adalora', six * 12, 8):,}.",
-        f"with {count('lora', six * 12, 1):,} numbers on the six matrices",
+        f"with {count('lora', six * 12, 1):,} parameters on the six matrices",
     ):
         assert said in page
     for name, rank, matrices, width, blocks_of in (
@@ -451,7 +462,7 @@ def raised_by(function: FunctionType) -> set[str]:
 
 # Raised deeper down, and ruled out before: the options are the package's own, and so are the reference's layers.
 RULED_OUT = {("import_peft", "MethodError"), ("compress", "MethodError")}
-RULED_OUT |= {("suggest_lr", "BudgetError"), ("suggest_lr", "TargetError")}
+RULED_OUT |= {("suggest_lr", "BudgetError"), ("suggest_lr", "TargetError"), ("suggest_lr", "DataError")}
 
 
 @pytest.mark.parametrize("name", lorafamily.__all__)

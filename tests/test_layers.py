@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import METHODS, pairwise, perturb_
+from lorafamily.layers import kinds
 from lorafamily.layers.placement import placement_of, targets_of
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import lorafamily
 from conftest import every_method, tiny
+from lorafamily.adapter import Adapter
 from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find
 from lorafamily.variants.lora import lora
@@ -72,6 +74,50 @@ def test_dependent_leading_columns_fall_back_to_the_full_qr():
     assert_close(Q.T @ Q, torch.eye(4).double())
     assert_close(R, Q.T @ W)
     assert torch.isfinite(Q).all()
+
+
+class Frozen(lorafamily.Parametrisation):
+    """LoRA with a frozen A, as a parameter, which would train all the same."""
+
+    slices = {"B": 1, "A": 0}
+    zeroed = "B"
+
+    def __init__(self, d_in, d_out, rank):
+        super().__init__(d_in, d_out)
+        self.B = nn.Parameter(torch.empty(d_out, rank))
+        self.A = nn.Parameter(torch.empty(rank, d_in), requires_grad=False)
+
+    @staticmethod
+    def count(d_in, d_out, rank):
+        return rank * (d_in + d_out)
+
+    def sizes(self):
+        return {"rank": self.rank}
+
+    def factors(self, gate=None):
+        return self.B, self.A
+
+    def reset(self, generator): ...
+
+    def represent(self, U, V): ...
+
+    def fresh(self, n, generator): ...
+
+
+class SlicedBuffer(Frozen):
+    def __init__(self, d_in, d_out, rank):
+        super().__init__(d_in, d_out, rank)
+        del self.A
+        self.register_buffer("A", torch.empty(rank, d_in))
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [(Frozen, "Frozen: A would train with all other parameters"), (SlicedBuffer, "SlicedBuffer: A must be parameters")],
+)
+def test_frozen_tensors_that_would_train_or_be_pruned_are_refused(cls, message):
+    with pytest.raises(lorafamily.MethodError, match=message):
+        Adapter(cls(4, 5, rank=2), scale=1.0)
 
 
 def test_an_option_that_would_mean_two_things_is_refused():

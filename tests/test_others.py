@@ -366,7 +366,9 @@ class WithHead(nn.Module):
 
 def test_a_parameter_without_gradient_is_named():
     model = lorafamily.apply(WithHead(), "lora", rank=2, targets="encoder", also_train=["head", "unused"])
-    with pytest.raises(lorafamily.TrainingError, match=r"2 of 4 parameters.*: unused\.bias; unused\.weight\."):
+    with pytest.raises(
+        lorafamily.TrainingError, match=r"2 of 4 extra trained parameters.*: unused\.bias; unused\.weight\."
+    ):
         train(model, rows(8, 5))
 
 

@@ -17,6 +17,7 @@ import lorafamily
 from conftest import data, every_method, tiny, tokens
 from embedded import ByteDecoder
 from lorafamily.allocation.replay import PeakActivations
+from lorafamily.layers import standard
 from lorafamily.layers.placement import placement_of
 from lorafamily.planner import Planner
 from lorafamily.planner.blocks import repeated_blocks
@@ -258,8 +259,8 @@ def test_blocks_that_differ_are_all_run(model, targets):
 
 def test_a_plan_runs_the_fast_path(monkeypatch):
     read = []
-    own = layers.adapted_linear
-    monkeypatch.setattr(layers, "adapted_linear", lambda *args, **kwargs: read.append(args) or own(*args, **kwargs))
+    own = standard.adapted_linear
+    monkeypatch.setattr(standard, "adapted_linear", lambda *args, **kwargs: read.append(args) or own(*args, **kwargs))
     peak_of_step(tiny(), data(1)[0], lambda model: lorafamily.apply(model, "lora", rank=2) and None)
     assert len(read) >= 2 * 6  # of two blocks at least
 

@@ -36,7 +36,7 @@ def test_all_presets_are_known_and_mentioned_where_one_looks():
     assert sorted(presets.names()) == sorted(expected)
     for name in expected:
         assert name in (Compare.__doc__ or "")
-    with pytest.raises(tasks.TaskError, match="no such preset; there are axes, "):
+    with pytest.raises(tasks.TaskError, match="no such preset; there are allocation-llm, axes, "):
         presets.find("embeded")
 
 

@@ -30,6 +30,7 @@ from lorafamily.layers.placement import placement_of
 from lorafamily.training.board import Board
 from lorafamily.training.folder_lock import FolderLock
 from lorafamily.training.interrupt import EXIT_CODE, Interrupted
+from lorafamily.training.log import Log
 from lorafamily.training.schedule import lr_factor
 from lorafamily.training.state import random_state, set_random_state
 
@@ -37,7 +38,7 @@ STEPS = 20
 
 
 def no_pictures(monkeypatch) -> None:
-    monkeypatch.setattr(log, "pictures_of", lambda decisions, steps: {})
+    monkeypatch.setattr(Log, "_pictures", lambda log, folder: {})
     monkeypatch.setattr(Board, "_ranks", lambda board: None)
 
 

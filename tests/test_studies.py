@@ -100,7 +100,7 @@ def test_seeds_and_splits_of_tuning_are_not_those_of_judging():
     for problem in PROBLEMS.values():
         assert not set(problem.tuning_seeds) & set(problem.seeds)
         assert problem.evaluations >= 15
-        assert len(problem.seeds) >= (5 if problem.name in ("sst2", "mrpc") else 8)
+        assert len(problem.seeds) >= (8 if problem.name in ("planted", "misleading", "embedded") else 5)
     for problem in (PROBLEMS["planted"], PROBLEMS["embedded"]):
         key = next(iter(problem.tuning(0)[0]))
         assert not torch.equal(problem.tuning(0)[0][key], problem.judging(0)[0][key])

@@ -29,7 +29,7 @@ from lorafamily.layers.placement import placement_of
 @every_method
 def test_every_method_learns(method):
     model = lorafamily.apply(tiny(), method, rank=3, seed=0, **few_rounds(method))
-    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad and "start" not in n}
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad and "initial" not in n}
     history = lorafamily.train(model, data(1), steps=60, lr=2e-2, validation=data(1), progress=False)
     assert history.steps[-1].loss < 0.9 * history.steps[0].loss
     # The same batch; the recorded loss is from before the last step, the evaluated one from after it.

@@ -139,7 +139,7 @@ class Outcome:
 STATEMENTS = (
     Statement(
         "LoRA² reaches LoRA with 8 times more",
-        "0.17M trainable numbers come to about what baselines with eight times more reach",
+        "0.17M trainable parameters come to about what baselines with eight times more reach",
         "LoRA², arXiv:2408.06854",
         Arm("lora2", "small"),
         Arm("lora"),
@@ -147,7 +147,7 @@ STATEMENTS = (
     ),
     Statement(
         "LoRA² reaches AdaLoRA with 8 times more",
-        "0.17M trainable numbers come to about what baselines with eight times more reach",
+        "0.17M trainable parameters come to about what baselines with eight times more reach",
         "LoRA², arXiv:2408.06854",
         Arm("lora2", "small"),
         Arm("adalora"),
@@ -156,7 +156,7 @@ STATEMENTS = (
     ),
     Statement(
         "LoRA² beats LoRA of its own size",
-        "what the paper does not test: plain LoRA of rank 1, with the same number of trainable numbers",
+        "what the paper does not test: plain LoRA of rank 1, with the same number of trainable parameters",
         "the control",
         Arm("lora2", "small"),
         Arm("lora", "small"),

@@ -95,9 +95,16 @@ def pretrained(auto: Any, path: str, **options: Any) -> tuple[Any, dict[str, Any
     """A model in float32, and what `transformers` tells of its loading."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # that the head is new is known, and said in the report
-    transformers.utils.logging.disable_progress_bar()
-    model, info = _load(auto, path, output_loading_info=True, dtype=torch.float32, **options)
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # that the head is new is known, and said in the report
+    logging.disable_progress_bar()
+    try:
+        model, info = _load(auto, path, output_loading_info=True, dtype=torch.float32, **options)
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
     return model, info
 
 

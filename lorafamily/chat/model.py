@@ -140,6 +140,11 @@ def read_model(name: str, dtype: str, quantise: str | None, device: torch.device
             model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # as for the tokenizer, and every model's own errors
         raise FileError(f"--model {name}: cannot be read as a causal language model ({_first_line(error)})") from None
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On such CPUs bitsandbytes repacks a layer in its first evaluation: scales are rounded for good, and rows
+            # of other than multiples of 64 entries fail or come out wrong.
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 

@@ -173,7 +173,7 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     reached, not_reached = _coverage(owner, placement)
     targets, lost = targets_of(owner), {} if state is None else state.quantised.lost
     rows = tuple(_row(path, adapter, targets[path], lost.get(path)) for path, adapter in placement.adapters.items())
-    tensors = [t for adapter in placement.adapters.values() for t in adapter.parameters()] + [
+    tensors = [t for adapter in placement.adapters.values() for t in adapter.state_dict().values()] + [
         *placement.inactive_values.values()
     ]
     first = next(iter(placement.adapters.values()))

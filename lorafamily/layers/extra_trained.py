@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.layers.offloaded import refuse_absent
-from lorafamily.layers.site import base_parameters
+from lorafamily.layers.site import base_parameters, sites_in
 from lorafamily.layers.state import ModelState, Placement
 from lorafamily.names import join
 
@@ -42,13 +42,15 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def movable_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers that a forward in training mode may move, by name: statistics and counters.
+    """The persistent buffers that a forward in training mode may move, by name: statistics and counters. Those of
+    adapters are the adapters'.
 
     Integers of more than one element are indices or packed weights, which nothing moves.
     """
+    inside = {id(module) for _, site in sites_in(model) for module in site.modules()}
     found = {}
     for at, module in model.named_modules():
-        for name, buffer in module._buffers.items():
+        for name, buffer in () if id(module) in inside else module._buffers.items():
             moves = buffer is not None and (buffer.is_floating_point() or not buffer.ndim)
             if moves and name not in module._non_persistent_buffers_set:
                 found[join(at, name)] = buffer

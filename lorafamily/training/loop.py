@@ -127,8 +127,7 @@ def train(
         compile: run the model through `torch.compile`.
         checkpoint_activations: compute activations again in the backward instead of keeping them.
         seed: for Python's, NumPy's and torch's generators (dropout, shuffling), which are put back afterwards; None:
-        the
-            generators continue from their state.
+            the generators continue from their state.
         skip_nonfinite: how many steps in a row may be skipped because the loss or a gradient is not finite.
         check_gradients: refuse to go on if adapters get no gradient in the first steps.
         again: let ranks that an earlier run settled move once more.

@@ -63,8 +63,7 @@ def parameter_groups(
     Args:
         lr: peak rate of the adapters.
         head_lr: of parameters that train besides them. None: ten times `lr`, but no more than 0.01, since the weights
-        of
-            a new head have to move by about 1, which at an adapter's rate takes thousands of steps.
+            of a new head have to move by about 1, which at an adapter's rate takes thousands of steps.
         up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, 1 but for LoRA+.
         weight_decay: of all groups.
 
