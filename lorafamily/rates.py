@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 from torch import nn
 
 from lorafamily.activation import remove, switch
@@ -117,6 +116,8 @@ class _Path:
         Raises:
             StateError: they never do.
         """
+        from scipy.optimize import brentq  # takes a third of a second
+
         low, high = -20.0, 5.0  # natural logarithms
         if self.distance(math.exp(high)) < distance:
             raise StateError("the adapters' parameters move without moving the weights; no rate follows from that")
