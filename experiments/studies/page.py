@@ -36,8 +36,10 @@ def write(folder: Path, out: Path) -> str:
     if not studies:
         raise SystemExit(f"{folder}: no stored rows; study.py run, then study.py store")
     compared = [study.comparisons() for study in studies]
-    save(forest(studies, compared), folder / "forest.png")
-    save(patterns(studies, compared), folder / "patterns.png")
+    judged = [(study, own) for study, own in zip(studies, compared, strict=True) if own]
+    if judged:
+        save(forest(*zip(*judged, strict=True)), folder / "forest.png")
+        save(patterns(*zip(*judged, strict=True)), folder / "patterns.png")
     parts: list[Part] = [
         Text(" ".join(sentences(studies, compared))),
         Text(NOTE),
@@ -222,7 +224,9 @@ def missing(studies: Sequence[Study]) -> str:
     for study in studies:
         if void := study.void():
             said.append(f"Void on {study.problem.name}, best at an edge of the rates: {', '.join(void)}.")
-        if absent := study.not_run():
+        if not study.comparisons():
+            said.append(f"On {study.problem.name} rates are still being chosen, and nothing is judged.")
+        elif absent := study.not_run():
             said.append(f"Not run on {study.problem.name}, or with too few seeds: {', '.join(absent)}.")
     names = {study.problem.name for study in studies}
     if absent := [name for name in PROBLEMS if name not in names]:

@@ -85,8 +85,8 @@ class Study:
     def void(self) -> list[str]:
         """Tuned arms whose best rate lies at an edge of what could be tried."""
         chosen = protocol.rates(self.problem, self.arms, self.rows)
-        tried = {row["arm"] for row in self.rows}
-        return [arm.name for arm in protocol.tuned(self.arms) if arm.name in tried and arm.name not in chosen]
+        asked = {trial.arm.name for trial in protocol.tuning_trials(self.problem, self.arms, self.rows)}
+        return [arm.name for arm in protocol.tuned(self.arms) if arm.name not in {*chosen, *asked}]
 
     def not_run(self) -> list[str]:
         """Arms without enough judged seeds that are not void."""

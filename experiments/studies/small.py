@@ -25,7 +25,7 @@ class Embedded(Problem):
     name = "embedded"
     what = (
         "A byte-level decoder of 0.8M parameters, pretrained on English prose, adapted to Python source code; the "
-        "budget is LoRA's at rank 8. Forgetting: bits per byte on docstrings of modules that were held out of both "
+        "budget is LoRA's at rank 8. Forgetting: bits per byte on docstrings of modules that were held out of both."
     )
     metric = "bits per byte"
     budget = 80_000
