@@ -21,6 +21,7 @@ from lorafamily.deploy.merge_quantised import (
     replace_layer,
 )
 from lorafamily.errors import StateError
+from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.layers.extra_trained import parameter_names
 from lorafamily.layers.kinds import Acting
 from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
@@ -30,7 +31,6 @@ from lorafamily.layers.sharded import is_sharded, local, put_whole, reshard, who
 from lorafamily.layers.site import keep_padding, sites_in
 from lorafamily.layers.state import ModelState, Placement, Replaced
 from lorafamily.layers.target import Target
-from lorafamily.training.execution import scales_kept
 
 
 @torch.no_grad()

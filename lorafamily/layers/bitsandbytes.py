@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +121,20 @@ class EightBit(Quantised):
     def _scale(self, module: Any) -> Tensor | None:
         scale: Tensor | None = getattr(module.weight, "SCB", None)
         return module.state.SCB if scale is None else scale
+
+
+@contextmanager
+def scales_kept(model: nn.Module) -> Iterator[None]:
+    """On CPUs with AVX512-BF16, a 4-bit layer of bitsandbytes rounds its scales to bfloat16, for good, when it is first
+    called in eval mode without a gradient: the frozen base would be another after an evaluation. Not in here."""
+    layers: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
 
 
 def _of_bitsandbytes(module: nn.Module, cls: str, of: str) -> bool:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from lorafamily.errors import TrainingError
+from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.training.state import random_state, set_random_state
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -56,20 +57,6 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module in model.modules():
             module.training = before.get(module, model.training)
-
-
-@contextlib.contextmanager
-def scales_kept(model: nn.Module) -> Iterator[None]:
-    """On CPUs with AVX512-BF16, a 4-bit layer of bitsandbytes rounds its scales to bfloat16, for good, when it is first
-    called in eval mode without a gradient: the frozen base would be another after an evaluation. Not in here."""
-    layers: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = True
 
 
 @contextlib.contextmanager

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 
-if TYPE_CHECKING:
-    from lorafamily.training.session import Session
 
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+class Follows(Protocol):
+    """What this file needs of a session."""
+
+    adapters: dict[str, Adapter]
+
+    def replace_parameters(self, replaced: list[tuple[nn.Parameter, nn.Parameter]]) -> None: ...
+
+    def await_state(self) -> None: ...
+
+
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Follows]] = weakref.WeakKeyDictionary()
 """The newest session of a model that adapters were placed in."""
 
 
@@ -33,7 +41,7 @@ def fit_ranks(
     return replaced
 
 
-def follow_state_dicts(model: nn.Module, session: Session) -> None:
+def follow_state_dicts(model: nn.Module, session: Follows) -> None:
     """From now on fit the ranks of the session's adapters whenever a state dict is loaded into the model."""
     if model not in _SESSIONS:
         model.register_load_state_dict_pre_hook(_before_loading)
