@@ -169,7 +169,7 @@ def write(
         ),
         Table(lines),
         *([Table(cross)] if cross else []),
-        Text(EXPLAINED),
+        Text(EXPLAINED + (CUT if any("train_times" in row["method"] for row in rows) else "")),
         *(Picture(name, path) for name, path in pictures.items()),
         *about_tuning,
         Heading("Settings"),
@@ -185,6 +185,10 @@ EXPLAINED = (
     "singular values, the rank of its ΔW is at most k a module. Train loss: mean of the last 10 steps. Steps to LoRA's "
     "loss: until the validation loss is where plain LoRA of that size ends (full: of the largest one). Peak memory: of "
     "tensors on a GPU, of the whole process otherwise. Merged − unmerged: largest difference in the logits."
+)
+CUT = (
+    " What is trained at so many times its size (train_times) is cut to it at the end: curves, train loss and steps to "
+    "LoRA's loss are from before the cut, all else is of what is left."
 )
 TRIED = "The metric of the one run that tried each rate, with a seed that is used for nothing else."
 
