@@ -25,10 +25,11 @@ class Embedded(Problem):
     name = "embedded"
     what = (
         "A byte-level decoder of 0.8M parameters, pretrained on English prose, adapted to Python source code; the "
-        "budget is LoRA's at rank 8. Forgetting: bits per byte on docstrings of modules that were held out of both."
+        "budget is LoRA's at rank 8, with a singular value for each slice. Forgetting: bits per byte on docstrings of "
+        "modules that were held out of both."
     )
     metric = "bits per byte"
-    budget = 80_000
+    budget = 8 * (9_216 + 24)  # with a singular value for each of AdaLoRA's slices
     steps, batch = 600, 16
     evaluations = 15
     margin = 0.02
