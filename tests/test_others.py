@@ -308,7 +308,7 @@ def test_a_head_with_a_norm_trains_and_goes_where_the_adapter_goes(tmp_path):
     assert torch.equal(out(model), ours)
 
 
-# 3. What trains beside the adapters
+# 3. Extra trained parameters
 
 
 class SelfAttention(nn.Module):

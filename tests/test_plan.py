@@ -77,8 +77,8 @@ def measured(model, batch, method=None, *, recompute=False, dtype=None, **argume
         placement = placement_of(model)
         if placement.method.penalty is not None:
             penalty = lambda: placement.method.penalty(placement.adapters.values())  # noqa: E731
-    parked = [*placement_of(model).inactive_values.values()] if method is not None else []
-    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *parked])
+    inactive = [*placement_of(model).inactive_values.values()] if method is not None else []
+    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *inactive])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     with recomputing(model, recompute), PeakActivations() as alive:
         for _ in range(3):

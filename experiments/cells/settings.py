@@ -25,11 +25,11 @@ TRADED_OFF = ("alora.scorer=first-order",)
 TUNED = ("1e-2", "full=2e-3", "olora=1e-3", "lora2=2e-2", "adalora=2e-2", "svd=2e-2", "dual-plane=2e-2")
 """For the embedded setting: each method's best of four on another seed, docs/results.md has the numbers."""
 AUTO = "auto"
+"""Of --lr: plain LoRA's rate is given, and other methods' follow from it."""
 CHOSEN = (
     " The learning rates are each method's best of four, tried beforehand with another seed (docs/results.md); EVA has "
     "LoRA's, untried."
 )
-
 SUGGESTED = " The learning rates follow from plain LoRA's by lorafamily.suggest_lr, untried (docs/results.md)."
 
 
@@ -56,8 +56,7 @@ class Compare:
     methods: tuple[str, ...] = (NONE, FULL, "lora", "olora", "alora", "lora2", "adalora", "eva", "lora:train_times=2")
     """any of lorafamily.methods(), joined by + to combine, with options of their own as in alora:scorer=exact,rounds=4;
     lora:train_times=2 trains with twice the size and is then cut to it, once through all layers; adalora:budget_at=end
-    holds the budget at the end, and not at every step; none: no adaptation (a
-    task head still trains); full: all"""
+    holds the budget at the end, and not at every step; none: no adaptation (a task head still trains); full: all"""
     budgets: tuple[str, ...] = ("80e3", "10e3")
     """trainable adapter parameters, each exceeded at no step, NUMBER for all or METHOD=NUMBER; on the embedded model
     80e3 is LoRA at rank 8, 10e3 rank 1"""

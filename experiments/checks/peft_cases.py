@@ -37,7 +37,7 @@ CARRIED_OVER = {"r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_sav
 class Case:
     """One model with one set of targets. `make`: the model in a dtype, always with the same weights; `layers`: full
     names of what is to be adapted, empty for everything that can carry an adapter; `trained`: full names of modules
-    that train beside the adapters; `sources`: names of the cases of peft that it stands for."""
+    whose parameters are extra trained ones; `sources`: names of the cases of peft that it stands for."""
 
     model: str
     make: Callable[[torch.dtype], nn.Module]

@@ -49,7 +49,7 @@ class Trial:
         return self
 
     def moved(self, size: float = 0.3) -> Trial:
-        """With adapters, and what trains beside them, away from their start, where every update is zero."""
+        """With adapters and extra trained parameters away from their initial values, where every update is zero."""
         perturb(self.adapted().model, 1, size=size)
         return self
 
@@ -59,14 +59,20 @@ class Trial:
     def of_adapters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if id(parameter) not in self.ids]
 
-    def trains_beside(self, name: str) -> bool:
+    def is_extra_trained(self, name: str) -> bool:
         return any(name.startswith(f"{module}.") for module in self.case.trained)
 
     def check_base_tensors(self) -> None:
-        """Weights and buffers of the base, but for what trains beside the adapters, have the bits they had."""
+        """Weights and buffers of the base, but for extra trained parameters, have the bits they had."""
         for name, tensor in self.tensors.items():
-            if not self.trains_beside(name):
+            if not self.is_extra_trained(name):
                 require(torch.equal(tensor, self.values[name]), f"{name} of the base has changed")
+
+    def check_unmerged(self, before: Tensor) -> None:
+        """After `unmerge` the base has its bits again, and the output is what it was."""
+        lorafamily.unmerge(self.model)
+        self.check_base_tensors()
+        same(self.output(), before, "output after unmerge")
 
     def check_given_back(self) -> None:
         """Nothing of adapters is left: classes, names, attributes, bits, flags, outputs."""
@@ -115,10 +121,10 @@ def _identity(case: Case) -> None:
     same(trial.output(), trial.base, "output after apply")
 
 
-@checks("trains", "four steps of SGD change all adapters and what trains beside them, and no bit of anything else")
+@checks("trains", "four steps of SGD change all adapters and extra trained parameters, and no bit of anything else")
 def _trains(case: Case) -> None:
     trial = Trial(case).adapted()
-    adapters, beside = trial.of_adapters(), [name for name in trial.tensors if trial.trains_beside(name)]
+    adapters, beside = trial.of_adapters(), [name for name in trial.tensors if trial.is_extra_trained(name)]
     before = [parameter.detach().clone() for parameter in adapters]
     trainable = [parameter for parameter in trial.model.parameters() if parameter.requires_grad]
     expected = {id(parameter) for parameter in adapters} | {id(trial.tensors[name]) for name in beside}
@@ -156,9 +162,7 @@ def _merged_in(case: Case, dtype: torch.dtype) -> None:
     close(trial.output(), before, MERGED[dtype], "merged output")
     names = list(trial.model.state_dict())
     require(names == list(trial.state), f"state_dict of the merged model has {', '.join(names)}")
-    lorafamily.unmerge(trial.model)
-    trial.check_base_tensors()
-    same(trial.output(), before, "output after unmerge")
+    trial.check_unmerged(before)
 
 
 @checks("merge", "merged outputs are the unmerged ones within 1e-4, and `unmerge` gives back every bit")
@@ -197,9 +201,7 @@ def _in_half(case: Case, dtype: torch.dtype) -> None:
     if trial.base.isfinite().all():
         require(bool(before.isfinite().all() and merged.isfinite().all()), "output is not finite, the base's is")
         close(merged, before, HALVES[dtype], "merged output")
-    lorafamily.unmerge(trial.model)
-    trial.check_base_tensors()
-    same(trial.output(), before, "output after unmerge")
+    trial.check_unmerged(before)
 
 
 @checks("bfloat16", "a bfloat16 model: forward, backward, merge, unmerge; finite wherever the base is")

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import lorafamily
-from studies.problem import Batch, Problem
+from studies.problem import Batch, Problem, looking
 from tasks import TaskError
 from tasks.maths import GSM8K
 from tasks.texts import CausalText, read_text, with_labels
@@ -64,14 +63,12 @@ class Maths(Language):
         return [self.task.collate(self.task.tuning[i : i + 16]) for i in range(0, len(self.task.tuning), 16)]
 
     def tuned(self, model: nn.Module, seed: int) -> float:
-        return float(self.task.loss(model, self.tuning(seed)))
+        with looking(model):
+            return float(self.task.loss(model, self.tuning(seed)))
 
     def judged(self, model: nn.Module, seed: int) -> float:
-        was = model.training
-        with torch.no_grad():
-            wrong = 1 - self.task.accuracy(model.eval())
-        model.train(was)
-        return float(wrong)
+        with looking(model):
+            return float(1 - self.task.accuracy(model))
 
 
 class OwnText(Language):

@@ -7,17 +7,26 @@ it, and methods that score ranks score them on it), and one to judge on, which n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafamily.batch import to_device
+from lorafamily.training.execution import evaluating
 from tasks import TaskError
+from tasks.task import mean_loss
 
 Batch = dict[str, Tensor]
+
+
+@contextmanager
+def looking(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients; the model is trained on as if nobody had looked."""
+    with evaluating(model, next(model.parameters()).device), torch.no_grad():
+        yield
 
 
 class Problem(ABC):
@@ -35,6 +44,8 @@ class Problem(ABC):
     goal: float
     tuning_seeds: Sequence[int] = (100,)
     seeds: Sequence[int] = range(8)
+    head: str | None = None
+    """A regular expression for the new task head, which trains with every arm at `head_lr`; known once read."""
     head_lr: float | None = None
     logs: bool = True
     """Whether a run writes logs and checkpoints; one of some seconds is sooner done again than its pictures drawn."""
@@ -51,10 +62,6 @@ class Problem(ABC):
     @abstractmethod
     def model(self, seed: int) -> nn.Module:
         """A fresh model, as it was before anything is adapted."""
-
-    def head(self, seed: int) -> str | None:
-        """A regular expression for the new task head, which trains with every arm at `head_lr`."""
-        return None
 
     @abstractmethod
     def training(self, seed: int) -> Any:
@@ -90,16 +97,8 @@ class Problem(ABC):
 
     def loss(self, model: nn.Module, batches: Sequence[Batch]) -> float:
         """Mean over rows, in eval mode."""
-        was = model.training
-        model.eval()
-        device = next(model.parameters()).device
-        total, rows = 0.0, 0
-        with torch.no_grad():
-            for batch in batches:
-                own = len(next(iter(batch.values())))
-                total, rows = total + own * model(**to_device(batch, device)).loss.item(), rows + own
-        model.train(was)
-        return total / rows
+        with looking(model):
+            return mean_loss(model, batches)
 
     def planted(self, seed: int) -> frozenset[str]:
         """Names of the layers that can help; empty where nobody knows."""

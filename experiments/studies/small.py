@@ -13,7 +13,7 @@ from torch import nn
 
 import embedded
 from lorafamily.batch import to_device
-from studies.problem import Batch, Problem
+from studies.problem import Batch, Problem, looking
 from tasks import Glue, TaskError
 from tasks.task import read_rows
 
@@ -98,33 +98,32 @@ class Sentences(Problem):
         if model is None or data is None:
             raise TaskError(f"the problem {self.name} needs --model, a folder of all-MiniLM-L6-v2, and --data")
         self.task = Glue(self.name, model, data, self.batch, self.length)
-        self.test = read_rows(data / self.name / "test.jsonl.gz")
+        self.head = self.task.model(0)[1]
+        every = max(1, len(self.task.held_out) // self.curve)
+        self.batches = {
+            "tuning": self._batches(self.task.held_out[::every][: self.curve]),
+            "judging": self._batches(read_rows(data / self.name / "test.jsonl.gz")),
+        }
 
     def model(self, seed: int) -> nn.Module:
         return self.task.model(seed)[0]
-
-    def head(self, seed: int) -> str | None:
-        return self.task.model(seed)[1]
 
     def training(self, seed: int) -> Any:
         return self.task.training(seed)
 
     def tuning(self, seed: int) -> Sequence[Batch]:
-        every = max(1, len(self.task.held_out) // self.curve)
-        return self._batches(self.task.held_out[::every][: self.curve])
+        return self.batches["tuning"]
 
     def judging(self, seed: int) -> Sequence[Batch]:
-        return self._batches(self.test)
+        return self.batches["judging"]
 
     def measure(self, model: nn.Module, batches: Sequence[Batch], seed: int) -> float:
-        was, device = model.training, next(model.parameters()).device
-        model.eval()
+        device = next(model.parameters()).device
         wrong = rows = 0
-        with torch.no_grad():
+        with looking(model):
             for batch in batches:
                 found = model(**to_device(batch, device)).logits.argmax(-1).cpu()
                 wrong, rows = wrong + int((found != batch["labels"]).sum()), rows + len(found)
-        model.train(was)
         return wrong / rows
 
     def _batches(self, rows: Sequence[dict[str, Any]]) -> Sequence[Batch]:

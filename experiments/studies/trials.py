@@ -177,9 +177,8 @@ def _adapt(model: torch.nn.Module, trial: Trial, problem: Problem) -> None:
         sizing["budget_at"] = "end"
     looks = find_method(arm.method).looks_at_data
     data = problem.training(trial.seed) if looks else None
-    also_train = problem.head(trial.seed)
     options = dict(arm.options)
-    lorafamily.apply(model, arm.method, seed=trial.seed, data=data, also_train=also_train, **sizing, **options)
+    lorafamily.apply(model, arm.method, seed=trial.seed, data=data, also_train=problem.head, **sizing, **options)
 
 
 def shuffled(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.batch import to_device
-from tasks.task import Batches, Task, TaskError, loader, pretrained, read_rows, tokenizer_of
+from tasks.task import Batches, Task, TaskError, from_hub, loader, pretrained, read_rows, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ class Glue(Task):
 
     def _rows(self, data: Path | None, split: str, hub_split: str) -> list[dict[str, Any]]:
         if data is None:
-            rows, where = _from_hub(self.name, hub_split), f"glue/{self.name} on the hub, {hub_split}"
+            rows, where = (
+                from_hub(f"--task {self.name}", hub_split, "nyu-mll/glue", self.name),
+                f"glue/{self.name} on the hub, {hub_split}",
+            )
         else:
             path = data / self.name / f"{split}.jsonl.gz"
             rows, where = read_rows(path), str(path)
@@ -131,19 +134,3 @@ class Glue(Task):
             if self.task.labels > 1 and row["label"] not in range(self.task.labels):
                 raise TaskError(f"{where}, row {number}: label {row['label']!r}, not in 0 … {self.task.labels - 1}")
         return rows
-
-
-def _from_hub(task: str, split: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise TaskError(
-            f"--task {task} without --data takes the task from the hub and needs the package datasets: "
-            "pip install 'lorafamily[tasks]', or give --data DIR"
-        ) from None
-    try:
-        return [dict(row) for row in load_dataset("nyu-mll/glue", task, split=split)]
-    except Exception as error:  # whatever the hub client raises, the remedy is the same
-        raise TaskError(
-            f"glue/{task} could not be loaded from the hub ({type(error).__name__}: {error}); give --data DIR"
-        ) from None

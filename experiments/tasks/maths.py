@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from tasks.prompted import Prompted
-from tasks.task import TaskError, read_rows
+from tasks.task import TaskError, from_hub, read_rows
 
 PROMPT = "Question: {} Think step by step.\nAnswer:"
 LONGEST = 1300
@@ -72,8 +71,9 @@ class GSM8K(Prompted):
 
 def _rows(data: Path | None, split: str, keys: tuple[str, str]) -> list[tuple[str, str]]:
     if data is None:
-        rows: list[dict[str, Any]] = _from_hub(split)
-        where = f"the hub, {split}"
+        name = ("meta-math/MetaMathQA",) if split == "train" else ("openai/gsm8k", "main")
+        rows = from_hub("--task gsm8k", "train" if split == "train" else "test", *name)
+        where = f"{'/'.join(name)} on the hub"
     else:
         path = data / "gsm8k" / f"{split}.jsonl.gz"
         rows, where = read_rows(path), str(path)
@@ -85,20 +85,3 @@ def _rows(data: Path | None, split: str, keys: tuple[str, str]) -> list[tuple[st
     if not rows:
         raise TaskError(f"{where}: the {split} split is empty")
     return [(row[keys[0]], row[keys[1]]) for row in rows]
-
-
-def _from_hub(split: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise TaskError(
-            "gsm8k without --data takes its rows from the hub and needs the package datasets: "
-            "pip install 'lorafamily[tasks]', or give --data DIR"
-        ) from None
-    name = ("meta-math/MetaMathQA",) if split == "train" else ("openai/gsm8k", "main")
-    try:
-        return [dict(row) for row in load_dataset(*name, split="train" if split == "train" else "test")]
-    except Exception as error:  # whatever the hub client raises, the remedy is the same
-        raise TaskError(
-            f"{name[0]} could not be loaded from the hub ({type(error).__name__}: {error}); give --data DIR"
-        ) from None

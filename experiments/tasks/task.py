@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lorafamily.batch import to_device
+
 Batches = Iterable[Mapping[str, Tensor]]
 
 
@@ -35,7 +37,7 @@ class Task(ABC):
 
     @abstractmethod
     def model(self, seed: int) -> tuple[nn.Module, str | None]:
-        """A fresh model on the CPU, and a regular expression for the head to train beside adapters, if it has one."""
+        """A fresh model on the CPU, and a regular expression for its new head, if it has one."""
 
     @abstractmethod
     def training(self, seed: int) -> Batches:
@@ -53,6 +55,14 @@ class Task(ABC):
         """Metrics of the seed's fresh model: of every method before its first step, since updates start at zero."""
         with torch.no_grad():
             return self.evaluate(self.model(seed)[0].to(device).eval())
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Batches) -> float:
+    """Of a model's own loss over rows."""
+    device = next(model.parameters()).device
+    losses = [(model(**to_device(batch, device)).loss.item(), len(next(iter(batch.values())))) for batch in batches]
+    return sum(loss * rows for loss, rows in losses) / sum(rows for _, rows in losses)
 
 
 def loader(rows: list[Any], batch: int, collate: Callable[[Any], Any], seed: int | None = None) -> Batches:
@@ -79,6 +89,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TaskError(f"{path}: not gzipped JSON lines ({error})") from None
     return rows
+
+
+def from_hub(asked: str, split: str, *name: str) -> list[dict[str, Any]]:
+    """A data set's rows. `asked`: how the task was asked for, to say so where it cannot be had."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise TaskError(
+            f"{asked} without --data takes its rows from the hub and needs the package datasets: "
+            "pip install 'lorafamily[tasks]', or give --data DIR"
+        ) from None
+    try:
+        return [dict(row) for row in load_dataset(*name, split=split)]
+    except Exception as error:  # whatever the hub client raises, the remedy is the same
+        raise TaskError(
+            f"{'/'.join(name)} could not be loaded from the hub ({type(error).__name__}: {error}); give --data DIR"
+        ) from None
 
 
 def tokenizer_of(path: str) -> Any:

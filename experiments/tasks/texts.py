@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import embedded
-from lorafamily.batch import to_device
-from tasks.task import Batches, Task, TaskError, loader, pretrained, tokenizer_of
+from tasks.task import Batches, Task, TaskError, loader, mean_loss, pretrained, tokenizer_of
 
 
 class Bytes(Task):
@@ -49,7 +48,7 @@ class Bytes(Task):
         return embedded.batches(self.held_out, 64)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        loss = _mean_loss(model, self.validation())
+        loss = mean_loss(model, self.validation())
         return {"loss": loss, self.metric: loss / math.log(2)}
 
 
@@ -88,7 +87,7 @@ class CausalText(Task):
         return loader(self.pieces[1], self.batch, with_labels)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        loss = _mean_loss(model, self.validation())
+        loss = mean_loss(model, self.validation())
         return {"loss": loss, self.metric: loss / math.log(2) / self.bytes_per_token}
 
 
@@ -99,13 +98,6 @@ def read_text(path: Path | None) -> bytes:
     if not path.is_file():
         raise TaskError(f"--data {path}: no such file")
     return path.read_bytes()
-
-
-@torch.no_grad()
-def _mean_loss(model: nn.Module, batches: Batches) -> float:
-    device = next(model.parameters()).device
-    losses = [(model(**to_device(batch, device)).loss.item(), len(next(iter(batch.values())))) for batch in batches]
-    return sum(loss * rows for loss, rows in losses) / sum(rows for _, rows in losses)
 
 
 def with_labels(pieces: list[Tensor]) -> dict[str, Tensor]:

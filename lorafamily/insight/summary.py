@@ -49,8 +49,8 @@ class Row:
 class Summary:
     """The adapters of one name; prints as a table, with the experts of a layer in one line.
 
-    `extra_trained`: parameters that train besides the adapters, such as a task head; `tensor_bytes`: of all tensors of
-    a saved file, frozen initial copies and extra parameters included; `reached`: the base's parameters in adapted
+    `extra_trained`: how many extra trained parameters there are, such as a head's; `tensor_bytes`: of all tensors of a
+    saved file, frozen initial copies and extra parameters included; `reached`: the base's parameters in adapted
     layers; `not_reached`: the others, by what they are."""
 
     name: str

@@ -27,7 +27,7 @@ class Trained(list[nn.Parameter]):
     """All parameters that train, as a list, and by role.
 
     `down`, `up`: tensors of the adapters that make V and U (V takes the input down to the rank); `gate`: those with one
-    entry a slice; `head`: parameters that train besides the adapters. `names`: the name of every parameter.
+    entry a slice; `head`: extra trained parameters. `names`: the name of every parameter.
 
         optimizer=lambda p: AdamW([{"params": p.up, "lr": 16e-3}, {"params": p.others(p.up)}], lr=1e-3)   # LoRA+
 
@@ -62,7 +62,7 @@ def parameter_groups(
 
     Args:
         lr: peak rate of the adapters.
-        head_lr: of parameters that train besides them. None: ten times `lr`, but no more than 0.01, since the weights
+        head_lr: of extra trained parameters. None: ten times `lr`, but no more than 0.01, since the weights
             of a new head have to move by about 1, which at an adapter's rate takes thousands of steps.
         up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, 1 but for LoRA+.
         weight_decay: of all groups.
@@ -99,7 +99,7 @@ def check_up_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def default_head_lr(lr: float, head_lr: float | None) -> float:
-    """The learning rate of parameters that train besides the adapters."""
+    """The learning rate of extra trained parameters."""
     return max(lr, min(10 * lr, HIGHEST_HEAD_LR)) if head_lr is None else head_lr
 
 

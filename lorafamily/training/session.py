@@ -332,7 +332,7 @@ class Session:
         self.allocator: Allocator = allocation.begin(self.run)
 
     def _extra_trained(self) -> dict[str, nn.Parameter]:
-        """Parameters that train besides the adapters, such as a head."""
+        """The extra trained parameters, such as a head."""
         return (
             {}
             if self.placement is None
