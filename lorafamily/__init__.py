@@ -10,7 +10,7 @@ import os as _os
 import sys as _sys
 
 if _os.path.basename("".join(_sys.argv[:1])).partition(".")[0] == "lorafamily":
-    # The command's own process: threads that wait shall sleep. OpenMP reads this when torch is loaded, below.
+    # In the command's own process idle threads should sleep. OpenMP reads this when torch is loaded, below.
     _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # isort: split
@@ -64,7 +64,7 @@ __all__ += ["Plan", "Summary", "analysis", "plan", "ranks_at", "redraw", "summar
 # Files, merging, serving
 __all__ += ["combine", "compress", "export_peft", "import_loralib", "import_peft", "load"]
 __all__ += ["merge", "merge_difference", "routing", "save", "unmerge"]
-# Methods and kinds of layers
+# Methods and layer kinds
 __all__ += ["Adapter", "FromEvidence", "Initialisation", "LayerKind", "Method", "Parametrisation", "Penalty", "Room"]
 __all__ += ["Scorer", "methods", "register_layer_kind", "scorers"]
 # Errors

@@ -1,4 +1,4 @@
-"""Choosing between the adapters of a model, and taking them out again."""
+"""Switching between the adapters of a model, and removing them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lorafamily.layers.site import keep_padding
 
 
 def switch(model: Model, name: str | None) -> Model:
-    """Make another of the model's adapters the active and trainable one; None: the base model.
+    """Make the adapters of another name the active and trainable ones; None: the base model, without adapters.
 
     Raises:
-        StateError: no adapter of that name, or one is merged.
+        StateError: no adapter has that name, or one is merged.
     """
     if name is None and state_of(model) is None:
         return model
@@ -60,19 +60,19 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 def remove(model: Model, name: str | None = None) -> Model:
-    """Take out the adapters of one name, or all. Without adapters the model is the base model, to the last bit.
+    """Remove the adapters of one name, or all. A model without adapters is the base model, to the last bit.
 
-    A merged adapter is unmerged first. With the last adapter, `requires_grad` of the base is again what it was.
+    A merged adapter is unmerged first. Removing the last one restores `requires_grad` of the base parameters.
 
     Raises:
-        StateError: no adapter of that name.
+        StateError: no adapter has that name.
     """
     if name is None and state_of(model) is None:
         return model
-    leaving = None if name is None else placement_of(model, name)
     owner, state = adapted(model)
+    removed = [*state.placements.values()] if name is None else [placement_of(model, name)]
     unmerge(owner)
-    for placement in [*state.placements.values()] if leaving is None else [leaving]:
+    for placement in removed:
         if state.active == placement.name:
             activate(owner, None)
         targets = targets_of(owner)

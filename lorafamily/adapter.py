@@ -1,7 +1,7 @@
 """The low-rank update of one weight, in any parametrisation:   ΔW = s · U V.
 
-Axes: d_in, d_out of the weight; r = number of rank slices; m = inner size of the factors (r unless said otherwise). A
-*slice* is one term of the sum U V; allocation drops and adds slices.
+Axes: d_in, d_out of the weight; r = number of slices; m = inner size of the factors, r unless said otherwise. A *slice*
+is one term of the sum U V; allocation drops and adds slices.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
 
 
 class Parametrisation(nn.Module, ABC):
-    """How U and V are made of trainable tensors. A leaf class is one way; the rest of the package sees `factors`.
+    """How U and V are computed from trainable tensors. The rest of the package uses only `factors`.
 
-    A leaf registers its tensors as parameters in `__init__(d_in, d_out, rank, **own_sizes)`, uninitialised (`rank` is
-    called what `sized_by` says), and says in `slices` which axis of which tensor counts rank slices. Dropping, adding,
-    masking and scoring slices follow.
+    A subclass registers its tensors as parameters in `__init__(d_in, d_out, rank, **own_sizes)`, uninitialised, and
+    names `rank` as `sized_by` says. `slices` says which axis of which tensor counts slices: from that follow dropping,
+    adding, masking and scoring.
     """
 
     slices: ClassVar[Mapping[str, int]]
-    """Name of each tensor that has rank slices -> the axis they lie on."""
+    """Name of each tensor that has slices -> the axis that counts them."""
     zeroed: ClassVar[str]
-    """The sliced tensor that is zero where a slice contributes nothing but can still learn."""
+    """The tensor of `slices` whose zeros make a slice contribute nothing, while the slice can still learn."""
     sized_by: ClassVar[str] = "rank"
-    """The size that a budget buys: `rank`, or what it is called where slices are something else."""
+    """Name of the size that a budget chooses: `rank`, or another where slices are counted apart (LoRA²: `width`)."""
     sliced_by: ClassVar[str] = "rank"
-    """The size that is the number of slices: that of `sized_by`, or one of `own_sizes`."""
+    """Name of the size that is the number of slices: that of `sized_by`, or one of `own_sizes`."""
     own_sizes: ClassVar[Mapping[str, int]] = {}
-    """Sizes besides that of `sized_by`, with their defaults; options of every method that uses the parametrisation."""
+    """Further sizes with their defaults; they are options of every method that uses the parametrisation."""
     count: ClassVar[Callable[..., int]]
-    """Static: as `__init__` takes sizes -> trainable parameters, what a budget adds up."""
+    """Static: the sizes that `__init__` takes -> trainable parameters, which a budget adds up."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
@@ -54,14 +54,14 @@ class Parametrisation(nn.Module, ABC):
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Keywords that build a parametrisation of the present size: that of `sized_by`, and `own_sizes`."""
+        """Present sizes as keywords of `__init__`: that of `sized_by`, and `own_sizes`."""
 
     @abstractmethod
     def factors(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
         """(U, V), differentiable; `gate` multiplies each slice (1 keeps it, 0 takes it out)."""
 
     def forward(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
-        """`factors`, called as a module is, so that hooks which bring offloaded tensors run."""
+        """`factors`; called as a module is, so that the hooks run which load offloaded tensors."""
         return self.factors(gate)
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Parametrisation(nn.Module, ABC):
 
     @abstractmethod
     def fresh(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """n new slices, by tensor name, that do not change U V."""
+        """n new slices, by tensor name, that leave U V as it is."""
 
     def frames(self) -> list[Float[Tensor, "_ _"]]:
         """Matrices whose rows should be orthonormal, for penalties; none by default."""
@@ -87,7 +87,7 @@ class Parametrisation(nn.Module, ABC):
 
     @property
     def largest_rank(self) -> int:
-        """The rank beyond which ΔW cannot gain anything."""
+        """The largest rank that ΔW can have."""
         return min(self.d_in, self.d_out)
 
     @property
@@ -104,21 +104,21 @@ class Parametrisation(nn.Module, ABC):
         )
 
     def check(self) -> None:
-        """Refuse tensors that would be treated otherwise than the class means.
+        """Check which tensors are parameters.
 
         Raises:
-            MethodError: a parameter that is frozen, or slices of something that is no parameter.
+            MethodError: a parameter is frozen, or `slices` names something that is no parameter.
         """
         parameters = dict(self.named_parameters())
         if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
             raise MethodError(
-                f"{type(self).__name__}: {', '.join(frozen)} would train with all other parameters; a tensor that "
-                "stays as it is must be a buffer (register_buffer)"
+                f"{type(self).__name__}: {', '.join(frozen)} has requires_grad=False, but every parameter of an "
+                "adapter trains; register a frozen tensor as a buffer (register_buffer)"
             )
         if missing := [name for name in {**self.slices, self.zeroed: 0} if name not in parameters]:
             raise MethodError(
-                f"{type(self).__name__}: {', '.join(missing)} must be parameters, since slices that are dropped, added "
-                "and scored are trained; leave frozen tensors out of `slices`, and ranks as they are"
+                f"{type(self).__name__}: {', '.join(missing)} must be parameters, because only trained slices can be "
+                "dropped, added and scored; leave frozen tensors out of `slices`, so that their rank stays"
             )
 
     def sliced(self) -> Iterator[tuple[nn.Parameter, int]]:
@@ -137,14 +137,14 @@ class Parametrisation(nn.Module, ABC):
 
     @torch.no_grad()
     def mask(self, off: Int[Tensor, " n"]) -> None:
-        """Make the given slices contribute nothing; they keep training and may come back."""
+        """Make the slices with these indices contribute nothing; they keep training and may come back."""
         self.get_parameter(self.zeroed).index_fill_(self.slices[self.zeroed], off, 0)
 
     def resize(self, keep: Int[Tensor, " n"], new: Mapping[str, Tensor]) -> list[Resize]:
-        """Keep the given slices, in that order, and append `new` ones; the tensors really change size.
+        """Keep the slices with these indices, in that order, and append `new` ones, by tensor name.
 
-        Resized tensors are new parameters, because a graph that still exists refers to the shapes of the old ones.
-        Returns what an optimizer needs to follow.
+        Resized tensors are new parameters, because an autograd graph may still refer to the shapes of the old ones.
+        Returns what the optimizer state needs to follow.
         """
         done = []
         for name, axis in self.slices.items():
@@ -159,7 +159,7 @@ class Parametrisation(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Resize:
-    """One parameter replaced by another of different size: the slices `keep` of `axis`, then any appended ones."""
+    """`old` was replaced by `new`: its slices `keep` along `axis`, then the appended ones."""
 
     old: nn.Parameter
     new: nn.Parameter
@@ -168,12 +168,11 @@ class Resize:
 
 
 class Adapter(nn.Module):
-    """The update of one weight: a parametrisation that trains, a scale, and, where U V is not zero at first, the frozen
-    initial update that is subtracted so that the adapted layer begins as the base layer.
+    """The update of one weight. The adapted layer begins as the base layer.
 
-    `update` is U V in some parametrisation; `initial` is the frozen copy of its initial values, or None; `scale` is s;
-    `dropout` acts on the input of the update in training; `initial_rank` is the number of slices at first; `settled`
-    says that a finished allocation chose the present rank.
+    `update`: U V, trained; `initial`: where U V is not zero at first, a frozen copy of its initial values, which is
+    subtracted, else None; `scale`: s; `dropout`: on the update's input, in training; `initial_rank`: slices at first;
+    `settled`: whether a finished allocation chose the present rank.
     """
 
     def __init__(
@@ -198,15 +197,15 @@ class Adapter(nn.Module):
         self._gate: Tensor | None = None
 
     def freeze_initial(self) -> None:
-        """Count ΔW from the present values U0, V0 on: ΔW = s (U V − U0 V0), now zero to the last bit."""
+        """Subtract the present values U0, V0 from now on: ΔW = s (U V − U0 V0), which is exactly zero now."""
         self.initial = copy.deepcopy(self.update).requires_grad_(False)
 
     def factors(self, *, dropping: bool = False) -> Factors:
         """(U, V) with ΔW = s · U V, gate and frozen initial update included: the only definition of the update.
 
-        With a frozen initial update U V − U0 V0 is written (U − U0) V + U0 (V − V0): the same matrix, but exactly zero
-        at first, and a difference of small values, not of two large products. Everything is in the factors' own
-        precision, under autocast too; the caller casts once. `dropping`: in training without the dropped features.
+        U V − U0 V0 is computed as (U − U0) V + U0 (V − V0): the same matrix, but exactly zero at first, and a
+        difference of small values instead of large products. The factors keep their precision under autocast, so that
+        the caller casts once. `dropping`: whether features of the input are dropped, in training.
         """
         full = torch.autocast(self.device.type, enabled=False) if autocasts(self.device) else nullcontext()
         with full:
@@ -219,7 +218,7 @@ class Adapter(nn.Module):
         return U, V
 
     def drops(self, kind: DropoutKind) -> float:
-        """The probability with which entries, or features, of the input are dropped; zero outside training."""
+        """The probability with which entries, or features, of the input are dropped now; zero outside training."""
         return self.dropout.p if self.training and self.dropout.kind == kind else 0.0
 
     @torch.no_grad()
@@ -247,13 +246,13 @@ class Adapter(nn.Module):
         return Q @ left, S, right @ K.T
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """What the update adds to the output of its layer."""
+        """What the update adds to the output of its layer:   s · U V x."""
         U, V = self.factors(dropping=True)
         return low_rank_linear(F.dropout(x, self.drops("entries")) if self.drops("entries") else x, U, V, self.scale)
 
     @property
     def rank(self) -> int:
-        """Rank slices present."""
+        """Number of slices present."""
         return self.update.rank
 
     @property
@@ -267,7 +266,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def gated(self, gate: Float[Tensor, " r"]) -> Iterator[None]:
-        """Multiply the slices by `gate` inside the block, to measure what each is worth. Turns an adapter on."""
+        """Multiply the slices by `gate` inside the block, to measure what each is worth; the adapter is on there."""
         before = self._gate, self.off
         self._gate, self.off = gate, False
         try:
@@ -276,7 +275,7 @@ class Adapter(nn.Module):
             self._gate, self.off = before
 
     def mask(self, off: Int[Tensor, " n"]) -> None:
-        """Make slices contribute nothing, in the frozen initial update as well: a slice contributes its change."""
+        """Make slices contribute nothing; in the frozen initial update too, because a slice contributes its change."""
         self.update.mask(off)
         if self.initial is not None:
             self.initial.mask(off)
@@ -284,7 +283,7 @@ class Adapter(nn.Module):
     def resize(
         self, keep: Int[Tensor, " n"], add: int = 0, *, generator: torch.Generator | None = None
     ) -> list[Resize]:
-        """Keep the given slices and append `add` fresh ones, which do not change the update."""
+        """Keep the slices with these indices and append `add` fresh ones, which leave the update as it is."""
         new: dict[str, Tensor] = {}
         if add:
             if generator is None:
@@ -296,7 +295,7 @@ class Adapter(nn.Module):
         return self.update.resize(keep, new)
 
     def differs_in_rank(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these tensors, by the names of `state_dict()`, are this adapter's at another rank."""
+        """Whether these tensors, named as in `state_dict()`, are those of this adapter at another rank."""
         along = {p: axis for update in (self.update, self.initial) if update is not None for p, axis in update.sliced()}
         present, given = set(), set()
         for name, parameter in self.named_parameters():
@@ -310,18 +309,17 @@ class Adapter(nn.Module):
         return len(given) == 1 and given != present
 
     def take(self, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Replace the parameters by these tensors of any rank, by the names of `state_dict()`; returns pairs of the
-        old and the new."""
+        """Replace the parameters by tensors of any rank, named as in `state_dict()`; returns pairs (old, new)."""
         replaced = []
         for name, old in list(self.named_parameters()):
-            inside, _, own = name.rpartition(".")
+            inside, _, attribute = name.rpartition(".")
             new = nn.Parameter(tensors[name].to(old.device, old.dtype, copy=True), requires_grad=old.requires_grad)
-            setattr(self.get_submodule(inside), own, new)
+            setattr(self.get_submodule(inside), attribute, new)
             replaced.append((old, new))
         return replaced
 
     def state(self) -> dict[str, Any]:
-        """What, besides the tensors, rebuilds the adapter; plain data for a file."""
+        """What, besides its tensors, rebuilds the adapter: plain data for a file."""
         return {
             "sizes": self.update.sizes(),
             "initial_rank": self.initial_rank,

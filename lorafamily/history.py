@@ -29,7 +29,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step. `loss`: mean task loss of its batches, without penalty (nats for cross-entropy);
+    """One optimizer step. `loss`: mean task loss of its batches, without penalty (nats for cross-entropy);
     `gradient`: norm before clipping; `rank`: slices in use; `trainable`: all parameters that train, a head included;
     `orthogonality`: mean ‖F Fᵀ − I‖_F of the adapters' frames, None where there are none or it was not measured."""
 
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Validation metrics after `step` optimiser steps; 0 is before training."""
+    """Validation metrics after `step` optimizer steps; 0 is before training."""
 
     step: int
     metrics: dict[str, float]

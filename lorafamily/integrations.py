@@ -5,7 +5,7 @@
     trainer.train(resume_from_checkpoint=...)     # where it was, ranks and allocator included
     lorafamily.save(model, "my-adapter")
 
-Tensors change size, in the model and in the optimiser. The allocation's state is saved with the optimizer state, so
+Tensors change size, in the model and in the optimizer. The allocation's state is saved with the optimizer state, so
 that it is there wherever the Trainer resumes from.
 """
 
@@ -105,7 +105,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             StateError: the Trainer trains another model; ranks would change where its engine holds on to tensors (DDP,
                 FSDP, DeepSpeed); the checkpoint was written without this callback, or is of other adapters.
             AllocationError: the method's schedule does not fit the run.
-            TrainingError: the optimiser cannot train adapters.
+            TrainingError: the optimizer cannot train adapters.
 
         The first batch raises TargetError where targets that somebody named have no effect; others are left out.
         """
@@ -152,7 +152,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             self._hooks.append(self.model._register_state_dict_hook(_without_base))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Take all hooks off the model and the optimiser."""
+        """Take all hooks off the model and the optimizer."""
         if self._absent and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = saved.read(Path(state.best_model_checkpoint) / FOLDER)
             for at, adapter in self.placement.adapters.items():
@@ -262,7 +262,7 @@ def _sharding(args: TrainingArguments) -> str | None:
 
 
 def _last_backward() -> bool:
-    """Whether the Trainer is at the last batch of an optimiser step."""
+    """Whether the Trainer is at the last batch of an optimizer step."""
     return bool(GradientState().sync_gradients)
 
 

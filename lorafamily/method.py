@@ -140,7 +140,7 @@ class Method:
     """A named point in the space of low-rank methods.
 
     `alpha` and `scaling` give s, see `scale`. `up_ratio`: at how many times the adapters' learning rate the tensors
-    that make U train (LoRA+'s λ); an optimiser must do it, see `parameter_groups`. `parametrisation_options` override
+    that make U train (LoRA+'s λ); an optimizer must do it, see `parameter_groups`. `parametrisation_options` override
     the parametrisation's own sizes. `alpha` and these sizes are one value for all layers, or values by layer; `at` is
     then the method of one layer.
     `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
