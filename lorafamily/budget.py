@@ -1,6 +1,6 @@
-"""Parameters ↔ ranks: the largest initial rank, the same for every module, that fits a budget; or ranks given by layer.
+"""Budgets ↔ ranks: the largest initial rank, the same for every module, that fits a budget; or ranks given by layer.
 
-A budget is in trainable parameters or in rank slices, never in both: a slice of a wide layer has more parameters.
+A budget counts trainable parameters or slices, never both: a slice of a wide layer has more parameters.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Sizing:
-    """What was asked for and what it comes to.
+    """The budget that was asked for, and the ranks that follow.
 
-    `budget`: trainable adapter parameters, not bytes; `rank_budget`: rank slices of all modules together; each None
-    where something else was asked for. `rank`: initial rank of every module, the largest where they differ; `ranks`: by
-    module where they are not all the same; `initial_parameters`: trainable parameters at these ranks.
+    `budget`: trainable adapter parameters, not bytes; `rank_budget`: slices of all modules together; None where it was
+    not asked for. `rank`: initial rank of every module, the largest where they differ; `ranks`: by module where they
+    differ; `initial_parameters`: trainable parameters at these ranks.
     """
 
     budget: int | None
@@ -39,7 +39,7 @@ class Sizing:
     ranks: Mapping[str, int] | None = None
 
     def rank_of(self, module: str) -> int:
-        """The initial rank of a module, before its own size caps it."""
+        """The initial rank of a module, before the module's size caps it."""
         return self.rank if self.ranks is None else self.ranks[module]
 
 
@@ -52,18 +52,18 @@ def solve(
     rank_budget: int | None = None,
     budget_at: Literal["peak", "end"] = "peak",
 ) -> tuple[Method, Sizing]:
-    """The initial rank that a budget pays for, or the parameters that a given rank costs. Returns the method too: a
-    rank budget sets its own size where that counts slices.
+    """The initial rank that a budget pays for, or the parameters that a given rank costs. Returns the method too,
+    because a rank budget sets LoRA²'s `slices`.
 
-    With `budget_at="end"` a method that prunes starts larger. The budget then counts what is left at the end: the share
-    of the slices that the allocation leaves, and the parameters that belong to no slice (LoRA²'s outer factors).
+    With `budget_at="end"` a method that prunes starts larger: the budget counts what is left at the end, which is the
+    share of the slices that the allocation leaves, and the parameters that belong to no slice (LoRA²'s outer factors).
 
     Raises:
         BudgetError: more than one is given, it is no positive number, or too small for rank 1 everywhere; `budget_at`
             without a budget.
     """
-    given = {"budget": budget, "rank": rank, "rank_budget": rank_budget}
-    given = {name: value for name, value in given.items() if value is not None}
+    sizes = {"budget": budget, "rank": rank, "rank_budget": rank_budget}
+    given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) > 1:
         said = " and ".join(f"{name}={value!r}" for name, value in given.items())
         raise BudgetError(
@@ -72,22 +72,20 @@ def solve(
     if budget_at not in ("peak", "end"):
         raise BudgetError(f'budget_at={budget_at!r}: must be "peak" (never exceeded) or "end" (held after pruning)')
     if budget_at == "end" and budget is None and rank_budget is None:
-        raise BudgetError('budget_at="end" has no effect without budget or rank_budget: a rank is the initial one')
+        raise BudgetError('budget_at="end" has no effect without budget or rank_budget: rank is always the initial one')
     share = method.allocation.end_share() if budget_at == "end" else 1.0
     largest = max(min(shape) for shape in shapes.values())
 
     def cost(at_rank: int) -> int:
-        return sum(method.at(name).count(*shape, at_rank) for name, shape in shapes.items())
+        return parameters(method, shapes, dict.fromkeys(shapes, at_rank))
 
     if isinstance(rank, Mapping):
         ranks = ranks_by_module(rank, shapes)
-        start = sum(method.at(name).count(*shape, ranks[name]) for name, shape in shapes.items())
-        return method, Sizing(None, budget_at, max(ranks.values()), start, None, ranks)
+        return method, Sizing(None, budget_at, max(ranks.values()), parameters(method, shapes, ranks), None, ranks)
     if rank_budget is not None:
         if (by := method.parametrisation.sliced_by) in method.layered:
-            raise BudgetError(f"rank_budget={rank_budget!r} and {by} by layer both say how many slices; give one")
-        each = _slices_each(rank_budget, len(shapes), share, largest)
-        method, rank = method.with_slices(each)
+            raise BudgetError(f"rank_budget={rank_budget!r} and {by} by layer both set the number of slices; give one")
+        method, rank = method.with_slices(_slices_each(rank_budget, len(shapes), share, largest))
         return method, Sizing(None, budget_at, rank, cost(rank), rank_budget)
     if budget is None:
         rank = method.rank if rank is None else rank
@@ -98,7 +96,6 @@ def solve(
     check_budget(budget)
 
     def counted(at_rank: int) -> float:
-        """What the budget counts: the initial parameters, or those left at the end."""
         return cost(at_rank) if share == 1 else _left(method, shapes, at_rank, share)
 
     smallest = counted(1)
@@ -106,47 +103,50 @@ def solve(
         costs = f"{cost(1):,}" + ("" if share == 1 else f" at the start, {math.ceil(smallest):,} at the end")
         raise BudgetError(
             f"budget {math.floor(budget):,} is too small: rank 1 on the {len(shapes)} matched layers costs {costs}; "
-            f"the smallest budget that works is {math.ceil(smallest):,}, or narrow targets, for example to "
-            '"attention"'
+            f'the smallest budget that works is {math.ceil(smallest):,}, or narrow targets, for example to "attention"'
         )
-    low, high = 1, largest  # `low` fits throughout; sizes are capped by each layer, so nothing grows past `high`
+    low, high = 1, largest  # `low` always fits; every layer caps its sizes, so nothing grows past `high`
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if counted(middle) <= budget else (low, middle - 1)
     return method, Sizing(math.floor(budget), budget_at, low, cost(low))
 
 
+def parameters(method: Method, shapes: Shapes, ranks: Mapping[str, int]) -> int:
+    """Trainable parameters of all modules at these ranks."""
+    return sum(method.at(name).count(*shapes[name], rank) for name, rank in ranks.items())
+
+
 def check_budget(budget: float | None) -> None:
-    """Refuse an impossible budget of trainable parameters.
+    """Refuse an impossible budget of trainable parameters; None is no budget.
 
     Raises:
         BudgetError: it is no positive, finite number.
     """
-    if budget is None:
-        return
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not math.isfinite(budget) or budget <= 0:
+    number = isinstance(budget, numbers.Real) and not isinstance(budget, bool)
+    if budget is not None and not (number and math.isfinite(budget) and budget > 0):
         raise BudgetError(f"budget={budget!r}: must be a positive number of trainable parameters, such as 0.17e6")
 
 
 def check_rank_budget(rank_budget: int) -> None:
-    """Refuse an impossible budget of rank slices.
+    """Refuse an impossible budget of slices.
 
     Raises:
         BudgetError: it is no whole number of at least 1.
     """
     if isinstance(rank_budget, bool) or not isinstance(rank_budget, numbers.Integral) or rank_budget < 1:
-        raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of rank slices, at least 1")
+        raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of slices, at least 1")
 
 
 def highest(worth: Mapping[str, Tensor], cost: Callable[[str, int], int], budget: float) -> dict[str, int]:
-    """How many slices every module gets if the slices of all modules are taken in falling order of worth, while they
-    fit into a budget; among equals those of earlier modules.
+    """How many slices every module gets if the slices of all modules are taken in falling order of worth, as long as
+    they fit a budget. Of equal slices those of earlier modules come first.
 
     `worth`: by module (n,), falling; `cost(module, n)`: of its first n slices. A slice that does not fit is skipped and
-    later ones are tried, so that what remains of the budget buys none of those left out.
+    later ones are tried, so that the rest of the budget is too small for any slice left out.
 
     Raises:
-        BudgetError: the budget is less than the cheapest slice.
+        BudgetError: the budget is smaller than the cheapest slice.
     """
     cheapest = min(cost(name, 1) for name in worth)
     if budget < cheapest:
@@ -163,8 +163,8 @@ def highest(worth: Mapping[str, Tensor], cost: Callable[[str, int], int], budget
 
 
 def _left(of_all: Method, shapes: Shapes, rank: int, share: float) -> float:
-    """Trainable parameters when a share of the initial slices is left, each of average cost; at least one slice, unless
-    none is to be left."""
+    """Trainable parameters once a share of the initial slices, of average cost, is left: at least one slice, or none if
+    the share is 0."""
     whole = slices = sliced = 0
     by = of_all.parametrisation.sliced_by
     for name, (d_in, d_out) in shapes.items():
@@ -178,11 +178,11 @@ def _left(of_all: Method, shapes: Shapes, rank: int, share: float) -> float:
 
 
 def ranks_by_module(given: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
-    """The rank of every module, from ranks by name or pattern (see `by_layer`), capped by its size; 0 without one.
+    """The rank of every module, from ranks by name or pattern (see `by_layer`), capped by the module's size; else 0.
 
     Raises:
-        BudgetError: a rank is no whole number of at least 0, or none is above 0.
-        TargetError: a key without effect.
+        BudgetError: a rank is no whole number of at least 0, or all are 0.
+        TargetError: a key has no effect.
     """
     for key, rank in given.items():
         if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 0:
@@ -194,13 +194,12 @@ def ranks_by_module(given: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
 
 
 def _slices_each(rank_budget: int, modules: int, share: float, largest: int) -> int:
-    """Initial slices of every module, within a budget of slices for all."""
+    """How many slices every module has at first, within a budget of slices for all of them."""
     check_rank_budget(rank_budget)
     allowed = rank_budget / share if share else math.inf
     if allowed < modules:
         raise BudgetError(
-            f"rank_budget {rank_budget:,} is too small: one rank on each of the {modules} matched layers is the "
-            f"least; the smallest that works is {math.ceil(modules * share):,}, or narrow targets, for example to "
-            f'"attention"'
+            f"rank_budget {rank_budget:,} is too small for one slice on each of the {modules} matched layers; the "
+            f'smallest that works is {math.ceil(modules * share):,}, or narrow targets, for example to "attention"'
         )
     return largest if allowed >= largest * modules else int(allowed / modules)

@@ -1,4 +1,4 @@
-"""What `apply` is going to do, decided and checked before anything is changed."""
+"""Decide and check what `apply` is going to do, before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from torch import nn
 from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
 from lorafamily.batch import call, to_device
-from lorafamily.budget import Sizing, ranks_by_module, solve
+from lorafamily.budget import Shapes, Sizing, ranks_by_module, solve
 from lorafamily.dropout import Dropout, DropoutKind
-from lorafamily.errors import BudgetError, MethodError, TargetError
+from lorafamily.errors import BudgetError, MethodError
 from lorafamily.evidence import LayerEvidence
 from lorafamily.layers.extra_trained import movable_buffers
-from lorafamily.layers.offloaded import offloaded_value, refuse_absent
 from lorafamily.layers.placement import check_can_place
-from lorafamily.layers.quantised import packed_parameters
 from lorafamily.layers.rows import Fused
 from lorafamily.layers.target import Target
 from lorafamily.layers.uncalled import WeightReads, check_left_out
@@ -32,10 +30,10 @@ from lorafamily.training.execution import evaluating
 
 @dataclass(frozen=True)
 class Choice:
-    """Which method of which size `apply` puts on which layers of a model, decided and checked.
+    """Which method of which size `apply` puts on which layers of a model.
 
-    `targets` get adapters, `extra_trained` parameters train too, both by full name. `scale_slices`: slices from
-    which the scale of all layers follows; None: each layer's own.
+    `spec`: the method's name; `targets` get adapters, `extra_trained` parameters train too, both by full name.
+    `scale_slices`: the number of slices that sets the scale of all layers; None: every layer's own.
     """
 
     model: nn.Module
@@ -53,10 +51,10 @@ class Choice:
     def build(
         self, generator: torch.Generator, *, meta: bool = False, dtype: torch.dtype | None = None
     ) -> dict[str, Adapter]:
-        """An adapter for every layer; with `meta` as if all weights were on the meta device, perhaps in another
-        `dtype`, so that nothing is drawn."""
+        """An adapter for every target. `meta`: on the meta device, where nothing is drawn, perhaps in another `dtype`
+        than the weights'."""
         built = {}
-        # Without slices there is no alpha/r: such a layer is scaled like the one with the most.
+        # Without slices alpha/r is undefined: such a layer gets the scale of the layer with the most.
         slices = {
             path: self.method.at(path).slices(*shape, self.sizing.rank_of(path))
             for path, shape in shapes_of_targets(self.targets).items()
@@ -65,7 +63,7 @@ class Choice:
             with onloaded(target.layer) if meta else whole_weights(target.layer):
                 present = target.stored.dtype if target.stored.is_floating_point() else torch.float32
                 planned = torch.empty(target.shape, dtype=dtype or present, device="meta")
-                built[path] = self.method.at(path).build(  # a quantised weight's value is gone with the call
+                built[path] = self.method.at(path).build(  # the dequantised weight is freed after the call
                     planned if meta else target.weight,
                     self.sizing.rank_of(path),
                     dropout=self.dropout,
@@ -100,8 +98,14 @@ def choose(
         MethodError, TargetError, BudgetError, StateError: as `apply`.
     """
     model = check_can_place(model, name)
-    width, method_options = _width(method, rank, method_options)
-    chosen = find(method).with_options(**method_options)
+    named = find(method)
+    sized_by = named.parametrisation.sized_by
+    width = None if sized_by == "rank" else method_options.pop(sized_by, None)
+    if width is not None and rank is not None:
+        raise BudgetError(
+            f"rank={rank!r} and {sized_by}={width!r} are both given; a rank r means {sized_by} r: give one"
+        )
+    chosen = named.with_options(**method_options)
     drops = Dropout(dropout, dropout_kind)
     if dropout_kind != "entries" and not dropout:
         raise MethodError(f"dropout_kind={dropout_kind!r} has no effect without dropout, which is {dropout!r}")
@@ -109,70 +113,48 @@ def choose(
     by_default = targeting.by_default(targets)
     if example is not None:
         matched = _with_effect(model, matched, example, by_default)
-    extra_trained = match_extra_trained(model, also_train, matched)
+    extra_trained = targeting.match_extra_trained(model, also_train, matched)
     shapes = shapes_of_targets(matched)
-    own = find(method).options()
-    by_name = {option: by_layer(value, shapes, option, own[option]) for option, value in chosen.layered.items()}
-    chosen = chosen.with_options(**by_name)
+    defaults = named.options()
+    layered = {option: by_layer(value, shapes, option, defaults[option]) for option, value in chosen.layered.items()}
+    chosen = chosen.with_options(**layered)
     if width is not None:
         rank = width
     elif rank is not None:
-        chosen = _with_slices_for(chosen, rank, shapes, given="slices" in method_options)
+        chosen = _with_slices_for(chosen, rank, shapes, method_options)
     chosen, sizing = solve(chosen, shapes, budget=budget, rank=rank, rank_budget=rank_budget, budget_at=budget_at)
     return Choice(model, name, method, chosen, sizing, matched, extra_trained, drops, by_default)
 
 
-def _width(method: str, rank: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The size that a budget buys, where that is not the rank (LoRA²'s width) and was given, and the other options.
-
-    Raises:
-        BudgetError: a rank was given too.
-    """
-    by = find(method).parametrisation.sized_by
-    if by == "rank" or by not in options:
-        return None, options
-    if rank is not None:
-        raise BudgetError(f"rank={rank!r} and {by}={options[by]!r} are both given; a rank r means {by} r: give one")
-    return options[by], {name: value for name, value in options.items() if name != by}
-
-
 def _with_slices_for(
-    method: Method, rank: int | Mapping[str, int], shapes: Mapping[str, tuple[int, int]], given: bool
+    method: Method, rank: int | Mapping[str, int], shapes: Shapes, options: Mapping[str, Any]
 ) -> Method:
-    """The method with as many slices as updates of that rank need, where slices are another size than the width.
-
-    Raises:
-        BudgetError: fewer were asked for.
-    """
+    """The method with enough slices for updates of that rank, where slices are a size of their own (LoRA²)."""
     by, of = method.parametrisation.sliced_by, method.parametrisation.sized_by
     if by == of:
         return method
     needed = ranks_by_module(rank, shapes) if isinstance(rank, Mapping) else dict.fromkeys(shapes, rank)
     if not all(isinstance(r, int) for r in needed.values()):
-        return method  # which `solve` refuses
+        return method  # `solve` refuses these ranks
     present = {path: cast(int, method.at(path).parametrisation_options[by]) for path in shapes}
     short = [path for path, r in needed.items() if present[path] < min(r, *shapes[path])]
     if not short:
         return method
-    if given:
+    if by in options:
         raise BudgetError(
-            f"rank={rank!r} with {present[short[0]]} {by} on {short[0]}: ΔW has at most as high a rank as it has {by}; "
+            f"rank={rank!r} with {present[short[0]]} {by} on {short[0]}: the rank of ΔW is at most the number of {by}; "
             f"say {of}=... and {by}=..., or more {by}"
         )
     return method.with_options(**{by: {path: max(present[path], needed[path]) for path in shapes}})
 
 
-def shapes_of_targets(targets: Mapping[str, Target]) -> dict[str, tuple[int, int]]:
+def shapes_of_targets(targets: Mapping[str, Target]) -> Shapes:
     """(d_in, d_out) of every target, by name."""
     return {path: (d_in, d_out) for path, target in targets.items() for d_out, d_in in [target.shape]}
 
 
 def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_default: bool) -> dict[str, Target]:
-    """The targets on which an adapter has an effect, found by running the model.
-
-    Raises:
-        TargetError: somebody named one without effect, or none is left.
-    """
+    """The targets on which an adapter has an effect, found by running the model on the example."""
     device = next(iter(matched.values())).stored.device
     buffers = {at: buffer.clone() for at, buffer in movable_buffers(model).items()}
     with WeightReads(matched) as reads, evaluating(model, device), torch.no_grad():
@@ -182,29 +164,3 @@ def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_
     names = reads.without_effect()
     check_left_out(model, names, by_default and len(names) < len(matched))
     return {name: target for name, target in matched.items() if name not in names}
-
-
-def match_extra_trained(
-    model: nn.Module, patterns: str | Sequence[str] | None, adapted: Mapping[str, Target]
-) -> dict[str, nn.Parameter]:
-    """The parameters that train along with the adapters; never the weight of an adapted layer, which merging replaces.
-
-    Raises:
-        TargetError: a pattern that matches no parameter, or one that matches such a weight.
-        StateError: a parameter that is offloaded, or spread over processes.
-    """
-    extra_trained = targeting.match_parameters(model, patterns)
-    weights = {id(target.stored): path for path, target in adapted.items()}
-    packed = packed_parameters(model)
-    # A parameter on the meta device that is not offloaded belongs to a model that is only planned.
-    planned = {at for at, p in extra_trained.items() if p.is_meta and offloaded_value(model, at) is None}
-    refuse_absent(extra_trained, extra_trained.keys() - planned, "which also_train names")
-    for name, parameter in extra_trained.items():
-        if id(parameter) in packed:
-            raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")
-        if id(parameter) in weights:
-            raise TargetError(
-                f"also_train names {name}, the weight of a layer that gets an adapter ({weights[id(parameter)]}); "
-                "train one or the other"
-            )
-    return extra_trained

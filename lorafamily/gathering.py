@@ -1,18 +1,16 @@
 """Gathering evidence: one pass over some batches, forward and, where gradients are wanted, backward.
 
-Layer by layer as they are computed: of inputs only the leading directions stay, and a gradient leaves its device as
-soon as the backward has it, so that no more than one layer's is there at a time. The sums stay on the CPU, in memory as
-far as a bound allows and beyond it in a temporary file, so that one pass over the data is enough however large a model
-is.
+To need little memory, each layer is handled as soon as it is computed: of its inputs only the leading directions are
+kept, and its gradient moves to the CPU before the next layer's is computed. There gradients are summed in memory up to
+a bound, and beyond it in a temporary file, so that one pass is enough for a model of any size.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
@@ -25,45 +23,35 @@ from tqdm import tqdm
 
 from lorafamily.batch import IGNORED, LossFn, call, fingerprint, loss_of, refuse_one_batch, to_device, weigher
 from lorafamily.errors import DataError, MethodError
-from lorafamily.evidence import Evidence, LayerEvidence, Wanted
+from lorafamily.evidence import Evidence, LayerEvidence
 from lorafamily.layers.target import Target
 from lorafamily.layers.weights import whole_weights
+from lorafamily.method import FromEvidence
 from lorafamily.principal import Principal
 from lorafamily.training.execution import evaluating
 from lorafamily.training.processes import Processes
 
-
-@dataclass(frozen=True)
-class Stop:
-    """When a layer's inputs are looked at no more: as soon as all its directions that are needed have turned, from one
-    batch to the next, by no more than `cosine` says. `needed`: how many those are, by layer, from what is known so far.
-    """
-
-    cosine: float
-    needed: Callable[[Mapping[str, LayerEvidence]], Mapping[str, int]]
+Ranks = Callable[[Mapping[str, LayerEvidence]], Mapping[str, int]]
+"""From the evidence so far to the initial rank of every layer."""
 
 
 def gathered(
     model: nn.Module,
     targets: Mapping[str, Target],
-    wants: Iterable[Wanted],
-    directions: int,
+    initialisation: FromEvidence,
+    rank: int,
     data: Any,
-    *,
-    batches: int,
     loss_fn: LossFn | None,
     seed: int,
-    memory: float | None = None,
-    stop: Stop | None = None,
+    needed: Ranks,
 ) -> Evidence:
-    """Evidence from the first so many batches of `data`, in eval mode, of the model as it computes now.
+    """The evidence that an initialisation wants, from the first batches of `data`, with the model in eval mode.
 
-    `directions`: how many of a layer's inputs to keep, where it has as many. Padding and positions whose label is
-    masked do not count. `memory`: MiB of gradients' sums to hold in memory, see `Sums`. Weights, modes, gradients,
-    flags and random states are afterwards what they were.
+    Padding and positions whose label is masked do not count. `rank`: that of equal ranks; `needed`: how many directions
+    must have been found before the pass may stop, see `FromEvidence.stop_at`. Afterwards weights, modes, gradients,
+    flags and random states are what they were.
 
-    Several processes that were joined by `torch.distributed` must be given the same batches; all of them end with what
-    the first one computed.
+    Processes joined by `torch.distributed` must be given the same batches; all return what the first one computed.
 
     Raises:
         DataError: no batch, one that the model does not take, a loss that is not finite, a layer that is never called,
@@ -71,16 +59,17 @@ def gathered(
         MethodError: a layer that cannot give what is wanted.
     """
     refuse_one_batch(data)
-    wants = set(wants)
+    batches, wants = initialisation.evidence_batches, initialisation.wants
     device = next(iter(targets.values())).stored.device
-    inputs = Inputs(targets, directions, stop) if "inputs" in wants else None
-    gradients = Gradients(targets, memory) if "gradients" in wants else None
+    directions = initialisation.directions(rank)
+    inputs = Inputs(targets, directions, initialisation.stop_at(), needed) if "inputs" in wants else None
+    gradients = Gradients(targets, initialisation.evidence_memory) if "gradients" in wants else None
     weigh = weigher("auto", model, loss_fn)
     processes = Processes(device) if dist.is_available() and dist.is_initialized() else None
-    seen: list[str] = []  # of processes that compare them, what the batches were
+    seen: list[str] = []  # fingerprints of the batches, for processes to compare
     with ExitStack() as around:
         around.enter_context(evaluating(model, device))
-        torch.manual_seed(seed)  # the randomised decomposition draws from it; `evaluating` puts the state back
+        torch.manual_seed(seed)  # for the randomised decomposition; `evaluating` restores the state
         around.enter_context(inputs.listening() if inputs else nullcontext())
         around.enter_context(gradients.listening(model) if gradients else torch.no_grad())
         for batch in tqdm(islice(iter(data), batches), "looking at data", batches, False, unit="batch", disable=None):
@@ -105,58 +94,55 @@ def gathered(
         raise DataError(f"no label counts in the {len(seen)} batches of data: all of them are masked")
     if processes and len(set(map(tuple, processes.gathered(seen)))) > 1:
         raise DataError(
-            "the processes were given different batches to look at, and would start from different adapters; give all "
-            "of them the same, without a DistributedSampler"
+            "the processes were given different batches to look at, so that their adapters would start differently; "
+            "give all the same batches, without a DistributedSampler"
         )
     found = {}
     for at in targets:
         V, explained = inputs.of(at) if inputs else (None, None)
         found[at] = LayerEvidence(V, explained, gradients.mean(at) if gradients else None)
-        if processes:
-            _as_first(found[at], processes)
+        for value in vars(found[at]).values():
+            if processes and value is not None:  # GPUs and numbers of threads may round differently
+                value.copy_(processes.agreed(value))
     return Evidence(found, len(seen))
 
 
-def _as_first(layer: LayerEvidence, processes: Processes) -> None:
-    """Overwrite what this process found by what the first one did: threads and GPUs may round differently."""
-    for value in (layer.directions, layer.explained, layer.gradient):
-        if value is not None:
-            value.copy_(processes.agreed(value))
-
-
 class Inputs:
-    """Listens to what layers are called with. Layers that are called with one tensor after the other (q, k, v) share
-    one decomposition."""
+    """Decomposes what layers are called with. Layers called with the same tensor in a row (q, k, v) share one
+    decomposition.
 
-    def __init__(self, targets: Mapping[str, Target], directions: int, stop: Stop | None = None):
+    A layer ignores further batches once its directions, as many as `needed` says, have settled: |cosine| between before
+    and after the last batch at least `cosine`. None: all batches count.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], directions: int, cosine: float | None, needed: Ranks):
         for at, target in targets.items():
             if not target.kind.by_sample:
                 raise MethodError(
-                    f"{at} ({type(target.layer).__name__}) does not multiply its input by its weight, so that its "
-                    f'inputs have no directions; leave it out with exclude="{at}"'
+                    f"{at} ({type(target.layer).__name__}) does not multiply its input by its weight, so its inputs "
+                    f'have no directions; leave it out with exclude="{at}"'
                 )
         self.at = {id(target.layer): at for at, target in targets.items()}
-        """Of a layer that is adapted by parts one of these; all have its inputs."""
+        """One target of every layer: parts of one layer have the same inputs."""
         self.layers = {self.at[id(target.layer)]: target.layer for target in targets.values()}
         self.targets = targets
         self.k = {at: min(directions, target.shape[1]) for at, target in targets.items()}
-        self.stop = stop
+        self.cosine, self.needed = cosine, needed
         self.stopped: set[str] = set()
         self.found: dict[str, Principal] = {}
         self.same: dict[str, str] = {}
+        """Layer -> the one before it that was called with the same tensor."""
         self.masks: dict[tuple[int, ...], Tensor] = {}
         self.batch = 0
         self.last: tuple[Tensor, str] | None = None
 
     def begin(self, masks: dict[tuple[int, ...], Tensor]) -> None:
-        """A batch follows. `masks`: which positions count, by their shape."""
+        """Call it before a batch. `masks`: which positions count, by shape."""
         self.masks, self.last, self.batch = masks, None, self.batch + 1
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        hooks = []
-        for at, layer in self.layers.items():
-            hooks.append(layer.register_forward_pre_hook(self._hook(at), with_kwargs=True))
+        hooks = [x.register_forward_pre_hook(self._hook(at), with_kwargs=True) for at, x in self.layers.items()]
         try:
             yield
         finally:
@@ -180,23 +166,20 @@ class Inputs:
         return seen
 
     def done(self) -> bool:
-        """After a batch: whether no layer needs another one. Which do is decided anew every time: directions that are
-        needed now may not have been before."""
-        if self.stop is None or any(self.same.get(at, at) not in self.found for at in self.layers):
+        """After a batch: whether no layer needs another one. `needed` may rise, so every layer is asked each time."""
+        if self.cosine is None or any(self.same.get(at, at) not in self.found for at in self.layers):
             return False
-        principals = {at: self.found[self._decomposed(at)] for at in self.targets}
-        results = {at: principals[at].result() for at in {self._decomposed(at): at for at in self.targets}.values()}
-        by_principal = {id(principals[at]): result for at, result in results.items()}
-        known = {at: LayerEvidence(*by_principal[id(principals[at])]) for at in self.targets}
-        needed = self.stop.needed(known)
+        results = {layer: principal.result() for layer, principal in self.found.items()}
+        needed = self.needed({at: LayerEvidence(*results[self._decomposed(at)]) for at in self.targets})
         self.stopped = set(self.found)
-        for at, principal in principals.items():
-            if not bool((principal.turned[: needed[at]] >= self.stop.cosine).all()):
-                self.stopped.discard(self._decomposed(at))
+        for at in self.targets:
+            layer = self._decomposed(at)
+            if not bool((self.found[layer].turned[: needed[at]] >= self.cosine).all()):
+                self.stopped.discard(layer)
         return self.stopped == set(self.found)
 
     def _decomposed(self, at: str) -> str:
-        """The layer whose decomposition a target's is."""
+        """The layer whose decomposition holds a target's directions."""
         layer = self.at[id(self.targets[at].layer)]
         return self.same.get(layer, layer)
 
@@ -205,15 +188,15 @@ class Inputs:
         for shape, mask in self.masks.items():
             if tuple(x.shape[:-1]) == shape:
                 return x[mask.to(x.device)]
-            if x.ndim == 2 and len(x) == mask.numel():  # positions one below the other, as to experts
+            if x.ndim == 2 and len(x) == mask.numel():  # all positions in one axis, as experts get them
                 return x[mask.flatten().to(x.device)]
         return x.flatten(0, -2)
 
     def of(self, at: str) -> tuple[Tensor, Tensor]:
-        """Directions and shares of a target.
+        """Directions (k, d_in) of a target's inputs, and the share of the variance along each.
 
         Raises:
-            DataError: nothing that counts, or too little.
+            DataError: the layer got no input that counts, or too few.
         """
         k = self.k[at]
         principal = self.found.get(self._decomposed(at))
@@ -227,43 +210,32 @@ class Inputs:
         return V[:k], explained[:k]
 
 
-class Sums:
-    """A weighted sum of matrices for every layer, on the CPU, in float32 or higher. The first layers' are in memory, as
-    many as fit into so many MiB (None: all); the others lie in one file in the folder for temporary files, which goes
-    with them."""
-
-    def __init__(self, targets: Mapping[str, Target], memory: float | None):
-        dtypes = {at: torch.promote_types(target.stored.dtype, torch.float32) for at, target in targets.items()}
-        sizes = {at: math.prod(targets[at].shape) * dtype.itemsize for at, dtype in dtypes.items()}
-        room = math.inf if memory is None else memory * 2**20
-        self.sums, on_disk = dict[str, Tensor](), dict[str, int]()
-        end = 0
-        for at, size in sizes.items():
-            if size <= room:
-                room -= size
-                self.sums[at] = torch.empty(targets[at].shape, dtype=dtypes[at], device="cpu")
-            else:
-                on_disk[at], end = end, end + -(-size // 8) * 8
-        if end:
-            with tempfile.TemporaryFile() as file:
-                file.truncate(end)
-                mapped = torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(end,)))
-            for at, begin in on_disk.items():
-                self.sums[at] = mapped[begin : begin + sizes[at]].view(dtypes[at]).view(targets[at].shape)
-        self.begun: set[str] = set()
-
-    def add(self, at: str, value: Float[Tensor, "d_out d_in"], weight: float) -> None:
-        if at in self.begun:
-            self.sums[at].add_(value, alpha=weight)
+def _empty_sums(targets: Mapping[str, Target], memory: float | None) -> dict[str, Tensor]:
+    """An uninitialised matrix for every target, on the CPU, in float32 or higher. As many as fit into `memory` MiB are
+    there (None: all); the others are in a temporary file, which disappears with them."""
+    dtypes = {at: torch.promote_types(target.stored.dtype, torch.float32) for at, target in targets.items()}
+    sizes = {at: math.prod(targets[at].shape) * dtype.itemsize for at, dtype in dtypes.items()}
+    room = math.inf if memory is None else memory * 2**20
+    sums, on_disk, end = dict[str, Tensor](), dict[str, int](), 0
+    for at, size in sizes.items():
+        if size <= room:
+            room -= size
+            sums[at] = torch.empty(targets[at].shape, dtype=dtypes[at], device="cpu")
         else:
-            torch.mul(value, weight, out=self.sums[at])
-            self.begun.add(at)
+            on_disk[at], end = end, end + -(-size // 8) * 8
+    if end:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(end)
+            mapped = torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(end,)))
+        for at, begin in on_disk.items():
+            sums[at] = mapped[begin : begin + sizes[at]].view(dtypes[at]).view(targets[at].shape)
+    return sums
 
 
 class Gradients:
-    """Adds up weights' gradients on the CPU, each as soon as the backward has it."""
+    """Weighted sums of the weights' gradients on the CPU; each gradient is added as soon as the backward has it."""
 
-    def __init__(self, targets: Mapping[str, Target], memory: float | None = None):
+    def __init__(self, targets: Mapping[str, Target], memory: float | None):
         self.of: dict[nn.Parameter, list[str]] = {}
         self.targets = targets
         self.total = self.weight = 0.0
@@ -271,14 +243,15 @@ class Gradients:
             weight = target.kind.weight(target.layer)
             if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
                 raise MethodError(
-                    f"{at}: the loss has no gradient in its weight, which is quantised or computed from other "
-                    f'parameters; leave it out with exclude="{at}"'
+                    f"{at}: its weight has no gradient, because it is quantised or computed from other parameters; "
+                    f'leave it out with exclude="{at}"'
                 )
             self.of.setdefault(weight, []).append(at)
-        self.sums = Sums(targets, memory)
+        self.sums = _empty_sums(targets, memory)
+        self.begun: set[str] = set()
 
     def begin(self, weight: float) -> None:
-        """A backward follows, of a loss that is a mean over so many."""
+        """Call it before the backward of a loss that is a mean over `weight` targets."""
         self.weight, self.total = weight, self.total + weight
 
     @contextmanager
@@ -289,8 +262,7 @@ class Gradients:
             for parameter in before:
                 parameter.grad = None
                 parameter.requires_grad_(parameter in self.of)
-            for parameter in self.of:
-                hooks.append(parameter.register_post_accumulate_grad_hook(self._take))
+            hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self.of]
             with torch.enable_grad():
                 yield
         finally:
@@ -305,18 +277,23 @@ class Gradients:
         assert gradient is not None
         for at in self.of[cast(nn.Parameter, parameter)]:
             G = self.targets[at].kind.matrix(gradient).detach()
-            self.sums.add(at, G.to("cpu", torch.promote_types(G.dtype, torch.float32)), self.weight)
+            G = G.to("cpu", torch.promote_types(G.dtype, torch.float32))
+            if at in self.begun:
+                self.sums[at].add_(G, alpha=self.weight)
+            else:
+                torch.mul(G, self.weight, out=self.sums[at])
+                self.begun.add(at)
         parameter.grad = None
 
     def mean(self, at: str) -> Float[Tensor, "d_out d_in"]:
-        """Over all that the losses were means over; to be asked for once.
+        """The mean gradient over all targets of the loss. Call it once: it divides in place.
 
         Raises:
-            DataError: the loss does not depend on it.
+            DataError: the loss does not depend on the layer.
         """
-        if at not in self.sums.begun:
+        if at not in self.begun:
             raise DataError(f'the loss does not depend on {at}; leave it out with exclude="{at}"')
-        return self.sums.sums[at].div_(self.total)
+        return self.sums[at].div_(self.total)
 
 
 def masks_of(batch: Any, model: nn.Module) -> dict[tuple[int, ...], Tensor]:
@@ -334,13 +311,13 @@ def masks_of(batch: Any, model: nn.Module) -> dict[tuple[int, ...], Tensor]:
         both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if shape not in masks:
             masks[shape] = counts
-        elif not both:  # an encoder's positions are no decoder's, even where there are as many
+        elif not both:  # the mask may be the encoder's, and labels are the decoder's
             masks[shape] = masks[shape] & counts
     return masks
 
 
 def weights_of(targets: Mapping[str, Target]) -> Callable[[str], Tensor]:
-    """A layer's weight by name, brought to where it can be read."""
+    """A function from a layer's name to a copy of its weight, also where that is offloaded or sharded."""
 
     def weight(at: str) -> Tensor:
         with whole_weights(targets[at].layer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from lorafamily.layers.experts import Expert, expert_weights, why_no_experts
 from lorafamily.layers.extra_trained import tied_names
 from lorafamily.layers.formats import refused_layers
 from lorafamily.layers.kinds import kind_of, why_not
+from lorafamily.layers.offloaded import offloaded_value, refuse_absent
+from lorafamily.layers.quantised import packed_parameters
 from lorafamily.layers.rows import Fused
 from lorafamily.layers.site import base_parameters
 from lorafamily.layers.target import Target, possible_targets
@@ -82,11 +84,15 @@ def _named(model: nn.Module, targets: Targets, able: dict[str, Target]) -> dict[
     return {name: target for name, target in able.items() if any(name in found for found in per_pattern)}
 
 
-def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """The parameters of the base model in whose full names regular expressions are found.
+def match_extra_trained(
+    model: nn.Module, patterns: str | Sequence[str] | None, adapted: Mapping[str, Target]
+) -> dict[str, nn.Parameter]:
+    """The base parameters that train along with the adapters: those in whose full names regular expressions are found.
 
     Raises:
-        TargetError: a pattern that matches no parameter, or only further names of tied ones.
+        TargetError: a pattern matches no parameter, only a further name of a tied one, a quantised parameter, or the
+            weight of an adapted layer, which merging replaces.
+        StateError: a parameter is offloaded, or spread over processes.
     """
     if patterns is None:
         return {}
@@ -94,8 +100,8 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
     found: dict[str, nn.Parameter] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         compiled = _compiled(pattern)
-        own = {name: parameter for name, parameter in named.items() if compiled.search(name)}
-        if not own:
+        matched = {name: parameter for name, parameter in named.items() if compiled.search(name)}
+        if not matched:
             for name, together in tied_names(model).items():
                 if compiled.search(name):
                     raise TargetError(
@@ -107,7 +113,19 @@ def match_parameters(model: nn.Module, patterns: str | Sequence[str] | None) -> 
                 f'also_train="{pattern}" matches no parameter; nearest: {", ".join(near) or "none"}; '
                 f"names end in {', '.join(sorted(named)[-3:])}"
             )
-        found |= own
+        found |= matched
+    # A parameter on the meta device that is not offloaded belongs to a model that is only planned.
+    planned = {at for at, p in found.items() if p.is_meta and offloaded_value(model, at) is None}
+    refuse_absent(found, found.keys() - planned, "which also_train names")
+    weights = {id(target.stored): path for path, target in adapted.items()}
+    packed = packed_parameters(model)
+    for name, parameter in found.items():
+        if id(parameter) in packed:
+            raise TargetError(f"also_train names {name}, which is quantised and cannot train; an adapter on it can")
+        if (path := weights.get(id(parameter))) is not None:
+            raise TargetError(
+                f"also_train names {name}, the weight of a layer that gets an adapter ({path}); train one or the other"
+            )
     return found
 
 

@@ -162,7 +162,7 @@ def test_an_export_has_the_ranks_and_scales_given(tmp_path):
         ({"alpha": {"quary": 1}}, lorafamily.TargetError, r'alpha\["quary"\] matches none'),
         ({"alpha": {}, "scaling": "r"}, lorafamily.MethodError, 'must be "alpha/r", "alpha/sqrt'),
         ({"method": "lora2", "slices": {"query": -1}}, lorafamily.MethodError, "slices={'query': -1}"),
-        ({"method": "lora2", "slices": {"query": 1}, "rank_budget": 50}, lorafamily.BudgetError, "both say how"),
+        ({"method": "lora2", "slices": {"query": 1}, "rank_budget": 50}, lorafamily.BudgetError, "both set the number"),
     ],
 )
 def test_what_cannot_be_by_layer_is_refused_and_nothing_is_changed(given, error, message):
