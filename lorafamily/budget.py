@@ -85,7 +85,11 @@ def solve(
     if rank_budget is not None:
         if (by := method.parametrisation.sliced_by) in method.layered:
             raise BudgetError(f"rank_budget={rank_budget!r} and {by} by layer both set the number of slices; give one")
-        method, rank = method.with_slices(_slices_each(rank_budget, len(shapes), share, largest))
+        each = _slices_each(rank_budget, len(shapes), share, largest)
+        if by == method.parametrisation.sized_by:
+            rank = each
+        else:
+            method, rank = method.with_options(**{by: each}), method.rank
         return method, Sizing(None, budget_at, rank, cost(rank), rank_budget)
     if budget is None:
         rank = method.rank if rank is None else rank

@@ -43,39 +43,40 @@ def apply(
     seed: int | None = None,
     **method_options: Any,
 ) -> Model:
-    """Put adapters into a model, in place, and freeze everything else. If anything is refused, nothing is changed.
+    """Put adapters into a model, in place, and freeze everything else. If it raises an error, the model is unchanged.
 
     Args:
-        model: any `nn.Module`, returned as the same object; of a compiled model the one inside is adapted.
+        model: any `nn.Module`; the same object is returned. Of a compiled model the module inside is adapted.
         method: a name from `lorafamily.methods()`, or names joined by "+" that differ on their axes.
         budget: trainable adapter parameters (not bytes); the largest rank that fits is chosen. At most one of `budget`,
             `rank` and `rank_budget` is given (LoRA²: or `width`, its k); default: the method's rank.
         rank: of the update of every layer, capped by the layer's size; or ranks by layer, see below.
-        rank_budget: slices of all modules together, whatever they cost.
-        budget_at: "peak": the budget is never exceeded; "end": a method that prunes starts larger and ends within it.
+        rank_budget: slices of all modules together, whatever parameters they have.
+        budget_at: "peak": the run never exceeds the budget; "end": a method that prunes begins above and ends within.
         targets, exclude: layers to adapt, and those of them to leave out: None or "all-linear" (no output head, pooler,
             routers of experts, or what the kernels of state-space mixers read), "attention", regular expressions
             searched for in full names (of linear layers; of embeddings and convolutions where one matches no linear
             layer), or a predicate of (name, module), asked of every layer that can carry an adapter.
         fused: linear layers to adapt by parts, such as {"c_attn$": ["q", "k", "v"]}: by regular expression the names of
-            parts of equal size, or names with sizes in rows, which repeat if they add up to less than the layer has. A
-            part is a target like a layer ("c_attn.q"). nn.MultiheadAttention always has "q", "k", "v" and "out".
-        example: a batch, on which the model is run once to find layers whose weights it reads without calling them, so
-            that an adapter has no effect. They are left out with a warning, or refused where `targets` name them.
-        data: batches as `train` takes them, the same on every process, for a method that looks at data first ("eva",
-            "gora"); the first `evidence_batches` are run, in eval mode.
+            parts of equal size, or names with sizes in rows, repeated if their sum is smaller than the layer. A part is
+            a target like a layer ("c_attn.q"). nn.MultiheadAttention always has "q", "k", "v" and "out".
+        example: a batch, on which the model is run once to find layers whose weights are read without a call, where an
+            adapter has no effect. They are left out with a warning, or refused where `targets` names them.
+        data: batches as `train` takes them, the same on every process, for a method that looks at data before training
+            ("eva", "gora"); the first `evidence_batches` are run, in eval mode.
         loss_fn: as `train` takes it, for these batches.
-        evidence: what `gather` found, instead of `data`.
-        also_train: regular expressions for parameters that train too, such as a task head; saved along, counted apart.
+        evidence: what `gather` returned, instead of `data`.
+        also_train: regular expressions for parameters that train too, such as a task head; saved with the adapters,
+            counted apart.
         dropout, dropout_kind: probability with which each of an adapter's input "entries" is dropped in training, or
-            each of its "features", for the whole batch, which costs nothing.
-        name: of these adapters; a model can hold several sets, the one placed last is active.
+            each of its "features", for the whole batch, which takes no time or memory.
+        name: of these adapters; a model can have several sets, of which the one placed last is active.
         seed: of the random initialisation; None draws one from torch's global generator.
-        **method_options: such as `alpha`; an unknown one is refused with a list of those known.
+        **method_options: such as `alpha`; an error about an unknown option lists those that the method has.
 
-    `rank`, `alpha` and the method's own sizes (LoRA²'s `width`, `slices`) can be mappings, by layer. A target's full
-    name means that layer alone; other keys are regular expressions, of which the first found in a name counts. Layers
-    without a key have rank 0 and the method's own alpha and sizes; a key without effect is refused.
+    `rank`, `alpha` and the method's sizes (LoRA²'s `width`, `slices`) can be mappings, by layer. A target's full name
+    means that layer alone; other keys are regular expressions, of which the first found in a name counts. Layers
+    without a key have rank 0 and the method's default alpha and sizes; a key without effect is an error.
 
     Raises:
         MethodError, TargetError, BudgetError, StateError, DataError: see the message; the model is untouched.
@@ -112,14 +113,14 @@ def gather(
     seed: int = 0,
     **chosen: Any,
 ) -> Evidence:
-    """The evidence that a method looks at before training, to be saved and given to `apply(evidence=...)`.
+    """Gather the evidence that a method looks at before training, to be saved and given to `apply(evidence=...)`.
 
-    It fits the same targets, and methods that need the same or fewer directions of inputs, which follow from the rank
-    or the budget. The model is left as it is.
+    It fits the same targets, and methods that need at most as many directions of the inputs; how many follows from the
+    rank or the budget. The model is unchanged afterwards.
 
     Args:
         model, method, data, loss_fn: as `apply` takes them.
-        seed: of the randomised decomposition of wide layers' inputs.
+        seed: of the randomised decomposition of inputs to wide layers.
         **chosen: arguments of `apply` that choose layers and sizes, such as `budget` and `targets`.
 
     Raises:
@@ -129,7 +130,7 @@ def gather(
 
 
 def put(choice: Choice, adapters: Mapping[str, Adapter]) -> None:
-    """Place the adapters that were built for a choice."""
+    """Place the adapters that `choice.build` made."""
     state = state_of(choice.model)
     active = None if state is None or state.active is None else state.placements[state.active]
     inactive = base_values(choice.extra_trained, {} if active is None else active.inactive_values)

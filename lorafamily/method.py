@@ -1,4 +1,4 @@
-"""A method of the family is a choice on four axes and a scale: parametrisation, initialisation, allocation, penalty."""
+"""A method of the family: a parametrisation, an initialisation, an allocation, a penalty and a scale."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from lorafamily.errors import MethodError
 from lorafamily.evidence import LayerEvidence, Wanted
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)", "alpha"]
-"""Of the layer's own initial rank r. "alpha/r" is LoRA's; "alpha/sqrt(r)" is rsLoRA's (Kalajdzievski 2023,
-arXiv:2312.03732); "alpha" is one scale for all layers, whatever their ranks."""
+"""How s follows from alpha and the layer's initial rank r. "alpha/r" is LoRA's, "alpha/sqrt(r)" rsLoRA's (Kalajdzievski
+2023, arXiv:2312.03732); "alpha" is the same for all layers, whatever their ranks."""
 
 
 @dataclass(frozen=True)
 class Initialisation(ABC):
-    """The first values of a parametrisation. Fields are options of the methods that use it."""
+    """The values of a parametrisation before training. Its fields are options of the methods that use it."""
 
     frozen_initial: ClassVar[bool] = False
     """Whether U V is not zero at first, so that the adapter must subtract a frozen copy of it."""
 
     def freezes(self) -> bool:
-        """`frozen_initial`, or what a setting makes of it."""
+        """`frozen_initial`; to be overridden where it depends on a setting."""
         return self.frozen_initial
 
     @abstractmethod
     def __call__(
         self, update: Parametrisation, weight: Float[Tensor, "d_out d_in"], generator: torch.Generator
     ) -> None:
-        """Fill `update`; `weight` is read, never changed; `generator` lives on the CPU."""
+        """Fill `update`, without changing `weight`; `generator` lives on the CPU."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """The bounds for initial ranks that follow from evidence.
+    """Bounds for initial ranks that follow from evidence.
 
-    `shapes`: (d_in, d_out) by layer; `rank`: of every layer if all have the same; `limit`: of all layers together, in
-    trainable parameters where the budget is in those, else in slices; `cost(layer, rank)`: what counts against it;
-    `exact`: whether somebody set the limit, which else is the cost of equal ranks; `weight(layer)`: W.
+    `shapes`: (d_in, d_out) by layer; `rank`: that of equal ranks; `limit`: for all layers together, in trainable
+    parameters if the budget counts those, else in slices; `cost(layer, rank)`: what counts against it; `exact`: whether
+    the user set the limit, which otherwise is the cost of equal ranks; `weight(layer)`: W.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -59,41 +59,41 @@ class Room:
     weight: Callable[[str], Tensor]
 
     def largest(self, layer: str) -> int:
-        """The rank beyond which a layer cannot gain anything."""
+        """The largest rank that ΔW of a layer can have."""
         return min(self.shapes[layer])
 
 
 @dataclass(frozen=True)
 class FromEvidence(Initialisation):
-    """An initialisation, and initial ranks, from data that is looked at first; see `evidence.py`.
+    """An initialisation, and initial ranks, from data that is looked at before training; see `evidence.py`.
 
-    `evidence_batches`: how many of `apply`'s batches to look at, at most. `evidence_memory`: MiB of memory for sums of
+    `evidence_batches`: the most batches of `apply`'s data to look at. `evidence_memory`: MiB of memory for sums of
     gradients, which are as large as the weights in float32; the rest goes to a temporary file. None: all in memory.
     """
 
     wants: ClassVar[tuple[Wanted, ...]]
-    """What must be gathered: "inputs", "gradients"."""
+    """What must be gathered: "inputs", "gradients", or both."""
     one_scale: ClassVar[bool] = False
-    """Whether the scale is that of equal ranks in all layers, or of each layer's own."""
+    """Whether all layers have the scale of equal ranks, instead of that of their own rank."""
 
     evidence_batches: int = 64
     evidence_memory: float | None = None
 
     def __post_init__(self) -> None:
         if (bound := self.evidence_memory) is not None and not (isinstance(bound, int | float) and bound >= 0):
-            raise MethodError(f"evidence_memory={bound!r}: must be MiB, 0 or more, or None")
+            raise MethodError(f"evidence_memory={bound!r}: must be a number of MiB, 0 or more, or None")
         n = self.evidence_batches
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise MethodError(f"evidence_batches={n!r}: must be a whole number of at least 1")
 
     def directions(self, rank: int) -> int:
-        """How many directions of the inputs are needed, where equal ranks would be `rank`."""
+        """How many directions of a layer's inputs are needed; `rank`: that of equal ranks."""
         return rank
 
     def stop_at(self) -> float | None:
-        """The cosine between a direction before and after a batch above which the direction counts as found. A layer
-        whose directions are found, as many as `ranks` gives it, ignores further batches; when all are, no more data is
-        looked at. None: all batches count."""
+        """From which |cosine| between a direction before and after a batch on the direction has settled. A layer with
+        as many settled directions as `ranks` gives it ignores further batches; once all layers do, gathering stops.
+        None: all batches count."""
         return None
 
     def ranks(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, int]:
@@ -109,7 +109,7 @@ class FromEvidence(Initialisation):
         evidence: LayerEvidence,
         scale: float,
     ) -> None:
-        """Fill `update`, as `__call__` of other initialisations does; ΔW will be `scale` times U V."""
+        """Fill `update`, without changing `weight`; ΔW will be `scale` times U V."""
 
     def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
         raise MethodError(f"{type(self).__name__} needs evidence: apply(..., data=batches)")
@@ -125,26 +125,28 @@ class DefaultInitialisation(Initialisation):
 
 @dataclass(frozen=True)
 class Penalty(ABC):
-    """A term added to the loss. Fields are options of the methods that use it."""
+    """A term added to the task loss. Its fields are options of the methods that use it."""
 
     @abstractmethod
     def __call__(self, adapters: Iterable[Adapter]) -> Float[Tensor, ""]:
-        """One differentiable scalar for all adapters."""
+        """The penalty of all adapters together, differentiable."""
 
 
 AXES = ("parametrisation", "initialisation", "allocation", "penalty", "scaling", "up_ratio")
+OPTIONS = ("alpha", "scaling", "up_ratio")
+"""Options that every method has."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named point in the space of low-rank methods.
+    """A method for low-rank fine-tuning.
 
-    `alpha` and `scaling` give s, see `scale`. `up_ratio`: at how many times the adapters' learning rate the tensors
-    that make U train (LoRA+'s λ); an optimizer must do it, see `parameter_groups`. `parametrisation_options` override
-    the parametrisation's own sizes. `alpha` and these sizes are one value for all layers, or values by layer; `at` is
-    then the method of one layer.
-    `claimed` are the axes on which this method has an opinion; a combination `a+b` takes every claimed axis from the
-    method that claims it. A method built anew claims what it sets; one made by `but` claims what it changes.
+    `alpha` and `scaling` give s, see `scale`. `up_ratio`: by what the learning rate of the tensors that make U is
+    multiplied (LoRA+'s λ); the optimizer must do so, see `parameter_groups`. `parametrisation_options` override the
+    sizes in `own_sizes` of the parametrisation. `alpha` and these sizes are one value for all layers, or values by
+    layer; `at` then gives the method of one layer.
+    `claimed`: the axes that this method decides; a combination `a+b` takes every claimed axis from the method that
+    claims it. A new method claims the axes that it sets; one made by `but` claims those that it changes.
     """
 
     parametrisation: type[Parametrisation]
@@ -155,7 +157,7 @@ class Method:
     alpha: float | Mapping[str, float] = 16.0
     up_ratio: float = 1.0
     rank: int = 8
-    """The rank without a given rank or budget."""
+    """The rank if neither a rank nor a budget is given."""
     parametrisation_options: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
     claimed: frozenset[str] = frozenset()
 
@@ -164,24 +166,19 @@ class Method:
         object.__setattr__(self, "parametrisation_options", {name: given.get(name, sizes[name]) for name in sizes})
         if not self.claimed:
             defaults = {f.name: f.default for f in fields(Method)}
-            own = frozenset(axis for axis in AXES if getattr(self, axis) != defaults[axis])
-            object.__setattr__(self, "claimed", own)
-        names = [
-            self.parametrisation.sized_by,
-            *self.parametrisation.own_sizes,
-            *(f.name for choice in self._configurable() for f in fields(choice)),
-        ]
-        if twice := sorted(
-            {name for name in names if names.count(name) > 1 or name in ("alpha", "scaling", "up_ratio")}
-        ):
+            changed = frozenset(axis for axis in AXES if getattr(self, axis) != defaults[axis])
+            object.__setattr__(self, "claimed", changed)
+        settings = [f.name for choice in self._configurable() for f in fields(choice)]
+        names = [*OPTIONS, self.parametrisation.sized_by, *sizes, *settings]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise MethodError(f"option {', '.join(twice)} means two things in this method; rename one")
 
     def but(self, **axes: Any) -> Method:
-        """This method with some axes changed; it then claims just those."""
+        """This method with some axes changed, which are then the ones that it claims."""
         return replace(self, **axes, claimed=frozenset(axes) & frozenset(AXES))
 
     def combined(self, other: Method, names: str) -> Method:
-        """Both methods at once, each on the axes it claims.
+        """This method with the axes that the other one claims; `names`: the combination, for messages.
 
         Raises:
             MethodError: both claim an axis and differ on it.
@@ -194,14 +191,13 @@ class Method:
                     f"({_describe(mine)} and {_describe(theirs)}); combine methods that differ on other axes"
                 )
         changes = {axis: getattr(other, axis) for axis in other.claimed}
-        if "parametrisation" in other.claimed:  # with what belongs to it
+        if "parametrisation" in other.claimed:  # these settings belong to it
             changes |= {name: getattr(other, name) for name in ("alpha", "rank", "parametrisation_options")}
         return replace(self, **changes, claimed=self.claimed | other.claimed)
 
     def options(self) -> dict[str, Any]:
         """Every option with its present value, flat; `with_options(**options())` gives the method back."""
-        flat: dict[str, Any] = {"alpha": self.alpha, "scaling": self.scaling, "up_ratio": self.up_ratio}
-        flat |= self.parametrisation_options
+        flat = {name: getattr(self, name) for name in OPTIONS} | dict(self.parametrisation_options)
         for choice in self._configurable():
             flat |= {f.name: getattr(choice, f.name) for f in fields(choice)}
         return flat
@@ -210,7 +206,8 @@ class Method:
         """The method with options set, each on the axis that has it.
 
         Raises:
-            MethodError: an option that no axis of this method takes; the message lists those there are.
+            MethodError: an option has an impossible value, or no axis of this method has it; the message lists those
+                it has.
         """
         known = self.options()
         if unknown := sorted(set(options) - set(known)):
@@ -218,21 +215,21 @@ class Method:
                 f"unknown option{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; "
                 f"this method takes {', '.join(sorted(known))}"
             )
-        changes: dict[str, Any] = {name: options[name] for name in ("alpha", "scaling", "up_ratio") if name in options}
+        changes: dict[str, Any] = {name: options[name] for name in OPTIONS if name in options}
         sizes = {name: value for name, value in options.items() if name in self.parametrisation.own_sizes}
         changes["parametrisation_options"] = {**self.parametrisation_options, **sizes}
         for axis in ("initialisation", "allocation", "penalty"):
-            choice = getattr(self, axis)
-            if choice is not None:
-                own = {f.name: options[f.name] for f in fields(choice) if f.name in options}
-                changes[axis] = replace(choice, **own)
+            if (choice := getattr(self, axis)) is not None:
+                changes[axis] = replace(
+                    choice, **{f.name: options[f.name] for f in fields(choice) if f.name in options}
+                )
         method = replace(self, **changes)
         ratio = method.up_ratio
         if not isinstance(ratio, int | float) or not math.isfinite(ratio) or ratio <= 0:
             raise MethodError(f"up_ratio={ratio!r}: must be a positive, finite number")
         alphas = options.get("alpha", self.alpha)
         for alpha in alphas.values() if isinstance(alphas, Mapping) else [alphas]:
-            replace(method, alpha=alpha).scale(rank=1)  # refuses it now, not in the middle of placing adapters
+            replace(method, alpha=alpha).scale(rank=1)  # refuses a wrong alpha before any adapter is placed
         for name, value in sizes.items():
             least = 0 if isinstance(value, Mapping) else 1
             for size in value.values() if isinstance(value, Mapping) else [value]:
@@ -242,12 +239,12 @@ class Method:
 
     @property
     def looks_at_data(self) -> bool:
-        """Whether its initialisation needs data, which `apply` must be given."""
+        """Whether `apply` needs data, for the initialisation."""
         return isinstance(self.initialisation, FromEvidence)
 
     @property
     def layered(self) -> dict[str, Mapping[str, Any]]:
-        """Options that are given by layer."""
+        """Options with a value for every layer."""
         options = {"alpha": self.alpha, **self.parametrisation_options}
         return {name: value for name, value in options.items() if isinstance(value, Mapping)}
 
@@ -255,20 +252,15 @@ class Method:
         """The method of one layer, by full name."""
         if not self.layered:
             return self
-        own = {name: value[layer] for name, value in self.layered.items()}
-        sizes = {name: own.get(name, value) for name, value in self.parametrisation_options.items()}
-        return replace(self, alpha=own.get("alpha", self.alpha), parametrisation_options=sizes)
-
-    def with_slices(self, n: int) -> tuple[Method, int]:
-        """The method and the rank with which every module has n slices at first."""
-        by = self.parametrisation.sliced_by
-        return (self, n) if by == self.parametrisation.sized_by else (self.with_options(**{by: n}), self.rank)
+        values = {name: value[layer] for name, value in self.layered.items()}
+        sizes = {name: values.get(name, value) for name, value in self.parametrisation_options.items()}
+        return replace(self, alpha=values.get("alpha", self.alpha), parametrisation_options=sizes)
 
     def scale(self, rank: int) -> float:
         """s for a layer with `rank` slices at first.
 
         Raises:
-            MethodError: an alpha that is no positive number, or an unknown scaling.
+            MethodError: alpha is no positive number, or the scaling is unknown.
         """
         if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha <= 0:
             raise MethodError(f"alpha={self.alpha!r}: must be a positive, finite number, or such numbers by layer")
@@ -281,20 +273,20 @@ class Method:
         raise MethodError(f'scaling={self.scaling!r}: must be "alpha/r", "alpha/sqrt(r)" or "alpha"')
 
     def _configurable(self) -> list[Initialisation | Allocation | Penalty]:
-        """The axes whose settings are options."""
+        """The axes whose fields are options."""
         return [choice for choice in (self.initialisation, self.allocation, self.penalty) if choice is not None]
 
     def count(self, d_in: int, d_out: int, rank: int) -> int:
-        """Trainable parameters of one adapter of this method at `rank`, capped by the layer's own size."""
+        """Trainable parameters of one adapter at `rank`, capped by the layer's size."""
         return self.parametrisation.count(d_in, d_out, **self.capped(d_in, d_out, rank))
 
     def capped(self, d_in: int, d_out: int, rank: int) -> dict[str, int]:
-        """Sizes for one layer: none beyond min(d_in, d_out), the highest rank that ΔW can have; all 0 at rank 0."""
+        """Sizes for one layer: at most min(d_in, d_out), the largest rank that ΔW can have; all 0 at rank 0."""
         sizes = {self.parametrisation.sized_by: rank, **self.parametrisation_options}
         return {name: min(cast(int, size), d_in, d_out) if rank else 0 for name, size in sizes.items()}
 
     def slices(self, d_in: int, d_out: int, rank: int) -> int:
-        """Initial rank slices of a layer."""
+        """Number of slices of a layer at first."""
         return self.capped(d_in, d_out, rank)[self.parametrisation.sliced_by]
 
     def build(
@@ -307,10 +299,10 @@ class Method:
         scaled_as: int | None = None,
         evidence: LayerEvidence | None = None,
     ) -> Adapter:
-        """An adapter for `weight`, initialised, on its device; float32, or float64 where the weight is.
+        """An initialised adapter for `weight`, on its device, in float32, or in float64 if the weight is.
 
-        `scaled_as`: the number of slices that gives s, where it is not that of the layer, which may have none and get
-        some later. `evidence`: for an initialisation that needs it.
+        `scaled_as`: the number of slices that sets s; None: the layer's own. A layer without slices needs it, because
+        it may get some later. `evidence`: for an initialisation that needs it.
         """
         d_out, d_in = weight.shape
         dtype = torch.promote_types(weight.dtype, torch.float32)
