@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafamily.errors import MethodError
 
 DropoutKind = Literal["entries", "features"]
-"""What is dropped: entries of the input, each on its own; or whole features, for a whole batch, which costs nothing."""
+"""What is dropped: single entries of the input; or whole features for the whole batch, which takes no time or memory."""
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,31 @@ class Dropout:
             raise MethodError(f"dropout_kind={self.kind!r}: must be one of {', '.join(get_args(DropoutKind))}")
 
 
-ROWS = 64  # of `Mask.within`
-PIECE = 4  # rows of `Mask.across` that a CPU expands at once: 256 rows of an input stay in its cache
+ROWS = 64  # T: rows of `Mask.within`
+PIECE = 4  # rows of `Mask.across` that a CPU expands at once, so that 256 rows of the input stay in its cache
 
 
 @dataclass(frozen=True)
 class Mask:
     """Which entries of an input (n, d) are kept: entry (i, j) where within[i % T, j] ^ across[i // T, j] > threshold.
 
-    Entries of different features are independent, and so are any three of one feature. The mean and the covariance of
-    whatever is linear in the masked input are therefore those of wholly independent entries. Both tables together
-    have (T + n / T) d entries, and the mask is computed from them whenever it is needed.
+    Entries of different features are independent, and so are any three entries of one feature. So anything linear in
+    the masked input has the mean and covariance that it has with independent entries. Both tables together have only
+    (T + n / T) d entries; the mask is computed from them whenever it is needed.
     """
 
     within: Int[Tensor, "T d"]
     across: Int[Tensor, "S d"]
     threshold: float
-    """The tables hold integers whose bits, after ^, are those of a positive, finite float to compare."""
+    """The bits of `within ^ across` are compared with it as floats, all positive and finite."""
     scale: float
-    """What the kept entries are multiplied by so that the mean stays."""
+    """Factor of the kept entries, so that the mean stays."""
     dtype: torch.dtype
-    """Of the input, and of the floats to compare."""
+    """Dtype of the input, and of the floats that are compared."""
 
     @classmethod
     def draw(cls, x: Float[Tensor, "n d"], p: float) -> Mask:
-        """A new mask for x; p counts in steps of 2⁻²⁹ (half precision: 2⁻¹³), at least one."""
+        """A new mask for x; p is rounded to a multiple of 2⁻²⁹ (half precision: 2⁻¹³), at least one of them."""
         threshold, scale, low = _compared(p, x.dtype)
         rows = min(ROWS, max(1, len(x)))
         within = _random_bits(rows, x) & (low - 1)
@@ -63,7 +63,7 @@ class Mask:
         return cls(within, across, threshold, scale, x.dtype)
 
     def pieces(self, n: int) -> Iterator[tuple[slice, Float[Tensor, "_ d"]]]:
-        """Slices of rows of the input, each with the floats that decide which entries are kept."""
+        """Slices of the input's rows, each with the floats that decide which entries are kept."""
         at_once = PIECE if self.within.device.type == "cpu" else max(1, 2**25 // max(1, self.within.nbytes))
         begun = 0
         for some in self.across.split(at_once):
@@ -78,7 +78,7 @@ class Mask:
 
     def kept(self, x: Float[Tensor, "_ d"], numbers: Float[Tensor, "_ d"]) -> Float[Tensor, "_ d"]:
         """x, with zeros where entries are dropped."""
-        # One pass, where comparing, converting and multiplying are three.
+        # One pass instead of three for comparing, converting and multiplying.
         masked: Tensor = torch.ops.aten.threshold_backward(x, numbers, self.threshold)
         return masked
 
@@ -93,7 +93,7 @@ _INTEGERS = {
 
 @functools.cache
 def _compared(p: float, dtype: torch.dtype) -> tuple[float, float, int]:
-    """Threshold and scale, and the lowest of the 2ᵏ patterns of bits that are drawn; the highest is twice that."""
+    """Threshold, scale, and `low`: bit patterns are drawn from `low` up to 2 `low` − 1."""
     integer = _INTEGERS[dtype]
     low = 2 ** (torch.iinfo(integer).bits - 3)
     dropped = min(max(round(p * low), 1), low - 1)
@@ -104,10 +104,10 @@ def _compared(p: float, dtype: torch.dtype) -> tuple[float, float, int]:
 def _random_bits(rows: int, like: Float[Tensor, "_ d"]) -> Int[Tensor, "rows d"]:
     integer, d = _INTEGERS[like.dtype], like.shape[-1]
     words = torch.empty(-(-rows * d * integer.itemsize // 8), dtype=torch.int64, device=like.device)
-    words.random_(-(2**63), None)  # a number for every 8 bytes
+    words.random_(-(2**63), None)  # one draw for every 8 bytes
     return words.view(integer)[: rows * d].view(rows, d)
 
 
 def feature_mask(V: Float[Tensor, "m d_in"], p: float) -> Float[Tensor, " d_in"]:
-    """What the columns of V are multiplied by where features are dropped."""
+    """Factors of the columns of V that drop features of the input."""
     return torch.nn.functional.dropout(V.new_ones(V.shape[1]), p)

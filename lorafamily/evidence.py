@@ -1,11 +1,11 @@
-"""What a method may look at before training: the inputs of layers, and the gradient of the loss in their weights."""
+"""What a method may look at before training: inputs of layers, and the loss's gradient with respect to weights."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +22,10 @@ FORMAT = "lorafamily evidence 1"
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """Of one layer. What no method wanted is None.
+    """The evidence of one layer; what the method did not want is None.
 
-    `directions`: the leading principal directions of its inputs, orthonormal rows, in falling order; `explained`: the
-    share of the inputs' variance along each; `gradient`: mean over the data of the loss's gradient in its weight.
+    `directions`: the leading principal directions of its inputs, as orthonormal rows, in falling order; `explained`:
+    the share of the inputs' variance along each; `gradient`: of the mean loss with respect to its weight.
     """
 
     directions: Float[Tensor, "k d_in"] | None = None
@@ -35,7 +35,7 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of all adapted layers, by full name, from so many `batches`; `gather` makes it, `apply(evidence=...)` uses it."""
+    """The evidence of all targets by full name, from `batches` batches; `gather` returns it, `apply` takes it."""
 
     layers: Mapping[str, LayerEvidence]
     batches: int
@@ -46,11 +46,12 @@ class Evidence:
         Raises:
             FileError: it cannot be written.
         """
-        tensors = {}
-        for at, layer in self.layers.items():
-            for field in fields(layer):
-                if (value := getattr(layer, field.name)) is not None:
-                    tensors[f"{at}.{field.name}"] = value.contiguous().clone()  # layers share directions
+        tensors = {
+            f"{at}.{name}": value.contiguous().clone()  # layers may share directions, which safetensors refuses
+            for at, layer in self.layers.items()
+            for name, value in vars(layer).items()
+            if value is not None
+        }
         about = {"format": FORMAT, "batches": str(self.batches), "layers": json.dumps(list(self.layers))}
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -64,22 +65,20 @@ class Evidence:
         """Read what `save` wrote.
 
         Raises:
-            FileError: it is missing, damaged, or something else.
+            FileError: the file is missing, damaged, or was not written by `save`.
         """
         try:
             with safetensors.safe_open(file, framework="pt") as opened:
                 about = opened.metadata() or {}
-                if about.get("format") != FORMAT:
-                    raise FileError(f"{file}: a safetensors file, but none that Evidence.save wrote")
-                # Cloned: products of tensors that lie elsewhere than torch puts them differ in the last bit.
+                if (found := about.get("format")) != FORMAT:
+                    raise ValueError(f"its format is {found}, not {FORMAT}")
+                # Cloned into memory that torch aligns: otherwise products differ in the last bit.
                 tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - no mapping
-            found: dict[str, dict[str, Any]] = {at: {} for at in json.loads(about["layers"])}
+            values: dict[str, dict[str, Any]] = {at: {} for at in json.loads(about["layers"])}
             for key, value in tensors.items():
                 at, _, name = key.rpartition(".")
-                found[at][name] = value
-            layers = {at: LayerEvidence(**values) for at, values in found.items()}
+                values[at][name] = value
+            layers = {at: LayerEvidence(**of_layer) for at, of_layer in values.items()}
             return Evidence(layers, int(about["batches"]))
-        except FileError:
-            raise
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{file}: no evidence that Evidence.save wrote ({type(error).__name__}: {error})") from None
+            raise FileError(f"{file}: no file that Evidence.save wrote ({type(error).__name__}: {error})") from None

@@ -1,4 +1,4 @@
-"""The record of a run: values by step, evaluations, decisions of the allocation."""
+"""The record of a run: values by step, evaluations, and decisions of the allocation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decision:
-    """One change of the allocation. Ranks and scores are by module name; `threshold`: the highest score dropped."""
+    """One change of ranks. Ranks and scores are by module name; `threshold`: the highest score that was dropped."""
 
     step: int
     before: dict[str, int]
@@ -23,7 +23,7 @@ class Decision:
 
     @property
     def total(self) -> int:
-        """Rank slices left in all modules."""
+        """Slices left in all modules."""
         return sum(self.after.values())
 
 
@@ -31,7 +31,7 @@ class Decision:
 class Step:
     """One optimizer step. `loss`: mean task loss of its batches, without penalty (nats for cross-entropy);
     `gradient`: norm before clipping; `rank`: slices in use; `trainable`: all parameters that train, a head included;
-    `orthogonality`: mean ‖F Fᵀ − I‖_F of the adapters' frames, None where there are none or it was not measured."""
+    `orthogonality`: mean ‖F Fᵀ − I‖_F of the adapters' frames, None without frames or where it was not measured."""
 
     step: int
     loss: float
@@ -53,10 +53,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights of a step are. `metrics`: of the evaluation after that step, if there was one. `folder`: of the
-    checkpoint, within `log_dir`, such as "checkpoints/step-00000200"; `lorafamily.load(model, log_dir / folder)` reads
-    it; None where none was written. `tensors`: copies on the CPU by the names of a saved adapter's file, where they
-    were asked for; their shapes have the ranks.
+    """Where the weights after a step are. `metrics`: of the evaluation after that step, if any. `folder`: of the
+    checkpoint, inside `log_dir`, such as "checkpoints/step-00000200", for `lorafamily.load(model, log_dir / folder)`;
+    None where none was written. `tensors`: if they were asked for, copies on the CPU, named as in a saved adapter's
+    file; their shapes have the ranks.
     """
 
     step: int
@@ -64,18 +64,14 @@ class Weights:
     folder: str | None = None
     tensors: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
-    def plain(self) -> Weights:
-        """Without the tensors."""
-        return dataclasses.replace(self, tensors=None)
-
 
 @dataclass
 class History:
     """The record that `train` returns.
 
-    `seconds`: time in training steps, without evaluation and logging. `ranks_start`, `ranks_end`: slices by module.
-    `stopped`: why the run ended; `skipped`: steps not made because a number was not finite. `best`: the weights of the
-    best evaluation since the allocation settled, None without one; `last`: those at the end, which the model has.
+    `seconds`: time of the training steps, without evaluation and logging. `ranks_start`, `ranks_end`: slices by module.
+    `stopped`: why the run ended; `skipped`: steps left out because a loss or gradient was not finite. `best`: weights
+    of the best evaluation since the allocation settled, None without one; `last`: those at the end, in the model.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -91,7 +87,7 @@ class History:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the last evaluation; empty where there was none."""
+        """The metrics of the last evaluation; empty without one."""
         return self.evaluations[-1].metrics if self.evaluations else {}
 
     def smoothed_loss(self, window: int = 10) -> list[float]:
@@ -100,6 +96,6 @@ class History:
         return [sum(w) / len(w) for i in range(len(losses)) if (w := losses[max(0, i + 1 - window) : i + 1])]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; without weights that are kept in memory."""
-        best, last = (weights and weights.plain() for weights in (self.best, self.last))
+        """Plain data for JSON, without tensors."""
+        best, last = (weights and dataclasses.replace(weights, tensors=None) for weights in (self.best, self.last))
         return dataclasses.asdict(dataclasses.replace(self, best=best, last=last))

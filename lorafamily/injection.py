@@ -52,7 +52,7 @@ def apply(
             `rank` and `rank_budget` is given (LoRA²: or `width`, its k); default: the method's rank.
         rank: of the update of every layer, capped by the layer's size; or ranks by layer, see below.
         rank_budget: slices of all modules together, whatever parameters they have.
-        budget_at: "peak": the run never exceeds the budget; "end": a method that prunes begins above and ends within.
+        budget_at: "peak": the run never exceeds the budget; "end": a method that prunes starts larger, ends within.
         targets, exclude: layers to adapt, and those of them to leave out: None or "all-linear" (no output head, pooler,
             routers of experts, or what the kernels of state-space mixers read), "attention", regular expressions
             searched for in full names (of linear layers; of embeddings and convolutions where one matches no linear

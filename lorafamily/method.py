@@ -91,9 +91,9 @@ class FromEvidence(Initialisation):
         return rank
 
     def stop_at(self) -> float | None:
-        """From which |cosine| between a direction before and after a batch on the direction has settled. A layer with
-        as many settled directions as `ranks` gives it ignores further batches; once all layers do, gathering stops.
-        None: all batches count."""
+        """The smallest |cosine| between a direction before and after a batch with which it counts as settled. A layer
+        with as many settled directions as `ranks` gives it ignores further batches; once all layers do, gathering
+        stops. None: all batches count."""
         return None
 
     def ranks(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, int]:
@@ -220,9 +220,8 @@ class Method:
         changes["parametrisation_options"] = {**self.parametrisation_options, **sizes}
         for axis in ("initialisation", "allocation", "penalty"):
             if (choice := getattr(self, axis)) is not None:
-                changes[axis] = replace(
-                    choice, **{f.name: options[f.name] for f in fields(choice) if f.name in options}
-                )
+                settings = {f.name: options[f.name] for f in fields(choice) if f.name in options}
+                changes[axis] = replace(choice, **settings)
         method = replace(self, **changes)
         ratio = method.up_ratio
         if not isinstance(ratio, int | float) or not math.isfinite(ratio) or ratio <= 0:

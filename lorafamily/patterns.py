@@ -13,30 +13,30 @@ Value = TypeVar("Value")
 
 
 def by_layer(given: Mapping[str, Value], layers: Iterable[str], what: str, default: Value) -> dict[str, Value]:
-    """The value of every layer: that of its own full name, else of the first pattern found in the name, else `default`.
+    """The value of every layer: that of its full name, else of the first pattern found in the name, else `default`.
 
-    A key that is a layer's full name stands for that layer alone; any other is a regular expression, searched for in
-    full names as `targets` are. `what`: the argument, for messages.
+    A key that is a layer's full name means that layer alone; any other is a regular expression, searched for in full
+    names as `targets` are. `what`: the argument's name, for messages.
 
     Raises:
-        TargetError: a key that is no regular expression, or that no layer takes its value from.
+        TargetError: a key is no regular expression, or no layer takes its value from it.
     """
     names = list(layers)
     known = set(names)
     patterns = {key: _compiled(key, what) for key in given if key not in known}
     found: dict[str, Value] = {}
-    used = known & set(given)
+    used: set[str | None] = set()
     for name in names:
-        first = name if name in given else next((key for key, p in patterns.items() if p.search(name)), None)
-        found[name] = default if first is None else given[first]
-        used |= set() if first is None else {first}
+        key = name if name in given else next((key for key, p in patterns.items() if p.search(name)), None)
+        found[name] = default if key is None else given[key]
+        used.add(key)
     for key, pattern in patterns.items():
         if key in used:
             continue
         if taken := [name for name in names if pattern.search(name)]:
             raise TargetError(
-                f'{what}["{key}"] has no effect: keys before it, or full names, decide {taken[0]} and whatever else it '
-                "matches; of several patterns the first counts, so put the narrow ones first"
+                f'{what}["{key}"] has no effect: full names or earlier keys decide {taken[0]} and all else it matches; '
+                "of several patterns the first counts, so put the narrow ones first"
             )
         near = difflib.get_close_matches(key, names, n=3, cutoff=0.3) or names[:3]
         raise TargetError(

@@ -15,9 +15,9 @@ from lorafamily.method import Penalty
 
 @dataclass(frozen=True)
 class Orthogonality(Penalty):
-    """γ · mean over all frames F of ‖F Fᵀ − I‖_F, un-squared, as AdaLoRA's and LoRA²'s authors compute it.
+    """γ · mean over all frames F of ‖F Fᵀ − I‖_F. AdaLoRA's eq. 4 squares the norm; its code and LoRA²'s do not.
 
-    AdaLoRA's eq. 4 squares the norm, its code does not. `gamma` is γ.
+    `gamma`: γ.
     """
 
     gamma: float = 0.1
@@ -33,7 +33,7 @@ class Orthogonality(Penalty):
 
 def orthogonality_error(adapters: Iterable[Adapter]) -> Float[Tensor, ""] | None:
     """Mean of ‖F Fᵀ − I‖_F over all frames F, zero where their rows are orthonormal; None where there are no frames."""
-    # One product for all of a shape on a device: there are many, and small.
+    # Frames are many and small, so one product serves all of a shape on a device.
     by_shape: dict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
     for adapter in adapters:
         for frame in adapter.update.frames():

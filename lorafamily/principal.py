@@ -1,4 +1,4 @@
-"""Leading principal directions of vectors that come a few at a time."""
+"""Leading principal directions of vectors that arrive batch by batch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 EXACT = 512
-"""Up to so many rows or columns a whole decomposition is cheap; beyond, a randomised one is taken, as peft does."""
+"""Up to so many rows or columns a full SVD is cheap; for larger matrices a randomised one is used, as in peft."""
 
 
 class Principal:
-    """The k leading principal directions of rows that come batch by batch (Ross et al. 2008, incremental SVD with the
-    mean followed): as in EVA's code, so that directions are the same."""
+    """The k leading principal directions, by incremental SVD with an updated mean (Ross et al. 2008), as in EVA's code,
+    so that directions are the same."""
 
     turned: Float[Tensor, " k"]
-    """Of each direction the absolute cosine between what it was before the last rows came, and is now; 0 at first."""
+    """|cosine| between each direction before and after the last batch; 0 after the first."""
     mean: Float[Tensor, " d_in"]
     S: Float[Tensor, " k"]
     V: Float[Tensor, "k d_in"]
@@ -28,6 +28,7 @@ class Principal:
         """Sum over all rows of their squared distance from the mean."""
 
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
+        """Take in n further rows."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         n, mean = len(x), x.mean(0)
         x = x - mean
@@ -51,8 +52,8 @@ class Principal:
         self.S, self.V = S[: self.k], V[: self.k]
 
     def result(self) -> tuple[Float[Tensor, "k d_in"], Float[Tensor, " k"]]:
-        """Directions and the share of the variance along each. Of each direction the largest entry is positive: no
-        backend chooses signs."""
+        """Directions and the share of the variance along each. The largest entry of each direction is made positive,
+        because backends differ in the signs."""
         largest = self.V.gather(1, self.V.abs().argmax(1, keepdim=True))
         V = self.V * torch.where(largest < 0, -1.0, 1.0).to(self.V)
         return V.cpu(), (self.S.double().square() / self.scatter).cpu() if self.scatter else self.S.double().cpu()

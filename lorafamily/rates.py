@@ -1,10 +1,10 @@
-"""A learning rate for a method, from how far its parameters' steps move the weights.
+"""A learning rate for a method, from how far steps of its parameters move the weights.
 
-AdamW moves every parameter by about the learning rate, whatever its gradient, so that a rate says how far parameters
-go; how far the weights go with them depends on what the parameters are factors of, and on their first values. The rate
-suggested is the one at which they go as far as plain LoRA's do at a rate that is good for it. It costs no data and no
-gradient. docs/results.md has what it is worth, beside the rule that fails: a rate inversely proportional to the largest
-eigenvalue of the loss's Hessian (arXiv:2602.04998).
+AdamW moves every parameter by about the learning rate, whatever its gradient. How far that moves the weights depends on
+the parametrisation and its initial values. The suggested rate is the one at which the weights move as far as those of
+plain LoRA at a rate that is good for it; finding it needs no data and no gradient. docs/results.md measures what it is
+worth, and a rule that fails: a rate inversely proportional to the largest eigenvalue of the loss's Hessian
+(arXiv:2602.04998).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import nn
 
 from lorafamily.activation import remove, switch
 from lorafamily.adapter import Adapter, Factors
-from lorafamily.budget import check_budget
 from lorafamily.errors import BudgetError, MethodError, StateError
 from lorafamily.injection import apply
 from lorafamily.layers.placement import placement_of
@@ -30,16 +29,16 @@ from lorafamily.training.optimisation import LR
 
 REFERENCE = "suggest_lr-reference"
 STEPS = 6.0
-"""Steps in one direction that a run comes to, in which steps mostly cancel: chosen on the embedded model, tried on
-another."""
+"""As many steps in one direction a run amounts to, because steps mostly cancel: chosen on the embedded model, checked
+on another."""
 FEWER, MORE = 2.0, 18.0
 """A third and three times as many, for the range of a suggestion."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """`lr`: `ratio` times the rate that is good for plain LoRA; `low`, `high`: of the ratio, for a third as many steps
-    in one direction and for three times as many. `seconds`: what it took."""
+    """`lr`: the suggested peak rate, `ratio` times the rate for plain LoRA; `low`, `high`: the range of the ratio, from
+    a third as many steps in one direction to three times as many. `seconds`: what the computation took."""
 
     lr: float
     ratio: float
@@ -56,26 +55,26 @@ class Suggestion:
 
 def suggest_lr(model: nn.Module, *, reference_lr: float = LR, seed: int = 0) -> Suggestion:
     """A peak learning rate of AdamW for the active adapters: the one at which they move the weights as far as plain
-    LoRA, with as many parameters on the same layers, does at `reference_lr`. Ask it right after `apply`; `print` it.
+    LoRA, with as many parameters on the same layers, does at `reference_lr`. Call it right after `apply`.
 
     Args:
-        model: with adapters as `apply` left them; it is afterwards what it was, bit for bit.
+        model: with adapters as `apply` left them; it is unchanged afterwards, bit for bit.
         reference_lr: a peak rate that is good for plain LoRA on this model and data.
-        seed: of the directions that parameters are moved in, and of plain LoRA's start.
+        seed: of the directions in which parameters are moved, and of plain LoRA's initialisation.
 
     Raises:
-        StateError: no adapter is active, one is merged, or parameters that move without the weights.
+        StateError: no adapter is active, one is merged, or moving the parameters does not move the weights.
         MethodError: `reference_lr` is no positive number.
     """
     if not isinstance(reference_lr, int | float) or not 0 < reference_lr < math.inf:
         raise MethodError(f"reference_lr={reference_lr!r}: must be a positive number")
     begun = time.perf_counter()
-    own = placement_of(model)
-    method = _Path(own, seed)
+    placement = placement_of(model)
+    method = _Path(placement, seed)
     with _reference(model, seed):
         reference = _Path(placement_of(model), seed)
         wanted = {steps: reference.distance(steps * reference_lr) for steps in (FEWER, STEPS, MORE)}
-    assert placement_of(model) is own
+    assert placement_of(model) is placement
     ratios = {steps: method.reaches(far) / steps / reference_lr for steps, far in wanted.items()}
     low, high = min(ratios.values()), max(ratios.values())
     ratio = ratios[STEPS]
@@ -83,7 +82,7 @@ def suggest_lr(model: nn.Module, *, reference_lr: float = LR, seed: int = 0) -> 
 
 
 class _Path:
-    """Every parameter of adapters on its way up or down, as a sign drawn for it says, all as fast as each other."""
+    """A straight line through the parameters of adapters: each moves up or down, by a random sign, all equally far."""
 
     @torch.no_grad()
     def __init__(self, placement: Placement, seed: int):
@@ -99,7 +98,7 @@ class _Path:
 
     @torch.no_grad()
     def distance(self, moved: float) -> float:
-        """‖ΔW − ΔW at the start‖ over all layers, after every parameter was moved that far."""
+        """‖ΔW − ΔW at the start‖ over all layers, if every parameter is moved by `moved`."""
         kept = [p.clone() for p, _ in self.signs]
         try:
             for p, sign in self.signs:
@@ -111,16 +110,16 @@ class _Path:
         return math.sqrt(max(math.fsum(squares), 0.0))
 
     def reaches(self, distance: float) -> float:
-        """How far parameters must be moved for the weights to go so far.
+        """How far every parameter must be moved to move the weights by `distance`.
 
         Raises:
-            StateError: they never do.
+            StateError: no distance is enough.
         """
-        from scipy.optimize import brentq  # takes a third of a second
+        from scipy.optimize import brentq  # importing it takes a third of a second
 
         low, high = -20.0, 5.0  # natural logarithms
         if self.distance(math.exp(high)) < distance:
-            raise StateError("the adapters' parameters move without moving the weights; no rate follows from that")
+            raise StateError("moving the adapters' parameters does not move the weights; no rate follows from that")
         return math.exp(brentq(lambda at: self.distance(math.exp(at)) - distance, low, high, xtol=1e-4))
 
 
@@ -131,7 +130,7 @@ def _scaled(adapter: Adapter) -> Factors:
 
 
 def _difference(now: Factors, start: Factors) -> float:
-    """The squared norm of U V − U₀ V₀, without ever making a matrix of d_out × d_in."""
+    """‖U V − U₀ V₀‖², without forming a d_out × d_in matrix."""
     U, V = torch.cat([now[0], start[0]], 1), torch.cat([now[1], -start[1]])
     return float(((U.T @ U) * (V @ V.T)).sum())
 
@@ -139,17 +138,15 @@ def _difference(now: Factors, start: Factors) -> float:
 @contextmanager
 def _reference(model: nn.Module, seed: int) -> Iterator[None]:
     """Inside the block the active adapters are plain LoRA's, on the same layers and with about as many parameters."""
-    own = placement_of(model)
+    placement = placement_of(model)
     flags = {p: p.requires_grad for p in model.parameters()}
-    budget = sum(adapter.trainable() for adapter in own.adapters.values())
-    check_budget(budget)
-    given: dict[str, Any] = {"targets": lambda name, module: name in own.adapters, "name": REFERENCE, "seed": seed}
+    same: dict[str, Any] = {"targets": lambda name, module: name in placement.adapters, "name": REFERENCE, "seed": seed}
     with ExitStack() as around:
         try:
-            apply(model, "lora", budget=budget, **given)
-        except BudgetError:  # fewer than rank 1 has
-            apply(model, "lora", rank=1, **given)
+            apply(model, "lora", budget=placement.trainable(), **same)
+        except BudgetError:  # fewer parameters than LoRA of rank 1 has
+            apply(model, "lora", rank=1, **same)
         around.callback(lambda: [p.requires_grad_(flag) for p, flag in flags.items()])
-        around.callback(switch, model, own.name)
+        around.callback(switch, model, placement.name)
         around.callback(remove, model, REFERENCE)
         yield

@@ -1,4 +1,4 @@
-"""Names → methods and scorers. Built-in ones and plug-ins are found in the same way, by entry points."""
+"""Methods and scorers by name. Built-in ones and plug-ins are found alike, by entry points."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def methods() -> dict[str, Method]:
 
 
 def scorers() -> dict[str, type[Scorer]]:
-    """Every installed scorer of rank slices by name, plug-ins included: what `scorer=` of an allocation takes.
+    """Every installed scorer of slices by name, plug-ins included: the values that an allocation's `scorer=` takes.
 
     A package adds one by an entry point in its `pyproject.toml`::
 
@@ -52,7 +52,7 @@ def scorers() -> dict[str, type[Scorer]]:
 
 
 def _installed(group: str, what: str, error: type[LoraFamilyError]) -> dict[str, tuple[str, Any]]:
-    """The address and the object of every entry point of a group, by name."""
+    """The address ("module:name") and the object of every entry point of a group, by name."""
     targets: dict[str, str] = {}
     for point in sorted(entry_points(group=group), key=lambda point: point.name):
         if targets.setdefault(point.name, point.value) != point.value:
@@ -69,10 +69,10 @@ def _load(group: str, name: str, target: str) -> Any:
 
 
 def find_scorer(name: str) -> type[Scorer]:
-    """The scorer of a name.
+    """The scorer of that name.
 
     Raises:
-        AllocationError: there is none; says which there are.
+        AllocationError: no scorer has it; the message lists those that there are.
     """
     installed = scorers()
     if name not in installed:
@@ -84,7 +84,7 @@ def find(spec: str) -> Method:
     """The method of a name, or of names joined by "+": "lora2+olora" takes each axis from the method that claims it.
 
     Raises:
-        MethodError: an unknown name (the message has the nearest), or a combination without meaning.
+        MethodError: a name is unknown (the message suggests the nearest), or the methods cannot be combined.
     """
     if not isinstance(spec, str):
         raise MethodError(f"method={spec!r}: must be a name or names joined by '+', such as \"lora2+olora\"")

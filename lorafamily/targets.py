@@ -23,9 +23,9 @@ from lorafamily.names import join
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
-# What sits on top of the network is called so at the top of a model, or of the trunk in it. Further inside the same
-# words mean other things: `heads` of attention, GPT-J's `fc_out`, the `head` of a tower. An output head that a model
-# of transformers names by `get_output_embeddings`, or that shares its weight with an embedding, needs no name.
+# Names of output heads and poolers, at the top of a model or of the trunk in it. Further inside the same words mean
+# other things: `heads` of attention, GPT-J's `fc_out`, the `head` of a tower. Heads that `get_output_embeddings` of
+# transformers returns, or that share their weight with an embedding, are found without a name.
 HEADS = {
     *("lm_head", "embed_out", "output_projection", "fc_out", "cls", "predictions", "qa_outputs"),
     *("classifier", "pre_classifier", "classification_head", "score", "head", "heads", "pooler"),
@@ -39,20 +39,19 @@ def match(
 ) -> dict[str, Target]:
     """The targets that `targets` names and `exclude` does not, by full name, in the model's order.
 
-    `targets`: None or "all-linear": those of every linear layer, without the output head, the pooler and the routers
-    of experts; "attention": those of them inside attention; one or several regular expressions, searched for in full
-    names, of linear layers or, where one matches none of these, of embeddings, convolutions and other kinds; or a
-    predicate of (name, module). `exclude` takes the same. `fused`: layers in whose place their parts are matched, see
-    `layers/rows.py`.
+    `targets`: None or "all-linear": every linear layer except output heads, poolers, routers of experts, and what
+    state-space kernels read; "attention": those of them inside attention; one or several regular expressions, searched
+    for in full names of linear layers, or, if one matches none of these, of layers of other kinds; or a predicate of
+    (name, module). `exclude` takes the same. `fused`: layers that are replaced by their parts, see `layers/rows.py`.
 
     Raises:
-        TargetError: a target that matches no layer, or only layers that cannot carry an adapter, with the reason.
+        TargetError: a target matches no layer, or only layers that cannot carry an adapter; the message has the reason.
     """
     able = possible_targets(model, fused)
     refused = {name: Target(layer, kind) for name, layer, kind in refused_layers(model)}
     left_out = {} if exclude is None else _named(model, exclude, able | refused)
-    both = able if callable(targets) else able | refused  # a predicate is asked for what can carry one
-    chosen = {name: target for name, target in _named(model, targets, both).items() if name not in left_out}
+    asked = able if callable(targets) else able | refused  # a predicate sees only layers that can carry an adapter
+    chosen = {name: target for name, target in _named(model, targets, asked).items() if name not in left_out}
     for name, target in chosen.items():
         if name in refused:
             raise TargetError(
@@ -68,8 +67,8 @@ def match(
 
 
 def by_default(targets: Targets) -> bool:
-    """Whether no layers are named, at most a class of them."""
-    return targets is None or targets in ("all-linear", "attention")
+    """Whether the user named no layers, at most "all-linear" or "attention"."""
+    return targets in (None, "all-linear", "attention")
 
 
 def _named(model: nn.Module, targets: Targets, able: dict[str, Target]) -> dict[str, Target]:
@@ -130,7 +129,7 @@ def match_extra_trained(
 
 
 def _inside(model: nn.Module, linear: dict[str, Target]) -> dict[str, Target]:
-    """Linear layers without heads, poolers, routers and what state-space kernels read."""
+    """The linear layers that "all-linear" means."""
     heads = heads_of(model)
     return {
         name: target
@@ -145,7 +144,7 @@ def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     try:
         output = getattr(model, "get_output_embeddings", lambda: None)()
-    except (NotImplementedError, AttributeError):  # models of transformers that have the method and no such layer
+    except (NotImplementedError, AttributeError):  # some models of transformers have the method, but no such layer
         output = None
     trunk = getattr(model, "base_model_prefix", "")
 
@@ -167,8 +166,8 @@ def is_router(model: nn.Module, name: str) -> bool:
 
 
 def is_of_a_kernel(model: nn.Module, name: str) -> bool:
-    """Whether a state-space mixer (Mamba's, which has an A_log) hands the layer's weight to its fused kernels, or may,
-    where they are installed; only its input projection is called for certain."""
+    """Whether a state-space mixer (Mamba's, which has an A_log) may pass the layer's weight to fused kernels instead of
+    calling the layer; only its input projection is always called."""
     before, _, last = name.rpartition(".")
     return "A_log" in model.get_submodule(before)._parameters and not last.startswith("in_proj")
 
@@ -179,7 +178,7 @@ def _searched(pattern: str, linear: dict[str, Target], able: dict[str, Target], 
     if not found:
         for name, module in model.named_modules():
             reason = why_no_experts(module)
-            named = reason is not None and any(compiled.search(join(name, own)) for own in module._parameters)
+            named = reason is not None and any(compiled.search(join(name, part)) for part in module._parameters)
             if named or (compiled.search(name) and (reason := reason or why_not(module)) is not None):
                 raise TargetError(f'target "{pattern}": {name} cannot carry an adapter: {reason}')
         near = difflib.get_close_matches(pattern, able, n=3, cutoff=0.3)
@@ -190,7 +189,7 @@ def _searched(pattern: str, linear: dict[str, Target], able: dict[str, Target], 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
     if not isinstance(pattern, str):
-        raise TargetError(f"{pattern!r}: a target must be a regular expression, a list of them, or a predicate")
+        raise TargetError(f"{pattern!r}: must be a regular expression or a list of them; targets also take a predicate")
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -204,8 +203,8 @@ def _offer(able: dict[str, Target], model: nn.Module) -> str:
     for name, module in model.named_modules():
         if (reason := why_not(module)) is not None:
             return f"no layer can carry an adapter; {name}: {reason}"
-    kinds = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
-    return f"no layer can carry an adapter; the model has {', '.join(f'{n} {k}' for k, n in kinds.most_common())}"
+    classes = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
+    return f"no layer can carry an adapter; the model has {', '.join(f'{n} {c}' for c, n in classes.most_common())}"
 
 
 def what_is(model: nn.Module) -> Callable[[str], str]:
@@ -213,11 +212,11 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
     heads = heads_of(model)
 
     def group(name: str) -> str:
-        at, _, own = name.rpartition(".")
+        at, _, attribute = name.rpartition(".")
         module = model.get_submodule(at)
         of = type(module).__name__
         if isinstance(module, nn.Embedding) or "Embedding" in of:
-            return "embeddings"  # of a tied output head too
+            return "embeddings"  # a tied output head's weight, too
         if heads(at, module):
             return "output heads"
         if is_router(model, at):
@@ -225,13 +224,13 @@ def what_is(model: nn.Module) -> Callable[[str], str]:
         if "Norm" in of:
             return "norms"
         if weights := expert_weights(module):
-            return "experts" if own in weights else "scales and biases elsewhere"
+            return "experts" if attribute in weights else "scales and biases elsewhere"
         if kind_of(module) is not None:
             return f"other layers that can be adapted ({of})"
-        if module.get_parameter(own).ndim < 2:
+        if (ndim := module.get_parameter(attribute).ndim) < 2:
             return "scales and biases elsewhere"
         if isinstance(model.get_submodule(at.rpartition(".")[0]), nn.MultiheadAttention):
             return "other layers that can be adapted (MultiheadAttention)"
-        return f"what no kind of layer covers ({of}, {module.get_parameter(own).ndim}-D)"
+        return f"what no layer kind covers ({of}, {ndim}-D)"
 
     return group

@@ -1,4 +1,4 @@
-"""Printing for the commands: colours on a terminal, any text on any stream, the nearest name in errors, bytes."""
+"""Printing for the commands: colours, characters that a stream's encoding lacks, the nearest name in errors, bytes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ BYTES = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
 def any_text() -> None:
-    """Let standard output and error take every character: those that their encoding lacks are replaced by plainer
-    ones."""
+    """Replace characters that the encoding of standard output or error lacks by plainer ones, instead of failing."""
     codecs.register_error("lorafamily", _plainer)
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)
@@ -44,7 +43,7 @@ def _plainer(error: UnicodeError) -> tuple[str, int]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?", or nothing where no name is close."""
+    """ "; did you mean X?", or "" if no name is close."""
     found = difflib.get_close_matches(str(name), list(known), 1, 0.6)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -55,7 +54,7 @@ def coloured(stream: TextIO) -> bool:
 
 
 def in_units(size: int) -> str:
-    """Bytes with three digits."""
+    """A size in bytes with three digits and a unit."""
     for unit, of in BYTES:
         if size >= 0.9995 * of:  # rounds to 1.00
             return f"{size / of:#.3g}".rstrip(".") + f" {unit}"

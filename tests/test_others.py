@@ -710,7 +710,7 @@ def test_adapters_of_peft_are_no_targets():
         (
             lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.LSTM(4, 4)),
             {"targets": everything},
-            {"what no kind of layer covers (LSTM, 2-D)", "scales and biases elsewhere"},
+            {"what no layer kind covers (LSTM, 2-D)", "scales and biases elsewhere"},
         ),
     ],
 )
