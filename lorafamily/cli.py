@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,11 +40,11 @@ CHAT = {
     "generate": "Let a model with an adapter answer.",
     "evaluate": "Loss, perplexity and exact match on a file of conversations.",
 }
-"""Commands of `lorafamily.chat`, where their options are."""
+"""Commands of `lorafamily.chat`, which defines their options."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run a command; returns the exit code."""
     any_text()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in CHAT:
@@ -80,7 +80,7 @@ def inspect_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "written by": saved.record["written by"],
         "parameters": sum(adapter.trainable() for adapter in saved.adapters.values()),
         "rank": sum(ranks.values()),
-        "bytes": sum(file.stat().st_size for file in saved.folder.iterdir() if file.is_file()),
+        "bytes": _bytes(file for file in saved.folder.iterdir() if file.is_file()),
         "extra trained": {at: list(value.shape) for at, value in saved.extra_trained.items()},
         "modules": {
             at: {**{key: entry[key] for key in ("shape", "rank", "scale")}, "norm": saved.adapters[at].norm()}
@@ -102,7 +102,7 @@ def merge_into_checkpoint(given: argparse.Namespace) -> tuple[dict[str, Any], st
     saved = read(given.adapter)
     if given.dequantise is not None:
         return _merge_dequantised(given, saved)
-    size = sum(file.stat().st_size for file in {entry.file for entry in entries_of(given.base).values()})
+    size = _bytes({entry.file for entry in entries_of(given.base).values()})
     with tqdm(total=size, unit="B", unit_scale=True, desc="merging", disable=given.json) as bar:
         merge_checkpoint(given.base, saved, given.out, bar.update)
     result = {"out": str(given.out), "merged": len(saved.adapters), "bytes": size}
@@ -110,7 +110,7 @@ def merge_into_checkpoint(given: argparse.Namespace) -> tuple[dict[str, Any], st
 
 
 def _merge_dequantised(given: argparse.Namespace, saved: Saved) -> tuple[dict[str, Any], str]:
-    """Through the base's own loader, which knows its format. It holds the whole model in memory."""
+    """Merge with the base's own loader, which knows its format but holds the whole model in memory."""
     refuse_used(given.out)
     model = load(_base(given, saved), given.adapter)
     merge(model, dequantise=getattr(torch, given.dequantise), keep="none")
@@ -119,42 +119,40 @@ def _merge_dequantised(given: argparse.Namespace, saved: Saved) -> tuple[dict[st
         of_weights = is_weights(file) or file.name.endswith(".index.json")
         if file.is_file() and not of_weights and not (given.out / file.name).exists():
             shutil.copyfile(file, given.out / file.name)
-    size = sum(file.stat().st_size for file in given.out.iterdir())
-    result = {"out": str(given.out), "merged": len(saved.adapters), "bytes": size}
+    result = {"out": str(given.out), "merged": len(saved.adapters), "bytes": _bytes(given.out.iterdir())}
     return result, f"{given.out}: {given.base} in {given.dequantise} with {len(saved.adapters)} layers merged"
 
 
 def compress_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write an adapter as plain LoRA of lower rank, the best for each layer or for all together."""
     saved = read(given.adapter)
-    method, sizing, adapters, report = compressed(
-        saved.adapters, Cut(given.rank, given.energy, given.budget, given.rank_budget)
-    )
+    cut = Cut(given.rank, given.energy, given.budget, given.rank_budget)
+    method, sizing, adapters, report = compressed(saved.adapters, cut)
     record = saved.record | {"method": PLAIN}
     write(replace(saved, record=record, method=method, sizing=sizing, adapters=adapters), given.out)
-    rows = [asdict(row) for row in report]
     worst = max(report, key=lambda row: row.error)
     before, after = sum(row.rank_before for row in report), sum(row.rank_after for row in report)
     error = f"largest error ‖ΔW − ΔW′‖ / ‖ΔW‖ {worst.error:.1%} ({worst.module})"
-    if given.rank is None and given.energy is None:  # ranks of all layers are chosen together
+    if given.rank is None and given.energy is None:  # a budget chooses the ranks of all layers together
         error += f", {report.error:.1%} in all"
-    return {
-        "out": str(given.out),
-        "modules": rows,
-        "error": report.error,
-    }, f"{given.out}: total rank {before} → {after}; {error}"
+    result = {"out": str(given.out), "modules": [asdict(row) for row in report], "error": report.error}
+    return result, f"{given.out}: total rank {before} → {after}; {error}"
 
 
 def export_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write an adapter as a LoRA folder for peft, inference servers or diffusers."""
     saved = read(given.adapter)
     folder = export_peft(load(_base(given, saved), given.adapter), given.out, layout=given.layout)
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = _bytes(folder.iterdir())
     return {"out": str(folder), "bytes": size}, f"{folder}: {size / 1024:,.0f} KiB, layout {given.layout}"
 
 
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
 def _base(given: argparse.Namespace, saved: Saved) -> Any:
-    """The model that the adapter was made for, read by its own library."""
+    """The model that the adapter was made for, loaded by transformers or diffusers."""
     cls = _class_of(saved.record["base"]["architecture"])
     if not (given.base / "config.json").is_file():
         raise FileError(f"{given.base}: no config.json there; {FOLDER}")
@@ -174,15 +172,15 @@ def _class_of(architecture: str) -> Any:
         if isinstance(cls, type) and issubclass(cls, getattr(module, parent)):
             return cls
     if not installed:
-        raise StateError("this reads the base with transformers or diffusers, and neither is installed")
+        raise StateError("the base is loaded with transformers or diffusers, and neither is installed")
     raise StateError(
         f"{architecture} is no model of {' or '.join(installed)}; load base and adapter in Python, and call "
-        "lorafamily.export_peft or merge"
+        "lorafamily.export_peft or lorafamily.merge"
     )
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line, with the nearest command or option."""
+    """Reports an error in one line, and suggests the nearest command or option."""
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -219,14 +217,16 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument(
         "--dequantise",
         choices=("bfloat16", "float16", "float32"),
-        help="of a quantised checkpoint: write an ordinary one of this dtype, with the whole model in memory",
+        help="turn a quantised checkpoint into one of this dtype; needs memory for the whole model",
     )
     smaller = converting("compress", compress_folder, out="folder for the smaller adapter")
     amount = smaller.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--rank", type=int, help="of every layer at most")
-    amount.add_argument("--energy", type=float, help="share of every layer's ‖ΔW‖² to keep at least")
-    amount.add_argument("--budget", type=float, help="trainable adapter parameters in all; see lorafamily.compress")
-    amount.add_argument("--rank-budget", type=int, help="rank slices in all")
+    amount.add_argument("--rank", type=int, help="largest rank of every layer")
+    amount.add_argument("--energy", type=float, help="smallest share of ‖ΔW‖² that every layer keeps")
+    amount.add_argument(
+        "--budget", type=float, help="trainable adapter parameters of all layers; see lorafamily.compress"
+    )
+    amount.add_argument("--rank-budget", type=int, help="slices of all layers")
     exporting = converting("export", export_folder, out="folder for the files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")
     exporting.add_argument(
@@ -255,16 +255,16 @@ def _table(saved: Saved, result: dict[str, Any]) -> str:
 
 
 def _heatmap(ranks: dict[str, int]) -> str:
-    """Slices as blocks, kinds of matrix by layers, for every stack; the highest block is the largest number."""
+    """For every stack a grid of matrices by layers, whose blocks are as high as slices are many."""
     top, lines = max([1, *ranks.values()]), []
     grids = {stack: rank_grid({name: ranks[name] for name in names}) for stack, names in by_stack(ranks).items()}
-    width = max((len(kind) for kinds, _, _ in grids.values() for kind in kinds), default=0)
-    for stack, (kinds, layers, grid) in grids.items():
+    width = max((len(name) for matrices, _, _ in grids.values() for name in matrices), default=0)
+    for stack, (matrices, layers, grid) in grids.items():
         extent = "" if stack == OUTSIDE else f", {layers[0]} to {layers[-1]}"
         lines.append(f"{stack + ': ' if stack else ''}slices by layer{extent}; {BLOCKS[-1]} = {top}")
-        for kind, row in zip(kinds, grid, strict=True):
+        for name, row in zip(matrices, grid, strict=True):
             cells = ["·" if rank != rank else BLOCKS[round(rank / top * (len(BLOCKS) - 1))] for rank in row]
-            lines.append(f"{kind:<{width}}  {''.join(cells)}")
+            lines.append(f"{name:<{width}}  {''.join(cells)}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafamily.errors import MethodError
 
 DropoutKind = Literal["entries", "features"]
-"""What is dropped: single entries of the input; or whole features for the whole batch, which takes no time or memory."""
+"""What is dropped: single entries of the input; or features, for a whole batch, which takes no time or memory."""
 
 
 @dataclass(frozen=True)

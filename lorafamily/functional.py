@@ -2,9 +2,9 @@
 
 Axes: d_in, d_out of the weight; m = inner size of the factors; n = rows of x, tokens of all sequences.
 
-The plain formulation, `low_rank_linear` added to the layer's own product, is right everywhere. `adapted_linear` is the
-same for a frozen W and b, up to rounding, in one function that allocates no further tensor of size n × d: the update is
-added into the output and into the input's gradient in place, or *folded* into W before.
+The plain formulation adds `low_rank_linear` to the output of the layer; it is right everywhere. For frozen W and b
+`adapted_linear` computes the same, up to rounding, without a further tensor of size n × d: the update is added in place
+to the output and to the input's gradient, or *folded* into W before.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lorafamily.dropout import Mask
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
-"""Classes of tensors without behaviour of their own; the fake ones are those that plans are made with."""
+"""Tensor classes that compute as tensors do; the planner traces with fake ones."""
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for a device; torch raises when asked about the meta device."""
+    """Whether autocast is on for a device. The meta device has none: torch would raise."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype of products with x: autocast's, where that is on, which leaves float64 alone."""
+    """The dtype of products with x: that of autocast, if it is on and x is not float64, else that of x."""
     casts = autocasts(x.device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
@@ -39,13 +39,13 @@ def computed_in(x: Tensor) -> torch.dtype:
 def in_dtype(
     U: Float[Tensor, "*experts d_out r"], V: Float[Tensor, "*experts r d_in"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "*experts d_out r"], Float[Tensor, "*experts r d_in"]]:
-    """The same U V in another dtype; of one weight or of many.
+    """U and V, of one weight or of many experts, in another dtype with the same product.
 
-    float16 has few numbers below 6e-5 and none below 6e-8, where LoRA²'s U is for many steps, a product of four small
-    factors: A would get no gradient. V lends U a power of two then.
+    float16 has few values below 6e-5 and none below 6e-8. LoRA²'s U, a product of four small factors, is that small for
+    many steps, and A would get no gradient. So for float16 a power of two moves from V to U.
     """
     if dtype == torch.float16:
-        larger = (V.detach().norm() / U.detach().norm()).nan_to_num(1.0, 1.0)  # 1 at the start, where U is zero
+        larger = (V.detach().norm() / U.detach().norm()).nan_to_num(1.0, 1.0)  # 1 while U is zero
         power = (larger.log2() / 2).round().clamp(0, 10).exp2()
         U, V = U * power, V / power
     return U.to(dtype), V.to(dtype)
@@ -57,8 +57,8 @@ def low_rank_linear(
     V: Float[Tensor, "r d_in"],
     scale: float,
 ) -> Float[Tensor, "*batch d_out"]:
-    """s · U (V x), right to left, so that ΔW is never formed: the plain formulation, and the reference. The factors are
-    cast here, from float32: they are small, a float32 copy of the activations would not be."""
+    """s · U (V x) from right to left, so that ΔW is never formed. The factors are cast to the dtype of x, because they
+    are small, and a float32 copy of the activations would not be."""
     U, V = in_dtype(U * scale, V, computed_in(x))
     return F.linear(F.linear(x, V), U)
 
@@ -68,8 +68,8 @@ _fast = {"on": True}
 
 @contextmanager
 def fast_path(on: bool) -> Iterator[None]:
-    """Inside the block, if off, adapted layers compute by the plain formulation, for comparison. Under `torch.func`,
-    forward-mode differentiation, compilation, export and tracing they do so by themselves."""
+    """If `on` is False, adapted layers use the plain formulation inside the block, for comparison. They always do so
+    under `torch.func`, forward-mode differentiation, compilation, export and tracing."""
     before, _fast["on"] = _fast["on"], on
     try:
         yield
@@ -78,8 +78,8 @@ def fast_path(on: bool) -> Iterator[None]:
 
 
 def can_be_fast(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
-    """Whether `adapted_linear` gives what a layer that is x Wᵀ + b and its update give together: all of the layer must
-    be frozen, of plain tensors, and nothing may look into the operations, as `torch.compile` does."""
+    """Whether `adapted_linear` may replace the layer x Wᵀ + b and its update: W and b must be frozen, tensors plain,
+    and nothing may trace or transform single operations, as `torch.compile` does."""
     return (
         _fast["on"]
         and not W.requires_grad
@@ -105,25 +105,25 @@ def adapted_linear(
     dropout: float = 0.0,
     folded: bool | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
-    """A frozen linear layer and its update at once. Gradients for x, U and V.
+    """A frozen linear layer and its update in one function, with gradients for x, U and V.
 
-    Under autocast all products are in its dtype; W is cast again in the backward and not kept as a copy. `dropout`:
+    Under autocast all products are in its dtype; W is cast again in the backward, so that no copy is kept. `dropout`:
     probability with which an entry of the update's x is zero, see `Mask`. `folded`: whether W + s U V is formed; None:
-    where that moves half as many numbers as adding to outputs and gradients does (docs/performance.md has the times).
+    if that moves half as many numbers as adding to outputs and gradients (docs/performance.md has the times).
     """
     x = x.to(computed_in(x))
     mask = Mask.draw(_rows(x), dropout) if dropout else None
     scale = scale if mask is None else scale * mask.scale
     both = in_dtype(U, V, x.dtype)
-    if folded is None:  # half precision has no room in W for small updates
+    if folded is None:  # not in half precision, where W would round small updates away
         folded = mask is None and x.dtype.itemsize > 2 and x.numel() * sum(W.shape) > 4 * W.numel() * W.shape[1]
     if torch.is_grad_enabled():
         return _Adapted.apply(x, W, b, *both, scale, mask, folded)
     return _product(x, W, b, *both, scale, mask, folded)[0]
 
 
-# Products with one side of size m are fastest, by factors of two to five on a CPU, where that side's rows are long:
-# (m, n) and (m, d), never (n, m) and (d, m).
+# On a CPU products with a side of size m are two to five times as fast with long rows: matrices are (m, n) and (m, d),
+# never (n, m) and (d, m).
 
 
 def _rows(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "n d"]:
@@ -140,7 +140,7 @@ def _down(rows: Float[Tensor, "n d"], V: Float[Tensor, "m d"], mask: Mask | None
 
 
 def _folded(W: Tensor, U: Tensor, V: Tensor, scale: float) -> Tensor:
-    """W + s U V, lying in memory as W does: the product with it is then that of W to the last bit where U V is zero."""
+    """W + s U V, with the strides of W, so that products with it equal those with W to the last bit if U V is zero."""
     W = W.to(U.dtype)
     return torch.addmm(W, U, V, alpha=scale) if W.is_contiguous() else torch.addmm(W.T, V.T, U.T, alpha=scale).T
 
@@ -148,14 +148,14 @@ def _folded(W: Tensor, U: Tensor, V: Tensor, scale: float) -> Tensor:
 def _product(
     x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor, scale: float, mask: Mask | None, folded: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and V xᵀ where it was computed."""
+    """The output, and V xᵀ if it was computed."""
     b, h = None if b is None else b.to(x.dtype), None
     y = F.linear(x, _folded(W, U, V, scale) if folded else W.to(x.dtype), b)
     if not folded:
         h = _down(_rows(x), V, mask)
         y.view(-1, y.shape[-1]).addmm_(h.T, U.T, alpha=scale)
-    # F.linear may return a view of its flat product. The model may write into what it gets, which autograd allows in
-    # the output of a function only where that is no view.
+    # F.linear may return a view of its flat product. The model may write into the output in place, which autograd
+    # forbids for views that a custom function returns.
     return torch.ops.aten._unsafe_view(y, y.shape), h
 
 
@@ -170,16 +170,16 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, W, U, V, h = ctx.saved_tensors
-        of_x, _, _, of_U, of_V, *_ = ctx.needs_input_grad
+        wants_x, _, _, wants_U, wants_V, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             return _gradients_with_graph(x, W, U, V, ctx.scale, ctx.mask, gradient)
         g, rows, mask = _rows(gradient), _rows(x), ctx.mask
-        gU = ((_down(rows, V, mask) if h is None else h) @ g).mul_(ctx.scale).T if of_U else None
+        gU = ((_down(rows, V, mask) if h is None else h) @ g).mul_(ctx.scale).T if wants_U else None
         gh = (U.T.contiguous() @ g.T).mul_(ctx.scale)
-        gx = g @ (_folded(W, U, V, ctx.scale) if ctx.folded else W.to(g.dtype)) if of_x else None
+        gx = g @ (_folded(W, U, V, ctx.scale) if ctx.folded else W.to(g.dtype)) if wants_x else None
         if mask is None and gx is not None and not ctx.folded:
             gx.addmm_(gh.T, V)
-        gV = (gh @ rows if mask is None else torch.zeros_like(V)) if of_V else None
+        gV = (gh @ rows if mask is None else torch.zeros_like(V)) if wants_V else None
         for piece, numbers in () if mask is None else mask.pieces(len(rows)):
             if gV is not None:
                 gV.addmm_(gh[:, piece], mask.kept(rows[piece], numbers))
@@ -191,8 +191,8 @@ class _Adapted(torch.autograd.Function):
 def _gradients_with_graph(
     x: Tensor, W: Tensor, U: Tensor, V: Tensor, scale: float, mask: Mask | None, gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients by the plain formulation, whose gradients can be taken again."""
-    x, U, V = (tensor.view_as(tensor) for tensor in (x, U, V))  # not what x was made of, which may be the same factors
+    """The same gradients by the plain formulation, which can be differentiated again."""
+    x, U, V = (tensor.view_as(tensor) for tensor in (x, U, V))  # x may depend on U and V: stop at these three tensors
     y = F.linear(x, W.to(x.dtype)) + scale * F.linear(F.linear(x if mask is None else mask.applied(x), V), U)
     wanted = [tensor for tensor in (x, U, V) if tensor.requires_grad]
     found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, gradient, create_graph=True), strict=True))
