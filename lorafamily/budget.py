@@ -73,6 +73,7 @@ def solve(
         raise BudgetError(f'budget_at={budget_at!r}: must be "peak" (never exceeded) or "end" (held after pruning)')
     if budget_at == "end" and budget is None and rank_budget is None:
         raise BudgetError('budget_at="end" has no effect without budget or rank_budget: rank is always the initial one')
+    check_budgets(budget, rank_budget)
     share = method.allocation.end_share() if budget_at == "end" else 1.0
     largest = max(min(shape) for shape in shapes.values())
 
@@ -97,8 +98,6 @@ def solve(
             raise BudgetError(f"rank={rank!r}: must be a whole number of at least 1, or whole numbers by layer")
         return method, Sizing(None, budget_at, int(rank), cost(int(rank)))
 
-    check_budget(budget)
-
     def counted(at_rank: int) -> float:
         return cost(at_rank) if share == 1 else _left(method, shapes, at_rank, share)
 
@@ -121,24 +120,17 @@ def parameters(method: Method, shapes: Shapes, ranks: Mapping[str, int]) -> int:
     return sum(method.at(name).count(*shapes[name], rank) for name, rank in ranks.items())
 
 
-def check_budget(budget: float | None) -> None:
-    """Refuse an impossible budget of trainable parameters; None is no budget.
+def check_budgets(budget: float | None, rank_budget: int | None) -> None:
+    """Refuse an impossible budget of trainable parameters or of slices; None is no budget.
 
     Raises:
-        BudgetError: it is no positive, finite number.
+        BudgetError: `budget` is no positive, finite number, or `rank_budget` no whole number of at least 1.
     """
     number = isinstance(budget, numbers.Real) and not isinstance(budget, bool)
     if budget is not None and not (number and math.isfinite(budget) and budget > 0):
         raise BudgetError(f"budget={budget!r}: must be a positive number of trainable parameters, such as 0.17e6")
-
-
-def check_rank_budget(rank_budget: int) -> None:
-    """Refuse an impossible budget of slices.
-
-    Raises:
-        BudgetError: it is no whole number of at least 1.
-    """
-    if isinstance(rank_budget, bool) or not isinstance(rank_budget, numbers.Integral) or rank_budget < 1:
+    whole = isinstance(rank_budget, numbers.Integral) and not isinstance(rank_budget, bool)
+    if rank_budget is not None and not (whole and rank_budget >= 1):
         raise BudgetError(f"rank_budget={rank_budget!r}: must be a whole number of slices, at least 1")
 
 
@@ -199,7 +191,6 @@ def ranks_by_module(given: Mapping[str, int], shapes: Shapes) -> dict[str, int]:
 
 def _slices_each(rank_budget: int, modules: int, share: float, largest: int) -> int:
     """How many slices every module has at first, within a budget of slices for all of them."""
-    check_rank_budget(rank_budget)
     allowed = rank_budget / share if share else math.inf
     if allowed < modules:
         raise BudgetError(

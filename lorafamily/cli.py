@@ -223,9 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     amount = smaller.add_mutually_exclusive_group(required=True)
     amount.add_argument("--rank", type=int, help="largest rank of every layer")
     amount.add_argument("--energy", type=float, help="smallest share of ‖ΔW‖² that every layer keeps")
-    amount.add_argument(
-        "--budget", type=float, help="trainable adapter parameters of all layers; see lorafamily.compress"
-    )
+    amount.add_argument("--budget", type=float, help="adapter parameters of all layers; see lorafamily.compress")
     amount.add_argument("--rank-budget", type=int, help="slices of all layers")
     exporting = converting("export", export_folder, out="folder for the files")
     exporting.add_argument("--base", type=Path, required=True, help="folder of the checkpoint the adapter is for")

@@ -28,7 +28,6 @@ class Principal:
         """Sum over all rows of their squared distance from the mean."""
 
     def add(self, x: Float[Tensor, "n d_in"]) -> None:
-        """Take in n further rows."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         n, mean = len(x), x.mean(0)
         x = x - mean

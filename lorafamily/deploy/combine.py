@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
-from lorafamily.budget import Sizing, check_budget, check_rank_budget, highest
+from lorafamily.budget import Sizing, check_budgets, highest
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
 from lorafamily.errors import StateError
 from lorafamily.layers.extra_trained import extra_trained_values
@@ -142,9 +142,7 @@ class Cut:
             raise StateError(f"rank={rank!r}: must be a whole number of at least 1")
         if energy is not None and not 0 < energy <= 1:
             raise StateError(f"energy={energy!r}: must be a share in (0, 1]")
-        check_budget(self.budget)
-        if self.rank_budget is not None:
-            check_rank_budget(self.rank_budget)
+        check_budgets(self.budget, self.rank_budget)
 
     def __call__(self, values: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, int]:
         """How many singular values every layer keeps. `values`: in falling order, without those that are rounding;
