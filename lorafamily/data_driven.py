@@ -7,13 +7,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from lorafamily.activation import disabled
 from lorafamily.batch import LossFn
 from lorafamily.budget import parameters
 from lorafamily.choice import Choice, shapes_of_targets
 from lorafamily.errors import MethodError
 from lorafamily.evidence import Evidence, LayerEvidence
-from lorafamily.gathering import gathered, weights_of
+from lorafamily.gathering import gathered
+from lorafamily.layers.weights import whole_weights
 from lorafamily.method import FromEvidence, Room
 
 
@@ -43,12 +46,16 @@ def _initial_ranks(
     def cost(layer: str, rank: int) -> int:
         return rank if sizing.budget is None else choice.method.at(layer).count(*shapes[layer], rank)
 
+    def weight(layer: str) -> Tensor:
+        with whole_weights(choice.targets[layer].layer):  # also where it is offloaded or sharded
+            return choice.targets[layer].weight.detach().clone()
+
     if sizing.budget is None:
         limit = sizing.rank_budget or sum(min(sizing.rank, *shape) for shape in shapes.values())
     else:  # with budget_at="end" the run may begin with as many parameters as equal ranks have
         limit = max(sizing.budget, sizing.initial_parameters) if sizing.budget_at == "end" else sizing.budget
     exact = sizing.budget is not None or sizing.rank_budget is not None
-    return initialisation.ranks(evidence, Room(shapes, sizing.rank, limit, cost, exact, weights_of(choice.targets)))
+    return initialisation.ranks(evidence, Room(shapes, sizing.rank, limit, cost, exact, weight))
 
 
 def with_evidence(choice: Choice, data: Any, loss_fn: LossFn | None, evidence: Evidence | None, seed: int) -> Choice:

@@ -25,7 +25,6 @@ from lorafamily.batch import IGNORED, LossFn, call, fingerprint, loss_of, refuse
 from lorafamily.errors import DataError, MethodError
 from lorafamily.evidence import Evidence, LayerEvidence
 from lorafamily.layers.target import Target
-from lorafamily.layers.weights import whole_weights
 from lorafamily.method import FromEvidence
 from lorafamily.principal import Principal
 from lorafamily.training.execution import evaluating
@@ -109,11 +108,7 @@ def gathered(
 
 class Inputs:
     """Decomposes what layers are called with. Layers called with the same tensor in a row (q, k, v) share one
-    decomposition.
-
-    A layer ignores further batches once its directions, as many as `needed` says, have settled: |cosine| between before
-    and after the last batch at least `cosine`. None: all batches count.
-    """
+    decomposition. `cosine`, `needed`: when a layer ignores further batches, see `FromEvidence.stop_at`."""
 
     def __init__(self, targets: Mapping[str, Target], directions: int, cosine: float | None, needed: Ranks):
         for at, target in targets.items():
@@ -314,13 +309,3 @@ def masks_of(batch: Any, model: nn.Module) -> dict[tuple[int, ...], Tensor]:
         elif not both:  # the mask may be the encoder's, and labels are the decoder's
             masks[shape] = masks[shape] & counts
     return masks
-
-
-def weights_of(targets: Mapping[str, Target]) -> Callable[[str], Tensor]:
-    """A function from a layer's name to a copy of its weight, also where that is offloaded or sharded."""
-
-    def weight(at: str) -> Tensor:
-        with whole_weights(targets[at].layer):
-            return targets[at].weight.detach().clone()
-
-    return weight

@@ -37,12 +37,8 @@ _GATE = re.compile(r"(^|_)(gate|router|wg)$")
 def match(
     model: nn.Module, targets: Targets = None, fused: Fused | None = None, exclude: Targets = None
 ) -> dict[str, Target]:
-    """The targets that `targets` names and `exclude` does not, by full name, in the model's order.
-
-    `targets`: None or "all-linear": every linear layer except output heads, poolers, routers of experts, and what
-    state-space kernels read; "attention": those of them inside attention; one or several regular expressions, searched
-    for in full names of linear layers, or, if one matches none of these, of layers of other kinds; or a predicate of
-    (name, module). `exclude` takes the same. `fused`: layers that are replaced by their parts, see `layers/rows.py`.
+    """The targets that `targets` names and `exclude` does not, by full name, in the model's order; `apply` explains the
+    arguments.
 
     Raises:
         TargetError: a target matches no layer, or only layers that cannot carry an adapter; the message has the reason.
