@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any, cast
 
@@ -69,12 +69,16 @@ def gathered(
     with ExitStack() as around:
         around.enter_context(evaluating(model, device))
         torch.manual_seed(seed)  # for the randomised decomposition; `evaluating` restores the state
-        around.enter_context(inputs.listening() if inputs else nullcontext())
-        around.enter_context(gradients.listening(model) if gradients else torch.no_grad())
+        if inputs:
+            inputs.listen(around)
+        if gradients:
+            gradients.listen(around, model)
+        else:
+            around.enter_context(torch.no_grad())
         for batch in tqdm(islice(iter(data), batches), "looking at data", batches, False, unit="batch", disable=None):
             seen.append(fingerprint(batch) if processes else "")
             batch = to_device(batch, device)
-            if inputs is not None:
+            if inputs:
                 inputs.begin(masks_of(batch, model))
             weight = weigh(batch) if gradients else 1.0
             if gradients and weight:
@@ -85,7 +89,7 @@ def gathered(
                 loss.backward()
             elif not gradients:
                 call(model, batch) if loss_fn is None else loss_fn(model, batch)
-            if inputs is not None and inputs.done() and not gradients:
+            if inputs and inputs.done() and not gradients:
                 break
     if not seen:
         raise DataError("data gave no batch; it is empty, or an iterator that is used up")
@@ -135,14 +139,10 @@ class Inputs:
         """Call it before a batch. `masks`: which positions count, by shape."""
         self.masks, self.last, self.batch = masks, None, self.batch + 1
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        hooks = [x.register_forward_pre_hook(self._hook(at), with_kwargs=True) for at, x in self.layers.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def listen(self, around: ExitStack) -> None:
+        """Hook all layers, until `around` closes."""
+        for at, layer in self.layers.items():
+            around.callback(layer.register_forward_pre_hook(self._hook(at), with_kwargs=True).remove)
 
     def _hook(self, at: str) -> Callable[..., None]:
         @torch.no_grad()
@@ -246,26 +246,19 @@ class Gradients:
         self.begun: set[str] = set()
 
     def begin(self, weight: float) -> None:
-        """Call it before the backward of a loss that is a mean over `weight` targets."""
+        """Call it before the backward of a loss that is a mean over `weight` rows or tokens."""
         self.weight, self.total = weight, self.total + weight
 
-    @contextmanager
-    def listening(self, model: nn.Module) -> Iterator[None]:
-        before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-        hooks = []
-        try:
-            for parameter in before:
-                parameter.grad = None
-                parameter.requires_grad_(parameter in self.of)
-            hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self.of]
-            with torch.enable_grad():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for parameter, (flag, gradient) in before.items():
-                parameter.requires_grad_(flag)
-                parameter.grad = gradient
+    def listen(self, around: ExitStack, model: nn.Module) -> None:
+        """Take gradients of these weights, and of no other parameter, until `around` closes."""
+        for parameter in model.parameters():
+            around.callback(setattr, parameter, "grad", parameter.grad)
+            around.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.grad = None
+            parameter.requires_grad_(parameter in self.of)
+        for parameter in self.of:
+            around.callback(parameter.register_post_accumulate_grad_hook(self._take).remove)
+        around.enter_context(torch.enable_grad())
 
     def _take(self, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -281,7 +274,7 @@ class Gradients:
         parameter.grad = None
 
     def mean(self, at: str) -> Float[Tensor, "d_out d_in"]:
-        """The mean gradient over all targets of the loss. Call it once: it divides in place.
+        """The gradient of the mean loss over all data. Call it once: it divides in place.
 
         Raises:
             DataError: the loss does not depend on the layer.
@@ -292,7 +285,7 @@ class Gradients:
 
 
 def masks_of(batch: Any, model: nn.Module) -> dict[tuple[int, ...], Tensor]:
-    """Which positions of a batch count, by the shape (rows, length): no padding, and none whose label is masked."""
+    """Which positions of a batch count, by shape (rows, length): all but padding and those whose label is masked."""
     if not isinstance(batch, Mapping):
         return {}
     masks: dict[tuple[int, ...], Tensor] = {}
