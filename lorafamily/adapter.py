@@ -28,11 +28,11 @@ Factors = tuple[Float[Tensor, "d_out m"], Float[Tensor, "m d_in"]]
 
 
 class Parametrisation(nn.Module, ABC):
-    """How U and V are computed from trainable tensors. The rest of the package uses only `factors`.
+    """How U and V are computed from trainable tensors. Forward, merge, export and pictures need only `factors`.
 
-    A subclass registers its tensors as parameters in `__init__(d_in, d_out, rank, **own_sizes)`, uninitialised, and
-    names `rank` as `sized_by` says. `slices` says which axis of which tensor counts slices: from that follow dropping,
-    adding, masking and scoring.
+    A subclass registers its tensors as parameters in `__init__(d_in, d_out, rank, **own_sizes)`, uninitialised; the
+    third argument has the name in `sized_by`. `slices` says which axis of which tensor counts slices, which is all that
+    dropping, adding, masking and scoring slices need.
     """
 
     slices: ClassVar[Mapping[str, int]]

@@ -65,10 +65,8 @@ def solve(
     sizes = {"budget": budget, "rank": rank, "rank_budget": rank_budget}
     given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) > 1:
-        said = " and ".join(f"{name}={value!r}" for name, value in given.items())
-        raise BudgetError(
-            f"{said} are {'both' if len(given) == 2 else 'all'} given; give one, the rest follows from it"
-        )
+        said, count = " and ".join(f"{name}={value!r}" for name, value in given.items()), len(given)
+        raise BudgetError(f"{said} are {'both' if count == 2 else 'all'} given; give one, the rest follows from it")
     if budget_at not in ("peak", "end"):
         raise BudgetError(f'budget_at={budget_at!r}: must be "peak" (never exceeded) or "end" (held after pruning)')
     if budget_at == "end" and budget is None and rank_budget is None:

@@ -91,9 +91,9 @@ def inspect_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from lorafamily.insight.drawing import save  # matplotlib takes long to import
         from lorafamily.insight.heatmaps import rank_heatmap
 
-        start = {at: entry["initial_rank"] for at, entry in saved.modules.items()}
-        figure = rank_heatmap(start, ranks, f"{saved.record['method']} on {result['base']}: slices by layer and matrix")
-        save(figure, given.png)
+        initial = {at: entry["initial_rank"] for at, entry in saved.modules.items()}
+        title = f"{saved.record['method']} on {result['base']}: slices by layer and matrix"
+        save(rank_heatmap(initial, ranks, title), given.png)
     return result, _table(saved, result) + "\n\n" + _heatmap(ranks)
 
 
@@ -153,15 +153,7 @@ def _bytes(files: Iterable[Path]) -> int:
 
 def _base(given: argparse.Namespace, saved: Saved) -> Any:
     """The model that the adapter was made for, loaded by transformers or diffusers."""
-    cls = _class_of(saved.record["base"]["architecture"])
-    if not (given.base / "config.json").is_file():
-        raise FileError(f"{given.base}: no config.json there; {FOLDER}")
-    return cls.from_pretrained(given.base)
-
-
-def _class_of(architecture: str) -> Any:
-    """The class of a base, in transformers or diffusers."""
-    installed = []
+    architecture, installed = saved.record["base"]["architecture"], []
     for library, parent in (("transformers", "PreTrainedModel"), ("diffusers", "ModelMixin")):
         try:
             module = importlib.import_module(library)
@@ -170,7 +162,9 @@ def _class_of(architecture: str) -> Any:
         installed.append(library)
         cls = getattr(module, architecture, None)
         if isinstance(cls, type) and issubclass(cls, getattr(module, parent)):
-            return cls
+            if not (given.base / "config.json").is_file():
+                raise FileError(f"{given.base}: no config.json there; {FOLDER}")
+            return cls.from_pretrained(given.base)
     if not installed:
         raise StateError("the base is loaded with transformers or diffusers, and neither is installed")
     raise StateError(
