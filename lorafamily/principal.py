@@ -32,7 +32,7 @@ class Principal:
         n, mean = len(x), x.mean(0)
         x = x - mean
         self.scatter += float(x.square().sum(dtype=torch.float64))
-        if not (first := not self.rows):
+        if begun := self.rows > 0:
             shared = self.rows * n / (self.rows + n)
             apart = self.mean - mean
             self.scatter += shared * float(apart.square().sum(dtype=torch.float64))
@@ -45,9 +45,9 @@ class Principal:
             _, S, V = torch.svd_lowrank(x, 2 * self.k, niter=4)
             V = V.T
         self.turned = torch.zeros(self.k)
-        if not first:
-            both = min(len(V), len(self.V))
-            self.turned[:both] = (V[:both] * self.V[:both]).sum(1).abs().cpu()
+        if begun:
+            known = min(len(V), len(self.V))
+            self.turned[:known] = (V[:known] * self.V[:known]).sum(1).abs().cpu()
         self.S, self.V = S[: self.k], V[: self.k]
 
     def result(self) -> tuple[Float[Tensor, "k d_in"], Float[Tensor, " k"]]:

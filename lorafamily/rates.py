@@ -29,8 +29,8 @@ from lorafamily.training.optimisation import LR
 
 REFERENCE = "suggest_lr-reference"
 STEPS = 6.0
-"""As many steps in one direction a run amounts to, because steps mostly cancel: chosen on the embedded model, checked
-on another."""
+"""Steps in one direction that a run amounts to, because most steps cancel: chosen on the embedded model, checked on
+another."""
 FEWER, MORE = 2.0, 18.0
 """A third and three times as many, for the range of a suggestion."""
 
