@@ -57,8 +57,8 @@ def low_rank_linear(
     V: Float[Tensor, "r d_in"],
     scale: float,
 ) -> Float[Tensor, "*batch d_out"]:
-    """s · U (V x) from right to left, so that ΔW is never formed, in the dtype `computed_in(x)`. The factors are cast to
-    it, because they are small; a float32 copy of the activations would not be."""
+    """s · U (V x) from right to left, so that ΔW is never formed, in the dtype `computed_in(x)`. The factors are cast
+    to it, because they are small; a float32 copy of the activations would not be."""
     U, V = in_dtype(U * scale, V, computed_in(x))
     return F.linear(F.linear(x, V), U)
 
