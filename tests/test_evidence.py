@@ -466,7 +466,7 @@ def test_evidence_that_does_not_fit_is_refused(tmp_path):
     some = lorafamily.gather(tiny(), "eva", data(1), rank=2, targets="query")
     with pytest.raises(lorafamily.MethodError, match=r"evidence has nothing of blocks\.0\.attention\.key"):
         lorafamily.apply(tiny(), "eva", rank=2, evidence=some)
-    with pytest.raises(lorafamily.FileError, match="no file that Evidence.save wrote"):
+    with pytest.raises(lorafamily.FileError, match=r"no file that Evidence\.save wrote"):
         lorafamily.Evidence.load(tmp_path / "nothing")
     lorafamily.save(lorafamily.apply(tiny(), "lora", rank=1), tmp_path)
     with pytest.raises(lorafamily.FileError, match="its format is None"):
