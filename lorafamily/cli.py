@@ -164,7 +164,7 @@ def _base(given: argparse.Namespace, saved: Saved) -> Any:
         if isinstance(cls, type) and issubclass(cls, getattr(module, parent)):
             if not (given.base / "config.json").is_file():
                 raise FileError(f"{given.base}: no config.json there; {FOLDER}")
-            return cls.from_pretrained(given.base)
+            return getattr(module, architecture).from_pretrained(given.base)
     if not installed:
         raise StateError("the base is loaded with transformers or diffusers, and neither is installed")
     raise StateError(
