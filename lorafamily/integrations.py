@@ -1,12 +1,12 @@
-"""Training inside `transformers.Trainer`: its loop, with the penalty and the rank allocation of our methods.
+"""Methods inside `transformers.Trainer`: its loop, our penalty and our rank allocation.
 
     model = lorafamily.apply(model, method="lora2", budget=0.17e6, also_train="classifier")
     trainer = Trainer(model, args, train_dataset=..., callbacks=[LoraFamilyCallback(model)])
-    trainer.train(resume_from_checkpoint=...)     # restores ranks and the allocation, too
+    trainer.train(resume_from_checkpoint=...)     # goes on where it was, ranks and allocator included
     lorafamily.save(model, "my-adapter")
 
-An allocation resizes tensors in the model and in the optimizer state. The allocation's own state is saved with the
-optimizer state, so that every checkpoint of the Trainer has it.
+Tensors change size, in the model and in the optimizer. The session's state is saved within the optimizer state, so that
+it is in every checkpoint that the Trainer resumes from.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     """Adds the penalty and the rank allocation of a model's active adapters to a Trainer.
 
     Args:
-        model: the model that the Trainer trains, with adapters.
-        validation: batches for methods that score slices on them, such as `trainer.get_eval_dataloader()`.
+        model: the model that the Trainer gets, with adapters.
+        validation: batches, for methods that score ranks on them, such as `trainer.get_eval_dataloader()`.
         seed: for the initialisation of new slices.
-        adapters_only: leave the frozen base out of the Trainer's checkpoints.
+        adapters_only: save only what trains in the Trainer's checkpoints, without the frozen base.
         log: called with the ranks after every decision, as metrics; `trainer.log` passes them to the Trainer's loggers.
-        check_gradients: raise an error if adapters get no gradient from the task.
+        check_gradients: refuse to go on if adapters get no gradient from the task.
 
-    `session`: the session of the training, once it has begun.
+    `session`: the session of the training, None before it begins.
 
     Raises:
         StateError: no adapter is active, or one is merged.
@@ -73,27 +73,24 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         self.session: Session | None = None
         self._hooks: list[RemovableHandle] = []
         self._ddp_may_lose_some = self._resizes and _leave_to_session(model, self.placement.adapters)
-        self._absent = False  # whether the last state dict that was loaded had no adapters
-        # The Trainer loads a checkpoint into the model before it calls `on_train_begin`, and ranks must fit by then.
+        self._none_loaded = False  # whether the state dict loaded last had no adapters
+        # The Trainer loads a checkpoint into the model before it calls the callback, and ranks must fit by then.
         model.register_load_state_dict_pre_hook(self._fit_ranks)
 
     @property
     def decisions(self) -> list[Decision]:
-        """Every change of ranks so far."""
+        """Every decision of the allocation so far."""
         return [] if self.session is None else self.session.decisions
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Check the settings of DDP, in which the Trainer will wrap the model.
-
-        Raises:
-            StateError: DDP would wait for the gradient of a tensor that a decision replaces.
-        """
+        """Raise StateError if DDP, which the Trainer will put around the model, would wait for the gradient of a tensor
+        that a decision replaced."""
         finds = args.ddp_find_unused_parameters
-        finds = not args.gradient_checkpointing if finds is None else finds  # as the Trainer decides
+        finds = not args.gradient_checkpointing if finds is None else finds  # the Trainer's default
         if _under_ddp(args) and self._ddp_may_lose_some and not finds:
             raise StateError(
-                "only adapters train, and their ranks change: DDP would wait for gradients of tensors that were "
-                "replaced; pass TrainingArguments(ddp_find_unused_parameters=True)"
+                "only adapters train, and their ranks change: DDP must allow for tensors that are gone; pass "
+                "TrainingArguments(ddp_find_unused_parameters=True)"
             )
 
     def on_train_begin(
@@ -102,34 +99,33 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         """Begin the allocation, or continue that of the checkpoint that the Trainer resumes from.
 
         Raises:
-            StateError: the Trainer trains another model; ranks would change, but DDP, FSDP or DeepSpeed hold on to the
-                tensors; the checkpoint was written without this callback, or is of other adapters.
+            StateError: the Trainer trains another model; ranks would change where its engine holds on to tensors (DDP,
+                FSDP, DeepSpeed); the checkpoint was written without this callback, or is of other adapters.
             AllocationError: the method's schedule does not fit the run.
             TrainingError: the optimizer cannot train adapters.
 
-        The first batch raises TargetError if targets without effect were named; other such targets are left out.
+        At the first batch, TargetError refuses named targets that have no effect; unnamed ones are left out.
         """
         if noted(given["model"])[0] is not noted(self.model)[0]:
             raise StateError(
-                "the Trainer trains another model than this LoraFamilyCallback was made for; make a new one for it"
+                "the Trainer trains another model than the one this LoraFamilyCallback was made for; make one for it"
             )
         optimizer = given["optimizer"]
         begun = _taken_out(optimizer)
         if state.global_step and begun is None:
             raise StateError(
-                "the Trainer resumes from a checkpoint whose optimizer.pt has no state of lorafamily: it was written "
-                "without LoraFamilyCallback"
+                "the Trainer resumes from a checkpoint whose optimizer.pt has nothing of lorafamily: it was written "
+                "without LoraFamilyCallback; resume from another, or begin anew"
             )
         if begun is None:
             self.start = self._ranks()
         elif begun["start"] != {at: rank for at, rank in self.start.items() if at not in begun["left out"]}:
-            raise StateError("the checkpoint is of a run with other adapters than these, or with other initial ranks")
+            raise StateError("the checkpoint is of a run with other adapters than these, or other ranks at the start")
         self.session = Session(
             self.model,
             optimizer,
             steps=state.max_steps,
             validation=self.validation,
-            loss_fn=None,
             seed=self.seed,
             check_gradients=self.check_gradients,
             loop=LoopContext(
@@ -141,19 +137,19 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         )
         engine = _sharding(args)
         if engine is not None and not self.session.allocator.settled:
-            raise StateError(f"{engine} holds on to the tensors it was given, but this method changes their size")
+            raise StateError(f"{engine} holds on to the tensors it was given, and this method changes their size")
         if begun is not None:
-            if not self._absent:  # weights were loaded with the model, perhaps in another precision
+            if not self._none_loaded:  # tensors were loaded with the model, perhaps in another precision
                 begun = {key: value for key, value in begun.items() if key not in ("adapters", "beside")}
             self.session.load_state_dict(begun)
-        self._absent = False
+        self._none_loaded = False
         self._hooks.append(self.session.optimizer.register_state_dict_post_hook(self._put_in))
         if self.adapters_only:
             self._hooks.append(self.model._register_state_dict_hook(_without_base))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Remove all hooks from the model and the optimizer."""
-        if self._absent and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        """Take all hooks off the model and the optimizer."""
+        if self._none_loaded and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = saved.read(Path(state.best_model_checkpoint) / FOLDER)
             for at, adapter in self.placement.adapters.items():
                 adapter.take(best.adapters[at].state_dict())
@@ -162,12 +158,12 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             self._hooks.pop().remove()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Add the penalty's gradient before the task's, so that both are clipped together."""
+        """Begin the step's gradient with the penalty's, so that both are clipped together."""
         assert self.session is not None
         self.session.add_penalty()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        """Let the allocator observe the gradients and change ranks."""
+        """Let the allocator observe the gradients, and decide."""
         assert self.session is not None
         decision = self.session.step()
         if decision is not None and self.log is not None:
@@ -189,7 +185,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         return {at: adapter.rank for at, adapter in self.placement.adapters.items()}
 
     def _check_best(self, state: TrainerState) -> None:
-        """Warn if the Trainer loaded, as the best, weights from before the ranks settled."""
+        """Warn if the Trainer ended with the weights of an evaluation from before the ranks settled."""
         assert self.session is not None
         settled, now = self.session.allocator.ranks, self._ranks()
         if self.session.allocator.settled and now != settled:
@@ -198,44 +194,43 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             warnings.warn(
                 f"{state.best_model_checkpoint}, the best checkpoint, is from before the ranks were settled: the model "
                 f"has {self.placement.trainable():,} adapter parameters in {sum(now.values())} slices, and the run "
-                f"ended with {sum(settled.values())}. Evaluate only after they settled (eval_delay), or train longer",
+                f"came to {sum(settled.values())}. Evaluate only once they are settled (eval_delay), or train longer",
                 stacklevel=2,
             )
 
     def _put_in(self, optimizer: Any, state: dict[str, Any]) -> None:
         assert self.session is not None
-        groups = [dict(group) for group in state["param_groups"]]
-        groups[0][KEY] = self.session.state_dict()
-        state["param_groups"] = groups
+        first, *others = state["param_groups"]
+        state["param_groups"] = [{**first, KEY: self.session.state_dict()}, *others]
 
     def _fit_ranks(self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Give the adapters the ranks of the tensors about to be loaded, and leave out adapters that have no tensors.
+        """Give the adapters the ranks of the tensors that are about to be loaded, and leave out adapters without any.
 
-        A state dict without any adapters is that of a model built again from its files, as sentence-transformers does.
+        A state dict without adapters is of a model that was built anew from its files, as sentence-transformers does.
         Then the adapters stay as they are until `on_train_begin` or `on_train_end` loads them.
         """
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         known = {at: prefix + names[id(next(a.parameters()))] for at, a in self.placement.adapters.items()}
         gone = [at for at, name in known.items() if name not in state_dict]
-        self._absent = len(gone) == len(known)
-        if self._absent:
+        self._none_loaded = len(gone) == len(known)
+        if self._none_loaded:
             ids = {id(p) for adapter in self.placement.adapters.values() for p in adapter.parameters()}
             state_dict.update({prefix + name: p.data for name, p in module.named_parameters() if id(p) in ids})
             return
-        if self.placement.by_default:
+        if self.placement.by_default:  # the run that was saved had left these out
             if self.session is None:
                 leave_out(self.model, self.placement, gone)
             else:
                 self.session.leave_out(gone)
-        if self.session is None:  # a session fits ranks itself
+        if self.session is None:  # a session fits them itself
             fit_ranks(module, self.placement.adapters, state_dict, prefix)
 
 
 def _leave_to_session(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
-    """Make DDP ignore the adapters' tensors, whose gradients the session averages: DDP would wait for gradients of
-    tensors that were replaced.
+    """Let the session average the adapters' gradients, and DDP, which the Trainer will put around the model, ignore
+    them: it would wait for gradients of tensors that were replaced.
 
-    DDP refuses a model without any parameter to train. If only adapters train, it therefore keeps the smallest of their
+    DDP refuses a model without a parameter to train. If nothing else trains, it gets the smallest of the adapters'
     tensors, which may be replaced. Returns whether that is so.
     """
     ids = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
@@ -254,19 +249,19 @@ def _under_ddp(args: TrainingArguments) -> bool:
 
 
 def _sharding(args: TrainingArguments) -> str | None:
-    """The engine that shards tensors and keeps references to the shards; None: tensors are not sharded."""
+    """The engine, if any, that shards the parameters."""
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         return "DeepSpeed"
     return "FSDP" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else None
 
 
 def _last_backward() -> bool:
-    """Whether this is the last batch of an optimizer step."""
+    """Whether the Trainer computes the last batch of an optimizer step."""
     return bool(GradientState().sync_gradients)
 
 
 def _taken_out(optimizer: Any) -> dict[str, Any] | None:
-    """Remove the session's state from the optimizer state and return it, if the Trainer has loaded one."""
+    """Take the session's state out of the optimizer state that the Trainer loaded; None if there is none."""
     found = None
     while optimizer is not None:
         for group in getattr(optimizer, "param_groups", ()):

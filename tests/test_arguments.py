@@ -190,11 +190,11 @@ REFUSED = [
     ({"epochs": 1}, "give one of them"),
     ({"steps": True}, "steps=True"),
     ({"lr": -1.0}, "lr=-1.0"),
-    ({"lr": 0.5, "optimizer": sgd}, "the optimiser has its own"),
-    ({"head_lr": 0.5, "optimizer": sgd}, "the optimiser has its own"),
-    ({"up_lr": 0.5, "optimizer": sgd}, "the optimiser has its own"),
+    ({"lr": 0.5, "optimizer": sgd}, "the optimizer has its own"),
+    ({"head_lr": 0.5, "optimizer": sgd}, "the optimizer has its own"),
+    ({"up_lr": 0.5, "optimizer": sgd}, "the optimizer has its own"),
     ({"up_lr": -0.5}, "up_lr=-0.5: must be zero or positive"),
-    ({"weight_decay": 0.5, "optimizer": sgd}, "the optimiser has its own"),
+    ({"weight_decay": 0.5, "optimizer": sgd}, "the optimizer has its own"),
     ({"optimizer": lambda parameters: 1}, "gave a int"),
     ({"warmup": -1}, "warmup=-1"),
     ({"warmup": 1.5}, "warmup=1.5"),
@@ -241,7 +241,7 @@ def test_an_lr_scheduler_of_an_optimiser_given():
     history = lorafamily.train(model, [batch()], steps=3, optimizer=optimizer, schedule=schedule, progress=False)
     assert [step.lr for step in history.steps] == [1.0, 0.5, 0.25]
     other = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    with pytest.raises(lorafamily.TrainingError, match="of another optimiser"):
+    with pytest.raises(lorafamily.TrainingError, match="of another optimizer"):
         lorafamily.train(model, [batch()], steps=3, optimizer=other, schedule=schedule, progress=False)
     for name, value in (("warmup", 0.06), ("floor", 0.1)):  # it alone sets the rates
         given = {"optimizer": optimizer, "schedule": schedule, name: value, "progress": False}

@@ -187,7 +187,7 @@ def test_a_4_bit_base_is_sharded_too(spread):
     for name, value in merged[0].items():
         assert_close(merged[1][name], value, rtol=0, atol=1e-6)
     assert "is quantised and spread over processes; save the adapter" in both["nf4 merge"]
-    assert "only bitsandbytes' 4-bit ones are spread" in both["int8"]
+    assert "only bitsandbytes' 4-bit ones can be sharded" in both["int8"]
 
 
 def test_what_needs_more_than_a_part_says_what_to_do(spread):

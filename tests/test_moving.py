@@ -142,7 +142,7 @@ def test_lora_plus_combines_and_survives_a_file(tmp_path):
 def test_an_optimiser_with_one_rate_is_warned_of():
     model = lorafamily.apply(tiny(), "loraplus", rank=2, seed=0)
     plain = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    with pytest.warns(UserWarning, match="U at 16 times the rate of the others, and this optimiser trains all at one"):
+    with pytest.warns(UserWarning, match="U at 16 times the rate of the others, and this optimizer trains all at one"):
         lorafamily.session(model, plain, steps=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -257,7 +257,7 @@ def test_data_that_is_divided_is_seen_once(named, shares):
     ("named", "message"),
     [
         ("differing", "process 1 draws other batches than process 0"),
-        ("one part", "the processes' samplers draw the parts 0, 0; each needs its own"),
+        ("one part", "the processes' samplers draw the parts 0, 0; each must draw another"),
         ("one longer", "the processes have 1, 2 batches an epoch"),
     ],
 )
@@ -280,14 +280,14 @@ def test_every_round_of_a_distributed_sampler_is_another(batch_sampler):
     loader = DataLoader(rows, batch_size=8, sampler=sampler)
     if batch_sampler:
         loader = DataLoader(rows, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
-    drawn = Batches(loader, torch.device("cpu"))
+    drawn = Batches(loader, Processes(torch.device("cpu")))
     first, second = (next(drawn)["bytes"] for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(first.sort(0).values, second.sort(0).values)
 
 
 def test_a_run_divided_by_a_sampler_goes_on_with_as_many_processes():
-    drawn = Batches(data(4), torch.device("cpu"))
+    drawn = Batches(data(4), Processes(torch.device("cpu")))
     next(drawn)
     with pytest.raises(lorafamily.DataError, match="divided among 2 processes by its sampler, and is now among 1"):
         drawn.restore(drawn.state() | {"divided among": 2})

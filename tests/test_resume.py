@@ -324,7 +324,7 @@ def test_a_run_that_was_done_can_be_made_longer(method, tmp_path):
     with pytest.raises(lorafamily.StateError, match="steps was 16, is 40"):
         run_small(small(method, **options), tmp_path, steps=40, resume="auto", **settings)
     with pytest.warns(
-        UserWarning, match=r"steps was 16, is 40\. The learning rate .* of step 17 in a schedule of 40 steps"
+        UserWarning, match=r"steps was 16, is 40\. The learning rate .* at step 17 of a schedule of 40 steps"
     ):
         history = run_small(small(method, **options), tmp_path, steps=40, resume="anyway", **settings)
     assert (len(history.steps), history.stopped) == (40, "all 40 steps done")

@@ -1,1 +1,1 @@
-"""The one loop, and the optimiser's surgery when ranks change."""
+"""The one training loop, the session that any other loop can hold, and what both stand on."""

@@ -13,122 +13,106 @@ from torch import nn
 from lorafamily.batch import LossFn, fingerprint, loss_of, refuse_one_batch, to_device
 from lorafamily.errors import DataError
 from lorafamily.training.processes import Processes
-from lorafamily.training.state import random_state, set_random_state
+from lorafamily.training.state import random_kept, random_state, set_random_state
 
 
 class Batches:
-    """The batches of the data, from its beginning again when they end; a DataLoader shuffles every epoch.
+    """The batches of the data, over and over; a DataLoader shuffles every epoch.
 
-    They are drawn with random generators of their own, so that random numbers of the model do not change the order of
-    the data. `state()` has the position reached, and `restore(state)` goes back to it.
+    They are drawn with random generators of their own, so that the model's random numbers do not change the order of
+    the data. `state()` is the position reached, and `restore(state)` goes back to it.
 
-    Each process draws from its own copy of the data. If the data divides itself among the processes
-    (DistributedSampler, loaders that accelerate prepared, split_dataset_by_node), a batch is the process's own;
-    otherwise all must draw the same batches, of which each process takes some rows.
+    Each process draws from its copy of the data. If the data divides itself among the processes (DistributedSampler,
+    loaders that accelerate prepared, split_dataset_by_node), each process trains on the batches it draws; otherwise all
+    must draw the same batches, and each takes some rows of them.
 
     Raises:
         DataError: the data is one batch, or is divided among another number of processes than there are.
     """
 
-    def __init__(self, data: Iterable[Any], device: torch.device, processes: Processes | None = None):
+    def __init__(self, data: Iterable[Any], processes: Processes):
         refuse_one_batch(data)
-        self.data, self.device, self.processes = data, device, processes
-        self.divided = False if processes is None else _is_divided(data, processes)
-        self._compared = processes is None or processes.world == 1 or self.divided
+        self.data, self.device, self.processes = data, processes.device, processes
+        self.divided = _is_divided(data, processes)
+        self._compared = processes.world == 1 or self.divided
         self.epoch = self.taken = 0
         self.first = ""  # fingerprint of the epoch's first batch
-        self._same: Any = None
+        self._fingerprinted: Any = None
         self._iterator: Iterator[Any] | None = None
-        self._random = random_state(device)
+        self._random = random_state(self.device)
         self._begun: dict[str, Any] = {}  # random states when the present epoch began
 
     def __next__(self) -> Any:
-        with self._own_random():
-            return self._next()
+        with self._data_generators():
+            while True:
+                if self._iterator is None:
+                    self._iterator = self._begin()
+                for batch in self._iterator:
+                    self.taken += 1
+                    if self.taken == 1 and batch is not self._fingerprinted:
+                        self.first = fingerprint(batch)
+                        # In a list of one batch every step begins an epoch, with the same batch.
+                        self._fingerprinted = batch if isinstance(self.data, (list, tuple)) else None
+                    return batch
+                if not self.taken:
+                    raise DataError(
+                        "the data gave no batch; it is empty, or an iterator that is used up: pass something that can "
+                        "be iterated again, such as a DataLoader or a list"
+                    )
+                self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
 
     def draw(self, count: int, weigh: Callable[[Any], float]) -> list[tuple[Any, float]]:
-        """The batches of this process for one optimiser step of `count` batches, each with the share that its loss has:
-        see `Processes.shares`.
+        """This process's batches for one optimizer step of `count` batches, each with its share in the loss: see
+        `Processes.shares`.
 
         Raises:
             DataError: no batch, or the processes draw different batches of data that is not divided among them.
         """
-        assert self.processes is not None
         drawn = [next(self) for _ in range(count)]
-        if not self._compared:
-            self._compare(drawn[0])
+        if not self._compared:  # if batches differed, some of their rows would be in no process
+            first, *others = self.processes.gathered(fingerprint(drawn[0]))
+            for rank, other in enumerate(others, 1):
+                if other != first:
+                    raise DataError(
+                        f"process {rank} draws other batches than process 0, and no sampler divides the data. Make all "
+                        "draw the same (train's seed, or a generator with the same seed), or divide it with a "
+                        "DistributedSampler"
+                    )
+            self._compared = True
         return self.processes.shares(drawn, weigh, self.divided)
 
-    def _compare(self, batch: Any) -> None:
-        """Refuse different batches: each process would take its rows of another batch, and nobody would see the
-        others."""
-        assert self.processes is not None
-        first, *others = self.processes.gathered(fingerprint(batch))
-        for rank, other in enumerate(others, 1):
-            if other != first:
-                raise DataError(
-                    f"process {rank} draws other batches than process 0, and the data says nothing of being divided. "
-                    "Make it the same in all (train's seed, or a generator with the same seed), or divide it with a "
-                    "DistributedSampler"
-                )
-        self._compared = True
-
-    def _next(self) -> Any:
-        if self._iterator is None:
-            self._begin()
-        assert self._iterator is not None
-        for batch in self._iterator:
-            self.taken += 1
-            if self.taken == 1 and batch is not self._same:
-                self.first = fingerprint(batch)
-                self._same = batch if isinstance(self.data, (list, tuple)) else None  # one batch: each step is an epoch
-            return batch
-        if not self.taken:
-            raise DataError(
-                "the data gave no batch; it is empty, or an iterator that is used up: pass something that can be "
-                "iterated again, such as a DataLoader or a list"
-            )
-        self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
-        return self._next()
-
-    def _begin(self) -> None:
+    def _begin(self) -> Iterator[Any]:
         self._begun = random_state(self.device) | {"own": [g.get_state() for g in _generators(self.data)]}
-        for holder in _holders(self.data):
-            if callable(getattr(holder, "set_epoch", None)):
-                holder.set_epoch(self.epoch)
-        self._iterator = iter(self.data)
-
-    def length(self) -> int | None:
-        """Batches of an epoch, None if the data does not say."""
-        with suppress(TypeError):  # a DataLoader of a stream has a `__len__` that raises
-            return len(self.data) if isinstance(self.data, Sized) else None
-        return None
+        for source in _sources(self.data):
+            if callable(getattr(source, "set_epoch", None)):
+                source.set_epoch(self.epoch)
+        return iter(self.data)
 
     def state(self) -> dict[str, Any]:
         """The position: the batches taken of the epoch, and the generators' states that its order was drawn from."""
-        among = self.processes.world if self.processes is not None and self.divided else 1
-        place = {"round": self.epoch, "taken": self.taken, "first": self.first, "length": self.length()}
+        among = self.processes.world if self.divided else 1
+        place = {"round": self.epoch, "taken": self.taken, "first": self.first, "length": _length(self.data)}
         return {**place, "divided among": among, "begun": self._begun, "random": self._random}
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
         """How the data differs from that of `state`: in its length, or in the epoch's first batch, which is drawn again
-        as it was drawn then. Empty if it does not."""
+        from the same random states. Empty if neither differs."""
         found = []
-        if (then := state["length"]) != (now := self.length()):
+        if (then := state["length"]) != (now := _length(self.data)):
             found.append(f"length of the data was {then}, is {now}")
         if state["taken"]:
             before = [generator.get_state() for generator in _generators(self.data)]
-            self._go_to_round(state)
+            self._go_to_epoch(state)
             for generator, state_before in zip(_generators(self.data), before, strict=True):
                 generator.set_state(state_before)  # the run may still be refused
             if self.first != state["first"]:
-                found.append("first batch of the data is another (or follows from no random generator)")
+                found.append("first batch of the data is another (or no random generator decides its order)")
         return found
 
     def restore(self, state: Mapping[str, Any], other: bool = False) -> None:
-        """Go to the position of `state`; the batches that were taken of the epoch are read again and dropped.
+        """Go to the position of `state`: the batches taken of its epoch are read again and dropped.
 
-        `other`: it is known to be other data; if it is too short for the position, a new epoch begins.
+        `other`: the data is known to be other data; if it is too short for the position, a new epoch begins.
 
         Raises:
             DataError: there are fewer batches than were taken, or they were divided among another number of processes.
@@ -138,8 +122,8 @@ class Batches:
             raise DataError(f"the run's data was divided among {then} processes by its sampler, and is now among {now}")
         self.epoch, self.taken = state["round"], 0
         if state["taken"]:
-            self._go_to_round(state)
-            with self._own_random():
+            self._go_to_epoch(state)
+            with self._data_generators():
                 for _ in islice(self._iterator or (), state["taken"] - 1):
                     self.taken += 1
             if self.taken < state["taken"] and not other:
@@ -148,68 +132,68 @@ class Batches:
                 self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
         self._random = state["random"]
 
-    def _go_to_round(self, state: Mapping[str, Any]) -> None:
-        """Begin the epoch of `state` as it began then, and take its first batch."""
+    def _go_to_epoch(self, state: Mapping[str, Any]) -> None:
+        """Begin the epoch of `state` from the random states of then, and take its first batch."""
         self.epoch, self.taken, self.first = state["round"], 0, ""
-        with self._own_random():
+        with self._data_generators():
             set_random_state(state["begun"], self.device)
             for generator, then in zip(_generators(self.data), state["begun"]["own"], strict=False):
                 generator.set_state(then)
-            self._begin()
-            for batch in islice(self._iterator or (), 1):
+            self._iterator = self._begin()
+            for batch in islice(self._iterator, 1):
                 self.taken, self.first = 1, fingerprint(batch)
 
     @contextmanager
-    def _own_random(self) -> Iterator[None]:
-        outside = random_state(self.device)
-        set_random_state(self._random, self.device)
-        try:
-            yield
-        finally:
-            self._random = random_state(self.device)
-            set_random_state(outside, self.device)
+    def _data_generators(self) -> Iterator[None]:
+        """In the block the random generators are in the data's states, and the model's are restored afterwards."""
+        with random_kept(self.device):
+            set_random_state(self._random, self.device)
+            try:
+                yield
+            finally:
+                self._random = random_state(self.device)
 
 
-def _holders(data: Any) -> list[Any]:
+def _length(data: Any) -> int | None:
+    """Batches of an epoch, None if the data does not say."""
+    with suppress(TypeError):  # a DataLoader of a stream has a `__len__` that raises
+        return len(data) if isinstance(data, Sized) else None
+    return None
+
+
+def _sources(data: Any) -> list[Any]:
     """The data and what it draws from: samplers and samplers inside them, the data set, a wrapped loader."""
     found: list[Any] = []
     to_do = [data]
     while to_do:
-        holder = to_do.pop(0)
-        if holder is None or isinstance(holder, (list, tuple, dict, str)) or any(holder is other for other in found):
+        source = to_do.pop(0)
+        if source is None or isinstance(source, (list, tuple, dict, str)) or any(source is other for other in found):
             continue
-        found.append(holder)
+        found.append(source)
         inner = ("sampler", "batch_sampler", "dataset", "base_dataloader", "dataloader", "_distributed")
-        to_do += [getattr(holder, name, None) for name in inner]
-        if hasattr(holder, "slice_fn"):  # accelerate's loader, where one process reads for all
-            to_do.append(getattr(holder, "state", None))
+        to_do += [getattr(source, name, None) for name in inner]
+        if hasattr(source, "slice_fn"):  # accelerate's loader, where one process reads for all
+            to_do.append(getattr(source, "state", None))
     return found
 
 
 def _is_divided(data: Any, processes: Processes) -> bool:
-    """Whether the data divides itself among the processes.
-
-    Raises:
-        DataError: it is divided among another number, two processes have the same part, or their numbers of batches
-            differ.
-    """
+    """Whether the data divides itself among the processes. DataError: it is divided among another number of processes,
+    two of them have the same part, or they have different numbers of batches."""
     among, part = 1, 0
-    for holder in _holders(data):
+    for source in _sources(data):
         for count, index in (("num_replicas", "rank"), ("num_processes", "process_index"), ("world_size", "rank")):
-            replicas, at = getattr(holder, count, None), getattr(holder, index, None)
+            replicas, at = getattr(source, count, None), getattr(source, index, None)
             if isinstance(replicas, int) and isinstance(at, int) and replicas > 1:
                 among, part = replicas, at
-    length = None
-    with suppress(TypeError):  # a DataLoader of a stream has a `__len__` that raises
-        length = len(data) if isinstance(data, Sized) else None
-    counts, parts, lengths = zip(*processes.gathered((among, part, length)), strict=True)
+    counts, parts, lengths = zip(*processes.gathered((among, part, _length(data))), strict=True)
     if set(counts) not in ({1}, {processes.world}):
         raise DataError(
             f"a sampler divides the data among {max(counts)} processes, and this run has {processes.world}: start it "
             "with torchrun, or leave the sampler out"
         )
     if among > 1 and len(set(parts)) < processes.world:
-        raise DataError(f"the processes' samplers draw the parts {', '.join(map(str, parts))}; each needs its own")
+        raise DataError(f"the processes' samplers draw the parts {', '.join(map(str, parts))}; each must draw another")
     if len(set(lengths)) > 1:
         raise DataError(
             f"the processes have {', '.join(map(str, lengths))} batches an epoch; all make the same steps, so it "
@@ -225,9 +209,9 @@ def mean_loss(
     weigh: Callable[[Any], float],
     processes: Processes,
 ) -> float:
-    """The mean loss over all batches, each weighted by what its own loss is a mean over: that of one large batch.
+    """The mean loss over all batches, as of one large batch: each is weighted by what its loss is a mean over.
 
-    If the data divides itself among the processes, the mean is over the batches of all of them.
+    If the data divides itself among the processes, the mean is over the batches of all processes.
 
     Raises:
         DataError: no batch, or no label that counts in any of them.
@@ -240,15 +224,15 @@ def mean_loss(
     if not losses:
         raise DataError("validation gave no batch; it is empty, or an iterator that is used up")
     counted = [(weight, value) for weight, value in zip(weights, torch.stack(losses).tolist(), strict=True) if weight]
-    total, everything = sum(weight * value for weight, value in counted), sum(weights)
+    weighted_sum, weight_sum = sum(weight * value for weight, value in counted), sum(weights)
     if _is_divided(data, processes):
-        total, everything = processes.add_up([total, everything])
-    if not everything:
+        weighted_sum, weight_sum = processes.add_up([weighted_sum, weight_sum])
+    if not weight_sum:
         raise DataError("no label counts in the whole validation data: all of them are masked")
-    return total / everything
+    return weighted_sum / weight_sum
 
 
 def _generators(data: Any) -> list[torch.Generator]:
     """Generators that the data draws from, besides the global ones."""
-    found = (getattr(holder, "generator", None) for holder in _holders(data))
+    found = (getattr(source, "generator", None) for source in _sources(data))
     return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())

@@ -17,13 +17,10 @@ from lorafamily.training.snapshot import Snapshot
 
 @dataclass
 class Best:
-    """The best evaluation since the ranks settled: its `value` and `step`, and the evaluations `since`.
+    """The best evaluation since the ranks settled: its `value` and `step`, and the number of evaluations `since` then.
 
     `monitor`: the metric that decides; `mode`: whether low ("min") or high ("max") is good; `patience`: evaluations
-    without a better one after which the run stops; `keep`: whether to copy its weights, for `restore_if_kept`.
-
-    Raises:
-        TrainingError: no such mode.
+    without a better one after which the run stops; `keep`: whether to copy the weights, for `restore_if_kept`.
     """
 
     model: nn.Module
@@ -73,18 +70,17 @@ class Best:
         return ""
 
     def take(self, weights: Snapshot, history: History) -> None:
-        """Keep these as the best weights."""
         assert history.best is not None
         self.weights = weights
         history.best = dataclasses.replace(history.best, tensors=weights.tensors)
 
     def restore_if_kept(self, history: History) -> None:
-        """Give the model the weights of the best evaluation, ranks included; `history.last` keeps those it had.
+        """Give the model the weights of the best evaluation, ranks included; `history.last` keeps the last ones.
 
-        Called when the run is over and saved: a checkpoint at the end holds the last weights, not these.
+        Call it when the run is over and saved: a checkpoint at the end holds the last weights.
 
         Raises:
-            StateError: no such evaluation.
+            StateError: no evaluation was the best.
         """
         if not self.keep:
             return
@@ -95,7 +91,7 @@ class Best:
                 "allocation had settled"
             )
         if self.step == len(history.steps):
-            return  # the model has them
+            return  # the model has these weights
         if history.last is not None:
             history.last = dataclasses.replace(history.last, tensors=Snapshot.of(self.model, adapters).tensors)
         self.weights.put_into(self.model, adapters, self.session.optimizer)

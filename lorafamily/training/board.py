@@ -1,11 +1,11 @@
-"""A run on TensorBoard. It only observes: every result is in the history, too."""
+"""A run on TensorBoard. The board only observes: every result is in the history, too."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ FIRST = 0.5  # seconds that the first picture is expected to take
 
 class Allowance:
     """The time that pictures may take: `SHARE` of the time since the run began. The next picture is expected to take as
-    long as the last."""
+    long as the last one."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock, self.begun = clock, clock()
@@ -43,29 +43,23 @@ class Allowance:
 
 
 class Board:
-    """Scalars at every step. After a decision slices by kind, and as long as the `allowance` lasts a heat-map of slices
-    and a histogram of scores. At the end the last heat-map, the history of slices, and a line in the HParams tab.
+    """Shows scalars at every step. After a decision it shows slices by type of matrix and, while the `allowance` lasts,
+    a heat-map of slices and a histogram of scores; at the end the last heat-map, the history of slices, and a line in
+    the HParams tab.
 
     `highest`: top of the colour scale of all heat-maps, so that they can be compared; `done`: steps made before.
 
-    TensorBoard keeps one plugin per tag, so no tag has both a histogram and an image.
+    TensorBoard keeps one plugin per tag: never use a tag for both a histogram and an image.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        start: Decision,
-        highest: int,
-        done: int = 0,
-        allowance: Allowance | None = None,
-    ):
-        # Steps that an interrupted run made after its last checkpoint are made again: hide them.
-        self.writer = SummaryWriter(os.fspath(folder), purge_step=done + 1 if done else None)
-        self.start, self.highest, self.kinds = start, highest, area_labels(start.after)
+    def __init__(self, folder: Path, start: Decision, highest: int, done: int = 0, allowance: Allowance | None = None):
+        # An interrupted run repeats the steps after its last checkpoint: hide those that it made before.
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        self.start, self.highest, self.area_of = start, highest, area_labels(start.after)
         self.allowance = allowance or Allowance()
         self.last, self.shown = start, True  # every heat-map shows the start, too
         if not done:
-            self._by_kind(start)
+            self._slices_by_area(start)
 
     def step(self, record: Step, decision: Decision | None) -> None:
         scalars = {
@@ -83,7 +77,7 @@ class Board:
         if decision is not None:
             if decision.before != decision.after:
                 self.last, self.shown = decision, False
-                self._by_kind(decision)
+                self._slices_by_area(decision)
             if self.allowance.has_room():
                 with self.allowance.spending():
                     self._score_histogram(decision)
@@ -94,11 +88,11 @@ class Board:
             self.writer.add_scalar(f"validation/{name}", value, evaluation.step)
 
     def close(self, history: History, settings: Mapping[str, Setting], drawn: Mapping[str, Figure]) -> None:
-        """Show the run's pictures, `drawn` for its folder already, and close the file. Nothing is drawn if that is
-        empty, as when a signal ended the run."""
+        """Show the pictures that were drawn for the run's folder, and close the file. If none were, because a signal
+        ended the run, none is drawn here either."""
         if "rank-by-layer" in drawn and not self.shown:
             if self.allowance.spent:
-                self._ranks()  # on the colour scale of the ones before
+                self._ranks()  # on the colour scale of the earlier heat-maps
             else:
                 self._image("rank/slices by layer", drawn["rank-by-layer"], self.last.step)
         last = history.steps[-1] if history.steps else None
@@ -113,21 +107,21 @@ class Board:
         if last is not None:
             final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/slices": last.rank}
             final |= {"final/trainable parameters": last.trainable}
-            # Under the name of this run; by default it would be a run of its own, named after the time.
+            # By default TensorBoard would list this line as another run, named after the time.
             self.writer.add_hparams(dict(settings), final, run_name=".")
         self.writer.close()
 
     def _ranks(self) -> None:
-        """Show the heat-map of the last decision that changed ranks, if it was not shown yet."""
+        """Show the heat-map of the last decision that changed ranks, unless it was shown."""
         if not self.shown:
             title = f"Slices by layer and matrix, step {self.last.step}: {self.last.reason}"
             figure = rank_heatmap(self.start.after, self.last.after, title, self.highest)
             self._image("rank/slices by layer", figure, self.last.step)
         self.shown = True
 
-    def _by_kind(self, decision: Decision) -> None:
-        for kind, rank in rank_by_kind(decision.after, self.kinds).items():
-            self.writer.add_scalar(f"slices by kind/{kind}", rank, decision.step)
+    def _slices_by_area(self, decision: Decision) -> None:
+        for area, slices in rank_by_kind(decision.after, self.area_of).items():
+            self.writer.add_scalar(f"slices by kind/{area}", slices, decision.step)
 
     def _score_histogram(self, decision: Decision) -> None:
         scores = np.array([score for slices in decision.scores.values() for score in slices])

@@ -1,7 +1,7 @@
 """Checkpoints of a run. Each is complete or does not exist; the last few and the best are kept.
 
-`FOLDER/checkpoints/step-00000100/` is a saved adapter, which `lorafamily.load` reads, with everything else that the run
-needs to go on in `state.json` and `state.safetensors`. It is written under another name and then renamed.
+`FOLDER/checkpoints/step-00000100/` is a saved adapter, which `lorafamily.load` reads, with the rest of the run's state
+in `state.json` and `state.safetensors`. It is written under another name and then renamed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Resume = Literal["never", "auto", "anyway"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read. `adapters`: None if the run trains a plain model."""
+    """The contents of a checkpoint. `adapters`: None if the run trains a plain model."""
 
     folder: Path
     state: dict[str, Any]
@@ -40,7 +40,8 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in its folder. Does nothing without a folder, or if `every` is None."""
+    """The checkpoints of one run, in its folder; none without a folder, or if `every` is None. `keep`: how many of the
+    last are kept."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, keep: int):
         if every is not None and (folder is None or every < 1):
@@ -50,28 +51,27 @@ class Checkpoints:
         if keep < 1:
             raise StateError(f"keep={keep!r}: must be a number of checkpoints, at least 1")
         self.log_folder = None if folder is None else Path(folder)
-        self.run_folder = None if every is None else self.log_folder
-        self.folder = self.run_folder and self.run_folder / "checkpoints"
+        self.folder = None if every is None or self.log_folder is None else self.log_folder / "checkpoints"
         self.every, self.keep = every, keep
 
     def due(self, step: int) -> bool:
-        return self.folder is not None and self.every is not None and step % self.every == 0
+        return self.every is not None and step % self.every == 0
 
     def to_go_on_from(self, resume: Resume) -> Checkpoint | None:
         """The newest checkpoint, None if the run begins.
 
         Raises:
-            StateError: there is a checkpoint or the record of an earlier run, and `resume` is "never"; or `resume` is
-            not,
-                and there is no folder.
+            StateError: `resume` is "never" and the folder has checkpoints or the record of an earlier run; or it is
+                not, and there is no folder.
+            FileError: there are checkpoints, and all are damaged.
         """
         if resume not in ("never", "auto", "anyway"):
             raise StateError(f'resume={resume!r}: must be "never", "auto" or "anyway"')
         if resume != "never" and self.folder is None:
             raise StateError(f"resume={resume!r} needs checkpoints: pass log_dir and save_every as well")
-        if resume == "never" and (there := self._folders()):
+        if resume == "never" and (folders := self._folders()):
             raise StateError(
-                f'{self.run_folder} has checkpoints of an earlier run; resume="auto" goes on from {there[-1].name}, '
+                f'{self.log_folder} has checkpoints of an earlier run; resume="auto" goes on from {folders[-1].name}, '
                 "another log_dir begins anew"
             )
         if resume == "never" and self.log_folder is not None and recorded(self.log_folder):
@@ -82,15 +82,11 @@ class Checkpoints:
         return self.newest()
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; damaged ones are skipped with a warning.
-
-        Raises:
-            FileError: there are checkpoints, and all are damaged.
-        """
+        """The newest undamaged checkpoint; damaged ones are skipped with a warning, and FileError says that all are."""
         damaged = []
         for folder in reversed(self._folders()):
             try:
-                found = _read(folder)
+                found = read(folder)
             except FileError as error:
                 damaged.append(str(error))
                 continue
@@ -101,15 +97,11 @@ class Checkpoints:
             raise FileError(f"no checkpoint can be read: {'; '.join(damaged)}; remove them to begin anew")
         return None
 
-    def write(
-        self, step: int, model: nn.Module, adapters: str | None, state: Mapping[str, Any], best: int | None
-    ) -> None:
-        """Write a checkpoint, and remove those that are neither among the last nor the best.
+    def write(self, step: int, model: nn.Module, adapters: str | None, state: Mapping[str, Any], best: int) -> None:
+        """Write a checkpoint; then remove those that are neither among the last nor of the step `best`.
 
-        `adapters`: name of the adapters that train; `best`: the step whose checkpoint is kept.
-
-        Raises:
-            FileError: it cannot be written; the earlier ones are unchanged.
+        `adapters`: name of the adapters that train. FileError says that it cannot be written; the earlier ones are
+        unchanged then.
         """
         if self.folder is None:
             return
@@ -123,7 +115,7 @@ class Checkpoints:
             tensors: dict[str, Any] = {}
             packed = pack(dict(state), "state", tensors)
             write_sealed(partial, STATE, {"format": FORMAT, "state": packed}, TENSORS, tensors)
-            shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that has since gone back
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one from before the run went back
             partial.rename(final)
             _flush(self.folder)
         except OSError as error:
@@ -131,7 +123,7 @@ class Checkpoints:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         for old in self._folders()[: -self.keep]:
-            if old.name != (None if best is None else name_of(best)):
+            if old.name != name_of(best):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
@@ -145,30 +137,22 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def of_step(found: Checkpoint, step: int) -> Checkpoint:
-    """The checkpoint of another step of the same run.
-
-    Raises:
-        FileError: it is missing or damaged.
-    """
-    return _read(found.folder.with_name(name_of(step)))
-
-
-def _read(folder: Path) -> Checkpoint:
+def read(folder: Path) -> Checkpoint:
+    """Read a checkpoint; FileError says that it is missing or damaged."""
     record = read_record(folder / STATE, FOLDER, FORMAT)
     tensors = read_sealed_tensors(folder / TENSORS, FOLDER, record)
     try:
         state = unpack(record["state"], tensors)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FileError(f"{folder / STATE}: not a state of a run ({type(error).__name__}: {error})") from None
+        raise FileError(f"{folder / STATE}: not the state of a run ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict):
-        raise FileError(f"{folder / STATE}: not a state of a run")
+        raise FileError(f"{folder / STATE}: not the state of a run, but a {type(state).__name__}")
     has_adapters = (folder / saved.RECORD).exists() or state.get("has adapters")
     return Checkpoint(folder, state, saved.read(folder) if has_adapters else None)
 
 
 def _flush(folder: Path) -> None:
-    """Let a renaming survive a loss of power, if the system can."""
+    """Make a renaming survive a loss of power, where the system can."""
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         try:

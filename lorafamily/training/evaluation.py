@@ -1,10 +1,10 @@
-"""Evaluation during a run: its metrics, and the loss that ranks are scored by."""
+"""Evaluation during a run: the metrics, and the loss that ranks are scored by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -21,8 +21,8 @@ from lorafamily.training.state import seed_all
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures a model: by `evaluate` if there is one, otherwise by the mean loss on `validation`, with the weight that
-    `weigh` gives each batch. `precision` makes the context of a forward."""
+    """Measures a model: by `evaluate` if there is one, otherwise by the mean loss on `validation`, in which batches
+    have the weights that `weigh` returns. `precision` makes the context of a forward."""
 
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None
     validation: Iterable[Any] | None
@@ -42,45 +42,34 @@ class Evaluator:
         return self.processes.agreed(metrics)
 
 
+@dataclass
 class ScoringLoss:
-    """Called with a number of rows: the task loss on the first so many rows of the validation data, in eval mode, with
-    the gates' gradients if gradients are on. The rows are drawn once, by the seed, so that a resumed run scores on the
-    same ones."""
+    """Function from a number of rows to the task loss on the first so many rows of the validation data, in eval mode,
+    with the gates' gradients if gradients are on. The rows are drawn once, by the seed, so that a resumed run scores on
+    the same ones."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        validation: Iterable[Any],
-        loss_fn: LossFn | None,
-        weigh: Callable[[Any], float],
-        precision: Callable[[], AbstractContextManager[Any]],
-        seed: int,
-    ):
-        self.model, self.validation, self.loss_fn, self.seed = model, validation, loss_fn, seed
-        self.weigh, self.precision = weigh, precision
-        self._drawn: dict[int, list[tuple[Any, float]]] = {}
+    model: nn.Module
+    validation: Iterable[Any]
+    loss_fn: LossFn | None
+    weigh: Callable[[Any], float]
+    precision: Callable[[], AbstractContextManager[Any]]
+    seed: int
+    drawn: dict[int, list[tuple[Any, float]]] = field(default_factory=dict)
+    """By number of rows the batches, each with its share in the loss."""
 
     def __call__(self, rows: int) -> Tensor:
         device = next(p for p in self.model.parameters() if p.requires_grad).device
         with evaluating(self.model, device), self.precision():
-            losses = [share * loss_of(self.model, batch, self.loss_fn) for batch, share in self._batches(rows, device)]
+            if rows not in self.drawn:
+                seed_all(self.seed)  # `evaluating` restores the generators
+                pieces = gather_rows(self.validation, rows, self.weigh)
+                self.drawn[rows] = [(to_device(piece, device), share) for piece, share in pieces]
+            losses = [share * loss_of(self.model, batch, self.loss_fn) for batch, share in self.drawn[rows]]
             return torch.stack(losses).sum()
-
-    def _batches(self, rows: int, device: torch.device) -> list[tuple[Any, float]]:
-        """Batches, with the share that each has in the loss."""
-        if rows not in self._drawn:
-            seed_all(self.seed)  # `evaluating` puts the generators back
-            pieces = gather_rows(self.validation, rows, self.weigh)
-            self._drawn[rows] = [(to_device(piece, device), share) for piece, share in pieces]
-        return self._drawn[rows]
 
 
 def check_evaluation(evaluates: bool, every: int | None, patience: int | None, restore_best: bool) -> None:
-    """Refuse settings that would have no effect.
-
-    Raises:
-        TrainingError: there is one.
-    """
+    """Raise TrainingError if a setting has no effect or is no whole number."""
     for name, value in (("evaluate_every", every), ("patience", patience)):
         if value is None:
             continue
@@ -95,10 +84,7 @@ def check_evaluation(evaluates: bool, every: int | None, patience: int | None, r
 
 
 def _as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """
-    Raises:
-        TrainingError: evaluate returned no mapping, or one with something that is no number; the message names it.
-    """
+    """Raise TrainingError if `evaluate` returned no mapping, or one with an entry that is no number."""
     if not isinstance(metrics, Mapping):
         raise TrainingError(f"evaluate gave a {type(metrics).__name__}; it must give metrics by name")
     found = {}

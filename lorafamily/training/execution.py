@@ -14,17 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafamily.errors import TrainingError
 from lorafamily.layers.bitsandbytes import scales_kept
-from lorafamily.training.state import random_state, set_random_state
+from lorafamily.training.state import random_kept
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def chosen_precision(precision: Precision, device: torch.device) -> str:
-    """ "auto" is bfloat16 on a GPU that has it and float32 elsewhere.
-
-    Raises:
-        TrainingError: no such precision.
-    """
+def chosen_precision(precision: Precision, device: torch.device) -> Precision:
+    """ "auto" is bfloat16 on a GPU that has it and float32 elsewhere. TrainingError refuses unknown names."""
     if precision == "auto":
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
     if precision not in ("float32", "bfloat16", "float16"):
@@ -32,17 +28,15 @@ def chosen_precision(precision: Precision, device: torch.device) -> str:
     return precision
 
 
-def autocast(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """The context of a forward."""
+def autocast(precision: Precision, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A function that makes the context of a forward."""
     if precision == "float32":
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, getattr(torch, precision))
 
 
-def recompiling(times: int | None) -> contextlib.AbstractContextManager[Any]:
-    """Let every change of ranks recompile: by default torch.compile silently gives up after eight shapes."""
-    if times is None:
-        return contextlib.nullcontext()
+def recompiling(times: int) -> contextlib.AbstractContextManager[Any]:
+    """Let torch.compile recompile at every change of ranks: by default it silently gives up after eight shapes."""
     import torch._dynamo.config as dynamo  # slow to import, so only where something is compiled
 
     return dynamo.patch(recompile_limit=max(dynamo.recompile_limit, times))
@@ -50,7 +44,7 @@ def recompiling(times: int | None) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode it was in, training or eval, afterwards."""
+    """Return every module to the mode it was in, train or eval, after the block."""
     before = {module: module.training for module in model.modules()}
     try:
         yield
@@ -61,38 +55,32 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, with the random states put back: evaluating more often must not change what is trained."""
-    before = random_state(device)
-    with modes_kept(model), scales_kept(model):
+    """Eval mode, with random states restored: how often a run evaluates must not change what it trains."""
+    with random_kept(device), modes_kept(model), scales_kept(model):
         model.eval()
-        try:
-            yield
-        finally:
-            set_random_state(before, device)
+        yield
 
 
 def start_training(model: nn.Module, base_is_frozen: bool) -> None:
-    """Put a model in eval mode into train mode; in one in train mode leave modules in eval mode alone. A frozen
-    normalisation goes into eval mode: it would move its running statistics, and be served with others."""
+    """Put the model into train mode. If it is there already, its modules in eval mode stay so.
+
+    Frozen normalisation layers go into eval mode: training would move their running statistics, and the base that
+    serves the adapter has the old ones.
+    """
     if not model.training:
         model.train()
     for module in model.modules() if base_is_frozen else ():
-        if isinstance(module, _NormBase) and module.track_running_stats and not _trains(module):
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        if frozen and isinstance(module, _NormBase) and module.track_running_stats:
             module.eval()
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
     """Activation checkpointing (non-reentrant): blocks keep no activations but compute them again in the backward.
 
-    Models of `transformers` do it themselves; of others the blocks are the entries of the outermost `nn.ModuleList`s.
-
-    Raises:
-        TrainingError: the model can do neither.
+    Models of `transformers` have their own switch; in others the blocks are the entries of the outermost
+    `nn.ModuleList`s. TrainingError refuses a model that has neither.
     """
     if not active:
         yield

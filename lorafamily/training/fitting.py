@@ -1,35 +1,27 @@
-"""Adapters whose ranks follow a state dict: frameworks load the model first, and its tensors must fit by then."""
+"""Adapters take the ranks of a state dict: frameworks load the model first, so its tensors must fit by then."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 
+Follow = Callable[[Mapping[str, Tensor], str], None]
+"""Method of a session: called with a state dict and its prefix before these are loaded into the model."""
 
-class Follows(Protocol):
-    """What this file needs of a session."""
-
-    adapters: dict[str, Adapter]
-
-    def replace_parameters(self, replaced: list[tuple[nn.Parameter, nn.Parameter]]) -> None: ...
-
-    def await_state(self) -> None: ...
-
-
-_SESSIONS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Follows]] = weakref.WeakKeyDictionary()
-"""The newest session of a model that adapters were placed in."""
+_FOLLOWING: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod[Follow]] = weakref.WeakKeyDictionary()
+"""By model that adapters were placed in the method of its newest session."""
 
 
 def fit_ranks(
-    model: nn.Module, adapters: Mapping[str, Adapter], state_dict: Mapping[str, Tensor], prefix: str = ""
+    model: nn.Module, adapters: Mapping[str, Adapter], state_dict: Mapping[str, Tensor], prefix: str
 ) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Give adapters the ranks of a state dict that is about to be loaded into their model; returns which parameters
-    were replaced by which. Tensors that differ in more than their rank are left for torch to refuse."""
+    """Give adapters the ranks of a state dict that is about to be loaded into their model. Returns pairs of an old
+    parameter and the new one in its place. Tensors that differ in more than their rank are left for torch to refuse."""
     names = {id(parameter): prefix + name for name, parameter in model.named_parameters()}
     replaced = []
     for adapter in adapters.values():
@@ -41,16 +33,16 @@ def fit_ranks(
     return replaced
 
 
-def follow_state_dicts(model: nn.Module, session: Follows) -> None:
-    """From now on fit the ranks of the session's adapters whenever a state dict is loaded into the model."""
-    if model not in _SESSIONS:
+def follow_state_dicts(model: nn.Module, follow: Follow) -> None:
+    """Call a session's method, as long as it is the newest session, before a state dict is loaded into the model."""
+    if model not in _FOLLOWING:
         model.register_load_state_dict_pre_hook(_before_loading)
-    _SESSIONS[model] = weakref.ref(session)
+    _FOLLOWING[model] = weakref.WeakMethod(follow)
 
 
 def _before_loading(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-    """A function of the module, so that the model pickles and its copies, which have no session, are left alone."""
-    session = _SESSIONS.get(model, lambda: None)()
-    if session is not None and (replaced := fit_ranks(model, session.adapters, state_dict, prefix)):
-        session.replace_parameters(replaced)
-        session.await_state()
+    """Looks the session up by the model: a hook that held the session could not be pickled with the model, and a copy
+    of the model, which has no session, would resize the original's adapters."""
+    follow = _FOLLOWING.get(model, lambda: None)()
+    if follow is not None:
+        follow(state_dict, prefix)

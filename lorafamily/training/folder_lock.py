@@ -1,4 +1,4 @@
-"""A lock, so that only one run at a time writes into a folder."""
+"""A lock that lets only one run at a time write into a folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ except ImportError:  # Windows, where folders are not locked
 
 
 class FolderLock:
-    """Held until the end of a `with` block, or of the process, however that ends.
+    """Locks a folder until the end of a `with` block, or of the process, however that ends.
 
     Raises:
-        StateError: another process holds it.
+        StateError: another process has locked it.
         FileError: nothing can be written there.
     """
 

@@ -1,4 +1,4 @@
-"""Guards against failures of training that would otherwise be silent."""
+"""Guards against failures of training that would otherwise go unnoticed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 
 
 def no_gradient(silent: Sequence[str], adapters: Mapping[str, Any], extra: Mapping[str, Any], steps: int) -> str:
-    """The message if adapters, or extra trained parameters, got no gradient from the task."""
-    of, what, narrow = adapters, "adapters", "targets"
+    """The message that adapters, or else extra trained parameters, got no gradient from the task."""
+    trained, what, argument = adapters, "adapters", "targets"
     if not any(at in adapters for at in silent):
-        of, what, narrow = extra, "extra trained parameters", "also_train"
-    of_these = [at for at in silent if at in of]
+        trained, what, argument = extra, "extra trained parameters", "also_train"
+    names = [at for at in silent if at in trained]
     since = "the first batch" if steps == 1 else f"the first {steps} steps"
     return (
-        f"{len(of_these)} of {len(of)} {what} got no gradient from {since}: {listed(of_these)}. They do not take part "
-        f"in the loss, or {CUT}. Narrow {narrow}, or pass check_gradients=False if that is meant"
+        f"{len(names)} of {len(trained)} {what} got no gradient from {since}: {listed(names)}. They do not take part "
+        f"in the loss, or {CUT}. Narrow {argument}, or pass check_gradients=False if they need none"
     )
 
 
 class FrozenBuffers:
-    """Keeps the persistent buffers of modules in which nothing trains: running statistics and the like, which a module
-    in train mode may move."""
+    """Copies of the persistent buffers, such as running statistics, of modules in which nothing trains: a module in
+    train mode may change them."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -44,7 +44,7 @@ class FrozenBuffers:
         }
 
     def put_back(self) -> None:
-        """Put back buffers that moved, with a warning, and their modules into eval mode for the rest of the run."""
+        """Restore buffers that changed, with a warning, and put their modules into eval mode from here on."""
         moved = [at for at, value in self.values.items() if not torch.equal(self.model.get_buffer(at), value)]
         for at in moved:
             self.model.get_buffer(at).copy_(self.values[at])
@@ -58,18 +58,14 @@ class FrozenBuffers:
 
 
 class NonFiniteGuard:
-    """Decides what happens when the loss or a gradient is not finite: the step is skipped, at most `limit` times in a
-    row; then the run stops. `skipped` counts all of them."""
+    """Skips a step whose loss or gradient is not finite, at most `limit` times in a row; then the run stops. `skipped`:
+    how many steps of the run were."""
 
     def __init__(self, limit: int):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
 
     def check(self, step: int, loss: float, norm: float, accumulate: int, adapters: Mapping[str, nn.Module]) -> bool:
-        """Whether the step can be made; False skips it.
-
-        Raises:
-            NonFiniteError: it cannot, and no more may be skipped.
-        """
+        """Whether the step can be made; False skips it. NonFiniteError says that no more may be skipped."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.in_a_row = 0
             return True
@@ -77,7 +73,7 @@ class NonFiniteGuard:
         if self.in_a_row <= self.limit:
             return False
         gradients = {at: [p.grad for p in a.parameters() if p.grad is not None] for at, a in adapters.items()}
-        broken = next((at for at, own in gradients.items() if not all(g.isfinite().all() for g in own)), None)
+        broken = next((at for at, of in gradients.items() if not all(g.isfinite().all() for g in of)), None)
         where = f"; first adapter with such a gradient: {broken}" if broken else ""
         before = f" after {self.limit} steps skipped for the same reason" if self.limit else ""
         raise NonFiniteError(
@@ -88,11 +84,7 @@ class NonFiniteGuard:
 
 
 def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Check that the frozen base is what it was when the run began.
-
-    Raises:
-        TrainingError: a weight changed.
-    """
+    """Raise TrainingError if the fingerprint of a frozen weight changed since the run began."""
     changed = [name for name in before if now.get(name) != before[name]]
     if changed:
         raise TrainingError(
@@ -102,11 +94,7 @@ def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:
 
 
 def check_keys(model: nn.Module, batch: Any) -> None:
-    """Check that the model takes every key of a mapping as a keyword.
-
-    Raises:
-        DataError: it does not; the message has both lists.
-    """
+    """Raise DataError if the model's `forward` cannot be called with the batch, a mapping, as keywords."""
     if not isinstance(batch, Mapping):
         return
     takes = inspect.signature(model.forward).parameters

@@ -14,7 +14,7 @@ from lorafamily.history import Decision, Evaluation, History, Step, Weights
 
 
 def to_tree(history: History) -> dict[str, Any]:
-    """Plain data and a float64 tensor for every field of a step; None is nan there."""
+    """Plain data, with a float64 tensor for every field of a step, in which None is nan."""
     columns = {}
     for name in (f.name for f in fields(Step)):
         values = [getattr(step, name) for step in history.steps]
@@ -25,18 +25,16 @@ def to_tree(history: History) -> dict[str, Any]:
 def from_tree(tree: Mapping[str, Any]) -> History:
     """The history that `to_tree` took apart."""
     columns = {name: column.tolist() for name, column in tree["steps"].items()}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for name in ("step", "rank", "trainable"):
+        columns[name] = [int(value) for value in columns[name]]
+    columns["orthogonality"] = [None if math.isnan(value) else value for value in columns["orthogonality"]]
+    rows = zip(*columns.values(), strict=True)
     return History(
         **{
             **tree,
-            "steps": [_step(row) for row in rows],
+            "steps": [Step(**dict(zip(columns, row, strict=True))) for row in rows],
             "evaluations": [Evaluation(**entry) for entry in tree["evaluations"]],
             "decisions": [Decision(**entry) for entry in tree["decisions"]],
             **{name: tree[name] and Weights(**tree[name]) for name in ("best", "last")},
         }
     )
-
-
-def _step(row: dict[str, Any]) -> Step:
-    row |= {name: int(row[name]) for name in ("step", "rank", "trainable")}
-    return Step(**row | {"orthogonality": None if math.isnan(row["orthogonality"]) else row["orthogonality"]})

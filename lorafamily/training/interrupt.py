@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT (Ctrl-C): the first signal lets a run finish its step and save, a second ends it at once."""
+"""SIGTERM and SIGINT (Ctrl-C): at the first signal a run finishes its step and saves; a second ends it at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 EXIT_CODE = 75
-"""Exit code of a process whose run was interrupted and saved: "temporary failure; try again" in sysexits."""
+"""Exit code of a process whose run was interrupted and saved; in sysexits.h a temporary failure, to try again."""
 
 
 class Interrupted(SystemExit):
@@ -26,7 +26,7 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Catches the two signals in a `with` block; does nothing outside the main thread, where Python delivers none."""
+    """Catches both signals in a `with` block. It does nothing outside the main thread, where Python delivers none."""
 
     def __init__(self, active: bool):
         self.active = active and threading.current_thread() is threading.main_thread()
@@ -44,7 +44,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:  # a file being written has another name until it is complete
+        if self.received is not None:  # safe: a file has another name until it is complete
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = signal.Signals(number)

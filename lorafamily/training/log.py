@@ -1,9 +1,8 @@
-"""Everything that a run writes into its folder, checkpoints aside: record, TensorBoard, pictures."""
+"""Everything that a run writes into its folder except checkpoints: record, TensorBoard's events, pictures."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,52 +19,49 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """Of one run, from where its history ends, in a `with` block; does nothing without a folder.
+    """The log of one run in a `with` block, continued from its history; writes nothing without a folder.
 
-    It begins with the first step, since the first batch may show that some adapters have no effect; a run without a
-    step leaves no files. If an earlier run was recorded in the folder (and died before its first checkpoint, or had its
-    checkpoints removed), that record is moved aside. At the end of the block pictures are drawn of whatever was run,
-    unless a signal ended it: whoever asks a process to stop does not wait for long.
+    The log begins with the first step, because the first batch may show that some adapters have no effect; a run
+    without a step leaves no files. The record of an earlier run, which died before its first checkpoint or had its
+    checkpoints removed, is moved aside. At the end of the block pictures are drawn, unless a signal ended the run:
+    whoever asks a process to stop does not wait for long.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str] | None,
-        history: History,
-        session: Session,
-        settings: Mapping[str, Setting],
-    ):
-        self.folder = None if folder is None else Path(folder)
-        self.history, self.session, self.settings = history, session, settings
+    def __init__(self, folder: Path | None, history: History, session: Session, settings: Mapping[str, Setting]):
+        self.folder, self.history, self.session, self.settings = folder, history, session, settings
         self.record: Record | None = None
 
     def step(self, step: Step, decision: Decision | None) -> None:
-        """Call it before the step is in the history."""
+        """Write a step, which must not be in the history yet."""
         self._begin()
         if self.folder is not None and self.record is not None:
             self.record.step(step)
             if decision is not None:
                 self.record.decision(decision)
-            with _named(self.folder):
+            with _naming(self.folder):
                 self.board.step(step, decision)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         if self.folder is not None:
-            with _named(self.folder):
+            with _naming(self.folder):
                 self.board.evaluation(evaluation)
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        # After an error nothing that goes wrong here may hide it.
-        hidden = (OSError, LoraFamilyError) if error is not None and not issubclass(error, Interrupted) else ()
-        with contextlib.suppress(*hidden):
-            self._close(pictures=error is None or not issubclass(error, Interrupted))
+        interrupted = error is not None and issubclass(error, Interrupted)
+        # After an error of the run, one that occurs here must not hide it.
+        with contextlib.suppress(*(() if error is None or interrupted else (OSError, LoraFamilyError))):
+            if self.folder is not None and self.record is not None:
+                self.record.close()
+                drawn = {} if interrupted else self._pictures(self.folder)
+                with _naming(self.folder):
+                    self.board.close(self.history, self.settings, drawn)
 
     def _begin(self) -> None:
         if self.folder is not None and self.record is None:
-            from lorafamily.training.board import Board  # brings matplotlib, which takes long to import
+            from lorafamily.training.board import Board  # imports matplotlib, which takes long
 
             if not self.history.steps and recorded(self.folder):
                 set_aside(self.folder)
@@ -74,13 +70,6 @@ class Log:
             grows = self.session.allocator.grows
             highest = (2 if grows else 1) * max(self.start.after.values(), default=0)
             self.board = Board(self.folder, self.start, highest, len(self.history.steps))
-
-    def _close(self, pictures: bool) -> None:
-        if self.folder is not None and self.record is not None:
-            self.record.close()
-            drawn = self._pictures(self.folder) if pictures else {}
-            with _named(self.folder):
-                self.board.close(self.history, self.settings, drawn)
 
     def _pictures(self, folder: Path) -> dict[str, Figure]:
         from lorafamily.insight.pictures import draw, pictures_of
@@ -91,8 +80,8 @@ class Log:
 
 
 @contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """TensorBoard writes in a thread, whose errors come out later and name no file."""
+def _naming(folder: Path) -> Iterator[None]:
+    """Name the folder in errors of TensorBoard: it writes in a thread, whose errors come later and name no file."""
     try:
         yield
     except OSError as error:

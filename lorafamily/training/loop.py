@@ -84,55 +84,53 @@ def train(
     keep: int = 2,
     resume: Resume = "never",
 ) -> History:
-    """Train whatever has `requires_grad`: the active adapters and what was named in `also_train`, or a plain model.
+    """Train every parameter with `requires_grad`: the active adapters and what `also_train` named, or a plain model.
 
     Training runs on the model's device, with the penalty and the rank allocation of the adapters' method. Under
-    `torchrun` each process takes some rows of every batch, or the batches that a DistributedSampler gives it, and the
+    `torchrun` each process takes some rows of every batch, or the batches that a DistributedSampler gives it; the
     results are those of a single process.
 
     Optimisation:
-        data: batches, in something that can be iterated repeatedly (a DataLoader, a list). A mapping goes to the model
-            as keywords, a tuple as positions; the output must have `.loss`, unless there is a `loss_fn`.
-        steps: optimiser steps; or `epochs`: passes through the data, which then needs a length.
+        data: batches, in something that can be iterated repeatedly (a DataLoader, a list). The model gets a mapping as
+            keywords and a tuple as positional arguments; its output must have `.loss`, unless there is a `loss_fn`.
+        steps: optimizer steps; or `epochs`: passes through the data, which then needs a length.
         lr: peak learning rate of the adapters; None: 0.001. In runs of some hundred steps LoRA² and AdaLoRA want about
             ten times LoRA's, OLoRA a tenth.
-        head_lr: of other parameters that train; None: ten times `lr`, but no more than 0.01.
-        up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, which is 1 except for LoRA+.
+        head_lr: peak rate of other parameters that train; None: ten times `lr`, but no more than 0.01.
+        up_lr: peak rate of the tensors that make U; None: `lr` times the method's `up_ratio`, 1 except for LoRA+.
         weight_decay: of AdamW; None: 0.
         warmup: a fraction of the run, or a whole number of steps, in which rates rise to their peak; None: 0.06.
-        schedule: of the rates after the warm-up: "linear" and "cosine" fall to 0, "constant"; or a function from the
-            step (from 1) to the share of the peak; or the LRScheduler of the given optimiser, which then sets all
-            rates.
+        schedule: of the rates after the warm-up: "linear" and "cosine" fall to 0, "constant" stays; or a function from
+            the step (from 1) to the share of the peak; or the LRScheduler of the given optimizer, which sets all rates.
         floor: share of the peak below which rates do not fall.
-        optimizer: instead of AdamW: an optimiser, or a function from the parameters, see `Trained`, to one.
+        optimizer: instead of AdamW: an optimizer, or a function from the parameters, see `Trained`, to one.
         loss_fn: function from model and batch to the task loss.
         loss_over: what a batch's loss is a mean over, which decides the weights of batches and processes: "tokens" (the
             labels that are not -100), "rows", or a function from a batch to a number. "auto": rows if there is a
             `loss_fn`, otherwise tokens if there are `labels`.
-        accumulate: batches per optimiser step; together they count as one large batch.
-        max_grad_norm: gradients are scaled down to this norm, over all trained parameters; 0 or None: no clipping.
+        accumulate: batches per optimizer step; together they count as one large batch.
+        max_grad_norm: gradients are scaled down to this norm, over all parameters that train; 0 or None: no clipping.
 
     Evaluation:
         validation: batches; their mean loss is the metric "loss". Some methods score ranks on them.
-        evaluate: function from the model (in eval mode, without gradients) to metrics by name, instead of that loss.
-        evaluate_every: optimiser steps between evaluations; None: only at the end.
+        evaluate: function from the model (in eval mode, without gradients) to metrics by name, which replace that loss.
+        evaluate_every: optimizer steps between evaluations; None: only at the end.
         monitor, mode: the metric that decides which evaluation is best, and whether low or high is good.
         patience: stop after so many evaluations without a better one, counted once the ranks have settled.
-        restore_best: end with the weights of the best evaluation, ranks included, instead of the last; `History` has
-            both.
+        restore_best: end with the weights of the best evaluation, ranks included; `History` has the last ones, too.
 
     Execution:
-        precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; "float16" scales the loss;
-            factors stay float32.
+        precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere; "float16" scales the loss.
+            Factors stay float32.
         compile: run the model through `torch.compile`.
         checkpoint_activations: compute activations again in the backward instead of keeping them.
-        seed: for Python's, NumPy's and torch's generators (dropout, shuffling), which are put back afterwards; None:
+        seed: for Python's, NumPy's and torch's generators (dropout, shuffling), which are restored afterwards; None:
             the generators continue from their state.
         skip_nonfinite: how many steps in a row may be skipped because the loss or a gradient is not finite.
         check_gradients: refuse to go on if adapters get no gradient in the first steps.
-        again: let ranks that an earlier run settled move once more.
+        again: let ranks that an earlier run settled change once more.
         progress: show a bar with loss, steps per second and slices, and one while ranks are scored.
-        on_step: called with the `Step` of every step, for a logger of your own.
+        on_step: called with the `Step` of every step, such as by a logger.
 
     Persistence:
         log_dir: folder of the run, for TensorBoard, pictures of the allocation, the record (see `ranks_at`, `redraw`)
@@ -147,12 +145,13 @@ def train(
         DataError: no batches, no loss from them, keys that the model does not take, or processes that draw different
             batches without dividing the data.
         AllocationError: the method's rank schedule does not fit the run.
-        StateError: the adapters are merged, or none is active; or the folder is another run's.
+        StateError: the adapters are merged, none is active, or the folder belongs to another run.
         FileError: a checkpoint cannot be written or read.
-        TrainingError: nothing to train, an optimiser that cannot (LBFGS), a setting that has no effect or makes no
-            sense, an adapter without gradient, a loss or gradient that is not finite, a frozen weight that changed.
-        TargetError: a layer that was named as a target is never called, only its weight is read, so that its adapter
-            has no effect.
+        TrainingError: nothing to train, an optimizer that cannot train it (LBFGS), a setting that has no effect or
+            makes no sense, an adapter without gradient, a frozen weight that changed.
+        NonFiniteError: a loss or gradient is not finite.
+        TargetError: the model never calls a layer that was named as a target but only reads its weight, so that an
+            adapter has no effect.
         Interrupted: a signal asked the run to stop, and it has saved.
     """
     refuse_merged(noted(model)[1])
@@ -162,7 +161,7 @@ def train(
     check_evaluation(evaluates, evaluate_every, patience, restore_best)
     total = total_steps(data, steps, epochs, accumulate)
     device = parameters_of(model)[0].device
-    precision = cast(Precision, chosen_precision(precision, device))
+    precision = chosen_precision(precision, device)
     in_precision = autocast(precision, device)
     checkpoints = Checkpoints(log_dir, save_every, keep)
     processes = Processes(device)
@@ -176,7 +175,7 @@ def train(
     shown = progress and processes.first
     with contextlib.ExitStack() as around:
         around.enter_context(seeded(seed, device))
-        batches = Batches(data, device, processes)
+        batches = Batches(data, processes)
         if validation is not None:
             refuse_one_batch(validation, "validation")
         weigh = weigher(loss_over, model, loss_fn)
@@ -193,7 +192,7 @@ def train(
             loss_over=loss_over,
             check_gradients=check_gradients,
             again=again,
-            loop=LoopContext(in_precision, scaling, processes.agreed, reduces=True, progress=shown, compiled=compile),
+            loop=LoopContext(in_precision, scaling, reduces=True, progress=shown, compiled=compile),
         )
         runner = cast(nn.Module, torch.compile(model)) if compile else model
         settings = run_settings(rates, session.placement, warmup, accumulate, seed, loss_over, again, patience)
@@ -203,22 +202,24 @@ def train(
         best = Best(model, session, monitor, mode, patience, restore_best)
         state = RunState(model, session, settings, rates, scaler, batches, finite, processes, seed, best)
         state.seed_by_process()
-        around.enter_context(FolderLock(checkpoints.log_folder if processes.first else None))
+        write_folder = checkpoints.log_folder if processes.first else None
+        around.enter_context(FolderLock(write_folder))
         found = checkpoints.to_go_on_from(resume)
         if found is not None:
             state.resume(found, resume)
         history = state.history
-        if history.stopped:  # the run was done already
+        if history.stopped:  # the run was over already
             best.restore_if_kept(history)
             return history
         begun = len(history.steps)
         around.enter_context(modes_kept(model))
-        around.enter_context(recompiling(total if compile else None))
+        if compile:
+            around.enter_context(recompiling(total))
         around.enter_context(recomputing(model, checkpoint_activations))
         around.callback(optim.zero_grad, set_to_none=True)
-        signals = around.enter_context(StopSignals(checkpoints.run_folder is not None))
+        signals = around.enter_context(StopSignals(checkpoints.folder is not None))
         bar = around.enter_context(tqdm(total=total, initial=begun, disable=not shown, unit="step", dynamic_ncols=True))
-        log = around.enter_context(Log(log_dir if processes.first else None, history, session, settings))
+        log = around.enter_context(Log(write_folder, history, session, settings))
         start_training(model, base_is_frozen=session.placement is not None)
         for step in range(begun + 1, total + 1):
             started = time.perf_counter()
@@ -232,7 +233,7 @@ def train(
                     loss = share * loss_of(runner, batch, loss_fn)
                 session.task_backward(loss)
                 losses.append(loss.detach().reshape(()))
-            trained = parameters_of(model)  # resized adapters have new ones
+            trained = parameters_of(model)  # resized adapters have new parameters
             processes.add_up_gradients(trained)
             task_loss = sum(torch.stack(losses).tolist())  # read once: each reading waits for the device
             task_loss, stop = processes.add_up([task_loss, float(signals.received is not None)])
@@ -267,7 +268,7 @@ def train(
             history.stopped = best.reason_to_stop(step)
             if history.stopped:
                 state.check_end()
-            if checkpoints.due(step) or (checkpoints.run_folder and (improved or history.stopped or stop)):
+            if checkpoints.due(step) or (checkpoints.folder and (improved or history.stopped or stop)):
                 state.save(checkpoints)
             if history.stopped:
                 best.restore_if_kept(history)

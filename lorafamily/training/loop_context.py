@@ -1,4 +1,4 @@
-"""What a session must know of the loop it is used in, and what would break there when ranks change."""
+"""What a session must know of the loop it is used in, and which loops would break when ranks change."""
 
 from __future__ import annotations
 
@@ -18,48 +18,39 @@ from lorafamily.layers.sharded import is_sharded
 
 @dataclass(frozen=True)
 class LoopContext:
-    """What a session asks of its loop; the defaults are right for a plain one.
+    """What a session must know of its loop; the defaults describe a plain one.
 
-    `precision()`: makes the context of a forward. `scaler`: of float16. `agreed(value)`: the first process's value.
-    `reduces`: whether the loop adds up the gradients of new tensors over the processes. `last_backward()`: where DDP
-    leaves the adapters' gradients to the session, whether this backward is a step's last, after which they are
-    averaged. `progress`: show a bar while ranks are scored. `compiled`: the model runs through `torch.compile`.
+    `precision()`: makes the context of a forward. `scaler`: of float16. `reduces`: whether the loop adds up the
+    gradients of new tensors over the processes. `last_backward()`: where DDP leaves the adapters' gradients to the
+    session, whether this backward is a step's last, after which they are averaged. `progress`: show a bar while ranks
+    are scored. `compiled`: the model runs through `torch.compile`.
     """
 
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     scaler: torch.amp.GradScaler | None = None
-    agreed: Callable[[Any], Any] | None = None
     reduces: bool = False
     last_backward: Callable[[], bool] | None = None
     progress: bool = False
     compiled: bool = False
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """As the scaler wants it."""
+        """The loss times the scaler's factor, if there is a scaler."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
 
 def check_optimizer_has(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
-    """Check that the optimiser has everything that trains.
-
-    Raises:
-        TrainingError: it does not; the message names what is missing.
-    """
+    """Raise TrainingError if the optimizer lacks something that trains."""
     present = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [at for at, p in trained.items() if p.requires_grad and p.numel() and id(p) not in present]
     if missing:
         raise TrainingError(
-            f"the optimiser does not hold {len(missing)} of the tensors that train ({listed(missing)}): make it after "
-            "lorafamily.apply, of all parameters with requires_grad"
+            f"the optimizer does not hold {len(missing)} of the tensors that train ({listed(missing)}): make it after "
+            "lorafamily.apply, from all parameters with requires_grad"
         )
 
 
 def refuse_holding_engine(model: nn.Module, optimizer: Any, loop: LoopContext) -> None:
-    """Refuse to change ranks where an engine would go on with the old tensors.
-
-    Raises:
-        StateError: there is one; the message names it.
-    """
+    """Raise StateError if an engine would go on with the old tensors when ranks change."""
     engine = _holding_engine(model, optimizer)
     if engine is not None and (engine != "DDP" or loop.last_backward is None):
         raise StateError(
@@ -69,7 +60,7 @@ def refuse_holding_engine(model: nn.Module, optimizer: Any, loop: LoopContext) -
 
 
 def _holding_engine(model: nn.Module, optimizer: Any) -> str | None:
-    """What keeps references to the tensors that train."""
+    """The engine that keeps references to the tensors that train."""
     names = {type(module).__name__ for module in model.modules()}
     for engine, found in (("DDP", "DistributedDataParallel"), ("FSDP", "FullyShardedDataParallel")):
         if found in names:

@@ -19,33 +19,34 @@ HIGHEST_HEAD_LR = 1e-2
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """Those that train now."""
+    """The parameters that train now."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Trained(list[nn.Parameter]):
     """All parameters that train, as a list, and by role.
 
-    `down`, `up`: tensors of the adapters that make V and U (V takes the input down to the rank); `gate`: those with one
-    entry a slice; `head`: extra trained parameters. `names`: the name of every parameter.
+    `up`, `down`: tensors of the adapters that make U and V (V takes the input down to the rank); `gate`: tensors with
+    one entry per slice; `head`: extra trained parameters. `names`: the name of every parameter.
 
         optimizer=lambda p: AdamW([{"params": p.up, "lr": 16e-3}, {"params": p.others(p.up)}], lr=1e-3)   # LoRA+
 
-    `up_ratio`: of the adapters' method, see `Method`.
+    `up_ratio`: how many times the learning rate of the others the adapters' method gives `up`, see `Method`.
     """
 
     def __init__(self, model: nn.Module):
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(self.names)
         owner, state = noted(model)
-        adapters = {} if state is None or state.active is None else placement_of(owner).adapters
-        self.up_ratio = placement_of(owner).method.up_ratio if adapters else 1.0
+        placement = None if state is None or state.active is None else placement_of(owner)
+        adapters = {} if placement is None else placement.adapters
+        self.up_ratio = 1.0 if placement is None else placement.method.up_ratio
         self.role = {p: a.update.role(name) for a in adapters.values() for name, p in a.update.named_parameters()}
         self.down, self.up, self.gate = ([p for p in self if self.role.get(p) == r] for r in ("down", "up", "gate"))
         self.head = [p for p in self if p not in self.role]
 
     def others(self, *roles: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Parameters that are in none of the given lists."""
+        """The parameters that are in none of the given lists."""
         taken = {id(p) for role in roles for p in role}
         return [p for p in self if id(p) not in taken]
 
@@ -58,13 +59,14 @@ def parameter_groups(
     up_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any optimiser, of a model with adapters.
+    """Parameter groups, for any optimizer, of a model with adapters.
 
     Args:
-        lr: peak rate of the adapters.
-        head_lr: of extra trained parameters. None: ten times `lr`, but no more than 0.01, since the weights
+        model: with adapters, or a plain one, all of whose trained parameters get `lr`.
+        lr: peak learning rate of the adapters.
+        head_lr: peak rate of extra trained parameters. None: ten times `lr`, but no more than 0.01, since the weights
             of a new head have to move by about 1, which at an adapter's rate takes thousands of steps.
-        up_lr: of the tensors that make U; None: `lr` times the method's `up_ratio`, 1 but for LoRA+.
+        up_lr: peak rate of the tensors that make U; None: `lr` times the method's `up_ratio`, 1 except for LoRA+.
         weight_decay: of all groups.
 
     Raises:
@@ -79,12 +81,14 @@ def parameter_groups(
     ups = trained.up if up_lr is not None else []
     if up_lr is not None and not ups:
         raise TrainingError(f"up_lr={up_lr!r}: no adapter trains here, so that nothing makes U; leave it out")
-    rates = [(trained.others(head, ups), lr), (ups, up_lr), (head, default_head_lr(lr, head_lr))]
+    if head_lr is None:
+        head_lr = max(lr, min(10 * lr, HIGHEST_HEAD_LR))
+    rates = [(trained.others(head, ups), lr), (ups, up_lr), (head, head_lr)]
     return [{"params": list(group), "lr": rate, "weight_decay": weight_decay} for group, rate in rates if group]
 
 
 def check_up_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Warn if an optimiser trains U and V at one rate and the method has two (LoRA+)."""
+    """Warn if the optimizer trains U and V at one rate where the method has two (LoRA+)."""
     trained = Trained(model)
     if trained.up_ratio == 1 or not trained.up or not trained.down:
         return
@@ -93,14 +97,9 @@ def check_up_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if rates.get(trained.up[0]) == rates.get(trained.down[0]):
         warnings.warn(
             f"the method trains the tensors that make U at {trained.up_ratio:g} times the rate of the others, and this "
-            "optimiser trains all at one: make it of lorafamily.parameter_groups(model, lr=...)",
+            "optimizer trains all at one: make it from lorafamily.parameter_groups(model, lr=...)",
             stacklevel=2,
         )
-
-
-def default_head_lr(lr: float, head_lr: float | None) -> float:
-    """The learning rate of extra trained parameters."""
-    return max(lr, min(10 * lr, HIGHEST_HEAD_LR)) if head_lr is None else head_lr
 
 
 Optimizer = torch.optim.Optimizer | Callable[[Trained], torch.optim.Optimizer]
@@ -114,14 +113,11 @@ def made(
     up_lr: float | None,
     weight_decay: float | None,
 ) -> torch.optim.Optimizer:
-    """AdamW, or the optimiser that was given, or that the given function makes.
-
-    Raises:
-        TrainingError: rates given together with an optimiser, which has its own; or no optimiser.
-    """
+    """AdamW, or the optimizer that was given, or that the given function makes. TrainingError refuses rates next to an
+    optimizer, negative rates, and what is no optimizer."""
     for name, value in (("lr", lr), ("head_lr", head_lr), ("up_lr", up_lr), ("weight_decay", weight_decay)):
         if value is not None and optimizer is not None:
-            raise TrainingError(f"{name}={value!r} and optimizer=...: the optimiser has its own; set it there")
+            raise TrainingError(f"{name}={value!r} and optimizer=...: the optimizer has its own; set it there")
         if value is not None and not float(value) >= 0:
             raise TrainingError(f"{name}={value!r}: must be zero or positive")
     if optimizer is None:
@@ -137,24 +133,21 @@ def made(
 
 
 class Rates:
-    """Sets the learning rate of every step: a share of each group's peak, or what the given LRScheduler says."""
+    """Sets the learning rate of every step: a share of each group's peak, or what the given LRScheduler says. `total`:
+    optimizer steps of the run; the other arguments are those of `train`."""
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
-        total: int,
-        warmup: float | None = None,
-        floor: float = 0.0,
+        self, optimizer: torch.optim.Optimizer, schedule: Schedule, total: int, warmup: float | None, floor: float
     ):
         self.optimizer, self.schedule, self.total, self.floor = optimizer, schedule, total, floor
         self.warmup = warmup_steps(WARMUP if warmup is None else warmup, total)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.scheduler = schedule if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler) else None
         if not 0 <= floor <= 1:
             raise TrainingError(f"floor={floor!r}: must be a share of the peak rate in [0, 1]")
-        if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
-            if schedule.optimizer is not optimizer:
-                raise TrainingError("schedule=... is the LRScheduler of another optimiser than optimizer=...")
+        if self.scheduler is not None:
+            if self.scheduler.optimizer is not optimizer:
+                raise TrainingError("schedule=... is the LRScheduler of another optimizer than optimizer=...")
             for name, value in (("warmup", warmup), ("floor", floor or None)):
                 if value is not None:
                     raise TrainingError(
@@ -164,30 +157,27 @@ class Rates:
             self.share(1)  # refuses an unknown schedule
 
     def share(self, step: int) -> float:
-        """Of the peak rate, at step `step` (from 1)."""
+        """The share of the peak rate at step `step` (from 1)."""
         share = lr_factor(step, self.total, self.warmup, self.schedule)
         return share if step <= self.warmup else max(share, self.floor)
 
     def set(self, step: int) -> None:
-        """Call it before optimiser step `step`."""
-        if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler):
-            return
-        share = self.share(step)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * share
+        """Call it before optimizer step `step`."""
+        if self.scheduler is None:
+            share = self.share(step)
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * share
 
     def after(self) -> None:
-        """Call it after an optimiser step."""
-        if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler):
-            self.schedule.step()
+        """Call it after an optimizer step."""
+        if self.scheduler is not None:
+            self.scheduler.step()
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; only an LRScheduler has more than the peaks."""
-        schedule = self.schedule
-        scheduler = schedule.state_dict() if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler) else None
+        """For a checkpoint."""
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
         return {"peaks": list(self.peaks), "scheduler": scheduler}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
-        if isinstance(self.schedule, torch.optim.lr_scheduler.LRScheduler) and state["scheduler"] is not None:
-            self.schedule.load_state_dict(state["scheduler"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])

@@ -1,4 +1,4 @@
-"""The optimiser in a checkpoint: its state, and whether the optimiser of today can take it."""
+"""The optimizer in a checkpoint: its state, and whether the optimizer of a resumed run can take it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class OptimizerState:
-    """Of one run. Made before the first step, since it notes the hyperparameters as they were given: schedules change
-    them."""
+    """The state of a run's optimizer. Make it before the first step: it notes hyperparameters as they were given, and
+    schedules change them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
@@ -21,7 +21,6 @@ class OptimizerState:
         ]
 
     def tree(self) -> dict[str, Any]:
-        """For a checkpoint."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "optimizer class": type(self.optimizer).__name__,
@@ -29,7 +28,7 @@ class OptimizerState:
         }
 
     def mismatch(self, saved: Mapping[str, Any]) -> str:
-        """Why the saved state means nothing to this optimiser; empty if it can be loaded."""
+        """Why this optimizer cannot load the saved state; empty if it can."""
         then, now = saved["optimizer class"], type(self.optimizer).__name__
         if then != now:
             return f"optimizer was {then}, is {now}"
@@ -38,8 +37,8 @@ class OptimizerState:
         return f"optimizer had groups of {counts[0]} parameters, has {counts[1]}" if counts[0] != counts[1] else ""
 
     def changed(self, saved: Mapping[str, Any], named: Collection[str] = ()) -> list[tuple[int, str, str]]:
-        """Hyperparameters that were given another value: group, name and a description. `named`: those that the
-        settings of `train` name already."""
+        """Hyperparameters whose given values differ: the group's number, the name and a description of each. `named`:
+        those that the settings of `train` name already."""
         found = []
         for number, (then, now) in enumerate(zip(saved["hyperparameters"], self.hyperparameters, strict=True)):
             for name in then.keys() & now.keys():
@@ -49,7 +48,7 @@ class OptimizerState:
         return sorted(found)
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Load the saved state; hyperparameters that were given another value keep the new one."""
+        """Load the saved state; hyperparameters whose given values differ keep the new ones."""
         given = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(dict(saved["optimizer"]))
         for number, name, _ in self.changed(saved):

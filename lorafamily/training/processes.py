@@ -22,80 +22,71 @@ from lorafamily.layers.site import sites_in
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
-TIMEOUT = timedelta(minutes=10)  # of one collective; a dead process is noticed at once, a hanging one after this
+TIMEOUT = timedelta(minutes=10)  # of a collective: how late a hanging process is noticed; a dead one is at once
 
 
 class Processes:
-    """The processes that run this program together. A single process is the special case that communicates nothing."""
+    """The processes that run this program together. A single process is the special case that communicates nothing.
+
+    `rank`: number of this process, from 0; `world`: how many there are; `first`: whether this one writes the files.
+
+    Raises:
+        TrainingError: the model is on the GPU of another process.
+    """
 
     def __init__(self, device: torch.device):
-        """
-        Raises:
-            TrainingError: the model is on the GPU of another process.
-        """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available():
             if device.type == "cuda":
                 _take_gpu(device)
             if not dist.is_initialized():
-                if device.type == "cuda":  # Python objects go through the CPU
+                if device.type == "cuda":  # gloo for Python objects, which are sent from the CPU
                     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
                 else:
                     dist.init_process_group("gloo", timeout=TIMEOUT)
-                atexit.register(dist.destroy_process_group)  # otherwise its threads may abort a process that is done
-        self.together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.together else 0
-        self.world = dist.get_world_size() if self.together else 1
-        self.device = device
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes the files."""
-        return self.rank == 0
+                atexit.register(dist.destroy_process_group)  # else its threads may abort a process that has finished
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.world = dist.get_world_size() if together else 1
+        self.device, self.first = device, self.rank == 0
 
     def rows(self, batch: Any) -> list[Any]:
-        """A batch cut into the rows of each process, in order.
-
-        Raises:
-            DataError: fewer rows than processes.
-        """
+        """A batch cut into the rows of each process, in order. DataError: fewer rows than processes."""
         rows, places = batch_axes(batch)
         if rows < self.world:
             raise DataError(f"a batch of {rows} rows cannot be shared by {self.world} processes")
         ends = [rows * at // self.world for at in range(self.world + 1)]
         return [cut_rows(batch, begin, end, places) for begin, end in pairwise(ends)]
 
-    def shares(
-        self, batches: Sequence[Any], weigh: Callable[[Any], float], divided: bool = False
-    ) -> list[tuple[Any, float]]:
-        """The batches of this process for one optimiser step, each with the share that its loss has.
+    def shares(self, batches: Sequence[Any], weigh: Callable[[Any], float], divided: bool) -> list[tuple[Any, float]]:
+        """The batches of this process for one optimizer step, each with the share that its loss has.
 
         The sum of share · loss, over all batches and processes, is the loss of one large batch: each is weighted by
         what its loss is a mean over. A batch without a label that counts is left out, since its loss is 0 / 0. With
-        several processes it is replaced, at share 0, because a sharded model must be called equally often in all of
-        them.
+        several processes another batch is computed in its place, at share 0, because all processes must call a sharded
+        model equally often.
 
         Args:
             weigh: returns what the loss of a batch is a mean over.
-            divided: whether each process drew batches of its own; otherwise all drew these, and each takes its rows.
+            divided: whether each process drew other batches; otherwise all drew these, and each takes some rows.
 
         Raises:
-            DataError: fewer rows than processes, or no label that counts in this process's own batches.
+            DataError: fewer rows than processes, or no label that counts in the batches that this process drew.
         """
         if self.world > 1 and not divided:
             pieces = [self.rows(batch) for batch in batches]
             all_weights = [[weigh(piece) for piece in of] for of in pieces]
-            total = sum(map(sum, all_weights))
             mine, weights = [of[self.rank] for of in pieces], [of[self.rank] for of in all_weights]
-            others = [(sum(of), at) for at, of in enumerate(all_weights)]  # weights of whole batches, for replacements
+            whole = [sum(of) for of in all_weights]  # weights of the drawn batches, one of which may replace another
+            total = sum(whole)
         else:
             mine, weights = list(batches), [weigh(batch) for batch in batches]
+            whole = weights
             (total,) = self.add_up([sum(weights)])
-            others = [(weight, at) for at, weight in enumerate(weights)]
         if not total:  # the loss is not finite, which the loop reports
             return [(batch, 1 / (len(mine) * self.world)) for batch in mine]
         if self.world == 1:
             return [(batch, weight / total) for batch, weight in zip(mine, weights, strict=True) if weight]
-        heaviest, at = max(others)
+        heaviest, at = max((weight, at) for at, weight in enumerate(whole))
         if not heaviest:
             raise DataError(f"no label counts in any batch that process {self.rank} drew for this step")
         return [(batch if weight else batches[at], weight / total) for batch, weight in zip(mine, weights, strict=True)]
@@ -110,7 +101,7 @@ class Processes:
 
     @torch.no_grad()
     def add_up_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over all processes, with one buffer and one collective for each dtype."""
+        """Replace every gradient by its sum over all processes, in one collective for each dtype."""
         if self.world == 1:
             return
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
@@ -122,8 +113,8 @@ class Processes:
             flat = torch.cat([there, *(gradient.flatten() for gradient in gradients)])
             self._collective(lambda flat=flat: dist.all_reduce(flat))
             anywhere, *pieces = flat.split([len(group), *(parameter.numel() for parameter in group)])
-            for parameter, piece, has_one in zip(group, pieces, anywhere.tolist(), strict=True):
-                if has_one:
+            for parameter, piece, has_gradient in zip(group, pieces, anywhere.tolist(), strict=True):
+                if has_gradient:
                     give_gradient(parameter, piece.view_as(parameter))
 
     def agreed(self, value: T) -> T:
@@ -143,21 +134,17 @@ class Processes:
         return values
 
     def check_same(self, fingerprints: Mapping[str, int], step: int) -> None:
-        """Check that the weights that train are the same in every process.
-
-        Raises:
-            TrainingError: they differ.
-        """
+        """Raise TrainingError if the weights that train are not the same in every process."""
         everybody = self.gathered(dict(fingerprints))
         for rank, other in enumerate(everybody):
             differing = [name for name in other if other[name] != everybody[0].get(name)]
             if differing:
                 raise TrainingError(
                     f"after step {step} process {rank} has another {differing[0]} than process 0: the processes do not "
-                    "compute the same (different data, models or seeds?)"
+                    "compute the same; give all of them the same model, data and seed"
                 )
 
-    def _collective(self, operation: Any) -> None:
+    def _collective(self, operation: Callable[..., Any]) -> None:
         try:
             operation()
         except RuntimeError as error:
@@ -168,17 +155,14 @@ class Processes:
 
 
 def give_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Set `parameter.grad` with the strides of the parameter, as autograd does: fused optimisers walk through both
-    together, and silently mix up the entries of a gradient with other strides."""
+    """Set `parameter.grad` with the strides of the parameter, as autograd does: given other strides, a fused optimizer
+    would silently apply entries of the gradient to other entries of the parameter."""
     parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 def _take_gpu(device: torch.device) -> None:
-    """Make the model's GPU the current one, where collectives of objects and new tensors go.
-
-    Raises:
-        TrainingError: it is the first process's, since no GPU was chosen before the model went to "cuda".
-    """
+    """Make the model's GPU the current one, which collectives of objects and new tensors use. TrainingError refuses the
+    first process's GPU in others, which chose none before their model went to "cuda"."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local and device.index == 0 and torch.cuda.device_count() > 1:
         raise TrainingError(
@@ -191,13 +175,12 @@ def _take_gpu(device: torch.device) -> None:
 def shard(model: Model) -> Model:
     """Shard the frozen base over the processes with PyTorch's FSDP2; what trains stays whole in each of them.
 
-    Call it after `apply` and before `train`, in a program that `torchrun` started. Blocks (the entries of the model's
-    `nn.ModuleList`s) are gathered one after the other as they are computed.
-
-    A base in bitsandbytes' 4 bits is sharded in packed form; its scales stay whole in every process.
+    Call it after `apply` and before `train`, in a program that `torchrun` started; it returns the same model. Blocks
+    (the entries of the model's `nn.ModuleList`s) are gathered one after the other as they are computed. A base in
+    bitsandbytes' 4 bits is sharded in packed form; its scales stay whole in every process.
 
     Raises:
-        TrainingError: this is one process alone, or the base is quantised otherwise.
+        TrainingError: there is only one process, or the base is quantised otherwise.
         StateError: this is a part of the model that adapters were placed in.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -207,12 +190,12 @@ def shard(model: Model) -> Model:
     if processes.world == 1:
         raise TrainingError("shard(model) spreads a model over several processes; start them with torchrun")
     for at, layer, kind in quantised_layers(model):
-        if getattr(layer, "quant_state", None) is None:  # which survives that the weight becomes another tensor
+        if getattr(layer, "quant_state", None) is None:  # the layer has it, so it outlives the weight's tensor
             raise TrainingError(
                 f"{at} ({type(layer).__name__}) is a {kind.name}, whose scales FSDP2 would lose: of quantised bases "
-                "only bitsandbytes' 4-bit ones are spread; train this one whole in each process"
+                "only bitsandbytes' 4-bit ones can be sharded; train this one whole in each process"
             )
-        # With AVX512 bitsandbytes would pack the weight gathered for one forward, and take the next for packed.
+        # With AVX512 bitsandbytes packs the weight at the first forward, and takes those gathered later for packed.
         vars(layer)["support_avx512bf16_for_cpu"] = False
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""The state of a run, in a checkpoint and back, so that it goes on as if it had never stopped."""
+"""The state of a run, into a checkpoint and back, so that a resumed run goes on as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from lorafamily.layers.site import base_parameters
 from lorafamily.penalty import orthogonality_error
 from lorafamily.training.batches import Batches
 from lorafamily.training.best import Best
-from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, of_step
+from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, read
 from lorafamily.training.guards import NonFiniteGuard, check_base
 from lorafamily.training.history_tree import from_tree, to_tree
 from lorafamily.training.optimisation import Rates, parameters_of
 from lorafamily.training.optimizer_state import OptimizerState
 from lorafamily.training.processes import Processes
 from lorafamily.training.session import Session
-from lorafamily.training.snapshot import Snapshot
+from lorafamily.training.snapshot import Snapshot, copy_into
 from lorafamily.training.state import random_state, set_random_state
 
 
 @dataclass
 class RunState:
-    """Everything that a run has reached, by the objects that hold it. `settings`: what must be the same to resume;
-    `base`: fingerprints of the frozen weights when the run began."""
+    """The objects that hold the state of a run. `settings`: what must be the same to resume; `base`: fingerprints of
+    the frozen weights when the run began."""
 
     model: nn.Module
     session: Session
@@ -54,12 +54,8 @@ class RunState:
         self.history.ranks_start = dict(self.session.start)
         self.base = self.base_now()
 
-    @property
-    def device(self) -> torch.device:
-        return self.batches.device
-
     def base_now(self) -> dict[str, int]:
-        """Fingerprints of the frozen weights, of quantised ones with their scales; of a sharded one that of all its
+        """Fingerprints of the frozen weights, and of the scales of quantised ones; a sharded weight has one of all its
         shards together."""
         frozen = [(name, p) for name, p in tensors_of(self.model).items() if not p.requires_grad]
         found = fingerprints((name, self._value(name, p)) for name, p in frozen)
@@ -77,29 +73,24 @@ class RunState:
 
     @torch.no_grad()
     def record(self, step: int, loss: float, penalty: float, lr: float, gradient: float) -> Step:
-        """The step as the history has it. How orthonormal frames are is measured a hundred times in a run."""
-        error = None
-        if step % max(1, self.session.run.steps // 100) == 0:
-            error = orthogonality_error(self.session.adapters.values())
+        """The step as the history has it. The orthogonality error is measured a hundred times in a run."""
+        measured = step % max(1, self.session.run.steps // 100) == 0
+        error = orthogonality_error(self.session.adapters.values()) if measured else None
         slices = sum(self.session.allocator.ranks.values())
         trainable = sum(parameter.numel() for parameter in parameters_of(self.model))
         return Step(step, loss, penalty, lr, gradient, slices, trainable, None if error is None else error.item())
 
     def add(self, step: Step, decision: Decision | None) -> None:
-        """Record a step, and what was decided after it."""
+        """Add a step, and the decision after it, to the history."""
         self.history.steps.append(step)
         self.history.skipped = self.finite.skipped
-        self.history.ranks_start = dict(self.session.start)  # the first batch may show that some have no effect
+        self.history.ranks_start = dict(self.session.start)  # adapters may be left out after the first batch
         if decision is not None:
             self.history.decisions.append(decision)
 
     def check_end(self) -> None:
-        """Check what must hold when the run is over, and record which weights are the last.
-
-        Raises:
-            TrainingError: the frozen base changed.
-            AllocationError: the schedule never made a decision.
-        """
+        """Record the ranks and weights at the end. Raise TrainingError if the frozen base changed, and AllocationError
+        if the schedule never made a decision."""
         self.history.ranks_end = dict(self.session.allocator.ranks)
         check_base(self.base, self.base_now())
         if not self.session.allocator.settled and not self.history.decisions:
@@ -112,12 +103,8 @@ class RunState:
         self.history.last = Weights(step, dict(evaluations[-1].metrics) if evaluated else {})
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Let the first process write a checkpoint, if base and processes are still what they should be.
-
-        Raises:
-            TrainingError: the frozen base changed, or the processes' weights differ.
-            FileError: it cannot be written.
-        """
+        """Let the first process write a checkpoint. Raise TrainingError if the frozen base changed or the processes'
+        weights differ, and FileError if it cannot be written."""
         check_base(self.base, self.base_now())
         step = len(self.history.steps)
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -131,11 +118,11 @@ class RunState:
         if self.processes.first:
             placement = self.session.placement
             adapters = None if placement is None else placement.name
-            checkpoints.write(step, self.model, adapters, tree, self.best.step or None)
-        self.processes.add_up([0.0])  # nobody goes on, or ends, before the checkpoint is there
+            checkpoints.write(step, self.model, adapters, tree, self.best.step)
+        self.processes.add_up([0.0])  # a barrier: no process goes on, or ends, before the checkpoint is written
 
     def tree(self) -> dict[str, Any]:
-        """The state as plain data and tensors, without the adapters: those are saved as `lorafamily.save` does."""
+        """The state as plain data and tensors, without the adapters, which `lorafamily.save` writes."""
         trained = {name: p.data for name, p in base_parameters(self.model).items() if p.requires_grad}
         saved_buffers = self.model.state_dict().keys()
         return {
@@ -147,7 +134,7 @@ class RunState:
             "scaler": self.scaler.state_dict(),
             "rates": self.rates.state(),
             "session": self.session.state_dict(adapters=False),
-            "random": self.processes.gathered(random_state(self.device)),
+            "random": self.processes.gathered(random_state(self.processes.device)),
             "batches": self.batches.state(),
             "not finite": (self.finite.skipped, self.finite.in_a_row),
             "history": to_tree(self.history),
@@ -160,28 +147,26 @@ class RunState:
         }
 
     def resume(self, found: Checkpoint, resume: Resume) -> None:
-        """Take the state of a checkpoint. Everything is checked before anything changes, except that adapters which the
-        run had left out, as without effect, are left out here first.
+        """Go on from a checkpoint. Everything is checked before anything changes, except that adapters that the run had
+        left out, because they had no effect, are left out first.
 
         Raises:
-            StateError: the checkpoint is of a run with other settings, or on another base.
+            StateError: the checkpoint is of other adapters or of a longer run, or of other settings and `resume` is not
+                "anyway".
+            TrainingError: it is of another base.
         """
         saved, session = found.state, self.session
         session.leave_out(saved["session"]["left out"])
         optimizer_fits, same_metric = self._check(found, resume)
         weights = None
         if self.best.keep and same_metric and (best := saved["best"][1]):
-            weights = Snapshot.read(found if best == saved["step"] else of_step(found, best), self.model)
+            of_best = found if best == saved["step"] else read(found.folder.with_name(name_of(best)))
+            weights = Snapshot.read(of_best, self.model)
         self.batches.restore(saved["batches"], other=resume == "anyway")
-        with torch.no_grad():
-            if found.adapters is not None:
-                for at, adapter in session.adapters.items():
-                    session.replace_parameters(adapter.take(found.adapters.adapters[at].state_dict()))
-            parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
-            for name, value in saved["trained"].items():
-                parameters[name].copy_(value)
-            for name, value in saved["buffers"].items():
-                buffers[name].copy_(value)
+        if found.adapters is not None:
+            for at, adapter in session.adapters.items():
+                session.replace_parameters(adapter.take(found.adapters.adapters[at].state_dict()))
+        copy_into(self.model, saved["trained"] | saved["buffers"])
         if optimizer_fits:
             self.optimizer.load(saved)
         self.scaler.load_state_dict(saved["scaler"])
@@ -195,23 +180,23 @@ class RunState:
             self.history.best = None
         if weights is not None:
             self.best.take(weights, self.history)
-        if self.history.stopped and self.session.run.steps > saved["total"]:  # a longer run than it was
+        if self.history.stopped and session.run.steps > saved["total"]:  # the run was over, and is now made longer
             self.history.stopped, self.history.ranks_end, self.history.last, self.best.since = "", {}, None, 0
-        self._set_random(saved["random"])
+        states, processes = saved["random"], self.processes
+        same_number = len(states) == processes.world
+        set_random_state(states[processes.rank if same_number else 0], processes.device)
+        if not same_number:
+            self.seed_by_process(len(self.history.steps))
 
     def _check(self, found: Checkpoint, resume: Resume) -> tuple[bool, bool]:
-        """Whether the optimizer's state can be loaded, and whether the best is decided by the same metric.
-
-        Raises:
-            StateError: the checkpoint is of other adapters, of another base or a longer run, or of other settings
-                and `resume` is not "anyway".
-        """
+        """Whether the optimizer's state can be loaded, and whether the same metric decides which evaluation is best.
+        Raises what `resume` raises."""
         saved, then, now = found.state, found.state["settings"], self.settings
         changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         differing = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in changed]
         adapters = {} if found.adapters is None else found.adapters.adapters
         if _tensors(adapters) != _tensors(self.session.adapters):
-            raise StateError(f"{found.folder} is of a run with other adapters than these; it cannot go on here")
+            raise StateError(f"{found.folder} is of a run with other adapters than these; apply those to resume it")
         mismatch = self.optimizer.mismatch(saved)
         named = {"lr", "weight decay"}.intersection(changed)
         differing += [mismatch] if mismatch else [text for *_, text in self.optimizer.changed(saved, named)]
@@ -233,23 +218,17 @@ class RunState:
             )
         check_base(saved["base"], self.base)
         if differing:
-            also = ". The optimiser begins without a state" if mismatch else ""
+            also = ". The optimizer begins without its state" if mismatch else ""
             if steps != saved["total"]:
-                also += f". The learning rate is from here on that of step {done + 1} in a schedule of {steps} steps"
+                also += f". The learning rate goes on at step {done + 1} of a schedule of {steps} steps"
                 settled = saved["session"]["allocator"]["settled"]
                 also += "; the ranks are settled and stay" if settled and adapters else ""
             message = f"going on from {found.folder} with other settings: {'; '.join(differing)}{also}"
             warnings.warn(message, stacklevel=4)
         return not mismatch, same_metric
 
-    def _set_random(self, states: list[Mapping[str, Any]]) -> None:
-        """Each process gets its own generators' state; a new number of processes draws anew."""
-        set_random_state(states[self.processes.rank if len(states) == self.processes.world else 0], self.device)
-        if len(states) != self.processes.world:
-            self.seed_by_process(len(self.history.steps))
-
     def seed_by_process(self, step: int = 0) -> None:
-        """Let processes other than the first draw other random numbers, for dropout."""
+        """Give every process but the first another seed, for dropout."""
         if self.processes.rank and self.seed is not None:
             torch.manual_seed((self.seed + 7919 * self.processes.rank + 104729 * step) % 2**63)
 

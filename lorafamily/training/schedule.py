@@ -13,15 +13,11 @@ from lorafamily.errors import DataError, TrainingError
 
 Named = Literal["linear", "cosine", "constant"]
 Schedule = Named | Callable[[int], float] | LRScheduler
-"""A name, a function from the step (from 1) to the share of the peak rate, or an LRScheduler of the optimiser given."""
+"""A name, a function from the step (from 1) to the share of the peak rate, or an LRScheduler of the given optimizer."""
 
 
 def total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, accumulate: int) -> int:
-    """Optimiser steps of a run.
-
-    Raises:
-        DataError: values that make no sense, or epochs of data without a length.
-    """
+    """Optimizer steps of a run. DataError refuses values that make no sense, and epochs of data without a length."""
     if isinstance(accumulate, bool) or not isinstance(accumulate, Integral) or accumulate < 1:
         raise DataError(f"accumulate={accumulate!r}: must be a whole number of batches, at least 1")
     if (steps is None) == (epochs is None):
@@ -34,32 +30,26 @@ def total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, ac
         if steps < 1:
             raise DataError(f"{len(data)} batches and epochs={epochs!r} make no step; is the data empty?")
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise DataError(f"steps={steps!r}: must be a whole number of optimiser steps, at least 1")
+        raise DataError(f"steps={steps!r}: must be a whole number of optimizer steps, at least 1")
     return int(steps)
 
 
 def warmup_steps(warmup: float, total: int) -> float:
-    """The steps in which the rate rises: a whole number is steps, a fraction is of the run's `total`.
-
-    Raises:
-        TrainingError: neither.
-    """
+    """The steps in which the rate rises: a whole number is steps, a fraction is of the run's `total`. TrainingError
+    refuses anything else."""
     if isinstance(warmup, Integral) and not isinstance(warmup, bool) and 0 <= warmup <= total:
         return float(warmup)
     if isinstance(warmup, Real) and not isinstance(warmup, (bool, Integral)) and 0 <= warmup < 1:
         return float(warmup) * total
     raise TrainingError(
-        f"warmup={warmup!r}: must be a whole number of optimiser steps, no more than the run's {total}, or a fraction "
+        f"warmup={warmup!r}: must be a whole number of optimizer steps, no more than the run's {total}, or a fraction "
         "of the run in [0, 1)"
     )
 
 
 def lr_factor(step: int, total: int, rising: float, schedule: Schedule) -> float:
-    """The share of the peak learning rate that step `step` (from 1) of `total` uses, after `rising` steps of warm-up.
-
-    Raises:
-        TrainingError: no such schedule.
-    """
+    """The share of the peak learning rate at step `step` (from 1) of `total`, of which the first `rising` are warm-up.
+    TrainingError refuses an unknown schedule."""
     if not callable(schedule) and schedule not in get_args(Named):  # checked during the warm-up, too
         raise TrainingError(
             f'schedule={schedule!r}: must be "linear", "cosine", "constant", a function of the step, or an LRScheduler'
@@ -72,6 +62,4 @@ def lr_factor(step: int, total: int, rising: float, schedule: Schedule) -> float
     if schedule == "constant":
         return 1.0
     left = (total - done) / max(1.0, total - rising)
-    if schedule == "linear":
-        return left
-    return 0.5 * (1 - math.cos(math.pi * left))
+    return left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))

@@ -1,4 +1,4 @@
-"""What a method does during training, as one object for any loop: its penalty, its rank allocation, and guards.
+"""What a method does during training, as one object for any loop: its penalty, its rank allocation, and its checks.
 
 session = lorafamily.session(model, optimizer, steps=1000, validation=batches)
 for batch in loader:
@@ -29,12 +29,12 @@ from lorafamily.layers.placement import noted, placement_of, refuse_merged, refu
 from lorafamily.layers.state import Placement
 from lorafamily.layers.uncalled import leave_out, watch_first_batch
 from lorafamily.training.evaluation import ScoringLoss
-from lorafamily.training.fitting import follow_state_dicts
+from lorafamily.training.fitting import fit_ranks, follow_state_dicts
 from lorafamily.training.guards import CUT, FrozenBuffers
 from lorafamily.training.loop_context import LoopContext, check_optimizer_has, refuse_holding_engine
 from lorafamily.training.optimisation import check_up_rate
 from lorafamily.training.processes import Processes
-from lorafamily.training.step_hooks import StepHooks, check_optimizer, steppers
+from lorafamily.training.step_hooks import StepHooks, steppers
 from lorafamily.training.task_gradients import TaskGradients
 
 
@@ -51,25 +51,25 @@ def session(
     check_gradients: bool = True,
     again: bool = False,
 ) -> Session:
-    """Everything that the active adapters' method does during training, for a loop of your own.
+    """Everything that the active adapters' method does during training, for a loop that you write.
 
     Args:
         model: with adapters; it may be wrapped.
         optimizer: has everything that trains, see `parameter_groups`; it may be wrapped (`accelerate`, Lightning).
-        steps: optimiser steps of the whole run, by which the method's schedule goes.
+        steps: optimizer steps of the whole run, which the method's schedule is made for.
         validation: batches, for methods that score ranks on them.
         loss_fn: function from model and batch to the task loss, for scoring; None: the output's `.loss`.
-        scaler: of a loop in float16; `backward` scales the loss with it.
+        scaler: the loop's, if it trains in float16; `backward` scales the loss with it.
         autocast: makes the context in which the loop computes its forwards, for scoring.
         seed: for the initialisation of new slices and the choice of rows to score on.
         check_gradients: refuse to go on if adapters get no gradient from the task.
-        again: let ranks that an earlier run settled move once more.
+        again: let ranks that an earlier run settled change once more.
 
     Raises:
-        StateError: no adapter is active, one is merged, or ranks would change while something (DDP, FSDP, DeepSpeed)
-            holds on to the tensors it was given.
-        AllocationError: the method's schedule does not fit the run, or it scores on validation data and gets none.
-        TrainingError: `steps` is no number of steps, or the optimiser lacks something that trains.
+        StateError: no adapter is active, one is merged, or ranks would change while DDP, FSDP or DeepSpeed holds on to
+            the tensors it was given.
+        AllocationError: the method's schedule does not fit the run, or it scores on validation data and there is none.
+        TrainingError: `steps` is no number of steps, or the optimizer lacks something that trains or cannot train it.
     """
     placement_of(model)
     return Session(
@@ -86,9 +86,9 @@ def session(
 
 
 class Session:
-    """One run of a method in somebody's loop; made by `lorafamily.session`.
+    """One run of a method in any loop; made by `lorafamily.session`.
 
-    `decisions`: every change of the allocation so far. `steps_done`: optimiser steps so far.
+    `decisions`: every decision of the allocation so far. `steps_done`: optimizer steps so far.
     """
 
     def __init__(
@@ -97,27 +97,28 @@ class Session:
         optimizer: torch.optim.Optimizer,
         *,
         steps: int,
-        validation: Iterable[Any] | None,
-        loss_fn: LossFn | None,
-        seed: int,
-        check_gradients: bool,
         loop: LoopContext,
+        validation: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        seed: int = 0,
+        check_gradients: bool = True,
         loss_over: LossOver = "auto",
         again: bool = False,
         start: Mapping[str, int] | None = None,
     ):
-        """`start`: ranks when the run began, if the adapters have others by now."""
+        """`loss_over`: as in `train`. `start`: ranks when the run began, if the adapters have others by now."""
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise TrainingError(f"steps={steps!r}: must be a whole number of optimiser steps, at least 1")
+            raise TrainingError(f"steps={steps!r}: must be a whole number of optimizer steps, at least 1")
         self.model, self.loop, self.seed = model, loop, seed
         self.owner, state = noted(model)
         refuse_merged(state)
         self.placement: Placement | None = None if state is None else placement_of(self.owner)
         self.adapters = {} if self.placement is None else self.placement.adapters
         refuse_offloaded_adapters(self.adapters)
-        check_optimizer(optimizer)
+        StepHooks(optimizer, self.adapters)  # refuses an optimizer that cannot train adapters
         self.optimizer = steppers(optimizer)[0]
         self.method = None if self.placement is None else self.placement.method
+        self._penalty_of = None if self.method is None else self.method.penalty
         self.steps_done = 0
         self.decisions: list[Decision] = []
         self.left_out: list[str] = []
@@ -126,7 +127,6 @@ class Session:
         self._penalised = self._stepped = self._awaits_state = False
         scoring = (loss_fn, weigher(loss_over, model, loss_fn), loop.precision, seed)
         self._scoring_loss = None if validation is None else ScoringLoss(model, validation, *scoring)
-        StepHooks(optimizer, self.adapters)  # no empty tensor is stepped; decay pulls to ΔW = 0
         if self.placement is not None:
             refuse_unsaved(self.owner, self.placement)
             factors = {f"{at}: {name}": p for at, a in self.adapters.items() for name, p in a.update.named_parameters()}
@@ -136,26 +136,27 @@ class Session:
         self._begin_allocation(steps)
         if not self.allocator.settled and not loop.reduces:
             refuse_holding_engine(model, optimizer, loop)
-        self._buffers = None if self.placement is None else FrozenBuffers(self.owner)
         self.gradients = TaskGradients(
             self.adapters, self._extra_trained, check_gradients, loop, self._processes, self._wanted_gradients
         )
-        if self.placement is not None and not loop.compiled:
-            watch_first_batch(model, targets_of(self.owner), self.leave_out)
         self.optimizer.register_step_post_hook(self._after_optimizer)
+        self._buffers: FrozenBuffers | None = None
         if self.placement is not None:
+            self._buffers = FrozenBuffers(self.owner)
+            if not loop.compiled:
+                watch_first_batch(model, targets_of(self.owner), self.leave_out)
             self.placement.had_session = True
-            follow_state_dicts(self.owner, self)
+            follow_state_dicts(self.owner, self._follow)
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters that train."""
+        """The device of the parameters that train."""
         return next(p for p in self.model.parameters() if p.requires_grad).device
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the loss, and once a step that of the penalty, however many batches make a step.
+        """Add the gradient of the loss, and once a step that of the penalty.
 
-        Several calls before `step` add up, as those of `loss.backward()` do.
+        Call it for every batch of a step: gradients add up, as those of `loss.backward()` do.
 
         Raises:
             TrainingError: the loss depends on nothing that trains.
@@ -165,13 +166,16 @@ class Session:
 
     def task_backward(self, loss: Tensor) -> None:
         """`backward` without the penalty, for a loop that does something else before it is added."""
-        if self._depends(loss):
+        if loss.requires_grad:
             self.loop.scaled(loss).backward()
+        elif not self.adapters or self._extra_trained() or any(a.rank for a in self.adapters.values()):
+            # Without any rank left, which an allocation may come to, nothing trains and nothing is wrong.
+            raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
 
     def penalty(self) -> Tensor:
-        """The method's penalty, for a loop that calls `backward` itself: add it to the loss once a step.
+        """The method's penalty, a scalar, for a loop that calls `backward` itself: add it to the loss once a step.
 
-        Zero for a method without one. `session.backward` is faster where ranks move: here the penalty's gradient is
+        Zero for a method without one. `session.backward` is faster where ranks change: here the penalty's gradient is
         computed a second time, to tell it from the task's in their sum.
 
         Raises:
@@ -183,36 +187,34 @@ class Session:
                 "use session.backward(loss)"
             )
         self._penalised = True
-        if self.method is None or self.method.penalty is None:
+        if self._penalty_of is None:
             return torch.zeros((), device=self.device)
-        return self.gradients.tell_apart(self.method.penalty(self.adapters.values()))
+        return self.gradients.tell_apart(self._penalty_of(self.adapters.values()))
 
     def add_penalty(self) -> float:
-        """Add the penalty's gradient, unless this step has it; returns the penalty. `backward` calls this."""
-        penalty = None if self.method is None else self.method.penalty
-        if penalty is None or self._penalised:
+        """Add the penalty's gradient, unless this step has it; returns the penalty added. `backward` calls this."""
+        if self._penalty_of is None or self._penalised:
             return 0.0
         self._penalised = True
-        term = penalty(self.adapters.values())
-        if term.requires_grad:
-            self.gradients.add(self.loop.scaled(term))
-        return float(term.detach())
+        penalty = self._penalty_of(self.adapters.values())
+        if penalty.requires_grad:
+            self.gradients.add(self.loop.scaled(penalty))
+        return float(penalty.detach())
 
     def step(self) -> Decision | None:
-        """Call it after the optimiser's step, before the gradients are cleared. Ranks may change here, and tensors with
-        them, in the model and in the optimiser. Returns the decision, None most of the time.
+        """Call it after the optimizer's step, before the gradients are cleared. Ranks may change here, and tensors with
+        them, in the model and in the optimizer. Returns the decision, None most of the time.
 
         Raises:
-            TrainingError: the gradient lacks the penalty's, or adapters got none in the first steps.
-            StateError: the model was given a state dict with other ranks, and the session not the state that goes with
-                it.
+            TrainingError: the penalty's gradient was not added, or adapters got no gradient in the first steps.
+            StateError: a state dict with other ranks was loaded into the model, but not the session's state of then.
         """
         if self._awaits_state:
             raise StateError(
                 "the model went on from a state dict with adapters of other ranks, and the session did not: load the "
                 "session's state of then too (session.load_state_dict, accelerator.register_for_checkpointing(session))"
             )
-        if self.method is not None and self.method.penalty is not None and not self._penalised:
+        if self._penalty_of is not None and not self._penalised:
             raise TrainingError(
                 "the gradient of this step lacks the method's penalty: call session.backward(loss) instead of "
                 "loss.backward(), or add session.penalty() to the loss"
@@ -234,8 +236,8 @@ class Session:
         return decision
 
     def state_dict(self, *, adapters: bool = True) -> dict[str, Any]:
-        """The state of the run as plain data and tensors, for `load_state_dict`. It has the tensors of the adapters, at
-        their present ranks, and the other parameters that train, unless `adapters` is False."""
+        """The state of the run as plain data and tensors, for `load_state_dict`. Unless `adapters` is False, it has the
+        adapters' tensors at their present ranks, and the extra trained parameters."""
         state: dict[str, Any] = {
             "steps done": self.steps_done,
             "steps": self.run.steps,
@@ -252,16 +254,16 @@ class Session:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from another session's state. Ranks, in the model and in the optimiser, become those of then; load
-        the optimiser's own state afterwards. Loading the model's state dict first makes the ranks fit as well, and then
-        the optimiser's state may come before this one.
+        """Continue from another session's state. The model and the optimizer get the ranks of then, so load the
+        optimizer's state afterwards; or load the model's state dict first, which sets the ranks as well, and then these
+        two in any order.
 
         Raises:
             StateError: the state is of a run with other adapters, or with other ranks at its start.
         """
         self.leave_out(state["left out"])
         if state["start"] != self.start:
-            raise StateError("the session's state is of a run with other adapters than these, or other start ranks")
+            raise StateError("the session's state is of a run with other adapters than these, or other initial ranks")
         for at, tensors in state.get("adapters", {}).items():
             self.replace_parameters(self.adapters[at].take(tensors))
         with torch.no_grad():
@@ -278,22 +280,28 @@ class Session:
         self.gradients.listen()
 
     def replace_parameters(self, replaced: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Let the optimiser train new parameters in place of old ones, with the old ones' state."""
+        """Let the optimizer train new parameters in place of old ones, with the state of the old ones."""
         for old, new in replaced:
             replace_parameter(self.optimizer, old, new)
             if old in self.optimizer.state:
                 self.optimizer.state[new] = self.optimizer.state.pop(old)
 
     def await_state(self) -> None:
-        """The model was given other ranks: let `step` refuse until the session's own state is loaded."""
+        """Call it when the model got other ranks: `step` refuses until the session's state is loaded, too."""
         self._awaits_state = True
         self.gradients.listen()
+
+    def _follow(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Take the ranks of a state dict that is about to be loaded into the model."""
+        if replaced := fit_ranks(self.owner, self.adapters, state_dict, prefix):
+            self.replace_parameters(replaced)
+            self.await_state()
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Remove adapters that have no effect, and begin the allocation anew with the others.
 
         Raises:
-            TargetError: somebody named these targets, or no other is left.
+            TargetError: these targets were named in `apply`, or no other is left.
         """
         before = set(self.adapters)
         if self.placement is not None and leave_out(self.owner, self.placement, list(names), self.optimizer):
@@ -304,10 +312,11 @@ class Session:
 
     def _wanted_gradients(self) -> tuple[bool, bool]:
         """Whether the task's gradient must be kept apart from the penalty's, and whether it must be noted which
-        adapters the task reached: where a scorer averages gradients, since the penalty has a share in all of them."""
+        adapters the task reached: a scorer that averages gradients cannot see it, as the penalty adds to all of them.
+        """
         scorer = None if self.allocator.settled else self.allocator.scorer
-        penalised = self.method is not None and self.method.penalty is not None
-        return self.allocator.wants_task_gradient, penalised and scorer is not None and scorer.observes
+        averages = scorer is not None and scorer.observes
+        return self.allocator.wants_task_gradient, averages and self._penalty_of is not None
 
     def _begin_allocation(self, steps: int) -> None:
         sizing = None if self.placement is None else self.placement.sizing
@@ -325,26 +334,15 @@ class Session:
             optimizer=self.optimizer,
             validation_loss=self._scoring_loss,
             progress=self.loop.progress,
-            agreed=self.loop.agreed or (self._processes.agreed if self._processes else lambda value: value),
+            agreed=self._processes.agreed if self._processes else lambda value: value,
         )
         self.run.generator.manual_seed(self.seed)
         allocation = Fixed() if self.method is None else self.method.allocation
         self.allocator: Allocator = allocation.begin(self.run)
 
     def _extra_trained(self) -> dict[str, nn.Parameter]:
-        """The extra trained parameters, such as a head."""
-        return (
-            {}
-            if self.placement is None
-            else {at: self.owner.get_parameter(at) for at in self.placement.inactive_values}
-        )
-
-    def _depends(self, loss: Tensor) -> bool:
-        """Whether the loss has a gradient to give. It must, unless an allocation ended at rank 0 everywhere."""
-        emptied = self.adapters and not self._extra_trained() and not any(a.rank for a in self.adapters.values())
-        if not loss.requires_grad and not emptied:
-            raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
-        return loss.requires_grad
+        names = () if self.placement is None else self.placement.inactive_values
+        return {at: self.owner.get_parameter(at) for at in names}
 
     def _after_optimizer(self, *_: Any) -> None:
         self._stepped = True

@@ -19,7 +19,7 @@ def run_settings(
     again: bool,
     patience: int | None,
 ) -> dict[str, Setting]:
-    """By name; arguments are those of `train`."""
+    """Settings by name; the arguments have the names of `train`'s."""
     schedule = rates.schedule
     named = schedule if isinstance(schedule, str) else getattr(schedule, "__name__", type(schedule).__name__)
     return {
@@ -39,7 +39,6 @@ def run_settings(
 
 
 def _method_settings(placement: Placement | None) -> dict[str, Setting]:
-    """The method and its options."""
     if placement is None:
         return {"method": "none"}
     sizing, options = placement.sizing, placement.method.options()

@@ -1,4 +1,4 @@
-"""A copy of everything a run changes in a model, to put back bit by bit."""
+"""A copy of everything that a run changes in a model, to restore it bit by bit."""
 
 from __future__ import annotations
 
@@ -26,35 +26,38 @@ class Snapshot:
 
     @staticmethod
     def of(model: nn.Module, adapters: Mapping[str, Adapter]) -> Snapshot:
-        """Of the model as it is now; with several processes each keeps the same."""
+        """Copy the model as it is now; with several processes each keeps the same copy."""
         trained = {name: p.data for name, p in base_parameters(model).items() if p.requires_grad}
         return Snapshot(_states(adapters), _copies(trained), _copies(movable_buffers(model)))
 
     @staticmethod
     def read(found: Checkpoint, model: nn.Module) -> Snapshot:
-        """Of the model as a checkpoint has it."""
+        """Copy what a checkpoint has."""
         buffers = {name: found.state["buffers"][name] for name in movable_buffers(model)}
         adapters = {} if found.adapters is None else found.adapters.adapters
         return Snapshot(_states(adapters), _copies(found.state["trained"]), _copies(buffers))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, by the names in a saved adapter's file."""
+        """All copies, by the names in a saved adapter's file."""
         factors = {f"{at}.{name}": value for at, state in self.adapters.items() for name, value in state.items()}
         return factors | self.trained | self.buffers
 
-    @torch.no_grad()
     def put_into(self, model: nn.Module, adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer) -> None:
-        """Copy everything back. Adapters get new parameters, for which the optimiser begins without a state."""
+        """Copy everything into the model. Adapters get new parameters, for which the optimizer has no state yet."""
         for at, state in self.adapters.items():
             for old, new in adapters[at].take(state):
                 replace_parameter(optimizer, old, new)
                 optimizer.state.pop(old, None)
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        for name, value in self.trained.items():
-            parameters[name].copy_(value)
-        for name, value in self.buffers.items():
-            buffers[name].copy_(value)
+        copy_into(model, self.trained | self.buffers)
+
+
+@torch.no_grad()
+def copy_into(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the model's parameters and buffers of these names."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in values.items():
+        tensors[name].copy_(value)
 
 
 def _states(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, Tensor]]:

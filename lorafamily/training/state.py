@@ -1,10 +1,10 @@
-"""Parts of a checkpoint: trees of plain data and tensors, and the state of every random generator."""
+"""Parts of a checkpoint: nested plain data with tensors, and the state of every random generator."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,9 @@ _TENSOR, _TUPLE, _PAIRS = "tensor", "tuple", "pairs"
 
 
 def pack(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
-    """The tree as JSON can hold it. Its tensors go into `tensors`, named by their position.
+    """Nested data in a form that JSON can hold. Tensors go into `tensors`, named by their position in the tree.
 
-    Dicts, lists, tuples, tensors, strings, numbers, booleans and None come back from `unpack` as they were.
-
-    Raises:
-        FileError: something else is in it; the message says where.
+    `unpack` restores dicts, lists, tuples, tensors, strings, numbers, booleans and None; FileError refuses all else.
     """
     if isinstance(tree, Tensor):
         tensors[at] = tree
@@ -61,21 +58,26 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seed all generators for the block, and put them back afterwards; None: leave them alone."""
-    if seed is None:
+    """Seed all generators for the block, and restore them afterwards; None: leave them alone."""
+    with nullcontext() if seed is None else random_kept(device):
+        if seed is not None:
+            seed_all(seed)
         yield
-        return
-    outside = random_state(device)
-    seed_all(seed)
+
+
+@contextmanager
+def random_kept(device: torch.device) -> Iterator[None]:
+    """Restore the state of all generators after the block."""
+    before = random_state(device)
     try:
         yield
     finally:
-        set_random_state(outside, device)
+        set_random_state(before, device)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's generators, and of those of all devices of the type: a model may be on
-    several, and none of them need be the current one."""
+    """The state of Python's, NumPy's and torch's generators, those of all devices of this type included: a model may be
+    on several, none of which need be the current one."""
     numpy_state: Any = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -84,13 +86,13 @@ def random_state(device: torch.device) -> dict[str, Any]:
     }
     if device.type not in ("cpu", "meta"):
         module = torch.get_device_module(device)
-        several = getattr(module, "get_rng_state_all", None)
-        state["devices"] = [module.get_rng_state()] if several is None else several()
+        get_all = getattr(module, "get_rng_state_all", None)  # not on every device type
+        state["devices"] = [module.get_rng_state()] if get_all is None else get_all()
     return state
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators into a state from `random_state`; those of devices only if it has them."""
+    """Restore what `random_state` returned; generators of devices only if the state has some."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

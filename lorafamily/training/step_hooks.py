@@ -1,10 +1,10 @@
-"""Hooks around every optimizer step, in any loop: empty tensors are kept from it, and weight decay pulls to ΔW = 0.
+"""Hooks around every optimizer step, in any loop: they hide empty tensors from it, and let weight decay pull to ΔW = 0.
 
-    p ← p − η λ (p − p0),   then the optimiser's own step
+    p ← p − η λ (p − p0),   then the step without decay
 
 η is the learning rate and λ the decay of p's group; p0 is the frozen copy of p's initialisation, for adapters whose
 initial update is not zero. At p0 = 0 this is AdamW's decay (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2,
-line 12). Parameters without such a copy are left to the optimiser's own decay.
+line 12). Parameters without such a copy are decayed by the optimizer.
 """
 
 from __future__ import annotations
@@ -25,11 +25,8 @@ _HOOKED: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepHooks] = weakref.W
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse an optimiser that cannot train adapters.
-
-    Raises:
-        TrainingError: it needs a closure (LBFGS) or sparse gradients, or is no optimiser of torch's kind.
-    """
+    """Raise TrainingError for an optimizer that cannot train adapters: one that needs a closure (LBFGS) or sparse
+    gradients, or is no `torch.optim.Optimizer` and wraps none."""
     name = type(optimizer).__name__
     if not steppers(optimizer):
         raise TrainingError(f"optimizer is a {name}; it must be a torch.optim.Optimizer, or wrap one")
@@ -37,33 +34,33 @@ def check_optimizer(optimizer: Any) -> None:
         closure = inspect.signature(inner.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TrainingError(
-                f"{type(inner).__name__} needs a closure that computes the loss several times a step, which no loop "
-                "with rank allocation gives it; use an optimiser that steps from one gradient, such as AdamW"
+                f"{type(inner).__name__} needs a closure that computes the loss several times a step, and no loop with "
+                "rank allocation passes one; use an optimizer that steps from one gradient, such as AdamW"
             )
         if isinstance(inner, torch.optim.SparseAdam):
-            raise TrainingError("SparseAdam takes sparse gradients, and those of adapters are dense; use Adam or AdamW")
+            raise TrainingError("SparseAdam takes sparse gradients, and adapters have dense ones; use Adam or AdamW")
 
 
 def steppers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The innermost optimisers, which change parameters."""
+    """The innermost optimizers, which change the parameters."""
     return [
         level for level in levels(optimizer) if isinstance(level, torch.optim.Optimizer) and len([*levels(level)]) == 1
     ]
 
 
 class StepHooks:
-    """Acts before and after every step of an optimiser, until `remove` or until new hooks replace it.
+    """The hooks of an optimizer, until `remove` or until new hooks replace them.
 
-    Tensors of modules at rank 0 leave the groups for the step and come back afterwards, so that state dicts, learning
-    rate schedules and checkpoints find the groups unchanged. Parameters with a frozen copy of their initialisation are
-    decayed towards that copy, and not by the optimiser; the group's `weight_decay` is read at every step and kept.
+    Tensors of modules at rank 0 leave the groups for the step and return afterwards, so that state dicts, learning rate
+    schedules and checkpoints find the groups unchanged. Parameters with a frozen copy of their initialisation are
+    decayed towards that copy, and not by the optimizer; the group's `weight_decay` is read at every step and kept.
 
     Args:
         optimizer: may be wrapped, by accelerate for example.
-        adapters: the live mapping of the model's adapters.
+        adapters: the model's adapters by layer, a mapping that may change.
 
     Raises:
-        TrainingError: the optimiser cannot train adapters, or a group without a learning rate decays parameters that
+        TrainingError: the optimizer cannot train adapters, or a group without a learning rate decays parameters that
             have a frozen copy.
     """
 
@@ -78,12 +75,11 @@ class StepHooks:
             for group in stepper.param_groups:
                 if group.get("weight_decay") and group.get("lr") is None and _of(group["params"], initial):
                     raise TrainingError(
-                        f"{type(stepper).__name__} finds its learning rate itself (lr=None), and decay towards a start "
-                        "that is not zero needs one: give it lr (Adafactor: relative_step=False) or weight_decay=0"
+                        f"{type(stepper).__name__} finds its learning rate itself (lr=None), and decay towards initial "
+                        "values other than zero needs one: give lr (Adafactor: relative_step=False) or weight_decay=0"
                     )
-            before = _HOOKED.pop(stepper, None)
-            if before is not None:
-                before.remove()
+            if stepper in _HOOKED:
+                _HOOKED[stepper].remove()
             _HOOKED[stepper] = self
             self._hooks.append(stepper.register_step_pre_hook(self._before))
             self._hooks.append(stepper.register_step_post_hook(self._after))
@@ -97,10 +93,10 @@ class StepHooks:
     def _initial_values(self) -> dict[int, Tensor]:
         """Frozen initial values, by the id of their parameter."""
         return {
-            id(parameter): start
+            id(parameter): value
             for adapter in self.adapters.values()
             if adapter.initial is not None
-            for parameter, start in zip(adapter.update.parameters(), adapter.initial.parameters(), strict=True)
+            for parameter, value in zip(adapter.update.parameters(), adapter.initial.parameters(), strict=True)
         }
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -119,7 +115,7 @@ class StepHooks:
                 _pull(decayed, initial, float(group["lr"]) * float(group["weight_decay"]))
             if len(decayed) == len(present):
                 group["weight_decay"] = 0.0
-            else:  # a group of their own, for this step
+            else:  # decayed parameters get another group for this step
                 chosen = {id(parameter) for parameter in decayed}
                 group["params"] = [parameter for parameter in present if id(parameter) not in chosen]
                 optimizer.param_groups.append({**group, "params": decayed, "weight_decay": 0.0})
@@ -139,14 +135,14 @@ def _of(parameters: list[Tensor], initial: Mapping[int, Tensor]) -> list[Tensor]
 
 
 def _will_step(optimizer: Any) -> bool:
-    """False if a GradScaler found a gradient that is not finite: then a fused optimiser does nothing."""
+    """False if a GradScaler found a gradient that is not finite: a fused optimizer then does nothing."""
     found = getattr(optimizer, "found_inf", None)
     return found is None or not float(found)
 
 
 @torch.no_grad()
 def _pull(parameters: list[Tensor], initial: Mapping[int, Tensor], share: float) -> None:
-    """Move parameters a share of the way to their initial values; only those with a gradient, as optimisers do."""
+    """Move the parameters that have a gradient, as only these step, a share of the way to their initial values."""
     moving = [parameter for parameter in parameters if parameter.grad is not None]
     if moving:
         torch._foreach_lerp_(moving, [initial[id(parameter)] for parameter in moving], share)

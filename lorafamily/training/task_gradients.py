@@ -1,4 +1,4 @@
-"""The task's gradient, seen by hooks on the parameters before it is added up, whoever calls `backward`."""
+"""The task's gradient: hooks on the parameters see it before it is added to `.grad`, whoever calls `backward`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lorafamily.training.loop_context import LoopContext
 from lorafamily.training.processes import Processes, give_gradient
 
 PATIENCE = 10
-"""Steps within which some layer of every kind must get a gradient: single ones may be dropped, or experts unvisited."""
+"""Steps within which one of the layers whose names differ only in digits must get a gradient. The others need not:
+layers may be dropped at random, and no token may go to an expert."""
 
 
 class TaskGradients:
-    """Of one run: which adapters the task reached, the task's gradient apart from the penalty's, and, where DDP leaves
-    the adapters to the session, averages over the processes.
+    """What a run knows of the task's gradient: which adapters it reached and, if wanted, its values without the
+    penalty's share. Where DDP leaves the adapters to the session, averages their gradients over the processes.
 
     `unreached`: adapters and extra trained parameters that no batch of the run has reached. `reached`: adapters that
-    the task reached since the last step. `kept`: the task's gradient since the last step, by parameter, if it is
-    wanted.
+    the task reached since the last step. `kept`: the task's gradient since the last step, by parameter, if wanted.
 
     Args:
-        adapters: the live mapping of the model's adapters.
+        adapters: the model's adapters by layer, a mapping that may change.
         extra: returns the extra trained parameters by name.
         guard: whether to refuse adapters without gradient.
         wanted: returns whether the task's gradient must be kept apart from the penalty's, and whether it must be noted
@@ -60,13 +60,15 @@ class TaskGradients:
         self._of_penalty: dict[nn.Parameter, Tensor] = {}
         self._from_task = True
         self._averaging = False  # whether the present backward ends with an average over the processes
-        if loop.last_backward is not None:
-            self._broadcast()
+        if loop.last_backward is not None:  # all processes begin with the first one's adapters, as DDP does
+            for adapter in adapters.values():
+                for parameter in adapter.parameters():
+                    dist.broadcast(parameter.data, 0)
         self.listen()
 
     def listen(self) -> None:
-        """Put hooks on the parameters whose gradients must be seen now, and on no others; also after some were
-        replaced."""
+        """Put hooks on the parameters whose gradients must be seen now, and on no others. Call it again when parameters
+        were replaced."""
         wanted: dict[nn.Parameter, str] = {}
         everywhere = any(self.wanted()) or self.loop.last_backward is not None
         for at, adapter in self.adapters.items():
@@ -81,7 +83,7 @@ class TaskGradients:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """In the block gradients are the penalty's or a scorer's, and not the task's."""
+        """In the block the hooks ignore gradients: they are the penalty's or a scorer's."""
         before, self._from_task = self._from_task, False
         try:
             yield
@@ -89,9 +91,9 @@ class TaskGradients:
             self._from_task = before
 
     def add(self, penalty: Tensor) -> None:
-        """Add the penalty's gradient to those of the task, after the step's backward."""
+        """Add the penalty's gradient to the task's, after the step's backward."""
         factors = self._factors()
-        if self.wanted()[1]:  # whatever has a gradient by now has one of the task, perhaps from another process
+        if self.wanted()[1]:  # a gradient that is there by now is the task's, perhaps from another process
             there = {p for p in factors if p.grad is not None}
             self.reached |= {at for at, a in self.adapters.items() if there & {*a.update.parameters()}}
         with self.paused():
@@ -103,13 +105,13 @@ class TaskGradients:
                 parameter.grad.add_(gradient)
 
     def tell_apart(self, penalty: Tensor) -> Tensor:
-        """The penalty, for a loop that adds it to the loss itself: its share in each gradient is known before that
-        gradient arrives."""
+        """The penalty, for a loop that adds it to the loss itself, with a hook that computes its share in each gradient
+        before that gradient arrives."""
         if not self._hooks or not penalty.requires_grad:
             return penalty
         factors = self._factors()
 
-        def share(weight: Tensor) -> None:  # `weight`: of the penalty in the loss, a scaler's factor included
+        def share(weight: Tensor) -> None:  # `weight`: d loss / d penalty, a scaler's factor included
             with self.paused():
                 shares = torch.autograd.grad(penalty, factors, weight, retain_graph=True, allow_unused=True)
             self._of_penalty = {p: s for p, s in zip(factors, shares, strict=True) if s is not None}
@@ -125,25 +127,21 @@ class TaskGradients:
         self._of_penalty.clear()
 
     def finite(self) -> bool:
-        """Whether every gradient of the adapters is."""
-        gradients = [p.grad for a in self.adapters.values() for p in a.update.parameters() if p.grad is not None]
+        """Whether every gradient of the adapters is finite."""
+        gradients = [p.grad for p in self._factors() if p.grad is not None]
         return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
     def check(self, step: int, last: bool) -> None:
-        """Refuse a kind of layer without any gradient in the first steps, and warn at the end of adapters that no batch
-        reached. One batch proves little, since layers may be dropped and experts unvisited.
-
-        Raises:
-            TrainingError: no layer of some kind got a gradient.
-        """
+        """Raise TrainingError if of the layers whose names differ only in digits none got a gradient in the first
+        `PATIENCE` steps, and warn at the end of adapters that no batch reached."""
         if not self.guard:
             return
         if self._hooks:
             self.listen()
         present = {at for at in self.unreached if at not in self.adapters or self.adapters[at].rank}
         if present and (step == PATIENCE or last):
-            reached = {_kind(at) for at in {*self.adapters, *self.extra()} - self.unreached}
-            silent = sorted(at for at in present if _kind(at) not in reached)
+            reached = {_without_digits(at) for at in {*self.adapters, *self.extra()} - self.unreached}
+            silent = sorted(at for at in present if _without_digits(at) not in reached)
             if silent:
                 raise TrainingError(no_gradient(silent, self.adapters, self.extra(), step))
         if self.unreached and last:
@@ -151,7 +149,7 @@ class TaskGradients:
             also = f" ({len(pruned)} of them lost all of their rank)" if pruned else ""
             warnings.warn(
                 f"no batch of the run reached {len(self.unreached)} of {len(self.adapters)} adapters: "
-                f"{listed(sorted(self.unreached))}{also}. Nothing of the task is in them",
+                f"{listed(sorted(self.unreached))}{also}. They have learnt nothing of the task",
                 stacklevel=4,
             )
 
@@ -173,7 +171,7 @@ class TaskGradients:
             self.kept[parameter] = gradient / scale if before is None else before + gradient / scale
 
     def _average(self) -> None:
-        """Average the adapters' gradients over the processes, as DDP does with the others."""
+        """Average the adapters' gradients over the processes, as DDP does with other gradients."""
         self._averaging = False
         assert self.processes is not None
         parameters = self._factors()
@@ -183,13 +181,7 @@ class TaskGradients:
     def _factors(self) -> list[nn.Parameter]:
         return [p for a in self.adapters.values() for p in a.update.parameters() if p.requires_grad]
 
-    def _broadcast(self) -> None:
-        """Give every process the first one's adapters, as DDP does with the rest of the model."""
-        for adapter in self.adapters.values():
-            for parameter in adapter.parameters():
-                dist.broadcast(parameter.data, 0)
 
-
-def _kind(at: str) -> str:
-    """A name without its digits: the same for this layer in every block, and for every expert."""
+def _without_digits(at: str) -> str:
+    """The same for this layer in every block, and for every expert."""
     return re.sub(r"\d+", "#", at)
