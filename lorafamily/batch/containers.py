@@ -18,9 +18,7 @@ from lorafamily.errors import DataError
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch, of the same type, with every tensor on the device, and every unknown object that has a method `to`.
-
-    Copies from pinned memory overlap with computation.
-    """
+    Copies from pinned memory overlap with computation."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     parts = items_of(batch)
@@ -53,11 +51,7 @@ def fingerprint(batch: Any) -> str:
 
 
 def refuse_one_batch(data: Any, name: str = "data") -> None:
-    """Refuse a single batch where batches are wanted: iterating over it would give its keys, texts or rows.
-
-    Raises:
-        DataError: `data` is a mapping, a tensor, a text, a named tuple, a tuple of tensors, or cannot be iterated over.
-    """
+    """Raise DataError if `data` is a single batch instead of batches: iterating over it would give keys or rows."""
     if isinstance(data, Mapping):
         details = f" with the keys {', '.join(map(str, data))}"
     elif is_array(data):

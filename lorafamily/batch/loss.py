@@ -76,10 +76,10 @@ def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> 
         DataError: `over` is something else. The function raises it where "tokens" finds no labels in a batch, or where
             the user's function returns no number from 0 on.
     """
-    if over == "auto":
-        return rows_weight if loss_fn is not None else lambda batch: loss_weight(batch, model)
-    if over == "rows":
+    if over == "rows" or (over == "auto" and loss_fn is not None):
         return rows_weight
+    if over == "auto":
+        return lambda batch: loss_weight(batch, model)
     if over == "tokens":
         return lambda batch: _tokens_asked_for(batch, model)
     if callable(over):

@@ -17,10 +17,8 @@ from lorafamily.errors import DataError
 
 
 def cut_rows(batch: Any, begin: int, end: int, places: Any = None) -> Any:
-    """Rows `begin` to `end` - 1 of a batch, in the batch's type; what has no batch axis stays.
-
-    `places`: what `batch_axes` returned for the rows, if the caller has it already.
-    """
+    """Rows `begin` to `end` - 1 of a batch, in the batch's type; what has no batch axis stays. `places`: the tree that
+    `batch_axes` returned, if the caller has it."""
     return cut(batch, batch_axes(batch)[1] if places is None else places, begin, end)
 
 

@@ -68,11 +68,8 @@ def extra_trained_values(model: nn.Module, state: ModelState, placement: Placeme
 
 
 def take_values(model: nn.Module, placement: Placement, values: Mapping[str, Tensor]) -> None:
-    """Give a placement that is not in the model yet the values that a file holds besides the adapters' tensors.
-
-    Raises:
-        StateError: a parameter is offloaded or sharded.
-    """
+    """Give a placement that is not in the model yet the values that a file holds besides the adapters' tensors. Raises
+    StateError if one of them is offloaded or sharded in the model."""
     parameters, buffers = base_parameters(model), movable_buffers(model)
     both: dict[str, Tensor] = {**parameters, **buffers}
     refuse_absent(both, values, "which the file has values for")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafamily.adapter import Adapter, Factors
+from lorafamily.adapter import Adapter
 from lorafamily.functional import low_rank_linear
 from lorafamily.layers.wrapper import ForwardWrapper
 
@@ -110,13 +110,12 @@ class LayerKind(ABC):
 
 
 class Part(LayerKind):
-    """The layer kind of a part of a layer: some rows of a weight, or one expert.
-
-    `held_in`: the parameter that holds the part's weight; `part`: the part's name in the layer's site.
-    """
+    """The layer kind of a part of a layer: some rows of a weight, or one expert."""
 
     held_in: str
+    """The name of the parameter that holds the part's weight."""
     part: str
+    """The part's name in the layer's site."""
 
     @property
     def path(self) -> str:
@@ -126,11 +125,11 @@ class Part(LayerKind):
     @classmethod
     @abstractmethod
     def from_record(cls, entry: Mapping[str, Any]) -> Part | None:
-        """The layer kind that `described` wrote into a file; None where the entry is damaged."""
+        """The inverse of `described`; None where a file's entry is damaged."""
 
     @abstractmethod
     def fitted(self, layer: nn.Module) -> Part | None:
-        """The layer kind from a file for this layer; None where the layer has no such part."""
+        """This layer kind, read from a file, as it is for a layer; None where the layer has no such part."""
 
     def matches(self, module: nn.Module) -> bool:
         return False
@@ -147,12 +146,9 @@ def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Ten
     if len(acting) == 1 and type(acting[0][0]).spread is LayerKind.spread:
         adapter = acting[0][1]
         return *adapter.factors(dropping=dropping), adapter.scale
-    both: list[Factors] = []
-    for kind, adapter in acting:
-        U, V = adapter.factors(dropping=dropping)
-        both.append((kind.spread(adapter.scale * U), V))
-    Us, Vs = zip(*both, strict=True)
-    return torch.cat(Us, 1), torch.cat(Vs, 0), 1.0
+    Us, Vs = zip(*(adapter.factors(dropping=dropping) for _, adapter in acting), strict=True)
+    spread = [kind.spread(adapter.scale * U) for (kind, adapter), U in zip(acting, Us, strict=True)]
+    return torch.cat(spread, 1), torch.cat(Vs, 0), 1.0
 
 
 _KINDS: list[LayerKind] = []

@@ -50,10 +50,8 @@ def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
 
 
 def refuse_absent(tensors: Mapping[str, Tensor], names: Iterable[str], what: str) -> None:
-    """Raise StateError if a named tensor is offloaded or sharded: new values for it would be lost.
-
-    `what`: for the message, the reason why the tensor is to get values.
-    """
+    """Raise StateError if a named tensor is offloaded or sharded: new values for it would be lost. `what` says in the
+    message why it should get values."""
     for name in names:
         if name in tensors and tensors[name].is_meta:
             raise StateError(

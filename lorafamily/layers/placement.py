@@ -22,11 +22,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
-    """The model that `apply` was given, inside whatever wraps it, and its state, None where it has no adapters.
-
-    Raises:
-        StateError: this model is only a part of the one that `apply` was given, or holds several such models.
-    """
+    """The model that `apply` was given, inside whatever wraps it, and its state, None where it has no adapters. Raises
+    StateError if this model is only a part of that one, or holds several such models."""
     found = list(sites_in(model))
     states = {id(site.state): (at, site) for at, site in found}
     if len(states) > 1:
@@ -66,11 +63,7 @@ def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def placement_of(model: nn.Module, name: str | None = None) -> Placement:
-    """The placement of that name; without a name, the active one.
-
-    Raises:
-        StateError: the model has no adapters, none is active, or none has that name.
-    """
+    """The placement of that name, or the active one. Raises StateError where there is none."""
     _, state = adapted(model)
     name = state.active if name is None else name
     if name is None:
@@ -87,11 +80,8 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """The model to place adapters in: this one, or the one that torch.compile wrapped.
-
-    Raises:
-        StateError: the name is taken or no valid name, an adapter is merged, or the model cannot have adapters.
-    """
+    """The model to place adapters in: this one, or the one that torch.compile wrapped. Raises StateError if the name is
+    taken or not valid, an adapter is merged, or the model cannot have adapters."""
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):

@@ -128,11 +128,7 @@ class ReadRows(Rows):
 
 def divided_layers(model: nn.Module, fused: Fused) -> Iterator[tuple[nn.Module, list[Rows]]]:
     """Every layer that is divided into parts, with their layer kinds: each nn.MultiheadAttention, layers with adapters
-    on parts, and those that `fused` declares.
-
-    Raises:
-        TargetError: an entry of `fused` matches no linear layer, or does not fit one that it matches.
-    """
+    on parts, and those that `fused` declares (raises TargetError: see `possible_targets`)."""
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             yield module, _attention_rows(module)

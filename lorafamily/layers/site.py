@@ -51,13 +51,10 @@ class Site(nn.Module):
 
     def acting(self) -> Acting:
         """The adapters that act on every sample, each with the layer kind of what it adapts."""
-        found, name = [], self.state.active
-        if name is not None:
-            for part, kind in self.kinds.items():
-                adapter = self.adapters[part]._modules.get(name)
-                if isinstance(adapter, Adapter) and not adapter.off and adapter.rank:
-                    found.append((kind, adapter))
-        return found
+        if self.state.active is None:
+            return []
+        named = [(kind, self.adapters[part]._modules.get(self.state.active)) for part, kind in self.kinds.items()]
+        return [(kind, a) for kind, a in named if isinstance(a, Adapter) and not a.off and a.rank]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its adapters."""
@@ -128,11 +125,7 @@ def site_on(layer: nn.Module) -> Site | None:
 
 
 def site_for(layer: nn.Module, kind: LayerKind, at: str, state: ModelState) -> Site:
-    """The site of a layer, a new one where there is none.
-
-    Raises:
-        TargetError: the layer has an attribute with the site's name already, which somebody else set.
-    """
+    """The site of a layer, or a new one. Raises TargetError if the layer has another attribute of the site's name."""
     site = site_on(layer)
     if site is None and hasattr(layer, NAME):
         raise TargetError(f'{at} ({type(layer).__name__}) has an attribute "{NAME}" of its own; rename it')

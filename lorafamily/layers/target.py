@@ -70,10 +70,8 @@ def possible_targets(model: nn.Module, fused: Fused | None = None) -> dict[str, 
     """Every weight of a model that can carry an adapter, by name and in the model's order.
 
     Some layers give their parts instead: those that `fused` declares, those that have adapters on parts already, every
-    nn.MultiheadAttention and every layer of experts. `peft`'s adapters do not count as part of the model.
-
-    Raises:
-        TargetError: an entry of `fused` matches no linear layer, or does not fit one that it matches.
+    nn.MultiheadAttention and every layer of experts. `peft`'s adapters do not count as part of the model. Raises
+    TargetError if an entry of `fused` matches no linear layer, or does not fit one that it matches.
     """
     divided = dict(divided_layers(model, fused or {}))
     of_adapters = {inner for module in model.modules() for root in _adapters_in(module) for inner in root.modules()}

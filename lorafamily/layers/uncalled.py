@@ -105,11 +105,8 @@ def leave_out(
     model: nn.Module, placement: Placement, names: Sequence[str], optimizer: torch.optim.Optimizer | None = None
 ) -> bool:
     """Remove the named adapters, since the model does not call their layers, and warn; the optimizer forgets their
-    parameters. Returns whether there were any.
-
-    Raises:
-        TargetError: the user named these targets, or no other adapter would be left.
-    """
+    parameters. Returns whether there were any. Raises TargetError if the user named these targets, or if no other
+    adapter would be left."""
     names = [name for name in names if name in placement.adapters]
     check_left_out(model, names, placement.by_default and len(names) < len(placement.adapters))
     targets = targets_of(model)

@@ -48,8 +48,7 @@ class ForwardWrapper:
         attributes, place = vars(self.module), place_of_forward(self.module)
         if not self.installed and not (self.wrapped and "forward" in attributes):
             before = attributes.get(place)
-            # accelerate stores the class's forward as a bound method
-            from_class = getattr(before, "__func__", None) is type(self.module).forward
+            from_class = getattr(before, "__func__", None) is type(self.module).forward  # accelerate keeps it bound
             self.inner, attributes[place] = None if from_class else before, self
         self.installed = True
 
