@@ -294,9 +294,7 @@ def test_adapters_that_were_offloaded_along_are_not_trained_or_written(offload, 
         lambda: lorafamily.routing(model, ["default"] * 4).__enter__(),
     ]
     for step in steps:
-        with pytest.raises(
-            lorafamily.StateError, match="was offloaded with its layer, and cannot be trained"
-        ):
+        with pytest.raises(lorafamily.StateError, match="was offloaded with its layer, and cannot be trained"):
             step()
     if offload is to_cpu:
         hooks.remove_hook_from_module(model, recurse=True)

@@ -15,7 +15,7 @@ BACK = "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings wei
 
 
 def _hooks_on(module: nn.Module) -> list[Any]:
-    """accelerate's hooks on a module, the sequence that holds several and these."""
+    """accelerate's hooks on a module; a hook that holds several is followed by them."""
     hook = vars(module).get("_hf_hook")
     return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
 
