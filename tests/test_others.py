@@ -395,7 +395,7 @@ def test_an_outer_head_trains_and_is_not_saved_in_silence(tmp_path):
     train(model, [batch])
     assert not torch.equal(model.head.weight, before)
     for write in (lorafamily.save, lorafamily.export_peft):
-        with pytest.raises(lorafamily.StateError, match=r"head\.weight, head\.bias.*would train, and be lost"):
+        with pytest.raises(lorafamily.StateError, match=r"head\.weight, head\.bias.*would train, but not be saved"):
             write(model, tmp_path / "outer")
     lorafamily.save(model.encoder, tmp_path / "encoder")
     again = lorafamily.load(WithHead().encoder, tmp_path / "encoder")

@@ -846,7 +846,7 @@ def test_data_parallel_is_refused(monkeypatch):
     monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
     with pytest.raises(lorafamily.StateError, match="use DistributedDataParallel"):
         nn.parallel.replicate(model, [0, 1])
-    with pytest.raises(lorafamily.StateError, match="DataParallel holds on to the parameters"):
+    with pytest.raises(lorafamily.StateError, match="DataParallel knows only the parameters it was made with"):
         lorafamily.apply(nn.DataParallel(two_layers()), rank=2)
 
 

@@ -1,8 +1,8 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512):   ΔW = s · P diag(λ) Q,   pruned by importance of its triplets.
+"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512):   ΔW = s · P diag(λ) Q,   pruned by the importance of its triplets.
 
-P (d_out, r) and Q (r, d_in) start from N(0, 0.02²), λ (r) from zero; sec. 3.1. Triplet i is (P[:, i], λ_i, Q[i]); its
-importance is the sensitivity of all three (sec. 3.2), and the total rank falls on a cubic schedule (sec. 3.3). P and Q
-are kept near orthonormal by a penalty (eq. 4).
+P (d_out, r) and Q (r, d_in) are from N(0, 0.02²) at first, λ (r) is zero; sec. 3.1. Triplet i is (P[:, i], λ_i, Q[i]);
+its importance is the sensitivity of all three (sec. 3.2), and the total rank falls on a cubic schedule (sec. 3.3). A
+penalty keeps P and Q near orthonormal (eq. 4). s = alpha / r with the initial rank r throughout.
 Trainable parameters: r (d_in + d_out + 1).   Axes: d_in, d_out of the weight; r = rank.
 """
 
@@ -18,12 +18,12 @@ from lorafamily.variants.lora import lora
 
 
 def gaussian(*shape: int, generator: torch.Generator) -> Tensor:
-    """N(0, 0.02²), as the authors' code; the paper says only "random Gaussian"."""
+    """From N(0, 0.02²), as in the authors' code; the paper says only "random Gaussian"."""
     return torch.empty(*shape).normal_(std=0.02, generator=generator)
 
 
 class SVD(Parametrisation):
-    """Singular vectors and values, kept apart."""
+    """ΔW / s as P diag(λ) Q; `singular` is λ."""
 
     slices = {"P": 1, "singular": 0, "Q": 0}
     zeroed = "singular"
@@ -69,10 +69,10 @@ class SVD(Parametrisation):
 
 adalora = Method(
     parametrisation=SVD,
-    allocation=ImportancePruning(target=2 / 3),  # sec. 4.1: start at 1.5 times the final rank
+    allocation=ImportancePruning(target=2 / 3),  # sec. 4.1: the initial rank is 1.5 times the final one
     penalty=Orthogonality(gamma=0.1),
 )
 
-# Its parts alone, to combine otherwise; svd+pruning is adalora.
+# AdaLoRA's axes by themselves, to combine with others; svd+pruning is adalora.
 svd = Method(parametrisation=SVD, penalty=adalora.penalty)
 pruning = lora.but(allocation=adalora.allocation)

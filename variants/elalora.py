@@ -5,9 +5,9 @@ pruned, and the b(t) matrices whose lowest slice scores highest grow by one each
 rank stays what it was.
 Trainable parameters: r (d_in + d_out + 1).   Axes: d_in, d_out of the weight; r = rank.
 
-A new slice has λ = 0 and random vectors, so that the function does not change, and zero moments in the optimiser; all
-others keep theirs. The authors' code makes a new optimiser at every exchange, which loses all moments, and lets the
-schedule drive the old one. A matrix of rank 0 has no lowest slice: it grows when all others have.
+A new slice has λ = 0 and random vectors, so that the function does not change, and zero moments in the optimizer; all
+other slices keep their moments. The authors' code makes a new optimizer at every exchange, which loses all moments,
+while the schedule still drives the old one. A matrix of rank 0 has no lowest slice, and so is the last to grow.
 """
 
 import math
@@ -23,7 +23,7 @@ from lorafamily.variants.adalora import SVD, adalora
 
 @dataclass(frozen=True)
 class LowestForHighest(CubicExchange):
-    """As `CubicExchange`; the lowest slices go, and matrices of which even the lowest slice is worth much gain."""
+    """As `CubicExchange`: the lowest slices go, and the matrices whose lowest slice scores highest gain one."""
 
     scorer: str = "sensitivity"
 

@@ -1,14 +1,14 @@
 """EVA (Paischer et al. 2024, arXiv:2410.07170): LoRA from the directions of its inputs.   ΔW = s · B A.
 
-Before training, the inputs of every layer are decomposed over some batches; A's rows are their leading principal
-directions, B is zero, so the adapted model starts as the base. Ranks follow from the same decomposition: the shares of
-variance that the directions of all layers explain are sorted together, and the highest that fit the budget win, at most
-ρ r of one layer, where r is what every layer would have alike.
+Before training, each layer's inputs over some batches are decomposed by an incremental SVD. A's rows are their leading
+principal directions, B is zero, so the adapted model starts equal to the base. Ranks follow from the same
+decomposition: the shares of variance that all layers' directions explain are sorted together, and the highest that fit
+the budget win, at most ρ r of one layer, where r is the rank that all layers would have if ranks were equal.
 Trainable parameters: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
 
-As in `peft`'s code, which is the authors', inputs are centred, the scale is alpha / r for all layers, whatever rank
-they get, and a layer is looked at no more once the directions that its rank takes have turned no further than a cosine
-of τ allows from one batch to the next. That code goes round the data until all layers stop; here the data ends it too.
+As in `peft`'s code, which is the authors', inputs are centred, and the scale is alpha / r for all layers, whatever rank
+they get. A layer is finished once each direction that its rank takes has a cosine of at least τ to what it was one
+batch before. That code repeats the data until all layers are finished; here the end of the data ends it, too.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from lorafamily.variants.lora import lora
 
 @dataclass(frozen=True)
 class LeadingInputs(FromEvidence):
-    """`rho`: ρ, how many times its equal share of ranks a layer may get; 1 leaves ranks equal. `tau`: τ, from 0 to 1;
+    """`rho`: ρ, how many times the equal rank a layer may get; 1 leaves ranks equal. `tau`: τ, a cosine from 0 to 1;
     None: all batches count."""
 
     wants: ClassVar[tuple[Wanted, ...]] = ("inputs",)
@@ -41,9 +41,11 @@ class LeadingInputs(FromEvidence):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tau is not None and not (isinstance(self.tau, int | float) and 0 <= self.tau <= 1):
-            raise MethodError(f"tau={self.tau!r}: must be a cosine from 0 to 1, or None to look at all batches")
+            raise MethodError(f"tau={self.tau!r}: must be a cosine from 0 to 1, or None to use all batches")
         if not isinstance(self.rho, int | float) or not 1 <= self.rho < float("inf"):
-            raise MethodError(f"rho={self.rho!r}: must be a number from 1 on, how many times its share a layer may get")
+            raise MethodError(
+                f"rho={self.rho!r}: must be a number from 1 on, how many times the equal rank a layer may get"
+            )
 
     def directions(self, rank: int) -> int:
         return round(self.rho * rank)
@@ -67,7 +69,7 @@ class LeadingInputs(FromEvidence):
         evidence: LayerEvidence,
         scale: float,
     ) -> None:
-        update.reset(generator)  # what the directions leave free stays at the parametrisation's own start
+        update.reset(generator)  # tensors that the directions do not fill keep the parametrisation's own initialisation
         assert evidence.directions is not None
         V = evidence.directions[: update.capacity].to(torch.promote_types(weight.dtype, torch.float32))
         update.represent(V.new_zeros(update.d_out, len(V)), V)

@@ -1,15 +1,18 @@
-"""GoRA (He et al. 2025, arXiv:2502.12171): ranks and start from the gradient of W.   ΔW = s · B A,   s = alpha / √r.
+"""GoRA (He et al. 2025, arXiv:2502.12171): ranks and initialisation from gradients.   ΔW = s · B A,   s = alpha / √r.
 
 G is the mean gradient of W over some batches before training. Ranks: a layer's importance is I = mean |W ⊙ G|, its
-share a = I / ΣI; with b = Σ √(d_in + d_out) r_ref in all
+share is a = I / ΣI; with b = Σ √(d_in + d_out) r_ref over all layers,
     r = clip(round(b a / √(d_in + d_out)), r_min, r_max),
-where r_ref is what every layer would have alike, and r_min, r_max are r_ref / 2 and 4 r_ref (4 and 32 for 8 there).
-Start: A random, B = −ξ (G Aᵀ)(A Aᵀ)⁻¹ with ξ = γ √d_in / alpha, the best approximation of −G in the rows of A, so
-that s B A is about as large as γ G, a step down the gradient.
+where r_ref is the rank that all layers would have if ranks were equal, and r_min, r_max are r_ref / 2 and 4 r_ref (the
+paper: 4 and 32 for 8). Initialisation: A is random,
+    B = −ξ (G Aᵀ)(A Aᵀ)⁻¹,   ξ = γ √d_in / alpha,
+so that B A / ξ is the best approximation of −G with A's rows, and s B A, about as large as γ G, a step down the
+gradient.
 Trainable parameters: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
 
-As published B A stays: the adapted model does not start as the base, but a step ahead of it. `keep_step=False`
-subtracts a frozen copy instead. The authors' code misses the budget by up to a tenth; here it is met.
+As published, B A is not subtracted: the adapted model does not start equal to the base, but a step ahead of it.
+`keep_step=False` subtracts a frozen copy instead. The authors' code misses the budget by up to a tenth; here the budget
+is never exceeded.
 """
 
 import math
@@ -30,8 +33,8 @@ from lorafamily.variants.lora import kaiming_uniform, rslora
 
 @dataclass(frozen=True)
 class GradientStart(FromEvidence):
-    """`rank_min`, `rank_max`: r_min and r_max, None for the paper's; `step`: γ; `keep_step`: whether the model starts a
-    step ahead, as published, or as the base."""
+    """`rank_min`, `rank_max`: r_min and r_max, None for the paper's. `step`: γ. `keep_step`: whether the adapted model
+    starts a step ahead, as published, or equal to the base."""
 
     wants: ClassVar[tuple[Wanted, ...]] = ("gradients",)
 
@@ -65,7 +68,7 @@ class GradientStart(FromEvidence):
         return min(low, room.largest(layer)), min(high, room.largest(layer))
 
     def shares(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, float]:
-        """b a / √(d_in + d_out), what is rounded and clipped to a rank."""
+        """b a / √(d_in + d_out) for every layer, which is then rounded and clipped to a rank."""
         importance = {}
         for name, layer in evidence.items():
             assert layer.gradient is not None
@@ -77,11 +80,11 @@ class GradientStart(FromEvidence):
         return {name: b * importance[name] / total / root[name] for name in evidence}
 
     def ranks(self, evidence: Mapping[str, LayerEvidence], room: Room) -> dict[str, int]:
-        """The paper's; within a budget then one after the other less where rounding and clipping gave most beyond the
-        share, or more where it gave least, until nothing fits any more.
+        """The paper's ranks, made to fit if there is a budget: while they exceed it, the layer whose rank is most above
+        its share loses one; then the layer whose rank is most below its share gains one, until none fits.
 
         Raises:
-            BudgetError: r_min everywhere is over it.
+            BudgetError: r_min in every layer exceeds the budget.
         """
         shares = self.shares(evidence, room)
         bounds = {name: self.bounds(name, room) for name in shares}

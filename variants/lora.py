@@ -1,9 +1,9 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685, sec. 4.1):   ΔW = s · B A,   s = alpha / r.
 
-A (r, d_in) starts random, B (d_out, r) at zero, so the adapted model starts as the base.
+A (r, d_in) is random at first and B (d_out, r) zero, so the adapted model starts equal to the base.
 Trainable parameters: r (d_in + d_out).   Axes: d_in, d_out of the weight; r = rank.
 
-rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) changes the scale alone:   s = alpha / √r.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) changes only the scale:   s = alpha / √r.
 """
 
 import math
@@ -20,13 +20,13 @@ from lorafamily.method import Initialisation, Method
 
 
 def kaiming_uniform(rows: int, d_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """U(−1/√d_in, 1/√d_in), which `kaiming_uniform_(a=√5)` of the authors' code comes to."""
+    """From U(−1/√d_in, 1/√d_in), which is what `kaiming_uniform_(a=√5)` of the authors' code draws from."""
     bound = 1 / math.sqrt(d_in)
     return torch.empty(rows, d_in, dtype=dtype).uniform_(-bound, bound, generator=generator)
 
 
 class Plain(Parametrisation):
-    """The product of two matrices."""
+    """ΔW / s as the product of two matrices, B A."""
 
     slices = {"B": 1, "A": 0}
     zeroed = "B"
@@ -47,7 +47,7 @@ class Plain(Parametrisation):
         return (self.B if gate is None else self.B * gate), self.A
 
     def reset(self, generator: torch.Generator) -> None:
-        """As the authors' code; the paper says Gaussian, see `LoRAStart`."""
+        """As in the authors' code; the paper says Gaussian, see `LoRAStart`."""
         self.A.copy_(kaiming_uniform(len(self.A), self.d_in, generator, self.A.dtype))
         self.B.zero_()
 
@@ -62,10 +62,8 @@ class Plain(Parametrisation):
 
 @dataclass(frozen=True)
 class LoRAStart(Initialisation):
-    """`init`: "kaiming", as the authors' code and `peft`, or "gaussian", as the paper.
-
-    The paper gives no variance; N(0, 1/r²) is what `peft` takes for it.
-    """
+    """`init`: "kaiming", as in the authors' code and `peft`, or "gaussian", as in the paper, which gives no variance:
+    N(0, 1/r²) is what `peft` takes."""
 
     init: Literal["kaiming", "gaussian"] = "kaiming"
 

@@ -1,13 +1,13 @@
 """LoRA² (Zhang et al. 2024, arXiv:2408.06854): two scales of low rank.   ΔW = s · (bb·aa) diag(E) (B·A).
 
 The factors of AdaLoRA's SVD are low-rank products themselves: A (k, d_in), B (r, k), E (r), aa (k, r), bb (d_out, k).
-The width k is what parameters buy; the r slices in between, a singular value E each, cost almost nothing, and the rank
-that ΔW can have is min(k, r). E starts at zero, the rest from N(0, 0.02²).
+A budget buys width k; the r slices in between, each with a singular value E_i, cost almost nothing, and ΔW has at most
+rank min(k, r). E is zero at first, the rest from N(0, 0.02²). s = alpha / r with the initial number of slices r.
 Trainable parameters: k (d_in + d_out) + 2kr + r.   Axes: d_in, d_out of the weight; k = `width`; r = `slices`.
 
-Slice i is (aa[:, i], E_i, B[i]); only these are scored for pruning, A and bb never, which is the paper's saving in
-importance scores. The authors' code is followed in forward, schedule and scores, not elsewhere: its merge is wrong for
-r > 1 and its penalty raises.
+Slice i is (aa[:, i], E_i, B[i]). Only these tensors are scored for pruning, never A and bb, which is how the paper
+saves importance scores. Forward, schedule and scores are as in the authors' code; its merge, which is wrong for
+r > 1, and its penalty, which raises, are not.
 """
 
 import torch
@@ -22,7 +22,7 @@ from lorafamily.variants.adalora import gaussian
 
 
 class DualPlane(Parametrisation):
-    """Two planes, B·A on the side of the input and bb·aa on the side of the output, coupled by diag(E)."""
+    """Two planes, B·A on the input's side and bb·aa on the output's, coupled by diag(E)."""
 
     slices = {"aa": 1, "E": 0, "B": 0}
     zeroed = "E"
@@ -60,7 +60,7 @@ class DualPlane(Parametrisation):
         return min(self.width, self.rank)
 
     def factors(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
-        """The k×k core is folded into the output side, so the update costs what LoRA of rank k costs."""
+        """The k×k core aa diag(E) B is multiplied into bb, so that the update costs what LoRA of rank k costs."""
         E = self.E if gate is None else self.E * gate
         return self.bb @ ((self.aa * E) @ self.B), self.A
 
@@ -70,7 +70,7 @@ class DualPlane(Parametrisation):
         self.E.zero_()
 
     def represent(self, U: Float[Tensor, "d_out m"], V: Float[Tensor, "m d_in"]) -> None:
-        """E takes the norms of V's rows; aa and B pick one direction each, further slices keep E = 0."""
+        """E takes the norms of V's rows; a row of B and a column of aa pick one direction; other slices keep E = 0."""
         m, norms = V.shape[0], V.norm(dim=1)
         self.A[:m] = V / norms.clamp_min(torch.finfo(V.dtype).tiny)[:, None]
         self.bb[:, :m] = U
@@ -86,14 +86,14 @@ class DualPlane(Parametrisation):
         }
 
     def frames(self) -> list[Float[Tensor, "_ _"]]:
-        """A and bb on their side of k; B and aa on their smaller side: for r < k, BᵀB = I_k has no solution."""
+        """A and bb on their side k, B and aa on their smaller side: for r < k, BᵀB = I_k has no solution."""
         inner = [self.B, self.aa.T] if self.rank <= self.width else [self.B.T, self.aa]
         return [self.A, self.bb.T, *inner]
 
 
 lora2 = Method(
     parametrisation=DualPlane,
-    allocation=ImportancePruning(target=3 / 8),  # MNLI's setting: 3 of 8 on average
+    allocation=ImportancePruning(target=3 / 8),  # the paper's setting for MNLI: 3 of 8 slices on average
     penalty=Orthogonality(gamma=0.1),
 )
 dual_plane = Method(parametrisation=DualPlane, penalty=lora2.penalty)  # without pruning

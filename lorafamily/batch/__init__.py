@@ -1,4 +1,4 @@
-"""A batch: where its rows are, pieces of it, its way into the model, its loss and what that is a mean over."""
+"""A batch: its rows, pieces of it, the call of the model with it, its loss and what that loss is a mean over."""
 
 from lorafamily.batch.axes import batch_axes, rows_in
 from lorafamily.batch.containers import fingerprint, refuse_one_batch, to_device

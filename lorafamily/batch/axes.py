@@ -1,4 +1,4 @@
-"""Where in a batch its rows are."""
+"""Which axes of the tensors in a batch count its rows."""
 
 from __future__ import annotations
 
@@ -11,41 +11,37 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lorafamily.batch.containers import is_array, items_of
 
-ENTRIES = "entries"  # the place of the rows in a list, or in packed sequences: one entry each
+ENTRIES = "entries"  # in place of an axis: each entry of a list, or of packed sequences, is one row
 
 
 def batch_axes(batch: Any) -> tuple[int, Any]:
-    """How many rows a batch has, and where in it they are.
+    """The number of rows in a batch, and which axes of its tensors they lie on.
 
-    Nothing in a batch says which axis counts its rows, so its tensors and lists vote: a tensor for its first axis and,
-    with half the weight, for its second; a list or tuple inside the batch for its length and, with less weight, for
-    what its entries agree on. A list that is itself the batch goes to the model as positions, so only what is in it
-    votes, unless that is texts, or rows that nobody collated ([(image, 3), (image, 5)]). `position_ids` are
-    (..., rows, length) by their name. Undecided is left to the first axis.
+    Nothing in a batch says which axis counts its rows, so its tensors and lists vote: a tensor for the size of its
+    first axis and, with half the weight, of its second; a list or tuple inside the batch for its length and, with less
+    weight, for what its entries agree on. Where the batch itself is a list, its entries are the model's positional
+    arguments, so only they vote; unless they are texts, or rows that were not collated ([(image, 3), (image, 5)]).
+    `position_ids` are (..., rows, length), known by their name. A tie goes to the first axis.
 
     Returns:
-        The rows, 0 where nothing votes, and a tree in the batch's shape. Of a tensor or array: its axis, or None where
-        it has none; of a list or of packed sequences ENTRIES, or a list of the trees of its parts. What has no batch
-        axis (scalars, class weights, an image in a list of images) is never cut.
+        The number of rows, 0 where nothing votes, and a tree in the batch's shape. A tensor or array has its batch axis
+        there, or None (scalars, class weights, an image in a list of images), and is then never cut; a list or packed
+        sequences have ENTRIES, or a list of their parts' trees.
     """
-    sizes, agreeing, leaves = Counter[int](), Counter[int](), Counter[int]()
-    for size, votes in _votes(batch, top=True).items():
-        sizes[size] += votes
-    shapes = list(_shapes(batch))
-    for shape in shapes:
-        agreeing[shape[0]] += 1
-        leaves.update(set(shape[:2]))
-    if not sizes:
+    votes, shapes = _votes(batch, top=True), list(_shapes(batch))
+    if not votes:
         return 0, _places(batch, 0, False, top=True)
+    first = Counter(shape[0] for shape in shapes)
+    either = Counter(size for shape in shapes for size in set(shape[:2]))
     # Of two sizes with as many votes, the one that first axes agree on, then the one that occurs in more tensors.
-    rows = max(sizes, key=lambda size: (sizes[size], agreeing[size] if agreeing[size] > 1 else 0, leaves[size]))
+    rows = max(votes, key=lambda size: (votes[size], first[size] if first[size] > 1 else 0, either[size]))
     deep = [shape[:2] for shape in shapes if len(shape) > 1 and (shape[0] == rows) != (shape[1] == rows)]
     second = bool(deep) and all(shape[1] == rows for shape in deep)  # (length, rows) throughout
     return rows, _places(batch, rows, second, top=True)
 
 
 def rows_in(batch: Any) -> int:
-    """The rows of a batch; see `batch_axes`."""
+    """The number of rows in a batch; see `batch_axes`."""
     return batch_axes(batch)[0]
 
 
@@ -55,7 +51,7 @@ def _is_sequence(node: Any) -> bool:
 
 
 def _is_setting(node: Any) -> bool:
-    """(224, 224) next to images: numbers in a tuple are no rows; collating makes tensors of rows."""
+    """A setting such as (224, 224) next to images: numbers in a tuple are no rows; collating makes tensors of rows."""
     return isinstance(node, tuple) and all(isinstance(value, (int, float)) for value in node)
 
 
@@ -64,7 +60,7 @@ def _has_no_axis(value: Any) -> bool:
 
 
 def _is_uncollated(node: Any) -> bool:
-    """A list of rows as the data set gives them: all of one type, with something in each that has no axis."""
+    """A list of rows as a data set gives them: all of one type, and in each of them something without an axis."""
     parts = [dict(items_of(value) or ()) for value in node]
     if not parts or len({type(value) for value in node}) > 1 or len({tuple(part) for part in parts}) > 1:
         return False
@@ -72,12 +68,12 @@ def _is_uncollated(node: Any) -> bool:
 
 
 def _counts_itself(node: Any) -> bool:
-    """Whether a list that is the batch has its rows as entries."""
+    """Whether the entries of a list that is the batch are its rows."""
     return _is_uncollated(node) or not any(_votes(value) for value in node)
 
 
 def _votes(node: Any, key: Any = None, top: bool = False) -> Counter[int]:
-    """Votes for each number of rows."""
+    """The votes for each number of rows."""
     if isinstance(node, PackedSequence):
         return Counter({int(node.batch_sizes[0]): 10})
     if is_array(node):
@@ -95,15 +91,14 @@ def _votes(node: Any, key: Any = None, top: bool = False) -> Counter[int]:
         return inside
     if _is_setting(node):
         return Counter()
-    # However many entries there are, they are one place of the batch: without that, the height of some images
-    # outvotes everything else.
+    # All entries together weigh less than one tensor; otherwise the height of a few images would outvote all else.
     agreed = Counter({size: min(8, 8 * votes // (10 * len(parts))) for size, votes in inside.items()})
     agreed[len(parts)] = 4 if all(isinstance(value, (int, float)) for _, value in parts) else 9
     return agreed
 
 
 def _shapes(node: Any) -> Iterable[tuple[int, ...]]:
-    """Of the tensors and arrays that have an axis."""
+    """The shapes of all tensors and arrays with at least one axis."""
     if is_array(node):
         if node.ndim:
             yield tuple(node.shape)
@@ -113,7 +108,7 @@ def _shapes(node: Any) -> Iterable[tuple[int, ...]]:
 
 
 def _places(node: Any, rows: int, second: bool, key: Any = None, top: bool = False) -> Any:
-    """The tree that `batch_axes` returns."""
+    """The tree that `batch_axes` returns; `second`: whether the second axis counts rows throughout."""
     if isinstance(node, PackedSequence):
         return ENTRIES if int(node.batch_sizes[0]) == rows else None
     if is_array(node):
@@ -133,6 +128,6 @@ def _axis(shape: tuple[int, ...], rows: int, second: bool, key: Any) -> int | No
         return 1
     if shape and shape[0] == rows:
         return 0
-    # States of recurrent layers, (layers, rows, width). Not of pairs such as (images, 3) or images (n, 3, h, w):
-    # three rows would cut their coordinates or colours.
+    # States of recurrent layers are (layers, rows, width). Pairs such as (images, 3) and images (n, 3, h, w) must not
+    # match: a batch of three rows would cut their coordinates or colours.
     return 1 if len(shape) == 3 and shape[1] == rows else None

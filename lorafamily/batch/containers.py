@@ -1,4 +1,4 @@
-"""What a batch is made of: mappings, lists, tuples, dataclasses, and tensors or other values in them."""
+"""The containers that batches are made of: mappings, lists, tuples and dataclasses, with tensors or other values."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from lorafamily.errors import DataError
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch, of the same type, with every tensor in it on the device; objects that have a `to` are asked for it.
-
-    Copies overlap with computation where memory is pinned.
-    """
+    """The batch, of the same type, with every tensor on the device, and every unknown object that has a method `to`.
+    Copies from pinned memory overlap with computation."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     parts = items_of(batch)
@@ -31,7 +29,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def fingerprint(batch: Any) -> str:
-    """A digest of the tensors, arrays, texts and numbers in a batch; of other objects only their type counts."""
+    """A digest of the tensors, arrays, texts and numbers in a batch; other objects count only by their type."""
     digest = hashlib.sha256()
 
     def look(node: Any) -> None:
@@ -53,29 +51,26 @@ def fingerprint(batch: Any) -> str:
 
 
 def refuse_one_batch(data: Any, name: str = "data") -> None:
-    """Refuse one batch in the place of batches: iterating over it would give its keys, its texts or its rows.
-
-    Raises:
-        DataError: it is a mapping, a tensor, a text, a named tuple, or a tuple of tensors.
-    """
-    kind = f"a {type(data).__name__}"
+    """Raise DataError if `data` is a single batch instead of batches: iterating over it would give keys or rows."""
     if isinstance(data, Mapping):
-        what = f"{kind} with the keys {', '.join(map(str, data))}"
+        details = f" with the keys {', '.join(map(str, data))}"
     elif is_array(data):
-        what = f"{kind} of shape {tuple(data.shape)}"
+        details = f" of shape {tuple(data.shape)}"
     elif isinstance(data, tuple) and hasattr(data, "_fields"):
-        what = f"{kind} with {', '.join(data._fields)}"
+        details = f" with {', '.join(data._fields)}"
     elif isinstance(data, tuple) and data and all(is_array(part) for part in data):
-        what = f"{kind} of {len(data)} tensors"
+        details = f" of {len(data)} tensors"
     elif isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-        what = kind
+        details = ""
     else:
         return
-    raise DataError(f"{name} is {what}, and must be batches: a DataLoader, or a list, [batch] where there is one")
+    raise DataError(
+        f"{name} is a {type(data).__name__}{details}, and must be batches: a DataLoader, or a list, [batch] for one"
+    )
 
 
 def is_array(node: Any) -> bool:
-    """Whether it is a tensor or an array of numpy."""
+    """Whether it is a tensor or a NumPy array."""
     return isinstance(node, (Tensor, np.ndarray))
 
 
@@ -96,21 +91,17 @@ def items_of(node: Any) -> list[tuple[Any, Any]] | None:
 
 def rebuilt(node: Any, values: list[Any]) -> Any:
     """A container like this one, with other values."""
-    if type(node) in (list, tuple):
-        return type(node)(values)
-    if isinstance(node, tuple):
+    if isinstance(node, tuple) or type(node) is list:
         return node._make(values) if hasattr(node, "_make") else type(node)(values)
+    if isinstance(node, Mapping) and not isinstance(node, MutableMapping):
+        return type(node)(dict(zip(node, values, strict=True)))  # type: ignore[call-arg]
+    copied: Any = copy.copy(node)  # a subclass keeps its other attributes
     if isinstance(node, list):
-        copied: Any = copy.copy(node)  # what else it carries stays
         copied[:] = values
-    elif isinstance(node, MutableMapping):
-        copied = copy.copy(node)
-        for key, value in zip(node, values, strict=True):
-            copied[key] = value
-    elif isinstance(node, Mapping):
-        copied = type(node)(dict(zip(node, values, strict=True)))  # type: ignore[call-arg]
-    else:
-        copied = copy.copy(node)
-        for (name, _), value in zip(items_of(node) or (), values, strict=True):
-            object.__setattr__(copied, name, value)  # frozen ones too; __post_init__ has run
+        return copied
+    for (name, _), value in zip(items_of(node) or (), values, strict=True):
+        if isinstance(node, Mapping):
+            copied[name] = value
+        else:
+            object.__setattr__(copied, name, value)  # also where the dataclass is frozen; __post_init__ has run
     return copied

@@ -1,4 +1,4 @@
-"""A batch into the model, its loss, and what that loss is a mean over."""
+"""Calling a model with a batch, its loss, and what that loss is a mean over."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from lorafamily.batch.containers import items_of
 from lorafamily.errors import DataError
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-
-
 LossOver = Literal["auto", "tokens", "rows"] | Callable[[Any], float]
-
-
 IGNORED = -100  # the label that torch's and transformers' cross entropy leave out
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tensor:
-    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns for it.
+    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns.
 
     Raises:
         DataError: the model returned no loss.
@@ -43,13 +39,13 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tens
             given = f"{len(batch)} tensors"
         raise DataError(
             f"{type(model).__name__} returned a {type(output).__name__} without a loss for a batch of {given}; "
-            "put the labels the model knows into the batch, or pass loss_fn=lambda model, batch: ..."
+            "put the labels that the model expects into the batch, or pass loss_fn=lambda model, batch: ..."
         )
     return loss
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """What the model returns for a batch: a mapping goes to it as keywords, a tuple or list as positions."""
+    """What the model returns for a batch: a mapping's values are keyword arguments, a list's or tuple's positional."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence):
@@ -58,32 +54,32 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def loss_weight(batch: Any, model: nn.Module | None = None) -> float:
-    """What the loss of a batch is a mean over: the labels that count, or else the rows.
+    """The number of labels or rows that the loss of a batch is a mean over.
 
-    Labels are whole numbers under `labels`; those that are -100 do not count, nor does the first of every row where
-    the model predicts the next token (a decoder-only language model of transformers; of an encoder and decoder, and
-    for classes and masked tokens, all do). Without such labels, and for CTC, the rows are counted; 1 where there are
-    none. Two losses weighed by this are the loss of the two batches as one.
+    Labels are whole numbers under `labels`, and those that are -100 do not count. Where the model predicts the next
+    token (transformers' decoder-only language models), the first label of every row does not count either. Without
+    labels, and for CTC, rows are counted; where there are none, 1. The mean of two batches' losses with these weights
+    is the loss of both as one batch.
     """
     tokens = _label_tokens(batch, model)
-    return float(max(1, rows_in(batch)) if tokens is None else tokens)
+    return rows_weight(batch) if tokens is None else float(tokens)
 
 
 def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> Callable[[Any], float]:
-    """The function from a batch to what its loss is a mean over.
+    """The function that gives a batch's weight: what its loss is a mean over.
 
     Args:
-        over: "auto": `loss_weight`, or with a `loss_fn` of one's own the rows; "tokens": labels that count; "rows"; or
-            a function of the batch.
+        over: "auto": `loss_weight`, but the rows if there is a `loss_fn`; "tokens": the labels that count; "rows"; or a
+            function of the batch.
 
     Raises:
-        DataError: `over` is something else. The function raises it where a batch has no labels for "tokens", or where
-            a function of one's own returns what is no weight.
+        DataError: `over` is something else. The function raises it where "tokens" finds no labels in a batch, or where
+            the user's function returns no number from 0 on.
     """
-    if over == "auto":
-        return rows_weight if loss_fn is not None else lambda batch: loss_weight(batch, model)
-    if over == "rows":
+    if over == "rows" or (over == "auto" and loss_fn is not None):
         return rows_weight
+    if over == "auto":
+        return lambda batch: loss_weight(batch, model)
     if over == "tokens":
         return lambda batch: _tokens_asked_for(batch, model)
     if callable(over):
@@ -92,7 +88,7 @@ def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> 
 
 
 def rows_weight(batch: Any) -> float:
-    """The rows of a batch, 1 where nothing in it counts rows."""
+    """The number of rows in a batch, 1 where nothing in it counts rows."""
     return float(max(1, rows_in(batch)))
 
 
@@ -101,7 +97,7 @@ def _tokens_asked_for(batch: Any, model: nn.Module) -> float:
     if tokens is None:
         raise DataError(
             'loss_over="tokens" counts whole numbers under "labels", and a batch has none; pass "rows", or a function '
-            "from a batch to the number its loss is a mean over"
+            "that returns what a batch's loss is a mean over"
         )
     return float(tokens)
 
@@ -114,7 +110,7 @@ def _checked(weight: Any) -> float:
 
 
 def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
-    """Labels that count; None where there are none, or the loss is no mean over them."""
+    """The number of labels that count; None where there are no labels, or where the loss is no mean over them."""
     given = dict(items_of(batch) or ())
     labels, shifted = given.get("labels"), given.get("shift_labels")
     head = _head(model)
@@ -133,16 +129,16 @@ def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
 
 
 def _head(model: nn.Module | None) -> Any:
-    """The outermost model of transformers in it: its class knows what its loss is."""
+    """The outermost transformers model inside: its class determines the loss."""
     inside = () if model is None else model.modules()
     return next((m for m in inside if hasattr(getattr(m, "config", None), "is_encoder_decoder")), None)
 
 
 def _predicts_next(head: Any) -> bool:
-    """Whether a model of transformers compares logits with the labels one position on.
+    """Whether a transformers model compares its logits with the labels one position later.
 
-    Decoders cut out of an encoder and decoder (BartForCausalLM) and XLNet compute their cross entropy themselves, on
-    labels as they are.
+    XLNet, and decoders taken from an encoder-decoder model (BartForCausalLM), compute their cross entropy themselves,
+    without a shift.
     """
     if head is None or head.config.is_encoder_decoder:
         return False

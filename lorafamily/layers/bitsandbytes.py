@@ -1,4 +1,4 @@
-"""Layers that bitsandbytes quantises, to 4 and to 8 bits. A model that has one has imported the library."""
+"""Layers that bitsandbytes quantises to 4 or 8 bits. A model that has one has imported the library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,26 +17,36 @@ from lorafamily.layers.quantised import Quantised, shell_of
 
 
 @dataclass(frozen=True)
-class FourBit(Quantised):
-    """bitsandbytes' Linear4bit: packed pairs of indices into 16 levels, a factor `absmax` for each block of entries,
-    and where these factors are quantised themselves (double quantisation), their own levels and factors."""
+class _BitsAndBytes(Quantised):
+    """A layer of the library's class `library_class`, made from a layer of kind `of`."""
 
     of: str
-    name = "4-bit linear (bitsandbytes)"
+    library_class: ClassVar[str]
 
     def matches(self, module: nn.Module) -> bool:
-        return _of_bitsandbytes(module, "Linear4bit", self.of)
+        library = sys.modules.get("bitsandbytes.nn")
+        if library is None or not isinstance(module, getattr(library, self.library_class)):
+            return False
+        source = getattr(module, "source_cls", None)  # set by transformers: GPT-2's Conv1D becomes a linear layer too
+        return ("conv1d" if getattr(source, "__name__", None) == "Conv1D" else "linear") == self.of
+
+
+class FourBit(_BitsAndBytes):
+    """bitsandbytes' Linear4bit: packed pairs of indices into 16 levels, and a factor `absmax` for each block of them.
+    With double quantisation these factors are quantised themselves, with levels and factors of their own."""
+
+    name = "4-bit linear (bitsandbytes)"
+    library_class = "Linear4bit"
 
     def weight(self, module: Any) -> Float[Tensor, "d_out d_in"]:
         state = _state(module)
         if state is None:  # bitsandbytes quantises when a layer moves to its device
             return module.weight.detach().float()
         functional, data = sys.modules["bitsandbytes.functional"], module.weight.data
-        if getattr(state, "packing_format_for_cpu", False):  # how AVX512's inference kernel wants them
+        if getattr(state, "packing_format_for_cpu", False):  # packed for AVX512's inference kernel
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
         state.dtype = torch.float32
-        whole: Tensor = functional.dequantize_4bit(data, state)
-        return whole
+        return functional.dequantize_4bit(data, state)
 
     def stored(self, module: Any) -> dict[str, Tensor]:
         found, state = {"weight": module.weight}, _state(module)
@@ -51,15 +61,15 @@ class FourBit(Quantised):
         W, state = self.weight(module), _state(module)
         if state is None:
             return torch.zeros_like(W)
-        largest = state.absmax
+        factors = state.absmax
         if state.nested:
             functional = sys.modules["bitsandbytes.functional"]
-            largest = functional.dequantize_blockwise(largest, state.state2) + state.offset
-        factors = largest.float().repeat_interleave(state.blocksize)[: W.numel()].view_as(W)
+            factors = functional.dequantize_blockwise(factors, state.state2) + state.offset
+        factors = factors.float().repeat_interleave(state.blocksize)[: W.numel()].view_as(W)
         levels = state.code.float().unique()  # fp4 has two zeros
         between = (levels[1:] + levels[:-1]) / 2
         edges = torch.cat([levels[:1], between, levels[-1:]])
-        below, above = levels - edges[:-1], edges[1:] - levels  # a level stands for what lies from edge to edge
+        below, above = levels - edges[:-1], edges[1:] - levels  # the values rounded to a level lie between its edges
         error = (below**3 + above**3) / (3 * (below + above))
         at = torch.bucketize(W / factors.clamp_min(torch.finfo(torch.float32).tiny), between)
         return error[at] * factors**2
@@ -77,16 +87,12 @@ class FourBit(Quantised):
         return new
 
 
-@dataclass(frozen=True)
-class EightBit(Quantised):
-    """bitsandbytes' Linear8bitLt: 8-bit integers and a factor a row, `SCB`, which moves into the layer's state with its
-    first forward."""
+class EightBit(_BitsAndBytes):
+    """bitsandbytes' Linear8bitLt: 8-bit integers and a factor `SCB` for each row; the first forward moves these factors
+    from the weight into the layer's state."""
 
-    of: str
     name = "8-bit linear (bitsandbytes)"
-
-    def matches(self, module: nn.Module) -> bool:
-        return _of_bitsandbytes(module, "Linear8bitLt", self.of)
+    library_class = "Linear8bitLt"
 
     def why_not(self, module: Any) -> str | None:
         if module.state.has_fp16_weights:
@@ -110,7 +116,7 @@ class EightBit(Quantised):
         new = shell_of(module)
         new.state = copy.copy(module.state)
         new.state.CB = new.state.SCB = None
-        cpu = weight.cpu()  # only from there does it quantise
+        cpu = weight.cpu()  # bitsandbytes quantises when a weight leaves the CPU
         new.weight = type(module.weight)(cpu, requires_grad=False, has_fp16_weights=False).to(weight.device)
         return new
 
@@ -125,8 +131,9 @@ class EightBit(Quantised):
 
 @contextmanager
 def scales_kept(model: nn.Module) -> Iterator[None]:
-    """On CPUs with AVX512-BF16, a 4-bit layer of bitsandbytes rounds its scales to bfloat16, for good, when it is first
-    called in eval mode without a gradient: the frozen base would be another after an evaluation. Not in here."""
+    """Inside the block bitsandbytes' 4-bit layers keep their scales. On CPUs with AVX512-BF16 such a layer would round
+    them to bfloat16, for good, when it is first called in eval mode without a gradient: an evaluation would change the
+    frozen base."""
     layers: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
@@ -137,16 +144,8 @@ def scales_kept(model: nn.Module) -> Iterator[None]:
             layer.support_avx512bf16_for_cpu = True
 
 
-def _of_bitsandbytes(module: nn.Module, cls: str, of: str) -> bool:
-    home = sys.modules.get("bitsandbytes.nn")
-    if home is None or not isinstance(module, getattr(home, cls)):
-        return False
-    source = getattr(module, "source_cls", None)  # noted by transformers: GPT-2's Conv1D becomes a linear layer too
-    return ("conv1d" if getattr(source, "__name__", None) == "Conv1D" else "linear") == of
-
-
 def _state(module: Any) -> Any:
-    """A copy of the state of a Linear4bit, None where it is not quantised yet. The parameter loses it where a wrapper
-    makes the parameter anew; the layer keeps it."""
+    """A copy of a Linear4bit's quantisation state, None where it is not quantised yet. A wrapper that makes a new
+    parameter loses the parameter's state; the layer keeps it."""
     state = getattr(module.weight, "quant_state", None) or module.quant_state
     return None if state is None else copy.copy(state)

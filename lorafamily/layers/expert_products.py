@@ -1,4 +1,4 @@
-"""W + ΔW of all experts of a layer as an object with products, so that ΔW need not be formed.
+"""W + ΔW of all of a layer's experts as an object that can be multiplied, so that ΔW need not be formed.
 
 Axes: E experts; d_in, d_out of one expert's weight; m = largest inner size of the factors.
 """
@@ -22,81 +22,72 @@ from lorafamily.functional import in_dtype
 def factors_of_all(
     W: Float[Tensor, "E _ _"], adapters: Mapping[int, Adapter], transposed: bool, fast: bool
 ) -> tuple[Float[Tensor, "E _ m"], Float[Tensor, "E m _"]]:
-    """Left and right factor of ΔW in the layout of W, from the adapters by expert; zeros for experts without one."""
-    some, places = [*adapters.values()], [*adapters]
-    Us, Vs = zip(*(adapter.factors(dropping=True) for adapter in some), strict=True)
+    """The left and right factor of ΔW in the layout of W, from the adapters by expert; zeros for other experts."""
+    adapted, experts = [*adapters.values()], [*adapters]
+    Us, Vs = zip(*(adapter.factors(dropping=True) for adapter in adapted), strict=True)
     most = max(len(V) for V in Vs)
-    most += -most % 8 if W.is_cuda else 0  # grouped products on a GPU want rows of a multiple of 16 bytes
-    ups = [U.T for U in Us]
+    most += -most % 8 if W.is_cuda else 0  # grouped products on a GPU need rows of a multiple of 16 bytes
     stack = _Stacked.apply if fast else _stacked
-    U, V = stack(places, len(W), most, *ups, *Vs)
-    scales = {adapter.scale for adapter in some}
+    U, V = stack(experts, len(W), most, *(U.T for U in Us), *Vs)
+    scales = {adapter.scale for adapter in adapted}
     if len(scales) == 1:
         U = U * scales.pop()
     else:
         s = U.new_ones(len(W))
-        s[places] = U.new_tensor([adapter.scale for adapter in some])
+        s[experts] = U.new_tensor([adapter.scale for adapter in adapted])
         U = U * s[:, None, None]
-    if p := some[0].drops("entries"):
+    if p := adapted[0].drops("entries"):
         V = V * F.dropout(V.new_ones(len(V), 1, V.shape[2]), p)
     U, V = in_dtype(U.mT, V, W.dtype)
     return (V.mT, U.mT) if transposed else (U, V)
 
 
-def _stacked(places: list[int], experts: int, most: int, *factors: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors (m, d) of some experts as (E, most, d), with zeros elsewhere; ups first, then downs."""
+def _stacked(experts: list[int], E: int, most: int, *factors: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (m, d) of some experts as (E, most, d), with zeros elsewhere; `factors`: all ups, then all downs."""
     both = []
-    for some in (factors[: len(places)], factors[len(places) :]):
-        at = {place: F.pad(factor, (0, 0, 0, most - len(factor))) for place, factor in zip(places, some, strict=True)}
-        nothing = some[0].new_zeros(most, some[0].shape[1])
-        both.append(torch.stack([at.get(place, nothing) for place in range(experts)]))
+    for some in (factors[: len(experts)], factors[len(experts) :]):
+        padded = {i: F.pad(factor, (0, 0, 0, most - len(factor))) for i, factor in zip(experts, some, strict=True)}
+        zeros = some[0].new_zeros(most, some[0].shape[1])
+        both.append(torch.stack([padded.get(i, zeros) for i in range(E)]))
     return both[0], both[1]
 
 
 class _Stacked(torch.autograd.Function):
-    """`_stacked` without a copy for the padding. An expert whose factors both got nothing but zeros was visited by no
-    token, and gets no gradient: an optimiser leaves it alone, moments and decay included, as it does a layer unused."""
+    """`_stacked` without a copy for the padding. Where the gradients of both factors of an expert are zero, no token
+    visited it, and it gets None: an optimizer leaves it alone, moments and decay included, like any unused layer."""
 
     @staticmethod
-    def forward(ctx: Any, places: list[int], experts: int, most: int, *factors: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.places, ctx.ranks = places, [len(factor) for factor in factors]
-        ups, downs = factors[: len(places)], factors[len(places) :]
-        both = [some[0].new_zeros(experts, most, some[0].shape[1]) for some in (ups, downs)]
-        views = [
-            whole[at, : len(factor)]
-            for whole, some in zip(both, (ups, downs), strict=True)
-            for at, factor in zip(places, some, strict=True)
-        ]
-        torch._foreach_copy_(views, list(factors))
-        return both[0], both[1]
+    def forward(ctx: Any, experts: list[int], E: int, most: int, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.experts, ctx.ranks = experts, [len(factor) for factor in factors]
+        up, down = (some.new_zeros(E, most, some.shape[1]) for some in (factors[0], factors[len(experts)]))
+        torch._foreach_copy_(_views(up, down, experts, ctx.ranks), list(factors))
+        return up, down
 
     @staticmethod
-    def backward(ctx: Any, of_up: Tensor, of_down: Tensor) -> tuple[Tensor | None, ...]:
-        visited = _nonzero(of_up, of_down)
-        n = len(ctx.places)
-        found = [
-            whole[at, :rank] if visited is None or visited[at] else None
-            for whole, ranks in ((of_up, ctx.ranks[:n]), (of_down, ctx.ranks[n:]))
-            for at, rank in zip(ctx.places, ranks, strict=True)
-        ]
-        return None, None, None, *found
+    def backward(ctx: Any, up: Tensor, down: Tensor) -> tuple[Tensor | None, ...]:
+        visited = _nonzero(up, down)
+        views = zip(_views(up, down, ctx.experts, ctx.ranks), ctx.experts * 2, strict=True)
+        return None, None, None, *(view if visited is None or visited[i] else None for view, i in views)
+
+
+def _views(up: Tensor, down: Tensor, experts: list[int], ranks: list[int]) -> list[Tensor]:
+    """The entries of two stacks that are each expert's factors: all ups, then all downs."""
+    stacks = [up] * len(experts) + [down] * len(experts)
+    return [stack[i, :rank] for stack, i, rank in zip(stacks, experts * 2, ranks, strict=True)]
 
 
 def _nonzero(*gradients: Float[Tensor, "E _ _"]) -> list[bool] | None:
-    """For which experts there is anything; None where there are no numbers to look at."""
+    """For each expert whether any gradient is not zero; None where the tensors have no values."""
     if any(isinstance(g, FakeTensor) or g.is_meta for g in gradients):
         return None
-    anything = torch.stack([g.detach().flatten(1).any(1) for g in gradients]).any(0)
-    found: list[bool] = anything.tolist()
-    return found
+    return torch.stack([g.detach().flatten(1).any(1) for g in gradients]).any(0).tolist()
 
 
 class UpdatedWeight:
-    """W + ΔW of all experts, or of those picked by an index, which is never formed where a product is asked for.
+    """W + ΔW of all experts, or of those that an index picks; products with it do not form it.
 
-    Stands where a layer looks for W: PyTorch asks an object with `__torch_function__` what a product with it is. W lies
-    as (…, a, b), ΔW = left · right with left (…, a, m) and right (…, m, b). Of an operation that is no product with it
-    the sum is formed, so that whatever a layer does is right.
+    It replaces W in a layer, and PyTorch hands operations on it to `__torch_function__`. W is (…, a, b), and ΔW is left
+    (…, a, m) times right (…, m, b). For other operations than products the sum is formed, so that they are right, too.
     """
 
     def __init__(self, W: Tensor, left: Tensor, right: Tensor):
@@ -120,7 +111,7 @@ class UpdatedWeight:
         return self.mT if self.W.ndim == 2 else self.formed().T
 
     def __getitem__(self, experts: Any) -> Any:
-        """Of one expert, or of one for each row; `experts` indexes the first axis alone."""
+        """W + ΔW of one expert, or of one for each row, if `experts` indexes only the first axis."""
         if isinstance(experts, tuple):
             return self.formed()[experts]
         return UpdatedWeight(self.W[experts], self.left[experts], self.right[experts])
@@ -151,8 +142,8 @@ class UpdatedWeight:
 
 _DESCRIBES = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "data_ptr", "stride", "requires_grad"}
 _DESCRIBES |= {"is_cuda", "is_meta", "is_contiguous", "is_floating_point", "layout", "element_size"}
-
+"""Attributes that W + ΔW shares with W."""
 
 _TIMES = {torch.bmm, torch.matmul, torch.mm, Tensor.bmm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 _TIMES |= {product for product in (getattr(torch, "_grouped_mm", None),) if product is not None}
-"""Products in which a matrix may be given as two, one after the other."""
+"""Products with a matrix, which can be computed as two products with its factors."""

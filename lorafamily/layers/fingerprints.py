@@ -10,11 +10,11 @@ from torch import Tensor
 from lorafamily.layers.sharded import local
 
 PIECE = 1 << 18
-"""Entries that a CPU sums at a time: it makes 64-bit copies of them first."""
+"""Entries that a CPU sums at once: it makes 64-bit copies of them first, which should be small."""
 
 
 def fingerprints(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """A number for each tensor, the sum of its bits read as integers: every single flipped bit changes it."""
+    """For each tensor the sum of its entries' bits, read as integers: any single flipped bit changes it."""
     sums = {name: _fingerprint(value) for name, value in parameters}
     return {name: int(value) for name, value in sums.items()}
 
@@ -30,5 +30,5 @@ def _fingerprint(value: Tensor) -> Tensor:
 
 
 def added_up(pieces: list[int]) -> int:
-    """The fingerprint of a tensor from those of its pieces; sums of 64-bit integers wrap."""
+    """A tensor's fingerprint, from those of its pieces; sums of 64-bit integers wrap."""
     return (sum(pieces) + 2**63) % 2**64 - 2**63

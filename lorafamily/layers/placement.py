@@ -1,4 +1,4 @@
-"""Putting adapters into a model, and finding through the sites of its layers what was put there."""
+"""Putting adapters into a model, and finding them again through the sites of its layers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
-    """The model that `apply` was given, inside whatever wraps it, and what is noted of it, None without adapters.
-
-    Raises:
-        StateError: this model holds only a part of the one that `apply` was given, or several such models.
-    """
+    """The model that `apply` was given, inside whatever wraps it, and its state, None where it has no adapters. Raises
+    StateError if this model is only a part of that one, or holds several such models."""
     found = list(sites_in(model))
     states = {id(site.state): (at, site) for at, site in found}
     if len(states) > 1:
@@ -40,29 +37,25 @@ def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
             if not gone and at == whole + site.at and (not site.at or whole[-1:] in ("", ".")):
                 return model.get_submodule(whole.removesuffix(".")), site.state
         raise StateError(
-            f"this {type(model).__name__} is a part, or the copy of one, of the model that adapters were placed in; "
-            f"call lorafamily on that one, where {(gone or [first.at])[0]} carries an adapter too"
+            f"this {type(model).__name__} is a part, or a copy of a part, of the model that adapters were placed in; "
+            f"call lorafamily on that model, in which {(gone or [first.at])[0]} carries an adapter too"
         )
     return unwrapped(model), None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that torch.compile wrapped."""
+    """The model inside torch.compile's wrappers."""
     inside = model._modules.get("_orig_mod")
     return model if inside is None or not isinstance(model, torch._dynamo.OptimizedModule) else unwrapped(inside)
 
 
 def state_of(model: nn.Module) -> ModelState | None:
-    """What is noted of the model, None where it has no adapters."""
+    """The model's state, None where it has no adapters."""
     return noted(model)[1]
 
 
 def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
-    """The same of a model with adapters.
-
-    Raises:
-        StateError: it has none.
-    """
+    """As `noted`, but raise StateError where the model has no adapters."""
     owner, state = noted(model)
     if state is None:
         raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
@@ -70,11 +63,7 @@ def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def placement_of(model: nn.Module, name: str | None = None) -> Placement:
-    """The placement of that name, or the active one.
-
-    Raises:
-        StateError: the model has no adapters, none is active, or none of that name.
-    """
+    """The placement of that name, or the active one. Raises StateError where there is none."""
     _, state = adapted(model)
     name = state.active if name is None else name
     if name is None:
@@ -85,29 +74,22 @@ def placement_of(model: nn.Module, name: str | None = None) -> Placement:
 
 
 def targets_of(model: nn.Module) -> dict[str, Target]:
-    """Every target in a model that carries an adapter, by full name in the model that `apply` was given."""
-    found = {}
-    for _, site in sites_in(model):
-        for kind in site.kinds.values():
-            target = Target(site.layer, kind)
-            found[target.full_name(site.at)] = target
-    return found
+    """The targets in a model that carry adapters, by full name in the model that `apply` was given."""
+    targets = [(site.at, Target(site.layer, kind)) for _, site in sites_in(model) for kind in site.kinds.values()]
+    return {target.full_name(at): target for at, target in targets}
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """The model to place adapters in: this one, or the one that torch.compile wrapped.
-
-    Raises:
-        StateError: the name is taken or cannot be one, adapters are merged, or the model cannot have any.
-    """
+    """The model to place adapters in: this one, or the one that torch.compile wrapped. Raises StateError if the name is
+    taken or not valid, an adapter is merged, or the model cannot have adapters."""
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
-        raise StateError(f"name={name!r}: must be of letters, digits, _ and -, and no attribute of a module")
+        raise StateError(f"name={name!r}: must be of letters, digits, _ and -, and no attribute of nn.ModuleDict")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise StateError(
-            f"{type(model).__name__} holds on to the parameters it was given; place adapters in the model first "
-            "(model.module), and wrap it then"
+            f"{type(model).__name__} knows only the parameters it was made with; place adapters in the model inside "
+            "(model.module), and wrap it afterwards"
         )
     whole = unwrapped(model)
     owner, state = noted(whole)
@@ -124,69 +106,59 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
 
 
 def refuse_merged(state: ModelState | None) -> None:
-    """Refuse what needs the original weights.
-
-    Raises:
-        StateError: an adapter is merged.
-    """
+    """Raise StateError if an adapter is merged: what follows needs the base weights."""
     if state is not None and state.merged:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 
 
 def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
-    """Refuse parameters that train and that no file of the active adapter would hold.
-
-    Raises:
-        StateError: somebody unfroze parameters of the base; they are named.
-    """
+    """Raise StateError if somebody unfroze parameters of the base: no file of the active adapter would hold them."""
     owner, state = noted(model)
     saved = {id(owner.get_parameter(path)) for path in placement.inactive_values}
     names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in saved]
     if names and state is not None and state.active == placement.name:
         raise StateError(
-            f"{', '.join(names[:3])}{' and more' if names[3:] else ''} would train, and be lost, since adapter "
-            f'"{placement.name}" does not know of it: name it in apply(..., also_train="{names[0]}"), or set '
-            "requires_grad to False"
+            f"{', '.join(names[:3])}{' and more' if names[3:] else ''} would train, but not be saved with adapter "
+            f'"{placement.name}": name it in apply(..., also_train="{names[0]}"), or set requires_grad to False'
         )
 
 
 def warn_of_no_session(placement: Placement) -> None:
-    """Warn of adapters trained in a loop that left out the rank allocation or the penalty of their method."""
+    """Warn if adapters were trained in a loop without their method's rank allocation or penalty."""
     method = placement.method
     settled = isinstance(method.allocation, Fixed) or all(a.settled for a in placement.adapters.values())
     if placement.had_session or (settled and method.penalty is None):
         return
     if placement.file_fingerprints is None:
-        trained = any(adapter.norm() > 0 for adapter in placement.adapters.values())  # ΔW is zero until then
+        trained = any(adapter.norm() > 0 for adapter in placement.adapters.values())  # ΔW is zero at first
     else:
         now = placement.fingerprints()
         trained = any(now.get(name, value) != value for name, value in placement.file_fingerprints.items())
     if trained:
-        without = [] if settled else ["rank allocation"]
-        without += [] if method.penalty is None else ["penalty"]
+        missing = ([] if settled else ["rank allocation"]) + ([] if method.penalty is None else ["penalty"])
         warnings.warn(
-            f'adapter "{placement.name}" was trained without the {" and ".join(without)} of its method, '
-            f"{placement.spec}: its loop had no lorafamily.session, and lorafamily.train or LoraFamilyCallback, which "
-            "make one, did not run",
+            f'adapter "{placement.name}" was trained without the {" and ".join(missing)} of its method, '
+            f"{placement.spec}: its loop made no lorafamily.session, nor did lorafamily.train or LoraFamilyCallback, "
+            "which make one, run",
             stacklevel=3,
         )
 
 
 def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
-    """Attach a placement that was built and checked, make it the active one, and freeze the rest."""
+    """Attach a placement that was built and checked, make it active, and freeze all else."""
     state = state_of(model)
     if state is None:
         state = ModelState({name: parameter.requires_grad for name, parameter in base_parameters(model).items()})
-    names = {id(module): at for at, module in model.named_modules()}
-    sites: dict[int, Site] = {}
+    names = {module: at for at, module in model.named_modules()}
+    sites: dict[nn.Module, Site] = {}
     for target in map(targets.__getitem__, placement.adapters):
         layer = target.layer
-        sites[id(layer)] = sites.get(id(layer)) or site_for(layer, target.layer_kind, names[id(layer)], state)
+        sites[layer] = sites.get(layer) or site_for(layer, target.layer_kind, names[layer], state)
     _activate(model, state, None)
     for path, adapter in placement.adapters.items():
         target = targets[path]
-        sites[id(target.layer)].put(target.part, target.kind, placement.name, adapter)
-        sites[id(target.layer)].attach()
+        sites[target.layer].put(target.part, target.kind, placement.name, adapter)
+        sites[target.layer].attach()
     keep_padding(model)
     placement.inactive_buffers = base_values(movable_buffers(model), {}) | placement.inactive_buffers
     state.placements[placement.name] = placement
@@ -198,14 +170,15 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
 def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
     """Set requires_grad of a placement's adapters and extra trained parameters."""
     for adapter in placement.adapters.values():
-        for parameter in vars(adapter.update)["_parameters"].values():  # `parameters()` takes a millisecond for all
+        # parameters() would take a millisecond for all adapters
+        for parameter in vars(adapter.update)["_parameters"].values():
             parameter.requires_grad = flag
     for path in placement.inactive_values:
         model.get_parameter(path).requires_grad = flag
 
 
 def activate(model: nn.Module, name: str | None) -> None:
-    """Make one placement take effect, its extra trained parameters included; None: the base model."""
+    """Make one placement take effect, with its extra trained parameters; None: the base model alone."""
     owner, state = adapted(model)
     _activate(owner, state, name)
 
@@ -213,9 +186,9 @@ def activate(model: nn.Module, name: str | None) -> None:
 def _activate(model: nn.Module, state: ModelState, name: str | None) -> None:
     if state.active == name:
         return
-    for leaving_or_entering in (state.active, name):
-        if leaving_or_entering is not None:
-            placement = state.placements[leaving_or_entering]
+    for changing in (state.active, name):  # the one that leaves, then the one that enters
+        if changing is not None:
+            placement = state.placements[changing]
             swap_values(placement.inactive_values, model.get_parameter)
             swap_values(placement.inactive_buffers, model.get_buffer)
     state.active = name

@@ -1,7 +1,8 @@
-"""Adapters on some rows of a weight: on q and v of a fused qkv, on the packed projections of nn.MultiheadAttention.
+"""Adapters on some rows of a weight: q and v of a fused qkv, or the packed projections of nn.MultiheadAttention.
 
-The parts of a linear layer become one update of the whole weight, whose up factor has zeros in the other rows.
-nn.MultiheadAttention never calls its projections, it reads their weights: it finds updated ones there.
+A fused linear layer lets each part add to its slice of the output: the parts' factors, side by side, make one update of
+the whole weight, where U is zero in the rows of other parts. nn.MultiheadAttention never calls its projections but
+reads their weights, so it gets W + ΔW in place of W.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -25,13 +25,14 @@ from lorafamily.layers.wrapper import ForwardWrapper
 from lorafamily.names import join
 
 Fused = Mapping[str, Sequence[str] | Mapping[str, int]]
-"""Regular expression for layers -> names of their parts, of one size, or names with sizes in rows. Where the sizes add
-up to less than the layer has, they repeat: {"q": 64, "k": 64, "v": 64} are the rows of one head after the other."""
+"""By a regular expression for layers: the names of their parts, which have one size, or names with sizes in rows. Sizes
+that add up to fewer rows than the layer has repeat: {"q": 64, "k": 64, "v": 64} are the rows of head after head."""
 
 
 @dataclass(frozen=True)
 class Rows(Part):
-    """The kind of some rows. `of`: the layer's kind; `held_in`: its parameter; `sizes`: of all parts, in order."""
+    """The layer kind of some rows. `of`: the whole layer's; `held_in`: the parameter; `sizes`: in rows, of all parts in
+    their order."""
 
     of: LayerKind
     held_in: str
@@ -43,26 +44,26 @@ class Rows(Part):
 
     @property
     def period(self) -> int:
-        """Rows after which the parts come again."""
+        """The number of rows after which the parts repeat."""
         return sum(size for _, size in self.sizes)
 
     @property
     def _place(self) -> tuple[int, int]:
-        """Of the part in a period: where it begins, and how long it is."""
+        """The part's first row in a period, and its number of rows."""
         names, sizes = zip(*self.sizes, strict=True)
         at = names.index(self.part)
         return sum(sizes[:at]), sizes[at]
 
-    def matrix(self, weight: Tensor) -> Float[Tensor, "own d_in"]:
+    def matrix(self, weight: Tensor) -> Float[Tensor, "rows d_in"]:
         return self.of.matrix(weight).unflatten(0, (-1, self.period)).narrow(1, *self._place).flatten(0, 1)
 
-    def restore(self, matrix: Float[Tensor, "own d_in"], weight: Tensor) -> Tensor:
+    def restore(self, matrix: Float[Tensor, "rows d_in"], weight: Tensor) -> Tensor:
         whole = self.of.matrix(weight).clone()
         rows = whole.unflatten(0, (-1, self.period)).narrow(1, *self._place)
         rows.copy_(matrix.view_as(rows))
         return self.of.restore(whole, weight)
 
-    def spread(self, U: Float[Tensor, "own m"]) -> Float[Tensor, "d_out m"]:
+    def spread(self, U: Float[Tensor, "rows m"]) -> Float[Tensor, "d_out m"]:
         before, size = self._place
         return F.pad(U.unflatten(0, (-1, size)), (0, 0, before, self.period - before - size)).flatten(0, 1)
 
@@ -86,76 +87,64 @@ class Rows(Part):
         of, parts = self.of.described()["kind"], dict(self.sizes)
         return {"kind": self.name, "of": of, "held_in": self.held_in, "parts": parts, "part": self.part}
 
+    @classmethod
+    def from_record(cls, entry: Mapping[str, Any]) -> Rows | None:
+        of, sizes, part = kind_named(str(entry.get("of"))), entry.get("parts"), entry.get("part")
+        if of is None or not isinstance(sizes, dict) or not _are_sizes(sizes) or part not in list(sizes):
+            return None
+        return cls(of, str(entry.get("held_in")), tuple(sizes.items()), str(part))
+
+    def fitted(self, layer: nn.Module) -> Rows | None:
+        if isinstance(layer, nn.MultiheadAttention):
+            return self if self in _attention_rows(layer) else None
+        of = _linear_kind(layer)
+        if of is None or of.described() != self.of.described() or of.shape(layer)[0] % self.period:
+            return None
+        kind, adapted = replace(self, of=of), _adapted_rows(layer)  # `of`: perhaps quantised, unlike the file's
+        return kind if (kind in adapted if adapted else not _taken(layer, dict(self.sizes))) else None
+
 
 @dataclass(frozen=True)
 class ReadRows(Rows):
-    """Rows of a weight that nn.MultiheadAttention reads: it finds W + ΔW there. Dropout acts on the columns of V, which
-    are the features of the input, the same ones for a whole batch."""
+    """Rows of a weight that nn.MultiheadAttention reads: it reads W + ΔW instead. Dropout drops columns of V, which are
+    features of the input, the same ones for a whole batch."""
 
     name = "read rows"
     additive = False
     by_sample = False
-    shape, stored = LayerKind.shape, LayerKind.stored
-
-    def weight(self, module: nn.Module) -> Tensor:
-        return cast(Tensor, attrgetter(self.held_in)(module))
+    shape, stored, weight = LayerKind.shape, LayerKind.stored, Part.weight
 
     def output(self, wrapper: ForwardWrapper, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        read: dict[str, Tensor] = {}
+        updated: dict[str, Tensor] = {}
         for kind, adapter in acting:
             name = cast(ReadRows, kind).held_in
             U, V = adapter.factors(dropping=True)
             V = V * feature_mask(V, adapter.drops("entries")) if adapter.drops("entries") else V
-            weight = read.get(name, kind.weight(wrapper.module))
-            read[name] = weight + (adapter.scale * kind.spread(U) @ V).to(weight.dtype)
-        with replaced_values(wrapper.module, read):
+            weight = updated.get(name, kind.weight(wrapper.module))
+            updated[name] = weight + (adapter.scale * kind.spread(U) @ V).to(weight.dtype)
+        with replaced_values(wrapper.module, updated):
             return wrapper.base_forward(*args, **kwargs)
 
 
-def rows_of_record(entry: Mapping[str, Any], cls: type[Rows]) -> Rows | None:
-    """The kind that `Rows.described` wrote; None where the entry is damaged."""
-    of, sizes, part = kind_named(str(entry.get("of"))), entry.get("parts"), entry.get("part")
-    if of is None or not isinstance(sizes, dict) or not _are_sizes(sizes) or part not in list(sizes):
-        return None
-    return cls(of, str(entry.get("held_in")), tuple(sizes.items()), str(part))
-
-
-def fitted_rows(kind: Rows, layer: nn.Module) -> Rows | None:
-    """The kind of a record for this layer; None where the layer has no such rows."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return kind if kind in _attention_rows(layer) else None
-    of = kind_of(layer)
-    if of is None or of.described() != kind.of.described() or not _is_linear(layer):
-        return None
-    kind = replace(kind, of=of)  # perhaps quantised, where the file's was not
-    if of.shape(layer)[0] % kind.period:
-        return None
-    present = _adapted_rows(layer)
-    return kind if (kind in present if present else not _taken(layer, dict(kind.sizes))) else None
-
-
 def divided_layers(model: nn.Module, fused: Fused) -> Iterator[tuple[nn.Module, list[Rows]]]:
-    """Every layer that is divided into parts, with their kinds: nn.MultiheadAttention, those that have adapters on
-    parts, and those that `fused` declares.
-
-    Raises:
-        TargetError: a declaration that matches no linear layer, or does not fit one that it matches.
-    """
-    for _, module in model.named_modules():
+    """Every layer that is divided into parts, with their layer kinds: each nn.MultiheadAttention, layers with adapters
+    on parts, and those that `fused` declares (raises TargetError: see `possible_targets`)."""
+    for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
-            yield module, [*_attention_rows(module)]
-        elif standing := _adapted_rows(module):
-            yield module, standing
+            yield module, _attention_rows(module)
+        elif adapted := _adapted_rows(module):
+            yield module, adapted
     for pattern, sizes in fused.items():
-        layers = {at: m for at, m in model.named_modules() if re.search(pattern, at) and _is_linear(m)}
+        named = {at: layer for at, layer in model.named_modules() if re.search(pattern, at)}
+        layers = {at: (layer, of) for at, layer in named.items() if (of := _linear_kind(layer)) is not None}
         if not layers:
             raise TargetError(f"fused={pattern!r} matches no linear layer of this {type(model).__name__}")
-        for at, layer in layers.items():
-            yield layer, _declared(at, layer, sizes)
+        for at, (layer, of) in layers.items():
+            yield layer, _declared(at, layer, of, sizes)
 
 
 def _adapted_rows(layer: nn.Module) -> list[Rows]:
-    """The kinds of all parts of a layer of which some carries an adapter."""
+    """The layer kinds of all parts of a layer if any part carries an adapter."""
     site = site_on(layer)
     kinds = [] if site is None else [kind for kind in site.kinds.values() if isinstance(kind, Rows)]
     return [replace(kinds[0], part=name) for name, _ in kinds[0].sizes] if kinds else []
@@ -165,33 +154,31 @@ def _attention_rows(layer: nn.MultiheadAttention) -> list[Rows]:
     linear, width = kind_named("linear"), layer.embed_dim
     assert linear is not None
     if site_on(layer) is None and _taken(layer, ("q", "k", "v", "out")):
-        return []  # a subclass with something of its own there
-    out = ReadRows(linear, "out_proj.weight", (("out", width),), "out")
+        return []  # a subclass that uses these names itself
     if layer.in_proj_weight is None:  # keys or values have another width
-        kinds = [*(ReadRows(linear, f"{own}_proj_weight", ((own, width),), own) for own in "qkv"), out]
+        kinds = [ReadRows(linear, f"{name}_proj_weight", ((name, width),), name) for name in "qkv"]
     else:
-        sizes = tuple((own, width) for own in "qkv")
-        kinds = [*(ReadRows(linear, "in_proj_weight", sizes, own) for own in "qkv"), out]
-    # Another weight is put where a parameter is, which one that is computed has no place for.
+        sizes = tuple((name, width) for name in "qkv")
+        kinds = [ReadRows(linear, "in_proj_weight", sizes, name) for name in "qkv"]
+    kinds.append(ReadRows(linear, "out_proj.weight", (("out", width),), "out"))
+    # W + ΔW replaces a parameter, so a weight that is computed from others cannot carry an adapter.
     return [kind for kind in kinds if isinstance(kind.weight(layer), nn.Parameter)]
 
 
-def _declared(at: str, layer: nn.Module, given: Sequence[str] | Mapping[str, int]) -> list[Rows]:
-    of = kind_of(layer)
-    assert of is not None
+def _declared(at: str, layer: nn.Module, of: LayerKind, given: Sequence[str] | Mapping[str, int]) -> list[Rows]:
     rows, _ = of.shape(layer)
     sizes = given if isinstance(given, Mapping) else dict.fromkeys(given, rows // max(1, len(given)))
     if isinstance(given, str) or not _are_sizes(sizes) or rows % sum(sizes.values()):
         raise TargetError(
             f"fused={given!r} does not fit {at}, which has {rows} rows: give the names of its parts, or their sizes, "
-            "which must add up to its rows or, if they repeat, to a divisor"
+            "which must add up to its rows or, if they repeat, to a divisor of that number"
         )
     kinds = [Rows(of, "weight", tuple(sizes.items()), name) for name in sizes]
-    standing = _adapted_rows(layer)
-    if standing and standing != kinds:
-        raise TargetError(f"{at} is divided into {dict(standing[0].sizes)} already; remove those adapters first")
-    if not standing and (taken := _taken(layer, sizes)):
-        raise TargetError(f'{at} has an attribute "{taken}"; call the part otherwise')
+    adapted = _adapted_rows(layer)
+    if adapted and adapted != kinds:
+        raise TargetError(f"{at} is divided into {dict(adapted[0].sizes)} already; remove those adapters first")
+    if not adapted and (taken := _taken(layer, sizes)):
+        raise TargetError(f'{at} has an attribute "{taken}"; give the part another name')
     return kinds
 
 
@@ -205,9 +192,11 @@ def _are_sizes(sizes: Any) -> bool:
 
 
 def _taken(layer: nn.Module, names: Iterable[str]) -> str | None:
+    """The first of the names that is an attribute of the layer already."""
     return next((name for name in names if hasattr(layer, name)), None)
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def _linear_kind(layer: nn.Module) -> LayerKind | None:
+    """The layer kind of a linear layer, None for others."""
     kind = kind_of(layer)
-    return kind is not None and kind.by_sample
+    return kind if kind is not None and kind.by_sample else None

@@ -1,6 +1,6 @@
-"""Weights that FSDP2 shards: each process has a part of them, and factors stay whole.
+"""Weights that FSDP2 shards: each process has a part of every weight; factors stay whole.
 
-They are gathered one at a time, in which every process must take part.
+Weights are gathered one at a time; every process must take part.
 """
 
 from __future__ import annotations
@@ -13,45 +13,46 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor, of which this process has a part."""
+    """Whether this process has only a part of the tensor (a DTensor)."""
     return hasattr(tensor, "full_tensor")
 
 
 @torch.no_grad()
 def whole(tensor: Any) -> Tensor:
-    """The tensor's value, gathered where it is sharded; every process must ask for it then."""
-    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor.data
-    return gathered
+    """The tensor's whole value; of a sharded tensor every process must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor.data
 
 
 @torch.no_grad()
 def local(tensor: Any) -> Tensor:
-    """The part of the tensor that is here, in the memory that it has."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor.data
-    return part
+    """The part of the tensor that this process has, not a copy."""
+    return tensor.to_local() if is_sharded(tensor) else tensor.data
 
 
 @torch.no_grad()
 def put_whole(parameter: Any, value: Tensor) -> None:
-    """Give a parameter another value; of a sharded one each process takes its part."""
+    """Give a parameter another value; of a sharded parameter each process takes its part."""
     if not is_sharded(parameter):
         parameter.data = value
         return
     from torch.distributed.tensor import distribute_tensor
 
-    spread: Any = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    local(parameter).copy_(spread.to_local())  # FSDP gathers from this memory
+    distributed = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    local(parameter).copy_(distributed.to_local())  # FSDP gathers from this memory
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what FSDP2 gathered for a forward and keeps for the next one: what is written there would be lost."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    """Free the whole weights that FSDP2 keeps after a forward: what is written to them would be lost."""
+    for module in model.modules():
+        if _is_fsdp(type(module)):
+            module.reshard()  # type: ignore[operator]
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """The model's own class, which FSDP2 replaces by one with another name."""
+    """The model's class before FSDP2 replaced it by one with another name."""
+    return next(cls for cls in type(model).__mro__ if not _is_fsdp(cls))
+
+
+def _is_fsdp(cls: type) -> bool:
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    return next(cls for cls in type(model).__mro__ if fsdp is None or not issubclass(cls, fsdp.FSDPModule))
+    return fsdp is not None and issubclass(cls, fsdp.FSDPModule)

@@ -1,6 +1,6 @@
-"""A `Site` holds the adapters of one layer: the only attribute that the layer gets.
+"""A `Site` holds the adapters of one layer, and is the only attribute that the layer gets.
 
-What the package knows of a model follows from its sites.
+Everything the package knows of a model is found through its sites.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorafamily.layers.wrapper import ForwardWrapper, KeepsPadding, place_of_for
 NAME = "lorafamily"
 """The attribute of a layer that holds its site."""
 WHOLE = "weight"
-"""The part of a layer that is its whole weight."""
+"""The name of a layer's whole weight, where parts have names of their own."""
 
 
 class Site(nn.Module):
@@ -27,37 +27,34 @@ class Site(nn.Module):
 
     Args:
         layer: whose forward is wrapped.
-        kind: computes the layer's output.
+        kind: the layer kind that computes the layer's output.
         at: the layer's full name in the model that `apply` was given.
-        state: what is noted of that model; the same object for all its sites.
+        state: the model's state, the same object for all its sites.
 
-    `adapters` holds them by the part of the layer that they are for and by name, `kinds` the kind of each part. `route`
-    gives what each sample's own adapter adds to the output, see `deploy/routing.py`.
+    `adapters`: by part of the layer, then by adapter name. `kinds`: the layer kind of each part. `route`: while each
+    sample has its own adapter, the function from inputs to what these add to the output (see `deploy/routing.py`).
     """
 
     layer: nn.Module
 
     def __init__(self, layer: nn.Module, kind: LayerKind, at: str, state: ModelState):
         super().__init__()
-        vars(self)["layer"] = layer  # not registered: it is the site's parent and no child of it
+        vars(self)["layer"] = layer  # not registered as a child: it is the site's parent
         self.kind, self.kinds, self.at, self.state = kind, dict[str, LayerKind](), at, state
         self.route: Callable[[Tensor], Tensor] | None = None
         self.wrapper = ForwardWrapper(layer, self.forward)
         self.base_forward = self.wrapper.base_forward
         self.adapters = nn.ModuleDict()
         # In eval mode nn.TransformerEncoderLayer hands its weights to a fused kernel unless some submodule has a hook.
-        # The container is never called, so this one costs nothing.
+        # This submodule is never called, so its hook costs nothing.
         self.adapters.register_forward_pre_hook(_no_fused_kernel)
 
     def acting(self) -> Acting:
-        """The active adapters, the same for every sample, with the kinds of what they adapt."""
-        found, name = [], self.state.active
-        if name is not None:
-            for part, kind in self.kinds.items():
-                adapter = self.adapters[part]._modules.get(name)
-                if isinstance(adapter, Adapter) and not adapter.off and adapter.rank:
-                    found.append((kind, adapter))
-        return found
+        """The adapters that act on every sample, each with the layer kind of what it adapts."""
+        if self.state.active is None:
+            return []
+        named = [(kind, self.adapters[part]._modules.get(self.state.active)) for part, kind in self.kinds.items()]
+        return [(kind, a) for kind, a in named if isinstance(a, Adapter) and not a.off and a.rank]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its adapters."""
@@ -67,18 +64,18 @@ class Site(nn.Module):
         return self.kind.output(self.wrapper, acting, args, kwargs) if acting else self.base_forward(*args, **kwargs)
 
     def updated(self, y: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output with its adapters, from its output without them, y."""
+        """The layer's output with its adapters, given its output without them, y."""
         acting = self.acting()
         return self.kind.updated(self.wrapper, acting, y, args, kwargs) if acting else y
 
     def put(self, part: str, kind: LayerKind, name: str, adapter: Adapter) -> None:
-        """Add an adapter of that name for a part of the layer, or replace the one that has the name."""
+        """Add an adapter for a part of the layer, or replace the one of that name."""
         if part not in self.adapters:
             self.adapters[part], self.kinds[part] = nn.ModuleDict(), kind
         self.adapters[part][name] = adapter.train(self.layer.training)  # type: ignore[operator]
 
     def drop(self, part: str, name: str) -> None:
-        """Remove an adapter; with the last of all, the site leaves the layer as it was."""
+        """Remove an adapter. Without the last one, the layer is as it was before it had a site."""
         del self.adapters[part][name]  # type: ignore[operator]
         if not self.adapters[part]:
             del self.adapters[part], self.kinds[part]
@@ -87,15 +84,15 @@ class Site(nn.Module):
             del vars(self.layer)[NAME]
 
     def attach(self) -> None:
-        """Join the model's tree of modules, and take effect."""
+        """Join the model's tree of modules and wrap the layer's forward."""
         vars(self.layer).pop(NAME, None)
         self.layer._modules[NAME] = self
         self.train(self.layer.training)
         self.wrapper.install()
 
     def detach(self) -> None:
-        """Leave the model's tree: the layer's forward and state dict are those without adapters, and the layer still
-        knows its site."""
+        """Leave the model's tree: the layer's forward and state dict are as without adapters, but the layer still knows
+        its site."""
         if self.layer._modules.pop(NAME, None) is not None:
             vars(self.layer)[NAME] = self
             self.wrapper.uninstall()
@@ -112,7 +109,7 @@ class Site(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Site:
         raise StateError(
-            "nn.DataParallel copies layers without what wraps their forward, so adapters would have no effect; "
+            "nn.DataParallel copies layers without the wrapper around their forward, so adapters would have no effect; "
             "use DistributedDataParallel, or lorafamily.train under torchrun"
         )
 
@@ -122,32 +119,28 @@ def _no_fused_kernel(module: nn.Module, inputs: Any) -> None:
 
 
 def site_on(layer: nn.Module) -> Site | None:
-    """The site of a layer, detached ones too; None where there is none."""
+    """The site of a layer, even if it is detached; None where there is none."""
     site = layer._modules.get(NAME) or vars(layer).get(NAME)
     return site if isinstance(site, Site) else None
 
 
 def site_for(layer: nn.Module, kind: LayerKind, at: str, state: ModelState) -> Site:
-    """The site of a layer, a new one where there is none.
-
-    Raises:
-        TargetError: the layer has an attribute of that name, of somebody else.
-    """
+    """The site of a layer, or a new one. Raises TargetError if the layer has another attribute of the site's name."""
     site = site_on(layer)
     if site is None and hasattr(layer, NAME):
-        raise TargetError(f'{at} ({type(layer).__name__}) has an attribute "{NAME}" of its own')
+        raise TargetError(f'{at} ({type(layer).__name__}) has an attribute "{NAME}" of its own; rename it')
     return Site(layer, kind, at, state) if site is None else site
 
 
 def sites_in(model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Every site in a model, detached ones too, by the name of its layer in this model."""
+    """Every site in a model, even if it is detached, with the name of its layer in this model."""
     for at, module in model.named_modules():
         if (site := site_on(module)) is not None:
             yield at, site
 
 
 def keep_padding(model: nn.Module) -> None:
-    """Let every nn.TransformerEncoder keep padded batches padded if, and only if, a layer of it carries an adapter."""
+    """Let every nn.TransformerEncoder keep padded batches padded exactly while one of its layers carries an adapter."""
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder):
             wrapper = vars(encoder).get(place_of_forward(encoder))
@@ -159,6 +152,6 @@ def keep_padding(model: nn.Module) -> None:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters by name, without those of adapters."""
+    """The base's parameters by name: the model's, without those of adapters."""
     inside = {id(parameter) for _, site in sites_in(model) for parameter in site.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}

@@ -1,4 +1,4 @@
-"""The layers of PyTorch that can carry an adapter: linear, embedding and convolution, with Hugging Face's Conv1D."""
+"""The layer kinds of PyTorch's linear layers, embeddings and convolutions, and of Hugging Face's Conv1D."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ from lorafamily.layers.wrapper import ForwardWrapper
 
 
 class Known(LayerKind):
-    """Layers of known classes, whose forward is the product with their weight. A subclass may compute anything, so one
-    with another forward is compared with the known class on random inputs."""
+    """Layers of known classes, whose forward is the product with their weight. A subclass may compute anything, so a
+    subclass with a different forward is compared with the known class on random inputs."""
 
     @property
     @abstractmethod
-    def classes(self) -> tuple[type[nn.Module], ...]:
-        """The known classes."""
+    def classes(self) -> tuple[type[nn.Module], ...]: ...
 
     @abstractmethod
     def example(self, module: Any) -> Tensor:
-        """An input of the layer, on the CPU."""
+        """An input for the layer, on the CPU."""
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, self.classes)
@@ -41,8 +40,8 @@ class Known(LayerKind):
     def output(self, wrapper: ForwardWrapper, acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         layer, x = wrapper.module, wrapper.input_of(args, kwargs)
         W, b = (layer._parameters.get(name) for name in ("weight", "bias"))
-        alone = self.by_sample and type(layer) in self.classes and wrapper.inner is None  # just x Wᵀ + b
-        if W is None or not alone or not can_be_fast(x, W, b):
+        only_product = self.by_sample and type(layer) in self.classes and wrapper.inner is None  # x Wᵀ + b
+        if W is None or not only_product or not can_be_fast(x, W, b):
             return super().output(wrapper, acting, args, kwargs)
         U, V, scale = whole_update(acting, dropping=True)
         return adapted_linear(x, self.matrix(W), b, U, V, scale, dropout=acting[0][1].drops("entries"))
@@ -57,29 +56,31 @@ class Known(LayerKind):
         return f"the forward of {type(module).__name__} computes something else than the product with its weight"
 
     def _same(self, module: nn.Module, known: type[nn.Module]) -> bool:
-        """Whether another forward takes one input and returns what the known class's returns, with random weights: the
-        layer's own may be on the meta device, or zero."""
-        if module not in _TRIED:
-            _TRIED[module] = False  # whatever arguments it needs or error it raises, it is not the same
-            takes = list(inspect.signature(type(module).forward).parameters.values())
-            shapes = {name: parameter.shape for name, parameter in module.named_parameters("", False)}
-            if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in shapes:
-                with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng([]), contextlib.suppress(Exception):
-                    torch.default_generator.manual_seed(0)
-                    given: dict[str, Any] = dict.fromkeys(module._parameters)
-                    given |= {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
-                    own = {name: copy.deepcopy(buffer) for name, buffer in module._buffers.items()}
-                    tried, same = object.__new__(type(module)), True
-                    for training in (True, False):
-                        vars(tried).update(vars(module), _parameters=given, _buffers=own, training=training)
-                        x = self.example(tried)
-                        found, wanted = type(module).forward(tried, x), known.forward(tried, x)
-                        same &= torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
-                    _TRIED[module] = same
-        return _TRIED[module]
+        """Whether the subclass's forward takes one input and returns what the known class's returns. Both get random
+        weights, since the layer's may be on the meta device, or zero."""
+        if module in _SAME:
+            return _SAME[module]
+        _SAME[module] = False  # also where it needs more arguments, or raises
+        takes = list(inspect.signature(type(module).forward).parameters.values())
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters("", False)}
+        if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in shapes:
+            with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng([]), contextlib.suppress(Exception):
+                torch.default_generator.manual_seed(0)
+                parameters: dict[str, Any] = dict.fromkeys(module._parameters)
+                parameters |= {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+                buffers, same = copy.deepcopy(module._buffers), True
+                copied = object.__new__(type(module))
+                for training in (True, False):
+                    vars(copied).update(vars(module), _parameters=parameters, _buffers=buffers, training=training)
+                    x = self.example(copied)
+                    found, wanted = type(module).forward(copied, x), known.forward(copied, x)
+                    same &= torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # sums in any order
+                _SAME[module] = same
+        return _SAME[module]
 
 
-_TRIED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_SAME: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""What `Known._same` found, by module."""
 
 
 class _Linear(Known):
@@ -113,7 +114,7 @@ class _Conv1D(_Transposed):
 
     @property
     def classes(self) -> tuple[type[nn.Module], ...]:
-        # A model that has one has imported it; nobody else pays for importing transformers.
+        # A model that has one has imported it; no other model should pay for importing transformers.
         home = sys.modules.get("transformers.pytorch_utils")
         return () if home is None else (home.Conv1D,)
 
@@ -122,8 +123,8 @@ class _Conv1D(_Transposed):
 
 
 class _Embedding(_Transposed):
-    """A table of vectors, which is a linear layer on one-hot inputs: d_in counts the entries, the padding entry is like
-    the others, and there is no input for dropout to act on."""
+    """A table of vectors is a linear layer on one-hot inputs: d_in counts the table's entries. The padding entry is
+    adapted like the others. Dropout has no input to act on."""
 
     name = "embedding"
     classes = (nn.Embedding,)
@@ -144,8 +145,8 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class _Convolution(Known):
-    """V is a convolution to r channels, U one of size 1 from there. With groups both act within each group: W and ΔW
-    have the rows of all groups, and d_in is that of one."""
+    """V is a convolution to r channels, U a convolution of size 1 from there. With groups both act within each group: W
+    and ΔW have the rows of all groups, and d_in is that of one group."""
 
     name = "convolution"
     classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -158,14 +159,14 @@ class _Convolution(Known):
 
     def why_not(self, module: Any) -> str | None:
         inherited = type(module)._conv_forward in [cls._conv_forward for cls in self.classes]
-        return super().why_not(module) if inherited else f"{type(module).__name__} convolves in a way of its own"
+        return super().why_not(module) if inherited else f"{type(module).__name__} has a _conv_forward of its own"
 
     def added(self, module: Any, adapter: Adapter, x: Tensor) -> Tensor:
         U, V = adapter.factors(dropping=True)
         x = F.dropout(x, adapter.drops("entries")) if adapter.drops("entries") else x
         U, V = in_dtype(U * adapter.scale, V, computed_in(x))
         kernel = V.view(len(V), *module.weight.shape[1:])
-        groups, channels = module.groups, 1 - module.weight.ndim  # there may be no batch axis
+        groups, channels = module.groups, 1 - module.weight.ndim  # from the end: there may be no batch axis
         h = module._conv_forward(x, torch.cat([kernel] * groups), None)  # with the layer's stride, padding, dilation
         h = h.movedim(channels, -1).unflatten(-1, (groups, len(V)))
         U = U.unflatten(0, (groups, -1))
@@ -176,5 +177,5 @@ class _Convolution(Known):
         return torch.randn(2, module.in_channels, *size)
 
 
-for _kind in (_Linear(), _Conv1D(), _Embedding(), _Convolution()):  # no layer is of two of these
+for _kind in (_Linear(), _Conv1D(), _Embedding(), _Convolution()):  # no layer matches two of these
     register_layer_kind(_kind)

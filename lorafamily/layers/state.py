@@ -1,6 +1,6 @@
-"""What is noted of a model with adapters.
+"""The state of a model with adapters: what was placed in it, and which placement is active or merged.
 
-Every site of the model refers to the same note, so that it is found through whatever wraps the model.
+All sites of the model refer to the same `ModelState`, so that it is found through whatever wraps the model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from lorafamily.method import Method
 class Placement:
     """Everything placed in a model under one name.
 
-    `adapters`: by full name of their targets. `inactive_values`, `inactive_buffers`: for each extra trained parameter,
-    and for each buffer that training may move, the values that are not in the model now: the base's while this
-    placement is active, its own while it is not.
+    `adapters`: by the full name of the target. `inactive_values`, `inactive_buffers`: while this placement is active,
+    the base's values of its extra trained parameters, and of the buffers that training may move; otherwise its own.
     """
 
     name: str
@@ -33,26 +32,26 @@ class Placement:
     inactive_values: dict[str, Tensor]
     inactive_buffers: dict[str, Tensor] = field(default_factory=dict)
     by_default: bool = False
-    """Whether nobody named the targets, so that targets without effect may be left out."""
+    """Whether the user named no targets, so that targets without effect may be left out."""
     had_session: bool = False
-    """Whether a session was made for it in this process."""
+    """Whether this process has made a session for it."""
     file_fingerprints: dict[str, int] | None = None
-    """Fingerprints of its tensors as they were loaded, None where they were not loaded."""
+    """Fingerprints of its tensors when they were loaded, None where they were not loaded."""
 
     def trainable(self) -> int:
-        """Trainable adapter parameters at the present ranks, without the extra trained ones."""
+        """Number of trainable adapter parameters at the present ranks, without extra trained ones."""
         return sum(adapter.trainable() for adapter in self.adapters.values())
 
     def fingerprints(self) -> dict[str, int]:
-        """Of the adapters' tensors, by name, dtype and shape: cast, or of another rank, it is another tensor."""
+        """Of the adapters' tensors, by name, dtype and shape: a tensor that was cast or resized counts as another."""
         tensors = [(f"{at}: {name}", p) for at, a in self.adapters.items() for name, p in a.named_parameters()]
         return fingerprints((f"{name} {p.dtype} {tuple(p.shape)}", p) for name, p in tensors)
 
 
 @dataclass
 class Replaced:
-    """What merging took out of a quantised model: `layers`: the quantised ones, by name; `noted`: what transformers
-    noted of them; `lost`: ‖error‖ by adapter where W + ΔW was quantised again."""
+    """What merging took out of a quantised model: its quantised `layers` by name, and what transformers had `noted` of
+    them. `lost`: by adapter, ‖error‖ where W + ΔW was quantised again."""
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     noted: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -61,8 +60,9 @@ class Replaced:
 
 @dataclass
 class ModelState:
-    """What is noted of a model: placements by name, the active one, which base parameters trained before, and while a
-    placement is merged the original weights by module name (None for those that were not kept)."""
+    """A model's placements by name, and the name of the active one. `trained_before`: by name, whether the base's
+    parameters were trainable before adapters came. `originals`: while a placement is merged, the base weights by module
+    name, None for those that were not kept."""
 
     trained_before: dict[str, bool]
     placements: dict[str, Placement] = field(default_factory=dict)

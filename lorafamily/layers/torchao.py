@@ -14,13 +14,13 @@ from lorafamily.layers.quantised import Quantised, shell_of
 
 
 class TorchAO(Quantised):
-    """nn.Linear with a weight of a tensor class of torchao, which dequantises itself."""
+    """nn.Linear whose weight is of one of torchao's tensor classes, which dequantise themselves."""
 
     name = "linear of torchao"
 
     def matches(self, module: nn.Module) -> bool:
-        home, weight = sys.modules.get("torchao.utils"), module._parameters.get("weight")
-        return home is not None and isinstance(module, nn.Linear) and isinstance(weight, home.TorchAOBaseTensor)
+        library, weight = sys.modules.get("torchao.utils"), module._parameters.get("weight")
+        return library is not None and isinstance(module, nn.Linear) and isinstance(weight, library.TorchAOBaseTensor)
 
     def why_not(self, module: Any) -> str | None:
         for settings in ("act_quant_kwargs", "activation_quantization"):
@@ -29,8 +29,7 @@ class TorchAO(Quantised):
         return None if hasattr(module.weight, "dequantize") else f"{type(module.weight).__name__} does not dequantise"
 
     def weight(self, module: Any) -> Float[Tensor, "d_out d_in"]:
-        whole: Tensor = module.weight.detach().dequantize()
-        return whole.float()
+        return module.weight.detach().dequantize().float()
 
     def stored(self, module: Any) -> dict[str, Tensor]:
         weight = module.weight
@@ -40,27 +39,27 @@ class TorchAO(Quantised):
     def rounding(self, module: Any) -> Float[Tensor, "d_out d_in"]:
         shape, scale = self.shape(module), getattr(module.weight, "scale", None)
         if scale is None or scale.ndim != 2 or shape[0] % len(scale) or shape[1] % scale.shape[1]:
-            return torch.full((1, 1), math.nan).expand(shape)  # a format whose steps are not known here
+            return torch.full((1, 1), math.nan).expand(shape)  # the steps of other formats are not known here
         for axis, size in enumerate(shape):
             scale = scale.repeat_interleave(size // scale.shape[axis], axis)
         return scale.float() ** 2 / 12
 
     def forget(self, module: Any) -> None:
-        module.to("meta")  # of the same class there, by which the layer is known
+        module.to("meta")  # where the weight keeps its class, by which the layer is recognised
 
     def requantised(self, module: Any, weight: Float[Tensor, "d_out d_in"]) -> nn.Module:
         old, granularity = module.weight, sys.modules["torchao.quantization.granularity"]
         if type(old).__name__ not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
-            raise NotImplementedError(f"{type(old).__name__} is not quantised anew; dequantise=... merges")
+            raise NotImplementedError(f"{type(old).__name__} cannot be quantised again here; merge with dequantise=...")
         block = tuple(old.block_size)
-        around_zero = sys.modules["torchao.quantization.quant_primitives"].MappingType
-        mapping = around_zero.SYMMETRIC if not old.zero_point.any() else around_zero.ASYMMETRIC
-        weight, given = weight.to(old.dtype), {"mapping_type": mapping}
+        types = sys.modules["torchao.quantization.quant_primitives"].MappingType
+        mapping = types.ASYMMETRIC if old.zero_point.any() else types.SYMMETRIC
+        weight = weight.to(old.dtype)
         if hasattr(old, "target_dtype"):
-            quantised = type(old).from_hp(weight, block, old.target_dtype, **given)
+            quantised = type(old).from_hp(weight, block, old.target_dtype, mapping_type=mapping)
         else:
             rows = granularity.PerRow() if block[-1] == weight.shape[1] else granularity.PerGroup(block[-1])
-            quantised = type(old).from_hp(weight, rows, reduce_range=old.reduce_range, **given)
+            quantised = type(old).from_hp(weight, rows, reduce_range=old.reduce_range, mapping_type=mapping)
         new = shell_of(module)
         new.weight = nn.Parameter(quantised, requires_grad=False)
         return new

@@ -1,7 +1,7 @@
-"""Layers whose weight the model reads without calling them: an adapter on one would have no effect.
+"""Layers whose weight the model reads without calling the layer: an adapter on such a layer would have no effect.
 
-Examples are attention that hands its projections' weights to a fused function, and Mamba's `dt_proj`. Names do not tell
-which layers these are; one forward does.
+Examples are attention that hands its projections' weights to a fused function, and Mamba's `dt_proj`. Names do not show
+which layers these are, but one forward does.
 """
 
 from __future__ import annotations
@@ -24,26 +24,29 @@ from lorafamily.layers.state import Placement
 from lorafamily.layers.target import Target
 
 _GRAD = vars(torch._C.TensorBase)["grad"].__get__
-"""Asking for a gradient does not count as a read."""
+"""Looking at a weight's gradient does not count as reading the weight."""
 
 
 class WeightReads(TorchFunctionMode):
-    """Inside a `with` block records which targets a model calls, and whose weights it reads elsewhere.
+    """Inside a `with` block records which targets' layers a model calls, and which weights it reads outside of them.
 
     A read is a function of torch that gets the weight and returns a tensor, not a dtype or a shape.
     """
 
     def __init__(self, targets: Mapping[str, Target]):
         super().__init__()
-        self.targets = {name: target for name, target in targets.items() if not isinstance(target.kind, ReadRows)}
-        self._weights = {id(target.parameter): name for name, target in self._with_parameter().items()}
-        self._called: set[int] = set()
+        some = {name: target for name, target in targets.items() if not isinstance(target.kind, ReadRows)}
+        self._layers = {name: target.layer for name, target in some.items()}
+        # A weight that is computed from other parameters cannot be recognised.
+        self._weights = {name: id(t.parameter) for name, t in some.items() if isinstance(t.stored, nn.Parameter)}
+        self._ids = set(self._weights.values())
+        self._called: set[nn.Module] = set()
         self._read: set[int] = set()
         self._inside = 0
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> WeightReads:
-        for layer in {id(target.layer): target.layer for target in self.targets.values()}.values():
+        for layer in set(self._layers.values()):
             self._hooks.append(layer.register_forward_pre_hook(self._begin))
             self._hooks.append(layer.register_forward_hook(self._end, always_call=True))
         super().__enter__()
@@ -59,24 +62,17 @@ class WeightReads(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         computed = isinstance(result, Tensor | tuple) and not isinstance(result, torch.Size)
         if not self._inside and computed and func != _GRAD:
-            self._read |= self._weights.keys() & {id(leaf) for leaf in tree_leaves((args, kwargs))}
+            self._read |= self._ids & {id(leaf) for leaf in tree_leaves((args, kwargs))}
         return result
 
     def without_effect(self) -> list[str]:
-        """Targets whose weight was read while their layer was never called."""
-        return [
-            name
-            for name, target in self._with_parameter().items()
-            if id(target.parameter) in self._read and id(target.layer) not in self._called
-        ]
-
-    def _with_parameter(self) -> dict[str, Target]:
-        """Targets whose weight is a parameter, not computed from others."""
-        return {n: t for n, t in self.targets.items() if isinstance(t.stored, nn.Parameter)}
+        """The targets whose weight was read although their layer was never called."""
+        read = [name for name, weight in self._weights.items() if weight in self._read]
+        return [name for name in read if self._layers[name] not in self._called]
 
     def _begin(self, layer: nn.Module, inputs: Any) -> None:
         self._inside += 1
-        self._called.add(id(layer))
+        self._called.add(layer)
 
     def _end(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         self._inside -= 1
@@ -85,13 +81,13 @@ class WeightReads(TorchFunctionMode):
 def watch_first_batch(
     model: nn.Module, targets: Mapping[str, Target], without_effect: Callable[[list[str]], None]
 ) -> None:
-    """Call `without_effect`, after the model's first batch in training, with the names of targets whose weights it read
-    without calling the layers."""
+    """After the model's first batch in training, call `without_effect` with the names of the targets whose weights it
+    read without calling their layers."""
     reads = WeightReads(targets)
     hooks: list[RemovableHandle] = []
 
     def begin(module: nn.Module, inputs: Any) -> None:
-        if module.training:  # not in an evaluation before
+        if module.training:  # not in an evaluation that comes first
             reads.__enter__()
 
     def end(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -99,7 +95,7 @@ def watch_first_batch(
             for hook in hooks:
                 hook.remove()
             reads.__exit__(None, None, None)
-            if output is not None:  # nothing was raised
+            if output is not None:  # the forward did not raise
                 without_effect(reads.without_effect())
 
     hooks += [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
@@ -108,14 +104,9 @@ def watch_first_batch(
 def leave_out(
     model: nn.Module, placement: Placement, names: Sequence[str], optimizer: torch.optim.Optimizer | None = None
 ) -> bool:
-    """Remove, with a warning, adapters without effect, as the model does not call their layers. The optimizer forgets
-    their parameters.
-
-    Returns whether there were any.
-
-    Raises:
-        TargetError: somebody named these targets, or no other is left.
-    """
+    """Remove the named adapters, since the model does not call their layers, and warn; the optimizer forgets their
+    parameters. Returns whether there were any. Raises TargetError if the user named these targets, or if no other
+    adapter would be left."""
     names = [name for name in names if name in placement.adapters]
     check_left_out(model, names, placement.by_default and len(names) < len(placement.adapters))
     targets = targets_of(model)
@@ -129,11 +120,7 @@ def leave_out(
 
 
 def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None:
-    """Warn of targets without effect that are left out, or refuse them.
-
-    Raises:
-        TargetError: they must not be left out.
-    """
+    """Warn that targets without effect are left out; raise TargetError unless they may be."""
     if names:
         few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         why = f"{type(model).__name__} reads the weight of {few} and never calls the layer: an adapter has no effect"

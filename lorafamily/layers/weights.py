@@ -1,4 +1,4 @@
-"""A layer's weights inside a `with` block: other values in their place, brought in, gathered."""
+"""`with` blocks for a layer's weights: replace their values, onload offloaded ones, gather sharded ones."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from lorafamily.layers.sharded import is_sharded, whole
 
 @contextmanager
 def replaced_values(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the layer finds these values in the place of its parameters, by name."""
-    paths = {name: name.rpartition(".") for name in values}
-    places: dict[str, dict[str, Any]] = {name: layer.get_submodule(at)._parameters for name, (at, *_) in paths.items()}
-    before = {name: place[paths[name][2]] for name, place in places.items()}
+    """Inside the block the layer has these values in place of its parameters, by name."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for path in values:
+        at, _, name = path.rpartition(".")
+        parameters: dict[str, Any] = layer.get_submodule(at)._parameters
+        before.append((parameters, name, parameters[name]))
     try:
-        for name, value in values.items():
-            places[name][paths[name][2]] = value
+        for (parameters, name, _), value in zip(before, values.values(), strict=True):
+            parameters[name] = value
         yield
     finally:
-        for name, value in before.items():
-            places[name][paths[name][2]] = value
+        for parameters, name, old in before:
+            parameters[name] = old
 
 
 @contextmanager
 def onloaded(layer: nn.Module) -> Iterator[None]:
-    """Inside the block an offloaded layer has its weights."""
+    """Inside the block an offloaded layer has its weights on its device."""
     if "_hf_hook" not in vars(layer):
         yield
         return
@@ -40,7 +42,7 @@ def onloaded(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(layer: nn.Module) -> Iterator[None]:
-    """Inside the block a layer has its weights, sharded ones gathered: every process must enter the block then."""
+    """Inside the block a layer has its whole weights. Where they are sharded, every process must enter the block."""
     sharded = {name: p for name, p in layer.named_parameters() if is_sharded(p)}
     with onloaded(layer), replaced_values(layer, {n: nn.Parameter(whole(p), False) for n, p in sharded.items()}):
         yield

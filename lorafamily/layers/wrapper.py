@@ -1,6 +1,6 @@
-"""The wrapper around the `forward` of one module, set on the instance: the module's class stays what it is.
+"""A wrapper around the `forward` of one module, set on the instance, so that the module keeps its class.
 
-Whatever `forward` was there, the class's or one that somebody set on the instance, is what the wrapper calls.
+It calls the forward that was there before: the class's, or one that somebody else set on the instance.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 
 class ForwardWrapper:
-    """Computes `adapted` in the place of a module's forward while it is `installed`. The signature stays.
+    """Computes `adapted` in place of a module's forward while it is `installed`, with the same signature.
 
-    `inner`: the forward that was on the instance before, None where the class's was in use.
+    `inner`: the forward that was on the instance before, None where the class's was in use. `wrapped`: whether somebody
+    else has wrapped this wrapper since.
     """
 
     def __init__(self, module: nn.Module, adapted: Callable[..., Any]):
@@ -26,7 +27,7 @@ class ForwardWrapper:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.adapted(*args, **kwargs) if self.installed else self.base_forward(*args, **kwargs)
 
-    __code__ = __call__.__code__  # torch.export says where a forward is written
+    __code__ = __call__.__code__  # torch.export reports where a forward is written
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes without this wrapper."""
@@ -39,37 +40,36 @@ class ForwardWrapper:
         return inspect.signature(self.inner or type(self.module).forward.__get__(self.module))
 
     def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """The module's input, among what it was called with."""
-        given: Tensor = args[0] if args else kwargs[self.input_name]
-        return given
+        """The module's input, among the arguments of a call."""
+        return args[0] if args else kwargs[self.input_name]
 
     def install(self) -> None:
         """Take the place of the module's forward."""
-        own, at = vars(self.module), place_of_forward(self.module)
-        if not self.installed and not (self.wrapped and "forward" in own):
-            before = own.get(at)
-            plain = getattr(before, "__func__", None) is type(self.module).forward  # accelerate notes the class's so
-            self.inner, own[at] = None if plain else before, self
+        attributes, place = vars(self.module), place_of_forward(self.module)
+        if not self.installed and not (self.wrapped and "forward" in attributes):
+            before = attributes.get(place)
+            from_class = getattr(before, "__func__", None) is type(self.module).forward  # accelerate keeps it bound
+            self.inner, attributes[place] = None if from_class else before, self
         self.installed = True
 
     def uninstall(self) -> None:
-        """Give back what was there. If others have wrapped this wrapper since, it stays and only passes calls on."""
-        own, at, self.installed = vars(self.module), place_of_forward(self.module), False
-        self.wrapped = own.get(at) is not self and "forward" in own
-        if own.get(at) is self:
-            own[at] = self.inner or type(self.module).forward.__get__(self.module)
-            if self.inner is None and at == "forward":
-                del own[at]
+        """Put back what was there before. If somebody has wrapped this wrapper since, it stays and passes calls on."""
+        attributes, place, self.installed = vars(self.module), place_of_forward(self.module), False
+        self.wrapped = attributes.get(place) is not self and "forward" in attributes
+        if attributes.get(place) is self:
+            attributes[place] = self.inner or type(self.module).forward.__get__(self.module)
+            if self.inner is None and place == "forward":
+                del attributes[place]
 
 
 def place_of_forward(module: nn.Module) -> str:
-    """The attribute for a forward on the instance: with accelerate's hook the one that it calls, and puts back."""
+    """The attribute of the instance to wrap: `forward`, or the one that accelerate's hook calls and later restores."""
     return "_old_forward" if {"_hf_hook", "_old_forward"} <= vars(module).keys() else "forward"
 
 
 class KeepsPadding(ForwardWrapper):
-    """Around an nn.TransformerEncoder: padded batches stay padded. In eval mode the encoder would pack them for fused
-    kernels, which do not know adapters, and would return zeros where the padding was."""
+    """Keeps padded batches padded in an nn.TransformerEncoder. In eval mode the encoder would pack them for fused
+    kernels, which know no adapters, and would return zeros where the padding was."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__(encoder, self.padded)
