@@ -83,7 +83,7 @@ class Sentences(Problem):
 
     metric = "share of sentences classified wrongly"
     budget = 4 * 6 * (4 * (384 + 384 + 1) + 2 * (384 + 1536 + 1))
-    steps, batch, length = 600, 16, 64
+    steps, batch, length = 600, 8, 64
     evaluations = 15
     margin = 0.01
     seeds = range(5)
