@@ -69,7 +69,7 @@ def stored(model: nn.Module, stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
 
 def shared_out(
     model: nn.Module,
-    listed: Iterable[str],
+    target_parameters: Iterable[str],
     factors: dict[str, Any],
     rank_of: Callable[[str], int],
     path: Path,
@@ -79,7 +79,7 @@ def shared_out(
     Returns the experts as targets, and for each expert the full name of its parameter, which ranks and scales go by.
 
     Args:
-        listed: parameters that the file's settings list, by the ends of their names.
+        target_parameters: those in the file's settings: names or ends of names.
         rank_of: rank of a parameter by its full name.
 
     Raises:
@@ -89,7 +89,7 @@ def shared_out(
         join(at, name)
         for at, module in model.named_modules()
         for name in expert_weights(module)
-        if ends_like(join(at, name), listed)
+        if ends_like(join(at, name), target_parameters)
     ]
     pairs = {name: factors.pop(key, (None, None)) for name, key in _keys(model, present).items()}
     targets: dict[str, Target] = {}

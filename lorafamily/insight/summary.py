@@ -92,8 +92,8 @@ class Summary:
     def __str__(self) -> str:
         grouped = _grouped(self.rows)
         width = max(map(len, grouped))
-        two = any(row.width is not None for row in self.rows)  # width and slices
-        cells = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if two else f"{'rank':>9}"
+        has_width = any(row.width is not None for row in self.rows)  # then rank and slices differ
+        cells = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if has_width else f"{'rank':>9}"
         head = f"{'module':<{width}}  {'d_out × d_in':>13}  {cells}  {'parameters':>10}  {'‖ΔW‖':>9}"
         more = [name for name in ("step", "lost") if any(getattr(row, name) is not None for row in self.rows)]
         head += "".join(f"  {name:>9}" for name in more)
@@ -102,7 +102,7 @@ class Summary:
             began, now = _range([row.initial_slices for row in rows]), _range([row.slices for row in rows])
             slices = now if all(row.slices == row.initial_slices for row in rows) else f"{began} → {now}"
             cells = f"{slices:>9}"
-            if two:
+            if has_width:
                 widths, ranks = _range([row.width or 0 for row in rows]), _range([row.rank for row in rows])
                 cells = f"{widths:>7}  {slices:>9}  {ranks:>7}"
             lines.append(
@@ -115,7 +115,7 @@ class Summary:
         lines.append(
             f"adapters: {self.parameters:,} trainable ({share:.2%} of the base's {self.base_parameters:,}), "
             f"total rank {self.rank}"
-            + (f" from {self.slices} slices" if two else "")
+            + (f" from {self.slices} slices" if has_width else "")
             + f"; {self.initial_parameters:,} at the start"
         )
         if self.budget is not None:
