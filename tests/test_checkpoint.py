@@ -125,7 +125,7 @@ HARM = {
     ),
     "a single file beside shards": (
         lambda f: (f / "base" / "model.safetensors").write_bytes(shards(f)[0].read_bytes()),
-        "are both there, and of which one to read nobody says",
+        "are both there; remove the one that is not to be read",
     ),
     "another model": (
         lambda f: model_of("gpt2").save_pretrained(f / "base", max_shard_size="20KB"),

@@ -43,11 +43,11 @@ DAMAGE = {
     "truncated record": (lambda f: (f / "adapter.json").write_text("{"), "damaged, not JSON"),
     "truncated tensors": (
         lambda f: (f / "adapter.safetensors").write_bytes((f / "adapter.safetensors").read_bytes()[:-9]),
-        "damaged, these are not the tensors that its record speaks of",
+        "damaged, its SHA-256 is not the one that the record notes",
     ),
     "pickle": (
         lambda f: (f / "adapter.safetensors").write_bytes(pickle.dumps({"a": 1})),
-        "damaged, these are not the tensors that its record speaks of",
+        "damaged, its SHA-256 is not the one that the record notes",
     ),
     "newer format": (
         lambda f: edit_record(f, lambda r: r.update(format=99)),
@@ -78,7 +78,7 @@ DAMAGE = {
     ),
     "a pickle": (
         lambda f: torch.save({KEY: torch.ones(2, 16)}, f / "adapter.safetensors"),
-        "damaged, these are not the tensors that its record speaks of",
+        "damaged, its SHA-256 is not the one that the record notes",
     ),
     "unknown method": (lambda f: edit_record(f, lambda r: r.update(method="lora9")), 'no method named "lora9"'),
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(KEY)), f"{KEY} is missing"),

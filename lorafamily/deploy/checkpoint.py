@@ -1,12 +1,11 @@
-"""Merging into a checkpoint on disk, tensor by tensor: a model larger than memory can be merged.
+"""Merging into a checkpoint on disk, tensor by tensor, so that a model larger than memory can be merged.
 
-Merging changes bytes only, so headers and shards stay as they are.
+Shapes and dtypes stay, so the headers and the division into shards stay as they are.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -20,92 +19,91 @@ from lorafamily.deploy.conversion import Group
 from lorafamily.deploy.saved import Saved
 from lorafamily.errors import FileError
 
+CHUNK = 1 << 24  # bytes copied at a time
+
 
 def merge_checkpoint(
     base: Path, saved: Saved, out: Path, progress: Callable[[int], None] = lambda written: None
 ) -> None:
     """Write into `out` the checkpoint `base` with an adapter merged into its weights.
 
-    Weights are rounded as `merge` rounds them: the tensors are those that merging in memory and saving gives.
-    Everything is checked before anything is written; the folder is written next to its place and renamed into it.
-    `progress` is told how many bytes were written, again and again. In memory is one tensor at a time, or as many as
-    are one in the model: all experts of a layer.
+    The tensors are bitwise those that merging in memory and saving gives, since weights are rounded as `merge` rounds
+    them. Everything is checked before anything is written; the folder is written next to its place and renamed into it.
+    One tensor is in memory at a time, or those that the model joins into one: all experts of a layer.
+
+    `progress`: called after every piece that was written, with its size in bytes.
 
     Raises:
-        FileError: no checkpoint there, or one that the adapter was not made for, or that holds tensors in a form from
-            which there is no way back; or `out` is not empty.
-        StateError: an adapted weight is tied to another in the model, which would change too; as in memory.
+        FileError: there is no checkpoint, the adapter was made for another, a tensor is stored in a form that cannot
+            be restored after loading, or `out` is not empty.
+        StateError: in the model an adapted weight is tied to another, which merging would change too.
     """
     refuse_used(out)
     entries = entries_of(base)
-    changes = _Changes(*changes_of(saved, entries, base), entries)
+    changed = _ChangedTensors(*changes_of(saved, entries, base), entries)
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a merge that was killed; mostly there is none
+    shutil.rmtree(partial, ignore_errors=True)  # left by a merge that was killed
     partial.mkdir(parents=True)
     try:
-        by_file: dict[Path, list[tuple[str, Entry]]] = defaultdict(list)
-        for name, entry in entries.items():
-            by_file[entry.file].append((name, entry))
+        files = {entry.file for entry in entries.values()}
         for file in sorted(base.iterdir()):
-            if file in by_file:
-                _rewrite(file, by_file[file], changes, partial / file.name, progress)
+            if file in files:
+                _rewrite(file, changed, partial / file.name, progress)
             elif file.is_file() and not is_weights(file):
                 shutil.copyfile(file, partial / file.name)  # config, tokenizer; no weights in other formats
         if out.exists():
             out.rmdir()
         partial.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # after a failure; once renamed it is not there
+        shutil.rmtree(partial, ignore_errors=True)  # exists only after a failure
 
 
-class _Changes:
-    """The changed tensors on disk, by name: the model's tensors are put together from them, changed, and taken apart.
+class _ChangedTensors:
+    """The tensors on disk that merging changes: the model's are joined from them, changed, and split again.
 
-    All that belongs to one tensor of the model is computed at once, and kept until it is written.
+    All tensors of one group are computed at once and kept until they are written.
     """
 
-    def __init__(self, changes: Mapping[str, Change], groups: list[Group], entries: Mapping[str, Entry]):
-        self.changes, self.entries = changes, entries
-        self.group_of = {source: group for group in groups for source in group.sources}
+    def __init__(self, changes: Mapping[str, Change], group_of: Mapping[str, Group], entries: Mapping[str, Entry]):
+        self.changes, self.group_of, self.entries = changes, group_of, entries
         self.ready: dict[str, Tensor] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.group_of
+    def of_file(self, file: Path) -> list[tuple[str, Entry]]:
+        """Those in one file, in their order there."""
+        found = [(name, self.entries[name]) for name in self.group_of if self.entries[name].file == file]
+        return sorted(found, key=lambda item: (item[1].begin, item[1].end))
 
     @torch.no_grad()
-    def changed(self, name: str) -> Tensor:
-        """The tensor of that name on disk, once.
+    def take(self, name: str) -> Tensor:
+        """The new value of a tensor on disk; to be called once for each.
 
         Raises:
-            FileError: what is on disk does not come back the same if nothing is changed.
+            FileError: joining and splitting unchanged tensors would not give back what is on disk.
         """
         if name not in self.ready:
             group = self.group_of[name]
             stored = {source: read_entry(self.entries[source]) for source in group.sources}
-            held = group.in_memory(stored)
-            if group.converter is not None:  # transformers' operations are its own; a loss would not be seen
-                for source, again in group.on_disk(held).items():
+            in_memory = group.in_memory(stored)
+            if group.converter is not None:  # transformers' operations, which may lose something unnoticed
+                for source, again in group.on_disk(in_memory).items():
                     if not torch.equal(bits_of(again), bits_of(stored[source])):
                         file = self.entries[source].file
                         raise FileError(f"{file}: {source} would not come back from the model as it is on disk")
             del stored
-            for at in group.targets:
-                if at in self.changes:
-                    held[at] = self.changes[at](held[at])
-            self.ready |= group.on_disk(held)
+            for target in group.targets:
+                if target in self.changes:
+                    in_memory[target] = self.changes[target](in_memory[target])
+            self.ready |= group.on_disk(in_memory)
         return self.ready.pop(name)
 
 
-def _rewrite(
-    source: Path, entries: list[tuple[str, Entry]], changes: _Changes, target: Path, progress: Callable[[int], None]
-) -> None:
-    """Copy a safetensors file, with the tensors that change put in their place."""
-    changing = sorted((entry for entry in entries if entry[0] in changes), key=lambda entry: entry[1].begin)
+def _rewrite(source: Path, changed: _ChangedTensors, target: Path, progress: Callable[[int], None]) -> None:
+    """Copy a safetensors file, with the changed tensors in place of the old ones."""
     with open(source, "rb") as old, open(target, "wb") as new:
-        for name, entry in changing:
+        for name, entry in changed.of_file(source):
             _copy(old, new, entry.begin - old.tell(), progress)
-            changed = changes.changed(name)
-            new.write(bits_of(changed).numpy().tobytes() if changed.numel() else b"")
+            value = changed.take(name)
+            new.write(bits_of(value).numpy().tobytes() if value.numel() else b"")
             old.seek(entry.end)
             progress(entry.end - entry.begin)
         _copy(old, new, source.stat().st_size - old.tell(), progress)
@@ -117,6 +115,3 @@ def _copy(old: BinaryIO, new: BinaryIO, size: int, progress: Callable[[int], Non
         new.write(chunk)
         progress(len(chunk))
         size -= len(chunk)
-
-
-CHUNK = 1 << 24  # bytes copied at a time

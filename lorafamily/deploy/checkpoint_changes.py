@@ -1,6 +1,6 @@
-"""What merging an adapter changes in a checkpoint on disk, checked against it.
+"""What merging an adapter changes in a checkpoint on disk, after checking that the adapter fits it.
 
-Names on disk are often not those in the model, and neither are the tensors: `conversion.py` knows which are which.
+Names and tensors on disk often differ from those in the model; `conversion.py` maps one to the other.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lorafamily.deploy.checkpoint_entries import DTYPES, Entry
-from lorafamily.deploy.conversion import CONFIG, Group, Names, names_of
-from lorafamily.deploy.folder import listed, read_json
+from lorafamily.deploy.conversion import Group, Names, config_of, names_of
+from lorafamily.deploy.folder import listed
 from lorafamily.deploy.merge import changed_weight
 from lorafamily.deploy.saved import Saved
 from lorafamily.errors import FileError, StateError
@@ -23,21 +23,26 @@ from lorafamily.layers.kinds import LayerKind
 from lorafamily.layers.target import kind_of_record
 
 Change = Callable[[Tensor], Tensor]
+INSTEAD = (
+    "merge into the checkpoint it was quantised from, which the adapter fits, or let lorafamily merge --dequantise "
+    "bfloat16 write an ordinary one"
+)
+"""What to do with a quantised checkpoint."""
 
 
-def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[dict[str, Change], list[Group]]:
-    """The change of each changed tensor, by its name in the model, and the groups that hold these tensors on disk.
+def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[dict[str, Change], dict[str, Group]]:
+    """The change of each tensor by its name in the model, and the groups that hold these tensors by names on disk.
 
     Raises:
         FileError: the adapter was not made for this checkpoint.
-        StateError: an adapted weight is tied to another in the model, which would change too.
+        StateError: in the model an adapted weight is tied to another, which merging would change too.
     """
     adapters: dict[str, list[tuple[str, LayerKind]]] = defaultdict(list)
     wrong = []
     for at, entry in saved.modules.items():
         kind = kind_of_record(entry)
         if kind is None:
-            wrong.append(f"{at} is of a kind that is not registered here ({entry.get('kind')!r})")
+            wrong.append(f"{at} is of a layer kind that is not registered here ({entry.get('kind')!r})")
             continue
         if entry.get("tied"):
             raise StateError(
@@ -47,86 +52,71 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
         adapters[kind.stored_as(at)].append((at, kind))
     shapes = {name: entry.shape for name, entry in entries.items()}
     names = names_of(base, shapes, saved.record["base"]["architecture"], [*adapters, *saved.extra_trained])
-    groups: dict[int, Group] = {}
+    groups: dict[str, Group] = {}
     changes: dict[str, Change] = {}
-    for name, of in adapters.items():
+    for name, on_weight in adapters.items():
         group = names.of(name)
         if group is None:
             wrong.append(f"{name} {names.why_not(name)}")
             continue
-        _check_alone(name, names, base)
-        shape = _shape_in_memory(group, name.removeprefix(names.prefix), entries, base)
-        for at, kind in of:
+        _refuse_tied(name, names, base)
+        in_model = name.removeprefix(names.prefix)
+        shape = _shape_in_memory(group, in_model, entries, base)
+        for at, kind in on_weight:
             if (as_matrix := _as_matrix(kind, shape)) != saved.modules[at]["shape"]:
                 wrong.append(f"{name} is {as_matrix} as (d_out, d_in), not {saved.modules[at]['shape']}")
-        changes[name.removeprefix(names.prefix)] = partial(
-            changed_weight, acting=[(kind, saved.adapters[at]) for at, kind in of]
-        )
-        groups[id(group)] = group
+        changes[in_model] = partial(changed_weight, acting=[(kind, saved.adapters[at]) for at, kind in on_weight])
+        groups |= dict.fromkeys(group.sources, group)
     for name, value in saved.extra_trained.items():
-        together = _together(name, saved, names, base)
-        found = [(other, group) for other in together if (group := names.of(other)) is not None]
+        found = [(other, group) for other in _all_names(name, saved, names, base) if (group := names.of(other))]
         if not found:
             wrong.append(
                 f"{name}, which trained along with the adapter, {names.why_not(name)}; save the model with it first"
             )
         for other, group in found:
-            at = other.removeprefix(names.prefix)
-            if (shape := _shape_in_memory(group, at, entries, base)) != tuple(value.shape):
+            in_model = other.removeprefix(names.prefix)
+            if (shape := _shape_in_memory(group, in_model, entries, base)) != tuple(value.shape):
                 wrong.append(f"{other} is {list(shape)}, not {list(value.shape)}")
-            changes[at] = partial(_instead, value=value)
-            groups[id(group)] = group
+            changes[in_model] = value.to  # the weight on disk gives the dtype
+            groups |= dict.fromkeys(group.sources, group)
     if wrong:
-        raise FileError(f"{base}: not the checkpoint this adapter was made for: {listed(wrong)}{_if_quantised(base)}")
-    return changes, [*groups.values()]
+        hint = f"; by its config it is quantised: {INSTEAD}" if config_of(base).get("quantization_config") else ""
+        raise FileError(f"{base}: not the checkpoint this adapter was made for: {listed(wrong)}{hint}")
+    return changes, groups
 
 
-def _check_alone(name: str, names: Names, base: Path) -> None:
-    """Refuse an adapted weight that loading the checkpoint would put in a second place.
-
-    Raises:
-        StateError: the config ties it to one that the checkpoint does not hold.
-    """
-    partners = [other for other in names.partners(name) if other != name]
-    if without := [other for other in partners if names.of(other) is None]:
+def _refuse_tied(name: str, names: Names, base: Path) -> None:
+    """Refuse a changed weight that the config ties to one that the checkpoint does not hold."""
+    if absent := [other for other in names.partners(name) if other != name and names.of(other) is None]:
         raise StateError(
-            f"{base}: {name} is {without[0]} too, by the config's tie_word_embeddings: merging would change both, and "
+            f"{base}: {name} is {absent[0]} too, by the config's tie_word_embeddings: merging would change both, and "
             "in the model that the adapter was made for they were apart; save that model with both, and merge into it"
         )
 
 
-def _together(name: str, saved: Saved, names: Names, base: Path) -> tuple[str, ...]:
-    """The names of all that take the value of what trained: itself, and what was tied to it in the model.
-
-    Raises:
-        StateError: it was not tied there, and the checkpoint's config ties it.
-    """
-    were = saved.record.get("tied", {}).get(name)
-    if were is None:
-        _check_alone(name, names, base)
-        return (name,)
-    apart = set(were) - set(names.partners(name))
-    if missing := sorted(other for other in apart if names.of(other) is None):
+def _all_names(name: str, saved: Saved, names: Names, base: Path) -> list[str]:
+    """The names in the model of an extra trained parameter: its own, and those of weights that were tied to it. Refused
+    if it was tied in the model and not in the checkpoint, or the other way round, so that a tensor is missing."""
+    tied: list[str] | None = saved.record.get("tied", {}).get(name)
+    if tied is None:
+        _refuse_tied(name, names, base)
+        return [name]
+    if missing := sorted(other for other in set(tied) - set(names.partners(name)) if names.of(other) is None):
         raise StateError(
-            f"{base}: {' and '.join(were)} were one tied tensor in the model, and this checkpoint, whose config does "
+            f"{base}: {' and '.join(tied)} were one tied tensor in the model, and this checkpoint, whose config does "
             f"not tie them, has no {missing[0]}"
         )
-    return tuple(were)
+    return tied
 
 
 def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base: Path) -> tuple[int, ...]:
-    """The shape of a tensor of the model.
-
-    Raises:
-        FileError: its sources are not plain floating-point tensors of one dtype.
-    """
+    """The shape of a tensor of the model, whose sources must be plain floating-point tensors of one dtype."""
     first = group.sources[0]
     for source in group.sources:
         if entries[source].dtype not in DTYPES:
             raise FileError(
                 f"{base}: {source} is stored as {entries[source].dtype}; merging needs plain floating-point weights. "
-                "Where it is quantised, merge into the checkpoint it was quantised from, which the adapter fits, or "
-                "let lorafamily merge --dequantise bfloat16 write an ordinary one"
+                f"Where it is quantised, {INSTEAD}"
             )
         if entries[source].dtype != entries[first].dtype:
             raise FileError(
@@ -137,23 +127,8 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
     return tuple(group.in_memory(on_meta)[name].shape)
 
 
-def _if_quantised(base: Path) -> str:
-    """A hint for messages where the checkpoint is quantised: packed weights have other names and shapes."""
-    config = read_json(base / CONFIG, "") if (base / CONFIG).is_file() else {}
-    if not isinstance(config, dict) or not config.get("quantization_config"):
-        return ""
-    return (
-        "; by its config it is quantised: merge into the checkpoint it was quantised from, which the adapter fits, or "
-        "let lorafamily merge --dequantise bfloat16 write an ordinary one"
-    )
-
-
 def _as_matrix(kind: LayerKind, shape: tuple[int, ...]) -> list[int]:
     try:
         return list(kind.matrix(torch.empty(shape, device="meta")).shape)
-    except (RuntimeError, IndexError):  # too few axes, or rows that the kind's parts do not share out
+    except (RuntimeError, IndexError):  # too few axes, or rows that do not divide into the layer kind's parts
         return list(shape)
-
-
-def _instead(weight: Tensor, value: Tensor) -> Tensor:
-    return value.to(weight.dtype)

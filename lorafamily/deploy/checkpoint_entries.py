@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint on disk, found without reading them.
+"""The tensors of a checkpoint on disk, found from headers without reading their values.
 
-A checkpoint is a folder as `transformers` writes it: `model.safetensors`, or shards of it with an index, and its
-config. A safetensors file is eight bytes with the length of a JSON header, the header (dtype, shape and place of every
-tensor), and the tensors' bytes.
+A checkpoint is a folder as `transformers` writes it: `model.safetensors`, or an index and its shards, and a config. A
+safetensors file is eight bytes with the length of a JSON header, the header (dtype, shape and place of every tensor),
+and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafamily.deploy.folder import read_json
+from lorafamily.deploy.folder import check_there, read_json
 from lorafamily.errors import FileError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 FOLDER = f"a checkpoint is a folder with {SINGLE}, or {INDEX} and its shards"
-
-
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: its bytes are those from `begin` to `end`, counted from the file's start."""
+    """A tensor in a file. `begin`, `end`: where its bytes are, counted from the file's start."""
 
     file: Path
     dtype: str
@@ -38,17 +34,13 @@ class Entry:
 
 
 def refuse_used(out: Path) -> None:
-    """A merged checkpoint goes where nothing is.
-
-    Raises:
-        FileError: something is.
-    """
+    """Refuse to write a merged checkpoint over a file or into a folder that is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(f"{out}: is there and not empty; a merged checkpoint goes into a folder of its own")
 
 
 def is_weights(file: Path) -> bool:
-    """Whether a checkpoint's file holds weights, in whatever format, and not its config or tokenizer."""
+    """Whether a file holds weights, in any format, and not a config or tokenizer."""
     return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
 
 
@@ -56,17 +48,17 @@ def entries_of(base: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint by name.
 
     Raises:
-        FileError: no checkpoint there, a shard that is missing, damaged or outside the folder.
+        FileError: there is no checkpoint, or a shard is missing, damaged or outside the folder.
     """
     if (base / INDEX).is_file():
         if (base / SINGLE).exists():
-            raise FileError(f"{base}: {SINGLE} and {INDEX} are both there, and of which one to read nobody says")
+            raise FileError(f"{base}: {SINGLE} and {INDEX} are both there; remove the one that is not to be read")
         shards = read_json(base / INDEX, FOLDER)
         if not isinstance(shards, dict) or not isinstance(shards.get("weight_map"), dict):
-            raise FileError(f"{base / INDEX}: no index of shards (it needs a weight_map)")
+            raise FileError(f"{base / INDEX}: not an index of shards (it needs a weight_map)")
         files = sorted(set(shards["weight_map"].values()))
-        if escaping := [name for name in files if not isinstance(name, str) or Path(name).name != name]:
-            raise FileError(f"{base / INDEX}: {escaping[0]!r} is no file of this folder")
+        if outside := [name for name in files if not isinstance(name, str) or Path(name).name != name]:
+            raise FileError(f"{base / INDEX}: {outside[0]!r} is no file of this folder")
     else:
         files = [SINGLE]
     entries: dict[str, Entry] = {}
@@ -79,8 +71,7 @@ def entries_of(base: Path) -> dict[str, Entry]:
 
 
 def _header(file: Path) -> dict[str, Entry]:
-    if not file.is_file():
-        raise FileError(f"{file.parent}: no {file.name} there; {FOLDER}")
+    check_there(file, FOLDER)
     size = file.stat().st_size
     try:
         with open(file, "rb") as opened:
@@ -106,7 +97,6 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 def read_entry(entry: Entry) -> Tensor:
-    """A tensor from its file."""
     with open(entry.file, "rb") as file:
         file.seek(entry.begin)
         data = bytearray(file.read(entry.end - entry.begin))

@@ -1,17 +1,18 @@
-"""Adding adapters up, and making them smaller."""
+"""Sums of adapters, and adapters of lower rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing, check_budgets, highest
-from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters, sizing_of
+from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters
 from lorafamily.errors import StateError
 from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.placement import (
@@ -19,44 +20,41 @@ from lorafamily.layers.placement import (
     adapted,
     check_can_place,
     let_train,
-    noted,
     placement_of,
     refuse_merged,
-    state_of,
     targets_of,
 )
 from lorafamily.layers.state import Placement
 from lorafamily.method import Method
 
 
+@torch.no_grad()
 def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     """Place a new adapter whose update is the weighted sum of others, and make it the active one.
 
-    Exact: the factors are put side by side, so ranks add up; `compress` makes them small again. What only one of them
-    trained along with its adapters (a task head) comes along.
+    The sum is exact: the factors are put side by side, so ranks add up; `compress` lowers them again. The new adapter
+    also gets the extra trained parameters (a task head) that only one of the others has.
 
     Raises:
         StateError: an unknown name, a name that is taken, a merged model, or a head that several of them trained.
         MethodError: none of them has a rank left in any layer.
-        TargetError: a layer cannot carry an adapter, as where it has an attribute "lorafamily" of its own.
+        TargetError: a layer cannot carry an adapter, for example because it has an attribute "lorafamily" of its own.
     """
     if not weights:
         raise StateError('nothing to combine: give names with their weights, such as {"a": 0.7, "b": 0.3}')
-    placements = {own: placement_of(model, own) for own in weights}
-    check_can_place(model, name)
-    owner, _ = noted(model)
+    placements = [placement_of(model, summand) for summand in weights]
+    owner = check_can_place(model, name)
     extra_trained = _extra_trained(owner, placements)
-    layers = {at for placement in placements.values() for at in placement.adapters}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for at in layers:
-        of_layer = [
-            (weights[own], placement.adapters[at]) for own, placement in placements.items() if at in placement.adapters
-        ]
-        with torch.no_grad():
-            both = [(weight * adapter.scale, *adapter.factors()) for weight, adapter in of_layer]
-        factors[at] = torch.cat([s * U for s, U, _ in both], 1), torch.cat([V for _, _, V in both], 0)
+    U_of: dict[str, list[Tensor]] = defaultdict(list)
+    V_of: dict[str, list[Tensor]] = defaultdict(list)
+    for weight, placement in zip(weights.values(), placements, strict=True):
+        for at, adapter in placement.adapters.items():
+            U, V = adapter.factors()
+            U_of[at].append(weight * adapter.scale * U)
+            V_of[at].append(V)
+    factors = {at: (torch.cat(U_of[at], 1), torch.cat(V_of[at], 0)) for at in U_of}
     rank = max(len(V) for _, V in factors.values())
-    scales, options = dict.fromkeys(layers, 1.0), {"alpha": rank}
+    scales, options = dict.fromkeys(factors, 1.0), {"alpha": rank}
     return place_plain(model, name, targets_of(owner), factors, scales, extra_trained, rank=rank, options=options)
 
 
@@ -90,40 +88,44 @@ def compress(
     budget: float | None = None,
     rank_budget: int | None = None,
 ) -> Compression:
-    """Replace an adapter (default: the active one) in place by plain LoRA of lower rank, the best there is; reports by
-    layer, and the error in all.
+    """Replace an adapter (default: the active one) in place by the best plain LoRA of lower rank; returns the error by
+    layer and in all.
 
-    The singular values of U V come from the QR factors of U and V, an m × m matrix; no d_out × d_in one is formed.
+    The singular values of U V come from an m × m matrix, the product of the R factors of U and V; no d_out × d_in
+    matrix is formed.
 
-    Two of the arguments cut every layer for itself, two cut once through the singular values σ of all layers together:
-    what is left then goes where ΔW needs it, after training, as PARA (arXiv:2604.27796) and LoRA-Squeeze
-    (arXiv:2602.10993) do.
+    `rank` and `energy` cut every layer by itself. `budget` and `rank_budget` compare the singular values σ of all
+    layers, so that the layers whose ΔW needs rank keep it, as PARA (arXiv:2604.27796) and LoRA-Squeeze
+    (arXiv:2602.10993) do after training.
 
     Args:
-        rank: of every layer at most.
-        energy: share of ‖ΔW‖²_F that every layer keeps at least, in (0, 1]; the rank follows from it.
-        budget: trainable adapter parameters of all layers. The σ² / (d_in + d_out) highest stay: what a parameter is
-            worth, since a slice of a wide layer costs more of them. One that does not fit into the rest is passed over.
-        rank_budget: rank slices of all layers; the σ highest stay.
+        rank: the largest that a layer keeps.
+        energy: the share of ‖ΔW‖²_F in (0, 1] that every layer keeps at least; the rank follows from it.
+        budget: trainable adapter parameters of all layers. A slice counts by σ² / (d_in + d_out), its worth per
+            parameter, and the highest stay; one that does not fit into what is left of the budget is skipped.
+        rank_budget: rank slices of all layers; those with the highest σ stay.
 
     Raises:
-        StateError: unknown name, a merged model, or not just one of the four.
+        StateError: an unknown name, a merged model, or not exactly one of the four.
         BudgetError: a budget that is no positive number, or less than the cheapest slice.
     """
-    placement = placement_of(model, name)
-    refuse_merged(state_of(model))
+    placement, (owner, state) = placement_of(model, name), adapted(model)
+    refuse_merged(state)
     method, sizing, adapters, report = compressed(placement.adapters, Cut(rank, energy, budget, rank_budget))
-    placement.spec, placement.method, placement.sizing = PLAIN, method, sizing
-    _replace_adapters(model, placement, adapters)
+    placement.spec, placement.method, placement.sizing, placement.adapters = PLAIN, method, sizing, adapters
+    targets = targets_of(owner)
+    for path, adapter in adapters.items():
+        targets[path].site.put(targets[path].part, targets[path].kind, placement.name, adapter)
+    let_train(owner, placement, state.active == placement.name)
     return report
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where to cut the singular values, see `compress`.
+    """Where to cut the singular values: the arguments of `compress`.
 
     Raises:
-        StateError: not just one is given, or it is out of its range.
+        StateError: not exactly one is given, or it is out of range.
         BudgetError: it is no budget.
     """
 
@@ -135,8 +137,8 @@ class Cut:
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            said = ", ".join(f"{name}={value!r}" for name, value in (given or vars(self)).items())
-            raise StateError(f"{said}: give one of them")
+            arguments = ", ".join(f"{name}={value!r}" for name, value in (given or vars(self)).items())
+            raise StateError(f"{arguments}: give one of them")
         rank, energy = self.rank, self.energy
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise StateError(f"rank={rank!r}: must be a whole number of at least 1")
@@ -145,14 +147,14 @@ class Cut:
         check_budgets(self.budget, self.rank_budget)
 
     def __call__(self, values: Mapping[str, Tensor], costs: Mapping[str, int]) -> dict[str, int]:
-        """How many singular values every layer keeps. `values`: in falling order, without those that are rounding;
-        `costs`: trainable parameters of one slice."""
+        """How many singular values every layer keeps. `values`: in falling order, without those that are rounding
+        errors; `costs`: trainable parameters of one slice."""
         if self.rank is not None:
             return {at: min(self.rank, len(S)) for at, S in values.items()}
         if self.energy is not None:
             kept = {}
             for at, S in values.items():
-                left = S.square().flip(0).cumsum(0).flip(0)  # left[i]: energy of what falls if i values are kept
+                left = S.square().flip(0).cumsum(0).flip(0)  # left[i]: energy lost if i values are kept
                 kept[at] = int((left > (1 - self.energy) * left[:1]).sum())
             return kept
         if self.budget is not None:
@@ -163,48 +165,35 @@ class Cut:
 
 
 def compressed(adapters: Mapping[str, Adapter], cut: Cut) -> tuple[Method, Sizing, dict[str, Adapter], Compression]:
-    """Plain LoRA adapters in the place of others, see `compress`.
-
-    Raises:
-        BudgetError: less than the cheapest slice.
-    """
+    """The method, sizing, adapters and report of `compress`, whose errors it raises."""
     decomposed = {at: adapter.svd() for at, adapter in adapters.items()}
     real = {at: S[S[:1] * 1e-12 < S] for at, (_, S, _) in decomposed.items()}
     kept = cut(real, {at: a.update.d_in + a.update.d_out for at, a in adapters.items()})
     factors, report = {}, Compression()
     for at, adapter in adapters.items():
-        (Q, S, K), n = decomposed[at], kept[at]
+        (left, S, right), n = decomposed[at], kept[at]
         norm = float(S.norm())
         error = float(S[n:].norm()) / norm if norm else 0.0
         root, dtype = S[:n].sqrt(), next(adapter.update.parameters()).dtype
-        factors[at] = (Q[:, :n] * root).to(dtype), (root[:, None] * K[:n]).to(dtype)
+        factors[at] = (left[:, :n] * root).to(dtype), (root[:, None] * right[:n]).to(dtype)
         report.append(Compressed(at, adapter.rank, n, norm, error))
     largest = max([1, *(row.rank_after for row in report)])
-    dropout = next(iter(adapters.values())).dropout  # of all of them
+    dropout = next(iter(adapters.values())).dropout  # the same for all of them
     method, made = plain_adapters(factors, dict.fromkeys(factors, 1.0), dropout=dropout, options={"alpha": largest})
-    sizing = sizing_of(made, largest)
     budget = None if cut.budget is None else math.floor(cut.budget)
-    return method, replace(sizing, budget=budget, rank_budget=cut.rank_budget), made, report
+    parameters = sum(adapter.trainable() for adapter in made.values())
+    return method, Sizing(budget, "peak", largest, parameters, cut.rank_budget), made, report
 
 
-def _replace_adapters(model: nn.Module, placement: Placement, adapters: dict[str, Adapter]) -> None:
-    """Replace the adapters of a placement."""
-    owner, state = adapted(model)
-    targets = targets_of(owner)
-    for path, adapter in adapters.items():
-        targets[path].site.put(targets[path].part, targets[path].kind, placement.name, adapter)
-    placement.adapters = adapters
-    let_train(owner, placement, state.active == placement.name)
-
-
-def _extra_trained(model: nn.Module, placements: Mapping[str, Placement]) -> dict[str, Tensor]:
-    extra_trained: dict[str, Tensor] = {}
-    owner, state = adapted(model)
-    for placement in placements.values():
+def _extra_trained(owner: nn.Module, placements: Iterable[Placement]) -> dict[str, Tensor]:
+    """Copies of the extra trained values of all placements, of which only one may have a value for a parameter."""
+    found: dict[str, Tensor] = {}
+    _, state = adapted(owner)
+    for placement in placements:
         for at, value in extra_trained_values(owner, state, placement).items():
-            if at in extra_trained:
+            if at in found:
                 raise StateError(
                     f"{at} was trained with several of these adapters; which of them counts is not defined"
                 )
-            extra_trained[at] = value.clone()
-    return extra_trained
+            found[at] = value.clone()
+    return found

@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint are which of the model's.
+"""Which tensors of a checkpoint become which of the model's.
 
-transformers renames what it loads, and puts tensors together or takes them apart: experts that a checkpoint of Mixtral
-holds one by one are one 3-D parameter in the model. Its own code is run here on its tables, so that names are found as
-`from_pretrained` finds them. Only names and shapes are read; the model is on the meta device.
+transformers renames tensors when it loads them, and joins or splits some: the experts that a checkpoint of Mixtral
+holds one by one are one 3-D parameter in the model. To find tensors as `from_pretrained` does, this file runs
+transformers' own code on its conversion tables. Only names and shapes are read; the model is on the meta device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafamily.deploy.folder import read_json
+from lorafamily.deploy.folder import check_there, in_one_line, read_json
 from lorafamily.errors import FileError
 
 CONFIG = "config.json"
@@ -25,10 +25,10 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors on disk that become tensors of the model together, mostly one that becomes one and is only renamed.
+    """Tensors on disk that together become tensors of the model; mostly one that becomes one and is only renamed.
 
-    `sources`: names on disk, in the order in which they are put together; `targets`: names in the model; `converter`:
-    what transformers puts them together with, None where they are only renamed.
+    `sources`: names on disk, in the order in which they are joined; `targets`: names in the model; `converter`: what
+    joins and splits them, None where they are only renamed.
     """
 
     sources: tuple[str, ...]
@@ -37,23 +37,19 @@ class Group:
 
     def in_memory(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors from those on disk."""
-        if self.converter is None:
-            return {self.targets[0]: stored[self.sources[0]]}
-        return self.converter.forward({name: stored[name] for name in self.sources})
+        return self.converter.join(stored) if self.converter else {self.targets[0]: stored[self.sources[0]]}
 
-    def on_disk(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def on_disk(self, in_memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors on disk from the model's; the inverse of `in_memory`."""
-        if self.converter is None:
-            return {self.sources[0]: held[self.targets[0]]}
-        return self.converter.back({name: held[name] for name in self.targets})
+        return self.converter.split(in_memory) if self.converter else {self.sources[0]: in_memory[self.targets[0]]}
 
 
 @dataclass
 class Names:
-    """The names of a model's tensors, and where a checkpoint has them.
+    """Where a checkpoint has the tensors of a model.
 
-    `prefix`: what the adapter's names begin with and the model's do not. `tied`: names in the model that are one tensor
-    there, if the checkpoint does not hold them apart.
+    `prefix`: what the adapter's names begin with and the model's do not. `groups`, `tied`, `refused`: by name in the
+    model, the group that holds a tensor; the names that the config ties to it; why no group could hold it.
     """
 
     prefix: str = ""
@@ -62,24 +58,30 @@ class Names:
     refused: dict[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> Group | None:
-        """What holds a tensor that the adapter calls by that name; None where the checkpoint has nothing for it."""
+        """The group that holds a tensor that the adapter calls by this name; None where the checkpoint has none."""
         return self.groups.get(name.removeprefix(self.prefix)) if name.startswith(self.prefix) else None
 
     def why_not(self, name: str) -> str:
-        """Why a tensor is not to be found."""
+        """Why `of` finds no group."""
         return self.refused.get(name.removeprefix(self.prefix), "is missing")
 
     def partners(self, name: str) -> tuple[str, ...]:
-        """The names of all that are one tensor with this one in the model, itself among them."""
+        """The names that the config ties to this one, itself among them."""
         partners = self.tied.get(name.removeprefix(self.prefix), ())
         return tuple(self.prefix + partner for partner in partners) or (name,)
+
+
+def config_of(base: Path) -> dict[str, Any]:
+    """A checkpoint's config; empty where there is none."""
+    config = read_json(base / CONFIG, "") if (base / CONFIG).is_file() else {}
+    return config if isinstance(config, dict) else {}
 
 
 def names_of(base: Path, stored: Mapping[str, tuple[int, ...]], architecture: str, wanted: Iterable[str]) -> Names:
     """Where a checkpoint has the tensors of a model.
 
-    Of a class that transformers does not have, names on disk are those in the model; where such a class wraps a model
-    that the checkpoint is of, without what they begin with.
+    If transformers does not have the model's class, names on disk are those in the model. If such a class wraps a
+    model of transformers, and the checkpoint is of that one, names on disk lack the prefix that the wrapper adds.
 
     Args:
         base: the checkpoint's folder; its config.json is read.
@@ -90,35 +92,30 @@ def names_of(base: Path, stored: Mapping[str, tuple[int, ...]], architecture: st
     Raises:
         FileError: the config is missing, or is not one of that architecture.
     """
+    if (made_for := _class_of(architecture)) is not None:
+        return _found(_on_meta(made_for, base), stored)
     wanted = list(wanted)
-    own = _class_of(architecture)
-    if own is not None:
-        read_json(base / CONFIG, "a checkpoint has the config of its model")
-        return _found(_on_meta(own, base), stored)
-    if (base / CONFIG).is_file():
-        config = read_json(base / CONFIG, "")
-        for name in (config.get("architectures") or ()) if isinstance(config, dict) else ():
-            if (inner := _class_of(str(name))) is not None:
-                names = _found(_on_meta(inner, base), stored)
-                names.prefix = _prefix(wanted, names.groups)
-                return names
-    plain = {name: Group((name,), (name,)) for name in stored}
-    return Names(_prefix(wanted, plain), plain)
+    for name in config_of(base).get("architectures") or ():
+        if (inside := _class_of(str(name))) is not None:
+            names = _found(_on_meta(inside, base), stored)
+            names.prefix = _prefix(wanted, names.groups)
+            return names
+    unchanged = {name: Group((name,), (name,)) for name in stored}
+    return Names(_prefix(wanted, unchanged), unchanged)
 
 
-def _prefix(wanted: Iterable[str], groups: Mapping[str, Group]) -> str:
-    """The beginning of the wanted names without which all that have it are names of the model; "" if there is none."""
+def _prefix(wanted: list[str], groups: Mapping[str, Group]) -> str:
+    """The shortest prefix without which the wanted names that begin with it are in `groups`; "" if there is none."""
     parts = next(iter(wanted), "").split(".")
     for length in range(len(parts)):
         prefix = "".join(f"{part}." for part in parts[:length])
-        inside = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
-        if all(name in groups for name in inside):
+        if all(name.removeprefix(prefix) in groups for name in wanted if name.startswith(prefix)):
             return prefix
     return ""
 
 
 def _class_of(architecture: str) -> Any:
-    """A model class of transformers whose checkpoints are converted by tables; None where there is no such thing."""
+    """A model class of transformers whose checkpoints are converted by tables; None where there is no such class."""
     try:
         import transformers
         from transformers import core_model_loading  # noqa: F401 - not before transformers 5
@@ -129,15 +126,17 @@ def _class_of(architecture: str) -> Any:
 
 
 def _on_meta(cls: Any, base: Path) -> Any:
+    """A model of this class with the checkpoint's config, which must be there and of this class."""
     import transformers
 
-    said = read_json(base / CONFIG, "a checkpoint has the config of its model")
-    model_type = said.get("model_type") if isinstance(said, dict) else None
+    check_there(base / CONFIG, "a checkpoint has the config of its model")
+    entries = config_of(base)
+    model_type = entries.get("model_type")
     known = transformers.CONFIG_MAPPING
-    config = known[model_type].from_dict(said) if model_type in known else None
+    config = known[model_type].from_dict(entries) if model_type in known else None
     if config is not None and not isinstance(config, cls.config_class):
-        inner = getattr(cls.config_class, "base_config_key", "")
-        config = getattr(config, inner, None) if inner else None  # the text model of one that sees, too
+        key = getattr(cls.config_class, "base_config_key", "")
+        config = getattr(config, key, None) if key else None  # of the text model in a vision-language model's config
     if not isinstance(config, cls.config_class):
         raise FileError(
             f"{base / CONFIG}: of model_type {model_type!r}, which {cls.__name__}, the model that the adapter was made "
@@ -146,15 +145,14 @@ def _on_meta(cls: Any, base: Path) -> Any:
     try:
         with torch.device("meta"):
             return cls._from_config(config)
-    except Exception as error:  # whatever a constructor wants that is not there
-        why = " ".join(str(error).split())
+    except Exception as error:  # a constructor can raise anything
         raise FileError(
-            f"{base / CONFIG}: no {cls.__name__} can be made of it to find names by ({type(error).__name__}: {why})"
+            f"{base / CONFIG}: no {cls.__name__} can be made of it to find names by ({in_one_line(error)})"
         ) from None
 
 
 def _found(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:
-    """The names of a model of transformers on disk, as its loading finds them."""
+    """Where a checkpoint has the tensors of a model of transformers, as its loading finds them."""
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -184,80 +182,75 @@ def _found(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:
         else:
             transform = by_pattern[str(next(iter(patterns)))]
             converter = _Converter(transform, first, {k: str(v) for k, v in sources.items()}, halfway, model)
-            _add(names, converter, stored, state, first)
-    _add_tied(names, model)
+            _add_group(names, converter, stored, state)
+    # What the config ties. If the checkpoint holds both, transformers ties them only where they are equal.
+    targets_of: dict[str, list[str]] = defaultdict(list)
+    for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
+        targets_of[source].append(target)
+    for source, targets in targets_of.items():
+        names.tied |= dict.fromkeys([source, *targets], (source, *targets))
     return names
 
 
 def _moved(halfway: str, bare: str, renamed: str) -> str:
-    """A name with the same prefix put before it, or taken from it, as made `renamed` of `bare`."""
+    """A name with the prefix added or removed that made `renamed` of `bare`."""
     if renamed.endswith(bare):
         return renamed.removesuffix(bare) + halfway
     return halfway.removeprefix(bare.removesuffix(renamed))
 
 
-def _add(
-    names: Names, converter: _Converter, stored: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], first: str
+def _add_group(
+    names: Names, converter: _Converter, stored: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
 ) -> None:
-    """Note a group, tried on tensors without values: whatever does not come back as it was is refused."""
+    """Add a group, or why there is none: joining and splitting tensors without values must restore names and shapes."""
     shapes = {name: torch.empty(stored[name], device="meta") for name in converter.sources}
     try:
-        held = converter.forward(shapes)
-        group = Group(tuple(shapes), tuple(held), converter)
-        again = {name: value.shape for name, value in converter.back(held).items()}
-    except Exception as error:  # its operations are anybody's
-        why = " ".join(str(error).split()) or "no way back"
-        names.refused[first] = f"cannot be put back as it is on disk ({type(error).__name__}: {why})"
+        joined = converter.join(shapes)
+        again = {name: value.shape for name, value in converter.split(joined).items()}
+    except Exception as error:  # models may define operations of their own, which can raise anything
+        names.refused[converter.first] = f"cannot be put back as it is on disk ({in_one_line(error)})"
         return
-    for target, value in held.items():
+    for target, value in joined.items():
         if target not in state or state[target].shape != value.shape:
             wanted = list(state[target].shape) if target in state else "no tensor of the model"
-            names.refused[first] = f"comes out as {list(value.shape)} from {group.sources[0]} and others, not {wanted}"
+            shape, source = list(value.shape), next(iter(shapes))
+            names.refused[converter.first] = f"comes out as {shape} from {source} and others, not {wanted}"
             return
     if again != {name: value.shape for name, value in shapes.items()}:
-        gone = sorted(shapes.keys() ^ again.keys()) or [name for name in shapes if again[name] != shapes[name].shape]
-        names.refused[first] = f"cannot be put back as it is on disk ({gone[0]} would not come back)"
+        lost = sorted(shapes.keys() ^ again.keys()) or [name for name in shapes if again[name] != shapes[name].shape]
+        names.refused[converter.first] = f"cannot be put back as it is on disk ({lost[0]} would not come back)"
         return
-    names.groups |= dict.fromkeys(group.targets, group)
-
-
-def _add_tied(names: Names, model: Any) -> None:
-    """Note what the config ties. Where the checkpoint holds both, transformers compares them when it loads."""
-    of: dict[str, list[str]] = defaultdict(list)
-    for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
-        of[source].append(target)
-    for source, targets in of.items():
-        names.tied |= dict.fromkeys([source, *targets], (source, *targets))
+    names.groups |= dict.fromkeys(joined, Group(tuple(shapes), tuple(joined), converter))
 
 
 class _Converter:
     """A conversion of transformers on certain tensors, in both directions.
 
-    `sources`: for each name on disk the pattern that it matched; `halfway`: its name after renaming, which the way back
-    leads to.
+    `first`: the tensor of the model by which transformers collects them. `sources`: for each name on disk the pattern
+    that it matched. `halfway`: the names on disk after renaming, which the reversed conversion yields.
     """
 
     def __init__(self, transform: Any, first: str, sources: dict[str, str], halfway: Mapping[str, str], model: Any):
         self.transform, self.first, self.sources, self.model = transform, first, sources, model
         self.disk_name = {halfway[name]: name for name in sources}
 
-    def forward(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def join(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         transform = copy.deepcopy(self.transform)
         for name, pattern in self.sources.items():
             transform.add_tensor(self.first, name, pattern, stored[name])
         return self._converted(transform, self.first)
 
-    def back(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def split(self, in_memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
         transform = self.transform.reverse_transform()
         firsts = set()
-        for name, value in held.items():
+        for name, value in in_memory.items():
             first, pattern = transform.rename_source_key(name)
             if pattern is None:
                 raise ValueError(f"no way back from {name}")
             transform.add_tensor(first, name, pattern, value)
             firsts.add(first)
         if len(firsts) > 1:
-            raise ValueError(f"{' and '.join(held)} go back to different tensors")
+            raise ValueError(f"{' and '.join(in_memory)} go back to different tensors")
         found = self._converted(transform, firsts.pop())
         return {self.disk_name.get(name, name): value for name, value in found.items()}
 

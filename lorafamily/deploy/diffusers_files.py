@@ -1,9 +1,9 @@
 """LoRA files of diffusers: one safetensors file for a pipeline, whose keys say which of its models they are for.
 
-Written are `PREFIX.LAYER.lora_A.weight` and `lora_B.weight`, with peft's settings in the file's metadata (read by
-diffusers 0.34 and later). The scale is in lora_B and every alpha is the rank, so that older versions, which know
-neither, compute the same where all ranks are one. Read are these and what other trainers write: `lora.down.weight`,
-`lora.up.weight` of early diffusers, and kohya's `lora_unet_…` with `lora_down`, `lora_up` and `alpha`.
+Written are `PREFIX.LAYER.lora_A.weight` and `lora_B.weight`, with peft's settings in the file's metadata, which
+diffusers reads from 0.34 on. Older versions know no settings; they compute the same if all ranks are equal, because the
+scale is multiplied into lora_B and every alpha is the rank. Read are these files and those of other trainers:
+`lora.down.weight`, `lora.up.weight` of early diffusers, and kohya's `lora_unet_…` with `lora_down`, `lora_up`, `alpha`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,86 +20,88 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorafamily.deploy.folder import listed, read_tensors, write_tensors
-from lorafamily.deploy.peft_names import pattern_of, whole_layers
+from lorafamily.deploy.peft_names import most_frequent, pattern_of, whole_layers
 from lorafamily.errors import FileError
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 SETTINGS = "lora_adapter_metadata"
-"""Where in the metadata diffusers looks for peft's settings."""
+"""The entry of the metadata in which diffusers looks for peft's settings."""
 KOHYA = re.compile(r"(lora_(?:unet|transformer|te[12]?))_(.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
 EARLY = (
     (re.compile(r"(.+)\.processor\.to_out_lora\.(down|up)\.weight"), r"\1.to_out.0"),
     (re.compile(r"(.+)\.processor\.(to_[qkv])_lora\.(down|up)\.weight"), r"\1.\2"),
     (re.compile(r"(.+)\.lora\.(down|up)\.weight"), r"\1"),
 )
-"""Names before diffusers took peft's, and the layer's name in each."""
+"""Keys from before diffusers took over peft's, and the layer that each is for."""
 IMAGES, TEXTS = ("unet", "transformer", "lora_unet", "lora_transformer"), ("text_encoder", "lora_te")
-"""What keys begin with for the model that makes images, and for a pipeline's only text encoder."""
+"""Prefixes of keys for the model that makes images, and for a pipeline's only text encoder."""
 
 
 def prefix_of(model: nn.Module) -> str | None:
-    """What a pipeline calls a model of diffusers: "unet" or "transformer"; None for models of others."""
+    """What a pipeline calls a model of diffusers, "unet" or "transformer"; None for models of other libraries."""
     if not hasattr(model, "load_lora_adapter"):
         return None
     return "unet" if type(model).__name__.startswith("UNet") else "transformer"
 
 
 def write_diffusers(folder: Path, prefix: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Tensors by peft's names and peft's settings, as the file of a pipeline.
+    """Write tensors under peft's names, and peft's settings, as the file of a pipeline.
 
     Raises:
         FileError: it cannot be written.
     """
-    said = json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}, indent=1)
-    named = {f"{prefix}.{key}": value for key, value in tensors.items()}
-    write_tensors(folder / DIFFUSERS, named, {"format": "pt", SETTINGS: said})
+    metadata = json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}, indent=1)
+    prefixed = {f"{prefix}.{key}": value for key, value in tensors.items()}
+    write_tensors(folder / DIFFUSERS, prefixed, {"format": "pt", SETTINGS: metadata})
 
 
 def read_diffusers(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings as peft has them, and the tensors for this model by peft's names.
+    """Settings and the tensors for this model, both under peft's names.
 
     Raises:
-        FileError: not there, damaged, without tensors for this model, or with names that lead to none of its layers.
+        FileError: the file is missing or damaged, has no tensors for this model, or names layers that it does not have.
     """
-    tensors = read_tensors(path, f"diffusers saves {DIFFUSERS}")
-    own = IMAGES if prefix_of(model) else TEXTS
-    kohya = {key: match for key in tensors if (match := KOHYA.fullmatch(key))}
-    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in tensors.items():
-        prefix, rest = (kohya[key][1], f"{kohya[key][2]}.{kohya[key][3]}") if key in kohya else _split(key)
-        groups[prefix][rest] = value
-    ours = [prefix for prefix in groups if prefix in own or not prefix]
-    others = {prefix: len(group) for prefix, group in groups.items() if prefix not in ours}
+    by_prefix: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in read_tensors(path, f"diffusers saves {DIFFUSERS}").items():
+        prefix, rest = _split(key)
+        by_prefix[prefix][rest] = value
+    possible = IMAGES if prefix_of(model) else TEXTS
+    ours = [prefix for prefix in by_prefix if prefix in possible or not prefix]
+    others = [prefix for prefix in by_prefix if prefix not in ours]
     if len(ours) != 1:
         found = ", ".join(prefix or "no prefix" for prefix in (ours or others))
         raise FileError(
-            f"{path}: keys begin with {found}; for a {type(model).__name__} one of {', '.join(own)} is needed, or none"
+            f"{path}: keys begin with {found}; for a {type(model).__name__} one of {', '.join(possible)} is needed, or "
+            "no prefix at all"
         )
     if others:
         warnings.warn(
-            f"{path}: {', '.join(others)} ({sum(others.values())} tensors) are for other models of the pipeline and "
-            "are not read here",
+            f"{path}: {', '.join(others)} ({sum(len(by_prefix[prefix]) for prefix in others)} tensors) are for other "
+            "models of the pipeline and are not read here",
             stacklevel=3,
         )
-    group = _of_kohya(model, groups[ours[0]], path) if ours[0].startswith("lora_") else _of_early(groups[ours[0]])
-    alphas = {key.removesuffix(".alpha"): float(group.pop(key)) for key in list(group) if key.endswith(".alpha")}
-    settings = _settings(path, ours[0])
-    return settings or _from_tensors(group, alphas), group
+    prefix, found_here = ours[0], by_prefix[ours[0]]
+    tensors = _of_kohya(model, found_here, path) if prefix.startswith("lora_") else _of_early(found_here)
+    alphas = {key.removesuffix(".alpha"): float(tensors.pop(key)) for key in list(tensors) if key.endswith(".alpha")}
+    return _settings(path, prefix) or _from_tensors(tensors, alphas), tensors
 
 
 def _split(key: str) -> tuple[str, str]:
+    """A key's prefix, "" if it has none, and the rest."""
+    if match := KOHYA.fullmatch(key):
+        return match[1], f"{match[2]}.{match[3]}"
     prefix, _, rest = key.partition(".")
-    known = prefix in IMAGES or prefix.startswith("text_encoder")
-    return (prefix, rest) if known else ("", key)
+    return (prefix, rest) if prefix in IMAGES or prefix.startswith("text_encoder") else ("", key)
 
 
-def _of_kohya(model: nn.Module, group: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """kohya writes a layer's name with _ for every dot; which layer that is, only the model says."""
+def _of_kohya(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """kohya's keys under peft's names. They have _ for every dot in a layer's name, so only the model tells which
+    layer is meant."""
     names: dict[str, list[str]] = defaultdict(list)
     for at in whole_layers(model):
         names[at.replace(".", "_")].append(at)
     found, wrong = {}, []
-    for key, value in group.items():
+    for key, value in tensors.items():
         written, _, what = key.partition(".")
         if len(names[written]) != 1:
             wrong.append(f"{written} could be any of {names[written]}" if names[written] else f"{written} is no layer")
@@ -111,9 +113,10 @@ def _of_kohya(model: nn.Module, group: Mapping[str, Tensor], path: Path) -> dict
     return found
 
 
-def _of_early(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _of_early(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of early diffusers under peft's names; other keys stay."""
     found = {}
-    for key, value in group.items():
+    for key, value in tensors.items():
         for pattern, layer in EARLY:
             if match := pattern.fullmatch(key):
                 key = f"{match.expand(layer)}.lora_{'A' if match[match.lastindex or 0] == 'down' else 'B'}.weight"
@@ -122,21 +125,21 @@ def _of_early(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _settings(path: Path, prefix: str) -> dict[str, Any] | None:
-    """peft's settings from the file's metadata, if there are any for this model."""
+def _settings(path: Path, prefix: str) -> dict[str, Any]:
+    """peft's settings for this model from the file's metadata; empty if there are none."""
     try:
         with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+            settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
         start = f"{prefix}." if prefix else ""
-        return {key.removeprefix(start): v for key, v in said.items() if key.startswith(start)} or None
+        return {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
     except (ValueError, AttributeError, SafetensorError) as error:
         raise FileError(f"{path}: damaged, its metadata {SETTINGS} is not JSON ({error})") from None
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """Settings of a file that has none: ranks as they are, and every scale alpha / r, or 1 without alpha."""
+    """Settings for a file without any: ranks from the tensors, and the scale alpha / r, or 1 without alpha."""
     ranks = {key.removesuffix(".lora_A.weight"): len(value) for key, value in tensors.items() if "lora_A" in key}
-    r = _most(ranks.values())
+    r = most_frequent(ranks.values())
     return {
         "peft_type": "LORA",
         "r": r,
@@ -144,8 +147,3 @@ def _from_tensors(tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) ->
         "rank_pattern": {pattern_of(at): rank for at, rank in ranks.items()},
         "alpha_pattern": {pattern_of(at): alphas.get(at, rank) for at, rank in ranks.items()},
     }
-
-
-def _most(ranks: Iterable[int]) -> int:
-    counted = list(ranks)
-    return max(sorted(set(counted)), key=counted.count, default=1)

@@ -1,4 +1,4 @@
-"""Saving the adapters of a model, and loading them. Everything is checked before the model is touched."""
+"""Saves the adapters of a model, and loads them. Everything is checked before the model is touched."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ from lorafamily.layers.weights import onloaded, whole_weights
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, hash_base: bool = False) -> Path:
-    """Write the adapters of one name (default: the active ones), with what was trained along with them, into a folder.
+    """Write the adapters of one name (default: the active ones) and their extra trained parameters into a folder.
 
     Ranks may differ between modules and may be zero. Saving what was loaded writes the same bytes. Each file is
-    written next to its place and renamed into it. Warns of adapters that were trained without what their method does in
-    training, since no session was made for them. Returns the folder.
+    written next to its place and renamed into it. A warning names adapters that were trained without a session, and so
+    without the rank allocation or the penalty of their method. Returns the folder.
 
-    `hash_base`: note hashes of the adapted weights too, so that loading onto other weights of the same shapes is
-    refused; it reads all of them once.
+    `hash_base`: also record hashes of the adapted weights, so that `load` refuses other weights of the same shapes;
+    this reads all of them once.
 
     Raises:
-        StateError: nothing to save, or something trains that would not be in the file.
+        StateError: nothing to save, or a parameter trains that would not be in the file.
         FileError: a file cannot be written.
     """
     placement = placement_of(model, name)
@@ -65,8 +65,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     refuse_offloaded_adapters(placement.adapters)
     if hash_base and (spread := [at for at, target in layers.items() if is_sharded(target.stored)]):
         raise StateError(
-            f"hash_base=True reads whole weights, and that of {spread[0]} is spread over processes, of which one "
-            "writes the file; leave it out, or save and load once before shard(model)"
+            f"hash_base=True reads whole weights, and that of {spread[0]} is spread over processes; leave it out, or "
+            "save and load once before shard(model)"
         )
     originals = (state.originals or {}) if hash_base else None
     extra_trained = extra_trained_values(owner, state, placement)
@@ -80,13 +80,13 @@ def described(
     extra_trained: Mapping[str, Tensor],
     originals: Mapping[str, Tensor | None] | None = None,
 ) -> Saved:
-    """Adapters of a model with what a file says of them. `originals`: None notes no hashes of weights; else those
-    weights, by layer, that are not in the model now because something is merged into it."""
+    """Adapters of a model as they are written, with their record. `originals`: None records no hashes of weights;
+    otherwise the original weights, by layer, of a model into which something is merged."""
     modules: dict[str, dict[str, Any]] = {}
-    names_of = parameter_names(model)
+    names_by_id = parameter_names(model)
     for at, target in targets.items():
         modules[at] = {**target.kind.described(), "shape": list(target.shape)}
-        if len(names := names_of.get(id(target.stored), ())) > 1:
+        if len(names := names_by_id.get(id(target.stored), ())) > 1:
             modules[at]["tied"] = names
         if originals is not None:
             original = originals.get(at)
@@ -107,15 +107,15 @@ def described(
 def load(model: Model, path: str | os.PathLike[str], name: str | None = None) -> Model:
     """Put a saved adapter into a model of the same architecture and make it the active one.
 
-    `name`: under which it goes into the model; default "default". Nothing is changed if anything does not fit. Where
-    the adapted layers fit but the model differs elsewhere from the one it was made for, that is said as a warning.
+    `name`: its name in the model; None means "default". If anything does not fit, the model stays unchanged. If the
+    adapted layers fit and the model differs elsewhere from the one the adapter was made for, a warning says so.
 
     Raises:
-        FileError: the folder lacks a file, a file is damaged, or the model's layers (or, where `save` noted hashes,
+        FileError: the folder lacks a file, a file is damaged, or the model's layers (or, if `save` recorded hashes,
             their weights) are not those it was made for.
         MethodError: the method is not installed.
         StateError: the name is taken, or the model is merged.
-        TargetError: a layer cannot carry an adapter, as where it has an attribute "lorafamily" of its own.
+        TargetError: a layer cannot carry an adapter, for example because it has an attribute "lorafamily" of its own.
     """
     name = "default" if name is None else name
     owner = check_can_place(model, name)
@@ -139,7 +139,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
 
 
 def _shapes(model: nn.Module) -> str:
-    """A hash of the names and shapes of the base's parameters, quantised or not."""
+    """A hash of the names and shapes of the base's parameters; quantising the base does not change it."""
     lines = [f"{name} {shape}" for name, shape in sorted(shapes_of(model).items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
@@ -152,14 +152,14 @@ def _hash(*stored: Tensor) -> str:
 
 
 def _hash_of(target: Target) -> str:
-    """Of a layer's weight, wherever it is."""
+    """The hash of a layer's weight, also of an offloaded one."""
     with whole_weights(target.layer):
         return _hash(*target.kind.stored(target.layer).values())
 
 
 def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:
-    """What the record names. The model must have each, in that shape and with the weights that the record notes, and
-    all parameters and buffers that go along."""
+    """The targets that the record names. The model must have them, and all parameters and buffers that the file has
+    values for, in the same shapes, with the recorded hashes, and tied to the same names."""
     targets, wrong = {}, []
     for at, entry in saved.modules.items():
         target = target_of_record(model, at, entry)
@@ -171,12 +171,12 @@ def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:
             wrong.append(f"{at} is {shape}, not {entry['shape']}")
         elif "weight_hash" in entry and _hash_of(target) != entry["weight_hash"]:
             wrong.append(f"{at} has other weights")
-    own, tied = {**base_parameters(model), **movable_buffers(model)}, tied_names(model)
+    ours, tied = {**base_parameters(model), **movable_buffers(model)}, tied_names(model)
     for at, value in saved.extra_trained.items():
-        if at not in own:
+        if at not in ours:
             wrong.append(f"{at} is missing")
-        elif own[at].shape != value.shape:
-            wrong.append(f"{at} is {list(own[at].shape)}, not {list(value.shape)}")
+        elif ours[at].shape != value.shape:
+            wrong.append(f"{at} is {list(ours[at].shape)}, not {list(value.shape)}")
         elif (there := saved.record.get("tied", {}).get(at, [at])) != (here := tied.get(at, [at])):
             which = [name for name in {**dict.fromkeys(there), **dict.fromkeys(here)} if name != at]
             wrong.append(f"{at} is {'no' if len(there) > 1 else 'one'} tied tensor with {' and '.join(which)}")

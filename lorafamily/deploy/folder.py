@@ -1,6 +1,10 @@
-"""A record and its tensors as two files: written next to their place and renamed into it, read without unpickling.
+"""Writes a record (JSON) and its tensors (safetensors) as two files, and reads them back without unpickling.
 
-A sealed folder notes in its record the SHA-256 of both files, so that flipped bits are noticed.
+Each file is written next to its place and renamed into it, so a killed process leaves no half-written one there. In a
+sealed folder the record holds the SHA-256 of both files, so that flipped bits are noticed.
+
+Every function here raises `FileError` where a file cannot be written, is missing or is damaged. Where a function takes
+`what`, that says in the error what the folder should have been.
 """
 
 from __future__ import annotations
@@ -26,11 +30,7 @@ SEAL = "sha256"
 def write_sealed(
     folder: Path, record_name: str, record: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Tensors and their record, each with its hash in the record.
-
-    Raises:
-        FileError: a file cannot be written.
-    """
+    """Write tensors and their record, with the hashes of both in the record."""
     data = _bytes_of(tensors)
     _write(folder / name, data)
     write_json(folder / record_name, _sealed(record_name, record, name, hashlib.sha256(data).hexdigest()))
@@ -40,7 +40,7 @@ def sealed_sizes(
     record_name: str, record: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, int]:
     """Bytes of the two files that `write_sealed` would write; only shapes and dtypes of the tensors are read."""
-    any_hash = hashlib.sha256().hexdigest()  # all are of one length
+    any_hash = hashlib.sha256().hexdigest()  # all hashes have the same length
     return {
         record_name: len(_text_of(_sealed(record_name, record, name, any_hash))),
         name: _header_size(tensors) + sum(tensor.nbytes for tensor in tensors.values()),
@@ -53,11 +53,11 @@ def _sealed(record_name: str, record: Mapping[str, Any], name: str, data_hash: s
 
 
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
-"""What safetensors calls the dtypes of parameters; in its files the last of them come first, and each by name."""
+"""safetensors' names of the dtypes of parameters. Its files begin with the last dtype here, and sort each by name."""
 
 
 def _header_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes before the tensors in a safetensors file: a length of 8 bytes, and JSON filled up to a multiple of 8."""
+    """Bytes before the tensors in a safetensors file: 8 that hold a length, and JSON padded to a multiple of 8."""
     places = list(_DTYPES)
     header: dict[str, Any] = {}
     begin = 0
@@ -70,64 +70,42 @@ def _header_size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def read_record(path: Path, what: str, format: int) -> dict[str, Any]:
-    """The record of a sealed folder.
-
-    Raises:
-        FileError: not there, damaged, of another format, or not what was written.
-    """
+    """The record of a sealed folder, which must be of this format and hash to what it notes."""
     record = read_json(path, what)
-    if not isinstance(record, dict) or record.get("format") != format:
-        found = record.get("format") if isinstance(record, dict) else None
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != format:
         raise FileError(f"{path}: format {found!r}; this version of lorafamily reads format {format}")
     seal = record.pop(SEAL, None)
     if not isinstance(seal, dict) or seal.get(path.name) != _hash_of(record):
-        raise FileError(f"{path}: damaged, it is not what was written (its SHA-256 is another)")
+        raise FileError(f"{path}: damaged, its SHA-256 is not the one noted when it was written")
     return record | {SEAL: seal}
 
 
 def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a sealed folder, on the CPU.
-
-    Raises:
-        FileError: not there, damaged, or not what the record speaks of.
-    """
-    _check_there(path, what)
+    """The tensors of a sealed folder, on the CPU; they must hash to what the record notes."""
+    check_there(path, what)
     with open(path, "rb") as file:
         if record[SEAL].get(path.name) != hashlib.file_digest(file, "sha256").hexdigest():
-            raise FileError(f"{path}: damaged, these are not the tensors that its record speaks of (SHA-256)")
+            raise FileError(f"{path}: damaged, its SHA-256 is not the one that the record notes for these tensors")
     return read_tensors(path, what)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Tensors of any device as a safetensors file.
-
-    Raises:
-        FileError: it cannot be written, or a tensor is on the meta device.
-    """
+    """Write tensors of any device, but meta, as a safetensors file."""
     _write(path, _bytes_of(tensors, metadata))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """A record as a JSON file.
-
-    Raises:
-        FileError: it cannot be written.
-    """
     _write(path, _text_of(record))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text as a file in UTF-8.
-
-    Raises:
-        FileError: it cannot be written.
-    """
     _write(path, text.encode())
 
 
 def _bytes_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    if empty := [key for key, value in tensors.items() if value.is_meta]:
-        raise FileError(f"{empty[0]} is on the meta device: there are no values to write")
+    if on_meta := [key for key, value in tensors.items() if value.is_meta]:
+        raise FileError(f"{on_meta[0]} is on the meta device: there are no values to write")
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     return safetensors.torch.save(on_cpu, metadata)
 
@@ -141,15 +119,12 @@ def _hash_of(record: Mapping[str, Any]) -> str:
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; `what` says in the error what the folder should have been.
+    """The tensors of a safetensors file, on the CPU.
 
-    Each has memory of its own: in the file they lie at any address, and on some processors the product of a matrix
-    that is not aligned differs in its last bit.
-
-    Raises:
-        FileError: not there, or damaged.
+    Each is copied into memory of its own: in the file they lie at any address, and on some processors the product of a
+    matrix that is not aligned differs in its last bit.
     """
-    _check_there(path, what)
+    check_there(path, what)
     try:
         return {key: value.clone() for key, value in safetensors.torch.load_file(path).items()}
     except safetensors.SafetensorError as error:
@@ -157,12 +132,8 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """What a JSON file holds; `what` as in `read_tensors`.
-
-    Raises:
-        FileError: not there, damaged, or with two entries of one name.
-    """
-    _check_there(path, what)
+    """What a JSON file holds. Two entries of one name count as damage."""
+    check_there(path, what)
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
@@ -170,7 +141,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two entries of one name, json would keep the last and say nothing."""
+    """Of two entries of one name, json would silently keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"a name occurs twice among {', '.join(name for name, _ in pairs)[:80]}")
@@ -178,12 +149,17 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def listed(problems: list[str]) -> str:
-    """The first five of what is wrong, and how many more."""
+    """The first five problems, and how many more there are."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return "; ".join(problems[:5]) + more
 
 
-def _check_there(path: Path, what: str) -> None:
+def in_one_line(error: Exception) -> str:
+    """Class and message of an error that somebody else's code raised."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+def check_there(path: Path, what: str) -> None:
     if not path.is_file():
         raise FileError(f"{path.parent}: no {path.name} there; {what}")
 

@@ -43,24 +43,24 @@ def merge(
 ) -> Model:
     """Fold the active adapters into their weights, W + ΔW, and leave nothing of them in the forward pass.
 
-    ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. Merged modules have their own
-    forward again, and `state_dict()` the base's names: `save_pretrained` writes an ordinary checkpoint. Merging twice
-    changes nothing more. `merge_difference` says how far the rounding moves the outputs.
+    ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. Merged modules have their
+    original forward again and `state_dict()` the base's names, so `save_pretrained` writes an ordinary checkpoint.
+    Merging a merged model changes nothing. `merge_difference` measures how far the rounding moves the outputs.
 
-    A quantised base is merged in one of two ways, which must be chosen; `unmerge` puts its layers back as they were.
+    For a quantised base choose `dequantise` or `requantise`; `unmerge` restores its layers.
 
     Args:
         keep: where to keep the original weights, whose bits `unmerge` gives back: on their device, in CPU memory, or
             nowhere, which makes merging final.
-        dequantise: ordinary layers of this dtype (best that of the rest of the model) replace all quantised ones, those
-            without adapter too: the model is then an ordinary one, and as large.
+        dequantise: replace all quantised layers, also those without adapter, by ordinary ones of this dtype (best that
+            of the rest of the model); the model is then as large as an ordinary one.
         requantise: quantise W + ΔW again, with the settings of each layer. A warning says how much of ΔW that loses,
-            which may be most of it, and `summary` says it for every layer.
+            which may be most of it; `summary` has it for every layer.
 
     Raises:
-        StateError: no adapter is active; an adapted weight is shared with another layer, which would change too, or it
-            is computed from others (parametrised), or offloaded; it is quantised and neither `dequantise` nor
-            `requantise` is given, or one is given and nothing is quantised.
+        StateError: no adapter is active; an adapted weight is tied to another layer's, which would change too, is
+            computed from others (parametrised), or offloaded; it is quantised and neither `dequantise` nor
+            `requantise` is given, or one of them is given and nothing is quantised.
     """
     if keep not in ("device", "cpu", "none"):
         raise StateError(f'keep={keep!r}: must be "device", "cpu" or "none"')
@@ -73,11 +73,11 @@ def merge(
     for path in quantised:
         if is_sharded(targets[path].stored):
             raise StateError(
-                f"{path} is quantised and spread over processes; save the adapter, which is whole in each, and load "
+                f"{path} is quantised and spread over processes; save the adapter, which is whole in each, then load "
                 "and merge it in one process"
             )
     check_replacement(owner, next(iter(quantised), None), dequantise, requantise)
-    _refuse_shared(owner, placement, targets)
+    _check_replaceable(owner, placement, targets)
     refuse_offloaded_adapters(placement.adapters)
     for _, site in sites_in(owner):
         site.detach()
@@ -89,7 +89,7 @@ def merge(
     except BaseException as error:
         if keep == "none" and (state.originals or state.quantised.layers):
             raise StateError(
-                f'merging failed in the middle ({error}), and with keep="none" nothing can be undone: load the base '
+                f'merging failed in the middle ({error}), and keep="none" kept nothing to undo it with: load the base '
                 "again"
             ) from error
         _undo(owner, state)
@@ -106,8 +106,8 @@ def _merge_plain(
     changes: dict[nn.Parameter, list[str]] = defaultdict(list)
     for path in placement.adapters:
         if not isinstance(targets[path].layer_kind, Quantised):
-            changes[_replaceable(path, targets[path])].append(path)
-    for parameter, paths in changes.items():  # one by one: all merged weights at once would be a second model
+            changes[targets[path].parameter].append(path)
+    for parameter, paths in changes.items():  # one by one, since all merged weights take as much memory as the model
         merged = changed_weight(whole(parameter), [(targets[path].kind, placement.adapters[path]) for path in paths])
         here = local(parameter).clone() if is_sharded(parameter) else parameter.data
         kept = None if keep == "none" else here if keep == "device" else here.cpu()
@@ -146,14 +146,14 @@ def _warn_of_lost(placement: Placement, lost: Mapping[str, float]) -> None:
     least, most = min(shares, key=lambda path: shares[path]), max(shares, key=lambda path: shares[path])
     warnings.warn(
         f"quantising W + ΔW again left an error of {shares[least]:.0%} to {shares[most]:.0%} of ‖ΔW‖ (the most in "
-        f"{most}); summary has every layer's, and dequantise=... loses none",
+        f"{most}); summary has the error of every layer, and dequantise=... avoids it",
         stacklevel=4,
     )
 
 
 @torch.no_grad()
 def unmerge(model: Model) -> Model:
-    """Put the original weights and the adapters back as they were before `merge`; nothing if nothing is merged.
+    """Restore the weights and the adapters as they were before `merge`; a model that is not merged stays unchanged.
 
     Raises:
         StateError: merged with keep="none".
@@ -176,7 +176,13 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
         replace_layer(owner, at, layer)
     remember_quantised(owner, state.quantised.noted)
     targets = targets_of(owner)
-    _put_back(state.originals or {}, targets)
+    for path, original in (state.originals or {}).items():
+        assert original is not None
+        parameter = targets[path].parameter
+        if is_sharded(parameter):
+            local(parameter).copy_(original)
+        else:
+            parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
             like = targets[path].stored
@@ -191,13 +197,13 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
 def merge_difference(
     model: nn.Module, batch: Any, *, dequantise: torch.dtype | None = None, requantise: bool = False
 ) -> float:
-    """Largest difference that merging makes to the outputs on a batch, in eval mode; the model stays as it was.
+    """Largest difference that merging makes to the outputs on a batch, in eval mode; the model stays unchanged.
 
-    Of the logits where the model returns an object with `.logits`, of the tensor it returns otherwise; `batch` goes to
-    the model as in `train`, `dequantise` and `requantise` to `merge`.
+    Outputs are the logits if the model returns an object with `.logits`, otherwise the tensor that it returns. `batch`
+    goes to the model as in `train`, `dequantise` and `requantise` to `merge`.
 
     Raises:
-        StateError: no adapter is active, or merging is refused.
+        StateError: no adapter is active, merging is refused, or the model returns neither logits nor a tensor.
     """
     (_, state), training = noted(model), model.training
     merged = state is not None and state.merged
@@ -205,19 +211,14 @@ def merge_difference(
     model.eval()
     try:
         with scales_kept(model):
-            both = [outputs_of(change(model), batch).float() for change in (unmerge, merging)]
+            both = [_outputs_of(change(model), batch).float() for change in (unmerge, merging)]
     finally:
         (merging if merged else unmerge)(model)
-        model.train(training)  # also layers that unmerge has put back, which were in eval mode when they went
+        model.train(training)  # also the layers that unmerge restored, which merge removed in eval mode
     return float((both[0] - both[1]).abs().max())
 
 
-def outputs_of(model: nn.Module, batch: Any) -> Tensor:
-    """The logits, or the tensor, that a model returns for a batch.
-
-    Raises:
-        StateError: it returned neither.
-    """
+def _outputs_of(model: nn.Module, batch: Any) -> Tensor:
     output = call(model, batch)
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
@@ -227,9 +228,9 @@ def outputs_of(model: nn.Module, batch: Any) -> Tensor:
 
 @torch.no_grad()
 def changed_weight(weight: Tensor, acting: Acting) -> Tensor:
-    """W + ΔW in the layout and dtype of W; a new tensor. Several adapters are those of parts of the layer.
+    """W + ΔW as a new tensor in the layout and dtype of W, summed in float32 or higher and rounded once.
 
-    Sums are in float32 or higher, and rounded once.
+    Several adapters belong to parts of the layer.
     """
     changed = weight
     if any(kind.in_place for kind, _ in acting):
@@ -242,36 +243,23 @@ def changed_weight(weight: Tensor, acting: Acting) -> Tensor:
     return changed.to(weight.dtype).contiguous()
 
 
-def _put_back(originals: Mapping[str, Tensor | None], targets: Mapping[str, Target]) -> None:
-    for path, original in originals.items():
-        assert original is not None
-        parameter = targets[path].parameter
-        if is_sharded(parameter):
-            local(parameter).copy_(original)
-        else:
-            parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
-
-
-def _replaceable(path: str, target: Target) -> nn.Parameter:
-    try:
-        parameter = target.parameter
-    except AttributeError:
-        raise StateError(
-            f"the weight of {path} is no parameter but computed from others; make it one before merging "
-            "(torch.nn.utils.parametrize.remove_parametrizations)"
-        ) from None
-    if parameter.is_meta:
-        raise StateError(
-            f"the weight of {path} is not here (offloaded, or on the meta device); save the adapter and merge it into "
-            f"the checkpoint (lorafamily merge), or have it here: {BACK}"
-        )
-    return parameter
-
-
-def _refuse_shared(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
+def _check_replaceable(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
+    """Refuse adapted weights that are no parameters, not in memory, or tied to others."""
     names_of = parameter_names(model)
     for path in placement.adapters:
-        if len(names := names_of[id(_replaceable(path, targets[path]))]) > 1:
+        try:
+            parameter = targets[path].parameter
+        except AttributeError:
+            raise StateError(
+                f"the weight of {path} is no parameter but computed from others; make it one before merging "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            ) from None
+        if parameter.is_meta:
+            raise StateError(
+                f"the weight of {path} is not here (offloaded, or on the meta device); save the adapter and merge it "
+                f"into the checkpoint (lorafamily merge), or load the weight: {BACK}"
+            )
+        if len(names := names_of[id(parameter)]) > 1:
             raise StateError(
                 f"{' and '.join(names)} are one tied tensor: merging the adapter of {path} would change "
                 "the others too; untie them (a clone of the weight) before merging"

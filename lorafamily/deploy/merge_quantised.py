@@ -1,4 +1,4 @@
-"""Merging into quantised layers: ordinary ones in their place, or W + ΔW quantised again."""
+"""Merging into quantised layers: ordinary layers replace them, or W + ΔW is quantised again."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lorafamily.layers.wrapper import ForwardWrapper
 
 
 def check_replacement(model: nn.Module, adapted: str | None, dtype: torch.dtype | None, again: bool) -> None:
-    """Check that quantised layers can be merged as asked; `adapted`: one that carries an adapter, None without one.
+    """Check that quantised layers can be merged as asked; `adapted`: the first that carries an adapter, if any.
 
     Raises:
-        StateError: neither way was chosen, both were, or nothing is quantised; a layer has another forward on the
-            instance, which its replacement would not have, or it is the model itself.
+        StateError: neither way was chosen, both were, or nothing is quantised; a layer's instance has a forward of its
+            own, which the replacement would lack; a quantised layer is the model itself.
     """
-    ways = "merge(model, dequantise=torch.bfloat16) puts ordinary layers in their place, requantise=True rounds anew"
+    ways = "merge(model, dequantise=torch.bfloat16) replaces it by an ordinary layer, requantise=True quantises W + ΔW"
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise StateError(f"dequantise={dtype!r}: must be a floating-point torch.dtype, such as torch.bfloat16")
     if dtype is not None and again:
         raise StateError("dequantise and requantise exclude each other: give one")
     if adapted is not None and dtype is None and not again:
-        raise StateError(f"{adapted} is quantised, there is nothing to add ΔW to; {ways}")
+        raise StateError(f"{adapted} is quantised, so ΔW cannot be added to its weight; {ways}")
     if adapted is None and (again or (dtype is not None and next(quantised_layers(model), None) is None)):
-        raise StateError(f"{'requantise' if again else 'dequantise'} is given, and no adapted layer is quantised")
+        raise StateError(f"{'requantise' if again else 'dequantise'} is given, but no adapted layer is quantised")
     for at, layer, _ in quantised_layers(model) if dtype is not None or again else ():
         forward = vars(layer).get("forward")
         forward = forward.inner if isinstance(forward, ForwardWrapper) else forward
@@ -44,7 +44,7 @@ def check_replacement(model: nn.Module, adapted: str | None, dtype: torch.dtype 
 
 
 def plain_layer(kind: Quantised, layer: Any, weight: Float[Tensor, "d_out d_in"], dtype: torch.dtype) -> nn.Module:
-    """An ordinary layer of another weight: nn.Linear, or Conv1D where the layer was one before it was quantised."""
+    """An ordinary layer with this weight: Conv1D if the layer was one before it was quantised, otherwise nn.Linear."""
     d_out, d_in = weight.shape
     with torch.device("meta"):
         biased = layer.bias is not None
@@ -60,8 +60,10 @@ def plain_layer(kind: Quantised, layer: Any, weight: Float[Tensor, "d_out d_in"]
 
 
 def replace_layer(model: nn.Module, at: str, new: nn.Module, keep: str = "device") -> nn.Module:
-    """Replace a layer, handing its site on; returns the old layer, its tensors kept on their device, in CPU memory
-    (`keep="cpu"`) or nowhere ("none")."""
+    """Replace a layer, under all its names; the new one gets its site and its hook of accelerate.
+
+    Returns the old layer. Its tensors stay on their device, move to CPU memory (`keep="cpu"`) or are dropped ("none").
+    """
     old = model.get_submodule(at)
     for name, module in [*model.named_modules(remove_duplicate=False)]:
         if module is old:
@@ -72,7 +74,7 @@ def replace_layer(model: nn.Module, at: str, new: nn.Module, keep: str = "device
         add_hook_to_module(new, copy.copy(hook))
     if NAME in vars(old):
         vars(new)[NAME] = vars(old)[NAME]
-    if keep == "device":  # of the model, which may have moved since
+    if keep == "device":  # the model may have moved since `new` was made
         new.to(old.get_parameter("weight").device)
     elif keep == "cpu":
         old.to("cpu")
@@ -81,14 +83,17 @@ def replace_layer(model: nn.Module, at: str, new: nn.Module, keep: str = "device
     return old
 
 
-_NOTED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+_MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def forget_quantised(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Remove the marks of quantisation from models of transformers, so that they are saved as ordinary ones."""
+    """Remove the marks of quantisation from models of transformers, so that they are saved as ordinary ones.
+
+    Returns the marks by module, for `remember_quantised`.
+    """
     taken: dict[str, dict[str, Any]] = {}
     for at, module in model.named_modules():
-        noted = {name: vars(module).pop(name) for name in _NOTED if name in vars(module)}
+        noted = {name: vars(module).pop(name) for name in _MARKS if name in vars(module)}
         config = vars(vars(module).get("config", nn.Module()))
         if "quantization_config" in config:
             noted["quantization_config"] = config.pop("quantization_config")
@@ -102,7 +107,7 @@ def forget_quantised(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _has_way_back(conversion: Any) -> bool:
-    """Whether transformers can reverse a conversion when it saves; not that of packed weights."""
+    """Whether transformers can reverse a conversion when it saves; it cannot unpack quantised weights."""
     try:
         conversion.reverse_transform()
     except NotImplementedError:
@@ -111,7 +116,7 @@ def _has_way_back(conversion: Any) -> bool:
 
 
 def remember_quantised(model: nn.Module, taken: dict[str, dict[str, Any]]) -> None:
-    """Restore the marks."""
+    """Restore what `forget_quantised` returned."""
     for at, noted in taken.items():
         module: Any = model.get_submodule(at)
         if "quantization_config" in noted:

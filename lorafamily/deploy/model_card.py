@@ -1,11 +1,10 @@
-"""The model card of an exported adapter: what the Hub shows and sorts by, for people what the adapter is."""
+"""The model card of an exported adapter: what the adapter is for readers, and what the Hub indexes it by."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from lorafamily.layers.state import Placement
 
 CARD, PICTURE = "README.md", "ranks.png"
 NATIVE = "lorafamily"
-"""The layout of `lorafamily.save`."""
+"""The layout that `lorafamily.save` writes."""
 OURS = "<!-- Written by lorafamily. Without this line the next export leaves the file as it is. -->"
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -24,11 +23,11 @@ PIPELINES = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-"""What the Hub calls peft's tasks."""
+"""The Hub's names for peft's tasks."""
 
 
 def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str, base: str | None) -> None:
-    """Write `README.md` and the picture it shows, unless somebody wrote a `README.md` of their own there.
+    """Write `README.md` and the picture it shows, unless somebody else's `README.md` is there.
 
     Raises:
         FileError: a file cannot be written.
@@ -36,11 +35,11 @@ def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str
     card = folder / CARD
     if card.is_file() and OURS not in card.read_text(encoding="utf-8", errors="replace"):
         return
-    start = {at: adapter.initial_rank for at, adapter in placement.adapters.items()}
-    ranks = {at: adapter.rank for at, adapter in placement.adapters.items()}
     from lorafamily.insight.drawing import save as draw  # matplotlib takes long to import
     from lorafamily.insight.heatmaps import rank_heatmap
 
+    start = {at: adapter.initial_rank for at, adapter in placement.adapters.items()}
+    ranks = {at: adapter.rank for at, adapter in placement.adapters.items()}
     draw(rank_heatmap(start, ranks, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
     write_text(card, _text(model, placement, layout, base or found_at(model)))
 
@@ -59,13 +58,14 @@ def _text(model: nn.Module, placement: Placement, layout: str, base: str | None)
         "ranks": f"{min(ranks)} to {max(ranks)} in {len(ranks)} modules, {sum(ranks)} in all",
     }
     rows |= {"also trained": ", ".join(trained)} if trained else {}
+    how = "" if layout == NATIVE else " and written as plain LoRA"
     table = "\n".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())
     return f"""{_front(model, layout, base)}
 {OURS}
 
 # {placement.spec} on {architecture}
 
-A low-rank update ΔW = s · U V of the base's weights, trained with lorafamily{_form(layout)}.
+A low-rank update ΔW = s · U V of the base's weights, trained with lorafamily{how}.
 
 | | |
 | --- | --- |
@@ -79,13 +79,9 @@ A low-rank update ΔW = s · U V of the base's weights, trained with lorafamily{
 """
 
 
-def _form(layout: str) -> str:
-    return "" if layout == NATIVE else " and written as plain LoRA"
-
-
 def _front(model: nn.Module, layout: str, base: str | None) -> str:
-    """The block of YAML at the top. The base is named there only if it has a name on the Hub: a folder would be
-    refused when the card is pushed."""
+    """The YAML block at the top. It names the base only if that is a name on the Hub, which refuses cards that name a
+    folder."""
     on_hub = base is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists()
     task = PIPELINES.get(task_of(model, dict(model.named_modules())) or "")
     lines = [f"base_model: {json.dumps(base)}"] if on_hub else []
@@ -106,11 +102,11 @@ def _asked(placement: Placement) -> str:
 
 
 def _usage(model: nn.Module, layout: str, base: str | None) -> str:
-    found: Any = json.dumps(base or "BASE")
+    """Code that loads the base and the adapter."""
+    found = json.dumps(base or "BASE")
     if layout == "diffusers":
         made = f"pipeline = diffusers.DiffusionPipeline.from_pretrained({found})"
         return f'{made}\npipeline.load_lora_weights("THIS_FOLDER")'
     made = f"base = {type(model).__module__.partition('.')[0]}.{type(model).__name__}.from_pretrained({found})"
-    if layout == NATIVE:
-        return f'{made}\nmodel = lorafamily.load(base, "THIS_FOLDER")'
-    return f'{made}\nmodel = peft.PeftModel.from_pretrained(base, "THIS_FOLDER")'
+    load = "lorafamily.load" if layout == NATIVE else "peft.PeftModel.from_pretrained"
+    return f'{made}\nmodel = {load}(base, "THIS_FOLDER")'

@@ -1,7 +1,7 @@
-"""Hugging Face `peft`'s folders: write what it and inference servers load.
+"""Writes Hugging Face `peft`'s folders, which peft and inference servers load.
 
-A file is `adapter_model.safetensors` with `lora_A` (r, d_in) and `lora_B` (d_out, r) for every layer, and
-`adapter_config.json`. Their scale is lora_alpha / r, or lora_alpha / √r with `use_rslora`; `rank_pattern` and
+A folder holds `adapter_model.safetensors`, with `lora_A` (r, d_in) and `lora_B` (d_out, r) for every layer, and
+`adapter_config.json`. The scale is lora_alpha / r, or lora_alpha / √r with `use_rslora`; `rank_pattern` and
 `alpha_pattern` give single layers other values.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +22,16 @@ from lorafamily.adapter import Adapter
 from lorafamily.deploy.diffusers_files import prefix_of, write_diffusers
 from lorafamily.deploy.folder import write_json, write_tensors
 from lorafamily.deploy.model_card import write_card
-from lorafamily.deploy.peft_config import addressed, fixed, patterns, refuse_foreign, short_names
+from lorafamily.deploy.peft_config import base_settings, patterns, refuse_kernels, short_names, target_settings
 from lorafamily.deploy.peft_experts import Stack, stacked, stored
-from lorafamily.deploy.peft_names import (
-    CONFIG,
-    INSIDE,
-    PREFIX,
-    TENSORS,
-    groups_of,
-    layer_name,
-    whole_layers,
-)
+from lorafamily.deploy.peft_names import CONFIG, INSIDE, PREFIX, TENSORS, groups_of, layer_name, whole_layers
 from lorafamily.deploy.plain import padded
 from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
 from lorafamily.deploy.tied import tying, under_all_names
 from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
 from lorafamily.layers.extra_trained import extra_trained_values
-from lorafamily.layers.kinds import kind_of
+from lorafamily.layers.kinds import LayerKind, kind_of, whole_update
 from lorafamily.layers.placement import adapted, noted, placement_of, refuse_unsaved, targets_of, warn_of_no_session
 from lorafamily.layers.rows import Rows
 from lorafamily.layers.site import NAME
@@ -51,9 +44,9 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class _Collected:
-    """Adapters as plain LoRA. `factors`: (U, V) by layer, `scales`: s by layer, `layers`: the modules themselves,
-    `stacks`: of experts in one parameter, by its name."""
+class _PlainLoRA:
+    """Adapters as plain LoRA. `layers`, `factors`, `scales`: the modules, (U, V) and s by layer; `stacks`: experts in
+    3-D parameters, by the parameter's name; `largest`: the largest rank."""
 
     model: nn.Module
     placement: Placement
@@ -77,21 +70,21 @@ def export_peft(
     """Write the adapters of one name (default: the active ones) as a LoRA folder that others read; returns the folder.
 
     Every method becomes plain LoRA on the pristine base: a frozen initial update becomes extra ranks, modules
-    without rank are left out, and what trained along with the adapters goes into `modules_to_save`. Experts in 3-D
-    parameters become `target_parameters`, for which peft has one rank: lower ones are filled up with zeros.
+    without rank are left out, and extra trained parameters go into `modules_to_save`. Experts in 3-D parameters become
+    `target_parameters`, for which peft has one rank: lower ones are padded with zeros.
 
     Args:
-        layout: "peft": true ranks and scales, by pattern. "serving": what needs nothing but r, lora_alpha and the
+        layout: "peft": true ranks and scales, by pattern. "serving": for servers that read only r, lora_alpha and the
             tensors: one rank for all, padded with zeros to the next of `ranks`, the scale multiplied into lora_B and
             lora_alpha = r; layers that SGLang or vLLM fuse with adapted ones get factors of zeros. "diffusers": one
             file for `load_lora_adapter` and `load_lora_weights`, the scale multiplied into lora_B.
         ranks: those that the server accepts; only for "serving".
         base: name on the Hub or folder where clients find the base; default: where the model was loaded from.
-        card: write a model card along (`README.md` with the method, the budget and what the Hub asks for, `ranks.png`);
+        card: also write a model card (`README.md` with the method, the budget and what the Hub asks for, `ranks.png`);
             drawing takes a second. A `README.md` that somebody else wrote there stays.
 
     Raises:
-        StateError: nothing to export, or something that such a file cannot hold; it is named.
+        StateError: nothing to export, or something that such a file cannot hold; the message names it.
         FileError: a file cannot be written.
     """
     if layout not in ("peft", "serving", "diffusers"):
@@ -99,24 +92,24 @@ def export_peft(
     if layout != "serving" and ranks is not SERVED_RANKS:
         raise StateError(f'ranks={list(ranks)} are those of a server; layout="{layout}" keeps the true ranks')
     if base is not None and layout == "diffusers" and not card:
-        raise StateError(f"base={base!r}: a file of diffusers says nothing of the base, only its card does")
-    given = _collected(model, name)
+        raise StateError(f"base={base!r}: a file of diffusers does not name the base, only its card does; leave it out")
+    lora = _as_plain(model, name)
     folder = Path(path)
     if layout == "diffusers":
-        prefix, tensors, settings = _for_diffusers(given)
+        prefix, tensors, settings = _for_diffusers(lora)
         folder.mkdir(parents=True, exist_ok=True)
         write_diffusers(folder, prefix, tensors, settings)
     else:
-        tensors, config = _for_peft(given, base) if layout == "peft" else _for_servers(given, ranks, base)
+        tensors, config = _for_peft(lora, base) if layout == "peft" else _for_servers(lora, ranks, base)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / TENSORS, {f"{PREFIX}{key}": value for key, value in tensors.items()}, {"format": "pt"})
         write_json(folder / CONFIG, config)
     if card:
-        write_card(folder, given.model, given.placement, layout, base)
+        write_card(folder, lora.model, lora.placement, layout, base)
     return folder
 
 
-def _collected(model: nn.Module, name: str | None) -> _Collected:
+def _as_plain(model: nn.Module, name: str | None) -> _PlainLoRA:
     placement = placement_of(model, name)
     refuse_unsaved(model, placement)
     warn_of_no_session(placement)
@@ -124,23 +117,24 @@ def _collected(model: nn.Module, name: str | None) -> _Collected:
     targets = targets_of(model)
     stacks = stacked(placement.adapters, targets)
     factors, scales = _by_layer(placement.adapters, targets)
-    layers = {name: target.layer for at, target in targets.items() for name in [layer_name(at, target)]}
+    layers = {layer_name(at, target): target.layer for at, target in targets.items()}
     largest = max([*(len(V) for _, V in factors.values()), *(V.shape[1] for _, V, _ in stacks.values())], default=0)
     if not largest:
         raise StateError(f'adapter "{placement.name}" has no rank left in any module: there is nothing to export')
-    return _Collected(model, placement, layers, factors, scales, stacks, largest)
+    return _PlainLoRA(model, placement, layers, factors, scales, stacks, largest)
 
 
-def _for_peft(given: _Collected, base: str | None) -> tuple[Tensors, dict[str, Any]]:
-    model, layers, stacks = given.model, given.layers, given.stacks
-    factors = {at: (U, V) for at, (U, V) in given.factors.items() if len(V)}
-    refuse_foreign(model, factors)
-    heads = _heads(model, given.placement)
+def _for_peft(lora: _PlainLoRA, base: str | None) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and settings for `layout="peft"`."""
+    model, layers, stacks = lora.model, lora.layers, lora.stacks
+    factors = {at: (U, V) for at, (U, V) in lora.factors.items() if len(V)}
+    refuse_kernels(model, factors)
+    heads = _heads(model, lora.placement)
     all_ranks = {at: len(V) * groups_of(layers[at]) for at, (_, V) in factors.items()}
     all_ranks |= {at: V.shape[1] for at, (_, V, _) in stacks.items()}
-    all_scales = {at: given.scales[at] for at in factors} | {at: scale for at, (*_, scale) in stacks.items()}
-    config = fixed(model, [layers[at] for at in factors], heads, base) | patterns(all_ranks, all_scales)
-    config |= addressed(model, sorted(factors), sorted(stacks)) | {"modules_to_save": sorted(heads) or None}
+    all_scales = {at: lora.scales[at] for at in factors} | {at: scale for at, (*_, scale) in stacks.items()}
+    config = base_settings(model, [layers[at] for at in factors], heads, base) | patterns(all_ranks, all_scales)
+    config |= target_settings(model, sorted(factors), sorted(stacks)) | {"modules_to_save": sorted(heads) or None}
     config |= tying(model, heads)
     tensors = stored(model, stacks)
     for at, (U, V) in factors.items():
@@ -148,13 +142,14 @@ def _for_peft(given: _Collected, base: str | None) -> tuple[Tensors, dict[str, A
     return tensors | {f"{at}.{key}": value for at, values in heads.items() for key, value in values.items()}, config
 
 
-def _for_servers(given: _Collected, ranks: Sequence[int], base: str | None) -> tuple[Tensors, dict[str, Any]]:
-    _refuse_more_than_layers(given, "servers load", "a file of plain layers")
-    rank = served_rank(given.largest, ranks)
-    able = whole_layers(given.model)
-    factors = {at: padded(given.scales[at] * U, V, rank) for at, (U, V) in given.factors.items()}
+def _for_servers(lora: _PlainLoRA, ranks: Sequence[int], base: str | None) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and settings for `layout="serving"`."""
+    _refuse_more_than_layers(lora, "servers load", "a file of plain layers")
+    rank = served_rank(lora.largest, ranks)
+    able = whole_layers(lora.model)
+    factors = {at: padded(lora.scales[at] * U, V, rank) for at, (U, V) in lora.factors.items()}
     some, _ = next(iter(factors.values()))
-    for at in left_out(able, given.factors):
+    for at in left_out(able, lora.factors):
         d_out, d_in = able[at].shape
         factors[at] = some.new_zeros(d_out, rank), some.new_zeros(rank, d_in)
     tensors: Tensors = {}
@@ -164,45 +159,41 @@ def _for_servers(given: _Collected, ranks: Sequence[int], base: str | None) -> t
         if kind is None or not kind.linear:
             raise StateError(f"{at} is a {type(layer).__name__}: servers load adapters of linear layers only")
         tensors |= _stored(at, layer, U, V)
-    config = fixed(given.model, [able[at].layer for at in factors], (), base)
+    config = base_settings(lora.model, [able[at].layer for at in factors], (), base)
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
-    return tensors, config | {"target_modules": short_names(given.model, factors)}
+    return tensors, config | {"target_modules": short_names(lora.model, factors)}
 
 
-def _for_diffusers(given: _Collected) -> tuple[str, Tensors, dict[str, Any]]:
-    """By which name the pipeline calls the model, the tensors without it, and settings of peft."""
-    prefix = prefix_of(given.model)
+def _for_diffusers(lora: _PlainLoRA) -> tuple[str, Tensors, dict[str, Any]]:
+    """The pipeline's name for the model, tensors without that name in their keys, and peft's settings."""
+    prefix = prefix_of(lora.model)
     if prefix is None:
         raise StateError(
-            f'a {type(given.model).__name__} is no model of diffusers; layout="diffusers" is for a UNet or a '
+            f'a {type(lora.model).__name__} is no model of diffusers; layout="diffusers" is for a UNet or a '
             "transformer of one of its pipelines"
         )
-    _refuse_more_than_layers(given, "diffusers loads", "diffusers' LoRA files")
+    _refuse_more_than_layers(lora, "diffusers loads", "diffusers' LoRA files")
     tensors: Tensors = {}
     ranks: dict[str, int] = {}
-    for at, (U, V) in given.factors.items():
-        layer = given.layers[at]
+    for at, (U, V) in lora.factors.items():
+        layer = lora.layers[at]
         if isinstance(layer, nn.MultiheadAttention | nn.Embedding):
             raise StateError(
                 f"{at} is a {type(layer).__name__}: diffusers loads adapters of linear layers and convolutions"
             )
         if len(V):
-            tensors |= _stored(at, layer, given.scales[at] * U, V)
+            tensors |= _stored(at, layer, lora.scales[at] * U, V)
             ranks[at] = len(V) * groups_of(layer)
     return prefix, tensors, patterns(ranks, dict.fromkeys(ranks, 1.0)) | {"target_modules": sorted(ranks)}
 
 
-def _refuse_more_than_layers(given: _Collected, they_load: str, their_file: str) -> None:
-    if given.placement.inactive_values:
-        raise StateError(
-            f"{they_load} no trained {', '.join(given.placement.inactive_values)}, only low-rank tensors; export with "
-            'layout="peft", or merge and save_pretrained'
-        )
-    if given.stacks:
-        raise StateError(
-            f"{', '.join(given.stacks)} hold experts in one parameter, which {their_file} cannot hold; export "
-            'with layout="peft", or merge and save_pretrained'
-        )
+def _refuse_more_than_layers(lora: _PlainLoRA, they_load: str, their_file: str) -> None:
+    instead = 'export with layout="peft", or merge and save_pretrained'
+    if trained := lora.placement.inactive_values:
+        raise StateError(f"{they_load} no trained {', '.join(trained)}, only low-rank tensors; {instead}")
+    if lora.stacks:
+        names = ", ".join(lora.stacks)
+        raise StateError(f"{names} hold experts in one parameter, which {their_file} cannot hold; {instead}")
 
 
 def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor) -> Tensors:
@@ -219,16 +210,13 @@ def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor) -> Tensors:
     if isinstance(module, Convolution):
         if set(module.dilation) != {1} or module.padding_mode != "zeros":
             raise StateError(
-                f"{at} has dilation {module.dilation} and padding mode {module.padding_mode!r}, of which peft's LoRA "
-                "knows nothing; merge it instead"
+                f"{at} has dilation {module.dilation} and padding mode {module.padding_mode!r}, which peft's LoRA "
+                "ignores; merge it instead"
             )
         kernel = module.weight.shape[2:]
-        # peft's A reads all channels; where groups read their own only, it has a block for each and zeros elsewhere.
+        # peft's A reads all channels. A group reads only its own, so A has a block for each group and zeros elsewhere.
         blocks = torch.block_diag(*[V] * module.groups).view(module.groups * len(V), module.in_channels, *kernel)
-        return {
-            f"{at}.lora_A.weight": blocks,
-            f"{at}.lora_B.weight": U.view(*U.shape, *[1] * len(kernel)),
-        }
+        return {f"{at}.lora_A.weight": blocks, f"{at}.lora_B.weight": U.view(*U.shape, *[1] * len(kernel))}
     raise StateError(f"{at} is a {type(module).__name__}, which peft has no LoRA for")
 
 
@@ -236,36 +224,33 @@ def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor) -> Tensors:
 def _by_layer(
     adapters: Mapping[str, Adapter], targets: Mapping[str, Target]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
-    """(U, V) and scale by layer. Adapters on parts of a layer become one with their ranks side by side."""
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    scales: dict[str, float] = {}
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    """(U, V) on the CPU and scale by layer. Adapters on parts of a layer become one with their ranks side by side.
+
+    Experts are left to `stacked`.
+    """
+    acting: dict[str, list[tuple[LayerKind, Adapter]]] = defaultdict(list)
     for at, adapter in adapters.items():
-        if isinstance(targets[at].kind, Expert):
-            continue
-        kind, (U, V) = targets[at].kind, (factor.cpu() for factor in adapter.factors())
-        if isinstance(kind, Rows):
-            if kind.held_in not in ("weight", "in_proj_weight"):
-                raise StateError(
-                    f"{at} of an nn.MultiheadAttention: peft adds what it has for an output projection twice, and has "
-                    f'nothing for keys of another width; apply with exclude=r"{re.escape(at)}$", or merge'
-                )
-            parts.setdefault(layer_name(at, targets[at]), []).append((kind.spread(adapter.scale * U), V))
-        else:
-            factors[at], scales[at] = (U, V), adapter.scale
-    for at, pairs in parts.items():
-        if at in factors:
-            pairs.append((scales[at] * factors[at][0], factors[at][1]))
-        Us, Vs = zip(*pairs, strict=True)
-        factors[at], scales[at] = (torch.cat(Us, 1), torch.cat(Vs, 0)), 1.0
+        kind = targets[at].kind
+        if isinstance(kind, Rows) and kind.held_in not in ("weight", "in_proj_weight"):
+            raise StateError(
+                f"{at} of an nn.MultiheadAttention: peft applies an update of the output projection twice, and has "
+                f'none for keys of another width; apply with exclude=r"{re.escape(at)}$", or merge'
+            )
+        if not isinstance(kind, Expert):
+            acting[layer_name(at, targets[at])].append((kind, adapter))
+    factors, scales = {}, {}
+    # Whole layers come first in a file, as do the parts in a layer that has adapters on both.
+    for at, of_layer in sorted(acting.items(), key=lambda item: all(isinstance(kind, Rows) for kind, _ in item[1])):
+        U, V, scales[at] = whole_update(sorted(of_layer, key=lambda item: not isinstance(item[0], Rows)))
+        factors[at] = U.cpu(), V.cpu()
     return factors, scales
 
 
 def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor]]:
-    """Whole modules with what trained along with the adapters: peft saves no single parameters."""
+    """State dicts by name of the modules whose parameters trained along: peft saves whole modules only, and none that
+    carry an adapter or have modules inside."""
     _, state = adapted(model)
-    trained = extra_trained_values(model, state, placement)
-    trained = under_all_names(model, trained)
+    trained = under_all_names(model, extra_trained_values(model, state, placement))
     owners = {at.rpartition(".")[0] for at in trained}
     for owner in owners:
         if owner in placement.adapters or not owner or any(model.get_submodule(owner).children()):

@@ -1,4 +1,4 @@
-"""Settings of a LoRA folder of `peft`: ranks and scales, how its layers are found, what class the base is."""
+"""Settings in a LoRA folder of `peft`: ranks and scales, how its layers are found, the class of the base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafamily.deploy.peft_names import NAMES_OF_EXPERTS, pattern_of, whole_layers
+from lorafamily.deploy.peft_names import NAMES_OF_EXPERTS, most_frequent, pattern_of, whole_layers
 from lorafamily.errors import StateError
 from lorafamily.layers.kinds import kind_of
 from lorafamily.layers.site import base_parameters
@@ -21,76 +21,72 @@ TASKS = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
-"""peft's tasks, and where transformers lists the classes that its auto class for the task makes."""
+"""peft's tasks, each with the table in which transformers lists the model classes for it."""
 MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}, {"out_proj", "conv1d"}
-"""Models, by type, and their layers that peft adapts in none of them: fused kernels read the weights themselves."""
+"""Model types, and layers that peft adapts in none of them, since fused kernels read their weights directly."""
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Modules that peft expects in the file if the task is said."""
+"""The heads that peft expects in the file of such a task."""
 
 
 def patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
     """r and lora_alpha of most layers, and patterns for the others, each matching the full name of one layer."""
-    alphas = {at: _whole(scales[at] * rank) for at, rank in ranks.items()}
-    r = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
-    alpha = max(sorted(set(alphas.values())), key=list(alphas.values()).count)
+    products = {at: float(scales[at] * rank) for at, rank in ranks.items()}
+    # peft declares lora_alpha as an int, and takes a float where that is needed.
+    alphas = {at: int(alpha) if alpha.is_integer() else alpha for at, alpha in products.items()}
+    r, alpha = most_frequent(ranks.values()), most_frequent(alphas.values())
     return {
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": {pattern_of(at): rank for at, rank in ranks.items() if rank != r},
-        "alpha_pattern": {pattern_of(at): own for at, own in alphas.items() if own != alpha},
+        "alpha_pattern": {pattern_of(at): other for at, other in alphas.items() if other != alpha},
     }
 
 
-def addressed(model: nn.Module, names: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
-    """How peft finds the layers: as modules or, some of them in models of fused experts, as parameters.
+def target_settings(model: nn.Module, names: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
+    """How peft finds the layers: as modules or, some of them in models with fused experts, as parameters.
 
-    For such models peft takes a module of an expert's name for the experts of an older file, and lets its adapter go
-    without a word, be it that of a dense layer or of shared experts. Named as parameters, they are what they are.
+    In such models peft takes a module with an expert's name for one of an older file's experts, and silently drops its
+    adapter, even if it is a dense layer or a shared expert. Listed as parameters, they are found.
     """
     fused = any(parameter.ndim == 3 and "expert" in name for name, parameter in base_parameters(model).items())
-    taken = [name for name in names if fused and name.rpartition(".")[2] in NAMES_OF_EXPERTS]
+    mistaken = [name for name in names if fused and name.rpartition(".")[2] in NAMES_OF_EXPERTS]
     return {
-        "target_modules": [name for name in names if name not in taken],
-        "target_parameters": [*(f"{name}.weight" for name in taken), *experts] or None,
+        "target_modules": [name for name in names if name not in mistaken],
+        "target_parameters": [*(f"{name}.weight" for name in mistaken), *experts] or None,
     }
 
 
-def refuse_foreign(model: nn.Module, names: Collection[str]) -> None:
-    """Refuse layers that peft adapts by no name.
-
-    Raises:
-        StateError: there are some.
-    """
+def refuse_kernels(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse layers that peft does not adapt, since fused kernels read their weights directly."""
     models, layers = MAMBA
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in models and (found := sorted(at for at in names if at.rpartition(".")[2] in layers)):
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in models and (found := sorted(at for at in names if at.rpartition(".")[2] in layers)):
         raise StateError(
-            f"peft refuses adapters on {', '.join(found[:3])}{' and more' if found[3:] else ''} of a {kind}, whose "
-            'kernels read these weights without the layer; merge, or apply with exclude=r"(out_proj|conv1d)$"'
+            f"peft refuses adapters on {', '.join(found[:3])}{' and more' if found[3:] else ''} of a {model_type}, "
+            'whose kernels read these weights without the layer; merge, or apply with exclude=r"(out_proj|conv1d)$"'
         )
 
 
-def _whole(value: float) -> float | int:
-    """16.0 → 16: peft's alpha is an int by its type, and takes a float."""
-    return int(value) if float(value).is_integer() else float(value)
-
-
 def short_names(model: nn.Module, factors: Mapping[str, Any]) -> list[str]:
-    """The last components of the layers' names, as servers expect, where those name just these layers; else all."""
+    """The last components of the layers' names, as servers expect, if they match no other layers; else full names."""
     short = {at.rpartition(".")[2] for at in factors}
     able = whole_layers(model)
     return sorted(short) if {at for at in able if at.rpartition(".")[2] in short} == set(factors) else sorted(factors)
 
 
-def fixed(model: nn.Module, layers: Sequence[nn.Module], heads: Collection[str], base: str | None) -> dict[str, Any]:
-    """What is the same for every file of a model. `base`: where clients find it, else where it was loaded from."""
+def base_settings(
+    model: nn.Module, layers: Sequence[nn.Module], heads: Collection[str], base: str | None
+) -> dict[str, Any]:
+    """Settings that say what the base is, and those that are the same in every file. `base`: where clients find it;
+    None: where it was loaded from."""
     task = task_of(model, heads)
     kinds = [kind_of(layer) for layer in layers]
     transposed = bool(kinds) and all(kind is not None and kind.name == "conv1d" for kind in kinds)
+    auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {
         "peft_type": "LORA",
         "task_type": task,
-        "auto_mapping": None if task else class_of(model),
+        "auto_mapping": None if task else auto_mapping,
         "base_model_name_or_path": base or found_at(model),
         "inference_mode": True,
         "bias": "none",
@@ -102,26 +98,22 @@ def fixed(model: nn.Module, layers: Sequence[nn.Module], heads: Collection[str],
 
 
 def task_of(model: nn.Module, heads: Collection[str]) -> str | None:
-    """peft's task type, by which `AutoPeftModelFor…` finds the class of the base; None where the class is of no task.
+    """peft's task type, by which `AutoPeftModelFor…` finds the class of the base; None where the class has no task.
 
-    With a task of classification peft looks for the head in the file. None, too, where the head is not there: the
-    class itself is named then (`auto_mapping`).
+    For a classification task peft expects the head in the file. If `heads` lacks it, the result is None too, and the
+    file names the class itself (`auto_mapping`).
     """
     if not type(model).__module__.startswith("transformers."):
         return None
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     for task, names in TASKS.items():
-        classes = [name for of in getattr(auto, names).values() for name in ([of] if isinstance(of, str) else of)]
+        entries = getattr(auto, names).values()
+        classes = [name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)]
         if type(model).__name__ in classes:
             wanted = HEADS.get(task, ())
             present = {at for at, _ in model.named_modules() if at.rpartition(".")[2] in wanted}
             return task if present <= set(heads) else None
     return None
-
-
-def class_of(model: nn.Module) -> dict[str, str]:
-    """peft's `auto_mapping`: the class of the base, for `AutoPeftModel`."""
-    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 def found_at(model: nn.Module) -> str | None:

@@ -1,9 +1,9 @@
-"""Names in Hugging Face `peft`'s folders: of the files, of the layers, and what a pattern matches."""
+"""Names in Hugging Face `peft`'s folders: of files and layers, and the layers that a pattern matches."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,39 +17,45 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FOLDER = f"what peft saves is a folder with {CONFIG} and {TENSORS}"
 PREFIX = "base_model.model."
 INSIDE = ".base_layer.out_proj"
-"""Where the output projection of an nn.MultiheadAttention is in the layer that peft puts around that."""
+"""Where an nn.MultiheadAttention's output projection is, seen from the layer that peft wraps around the attention."""
 NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-"""What peft maps to fused experts; parts of names before transformers 5."""
+"""Names that experts had before transformers 5, which peft maps to fused experts."""
 
 
 def layer_name(at: str, target: Target) -> str:
-    """What peft calls the layer of a target."""
+    """peft's name for the layer of a target: that of the whole layer, where the target is a part."""
     return at.rpartition(".")[0] if isinstance(target.kind, Rows) else at
 
 
 def groups_of(layer: nn.Module) -> int:
-    """How many times peft's rank is that of the update."""
+    """The ratio of peft's rank to that of the update: the groups of a grouped convolution, otherwise 1."""
     return layer.groups if isinstance(layer, Convolution) else 1
 
 
 def whole_layers(model: nn.Module) -> dict[str, Target]:
-    """Whole layers that can carry an adapter, also those that have adapters on parts."""
-    found = {}
-    for at, module in model.named_modules():
-        kind = kind_of(module)
-        if kind is not None:
-            found[at] = Target(module, kind)
-    return found
+    """Whole layers that can carry an adapter, including those whose parts have adapters."""
+    return {at: Target(layer, kind) for at, layer in model.named_modules() if (kind := kind_of(layer)) is not None}
 
 
 def pattern_of(at: str) -> str:
-    """Matches the full name of one layer; of one that may be named as a parameter, that too."""
+    """Matches the full name of one layer and, if the layer may be listed as a parameter, that name too."""
     return f"^{re.escape(at)}" + (r"(\.weight)?" if at.rpartition(".")[2] in NAMES_OF_EXPERTS else "")
 
 
 def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """peft's rule: the first pattern that matches the end of the name, at a dot."""
+    """peft's rule: the value of the first pattern that matches the whole name, or its end after a dot."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
+
+
+def ends_like(name: str, ends: Iterable[str]) -> bool:
+    """peft's rule for `target_parameters`: whether the name is one of these, or ends like one after a dot."""
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
+def most_frequent(values: Iterable[Any]) -> Any:
+    """The most frequent of some ranks or alphas, the lowest of several such; 1 if there are none."""
+    counted = list(values)
+    return max(sorted(set(counted)), key=counted.count, default=1)

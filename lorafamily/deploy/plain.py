@@ -1,4 +1,4 @@
-"""Adapters of plain LoRA from given factors: what other people's files hold, and what algebra on updates gives."""
+"""Adapters of plain LoRA from given factors, which come from other people's files or from algebra on updates."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ def place_plain(
     options: Mapping[str, Any],
     dropout: Dropout = Dropout(),
 ) -> Model:
-    """Place plain LoRA adapters ΔW = s · U V under a new name. Everything was checked before.
+    """Place plain LoRA adapters ΔW = s · U V under a new name. The caller has checked everything.
 
-    `targets`: those of the model, in its order; `factors`: (U, V) by target; `scales`: s by target; `extra_trained`:
-    values of parameters and buffers that go along; `rank`: the nominal one; `options`: of the method, for whoever reads
-    the settings.
+    `targets`: those of the model, in its order; `factors`, `scales`: (U, V) and s by target; `extra_trained`: values of
+    extra trained parameters and buffers; `rank`: the nominal one; `options`: the method's, as files record them.
     """
     owner, _ = noted(model)
     on_device = {}
@@ -50,7 +49,8 @@ def place_plain(
             (U, V), device = factors[at], target.stored.device
             on_device[at] = U.to(device), V.to(device)
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
-    placement = Placement(name, PLAIN, method, sizing_of(adapters, rank), adapters, {})
+    sizing = Sizing(None, "peak", rank, sum(adapter.trainable() for adapter in adapters.values()))
+    placement = Placement(name, PLAIN, method, sizing, adapters, {})
     take_values(owner, placement, extra_trained)
     place(owner, placement, targets)
     return model
@@ -64,7 +64,7 @@ def plain_adapters(
     dropout: Dropout,
     options: Mapping[str, Any],
 ) -> tuple[Method, dict[str, Adapter]]:
-    """The method and its adapters, on the factors' device; float32 or higher."""
+    """The method and its adapters, on the factors' device, in float32 or higher."""
     method = find(PLAIN).with_options(**options)
     adapters = {}
     for at, (U, V) in factors.items():
@@ -77,25 +77,16 @@ def plain_adapters(
 
 
 def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
-    """The dropout that a file notes.
-
-    Raises:
-        FileError: it is invalid; the message names `where`.
-    """
+    """The dropout that a file records; if it is invalid, the error names the file, `where`."""
     try:
         return Dropout(p, kind)
     except MethodError as error:
         raise FileError(f"{where}: {error}") from None
 
 
-def sizing_of(adapters: Mapping[str, Adapter], rank: int) -> Sizing:
-    """The sizing of adapters without a budget."""
-    return Sizing(None, "peak", rank, sum(adapter.trainable() for adapter in adapters.values()))
-
-
 def padded(
     U: Float[Tensor, "d_out r"], V: Float[Tensor, "r d_in"], rank: int
 ) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]:
-    """The same U V at a higher rank, by zeros."""
+    """The same U V at a higher rank, padded with zeros."""
     missing = rank - len(V)
     return F.pad(U, (0, missing)), F.pad(V, (0, 0, 0, missing))

@@ -1,4 +1,4 @@
-"""One batch, many adapters: each sample goes through its own, in one forward."""
+"""One batch, many adapters: each sample goes through its own adapter, in one forward pass."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lorafamily.layers.weights import onloaded
 
 
 class Route:
-    """What one layer adds for the samples of a batch. Entry 0 of the factors is zero: the base model.
+    """The updates of one layer for the samples of a batch. `entry`: for each sample, which of the n factors acts.
 
-    Factors of different rank are padded with zeros, the scale is multiplied into U.
+    Entry 0 is zero: the base model. Lower ranks are padded with zeros, and scales are multiplied into U.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Route:
         self.path, self.U, self.V, self.entry = path, U, V, entry
 
     def __call__(self, x: Float[Tensor, "rows *between d_in"]) -> Float[Tensor, "rows *between d_out"]:
-        """What is added to the layer's output; rows are samples, or the tokens of one sample after the other."""
+        """The addition to the layer's output. Rows are samples, or the tokens of the first sample, the second, …"""
         samples, rows = len(self.entry), len(x)
         if rows % samples:
             raise StateError(f"{self.path} got {rows} rows for a batch routed as {samples} samples")
@@ -44,13 +44,13 @@ class Route:
 
 @contextmanager
 def routing(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
-    """Inside the block sample i of every batch goes through the adapter `names[i]`; None is the base model.
+    """Inside the block, sample i of every batch goes through the adapter `names[i]`; None is the base model.
 
     For inference: the factors are read once, at the start of the block, without gradients.
 
     Raises:
-        StateError: an unknown name, a merged model, or an adapter that cannot be one of several in a batch: with a
-            task head of its own, or on layers that are not linear.
+        StateError: an unknown name, a merged model, or an adapter that cannot share a batch with others, because it
+            has extra trained parameters or is on layers that are not linear.
     """
     owner, state = noted(model)
     refuse_merged(state)
@@ -95,26 +95,25 @@ def _check(model: nn.Module, placements: dict[str, Placement]) -> None:
 
 @torch.no_grad()
 def _route(site: Site, names: list[str], entry: Int[Tensor, " samples"]) -> Route | None:
-    """The route of one layer; None where none of these adapters is on it."""
+    """The route of one layer; None if none of these adapters is on it."""
     updates = [_update(site, name) for name in names]
     if not any(updates):
         return None
-    (d_out, d_in) = site.kind.shape(site.layer)
+    d_out, d_in = site.kind.shape(site.layer)
     with onloaded(site.layer):
-        held = next(iter(site.kind.stored(site.layer).values()))
-        like = torch.empty(0, dtype=held.dtype if held.is_floating_point() else torch.float32, device=held.device)
-    factors = [(like.new_zeros(d_out, 0), like.new_zeros(0, d_in))]
+        stored = next(iter(site.kind.stored(site.layer).values()))
+        like = torch.empty(0, dtype=stored.dtype if stored.is_floating_point() else torch.float32, device=stored.device)
+    none = like.new_zeros(d_out, 0), like.new_zeros(0, d_in)
+    factors = [none]
     for update in updates:
-        if update:
-            U, V, scale = whole_update(update)
-            factors.append(((scale * U).to(like), V.to(like)))
-        else:
-            factors.append(factors[0])
+        U, V, scale = whole_update(update) if update else (*none, 1.0)
+        factors.append(((scale * U).to(like), V.to(like)))
     most = max(len(V) for _, V in factors)
     Us, Vs = zip(*(padded(U, V, most) for U, V in factors), strict=True)
     return Route(site.at, torch.stack(Us), torch.stack(Vs), entry.to(like.device))
 
 
 def _update(site: Site, name: str) -> Acting:
+    """The adapters of that name on a layer or its parts."""
     found = ((kind, site.adapters[part]._modules.get(name)) for part, kind in site.kinds.items())
     return [(kind, adapter) for kind, adapter in found if isinstance(adapter, Adapter)]

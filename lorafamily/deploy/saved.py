@@ -1,6 +1,6 @@
 """A saved adapter as a folder: `adapter.safetensors` with the tensors, `adapter.json` with everything else.
 
-Read with safetensors and json only, and checked in itself, without a model.
+Reading uses safetensors and json only, and checks that the two files fit each other; it needs no model.
 """
 
 from __future__ import annotations
@@ -11,32 +11,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
-from lorafamily.deploy.folder import listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
+from lorafamily.deploy.folder import in_one_line, listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.method import Method
 from lorafamily.registry import find
 
 FORMAT = 3  # 2 had other names in the record
-
-
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
-
-
 FOLDER = f"a saved adapter is a folder with {RECORD} and {TENSORS}"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter folder, read and checked in itself, on the CPU. `extra_trained`: the parameters and buffers that
-    training changed besides the adapters."""
+    """The content of an adapter folder. `extra_trained`: the parameters and buffers that training changed besides the
+    adapters."""
 
     folder: Path
     record: dict[str, Any]
@@ -47,13 +43,12 @@ class Saved:
 
     @property
     def modules(self) -> dict[str, dict[str, Any]]:
-        """What the record says of every adapted layer: kind, shape as (d_out, d_in), rank, scale."""
-        modules: dict[str, dict[str, Any]] = self.record["modules"]
-        return modules
+        """The record's entry of every adapted layer: layer kind, shape as (d_out, d_in), rank, scale."""
+        return self.record["modules"]
 
 
 def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
-    """Write an adapter without a model: one that was read, or made from such a one.
+    """Write an adapter without a model.
 
     Raises:
         FileError: a file cannot be written.
@@ -66,7 +61,7 @@ def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
 
 
 def sizes(saved: Saved) -> dict[str, int]:
-    """Bytes of each file that `write` would write, to the byte; the tensors may be on the meta device."""
+    """The exact size in bytes of each file that `write` would write; the tensors may be on the meta device."""
     record, tensors = _contents(saved)
     return sealed_sizes(RECORD, record, TENSORS, tensors)
 
@@ -76,7 +71,7 @@ def _contents(saved: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:
     modules = {at: {**saved.modules[at], "rank": a.rank, **a.state()} for at, a in saved.adapters.items()}
     record = saved.record | {
         "options": saved.method.options(),
-        # Without `ranks` where there are none, as records were before ranks could be given by layer.
+        # `ranks` is left out if there are none, as in records from before ranks could be given by layer.
         "sizing": {k: v for k, v in dataclasses.asdict(saved.sizing).items() if k != "ranks" or v is not None},
         "also_trained": {at: list(value.shape) for at, value in saved.extra_trained.items()},
         "modules": modules,
@@ -85,7 +80,7 @@ def _contents(saved: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read(path: str | os.PathLike[str]) -> Saved:
-    """Read a saved adapter without a model.
+    """Read a saved adapter without a model, onto the CPU.
 
     Raises:
         FileError: the folder lacks a file, or a file is damaged.
@@ -96,14 +91,18 @@ def read(path: str | os.PathLike[str]) -> Saved:
     tensors = read_sealed_tensors(folder / TENSORS, FOLDER, record)
     try:
         method = find(record["method"]).with_options(**record["options"])
-        sizing = _sizing(**record["sizing"])
+        sizing, budgets = Sizing(**record["sizing"]), [record["sizing"][key] for key in ("budget", "rank_budget")]
+        counts = [sizing.rank, sizing.initial_parameters, *(sizing.ranks or {}).values()]
+        counts += [budget for budget in budgets if budget is not None]
+        if sizing.budget_at not in ("peak", "end") or not all(map(_is_count, counts)):
+            raise ValueError("sizing")
         adapters: dict[str, Adapter] = {}
         expected: dict[str, tuple[int, ...]] = {}
         for at, entry in record["modules"].items():
             d_out, d_in = entry["shape"]
             if not (math.isfinite(entry["scale"]) and _is_count(entry["initial_rank"])):
                 raise ValueError(f"scale {entry['scale']} or initial_rank of {at}")
-            settled = entry.get("settled", False)  # records were written without it
+            settled = entry.get("settled", False)  # older records lack it
             if not isinstance(settled, bool):
                 raise TypeError(f"settled of {at}")
             with torch.device("meta"):
@@ -116,40 +115,20 @@ def read(path: str | os.PathLike[str]) -> Saved:
                 adapter.freeze_initial()
             adapters[at] = adapter
             expected |= {f"{at}.{key}": tuple(value.shape) for key, value in adapter.state_dict().items()}
-        extra_trained = list(record["also_trained"])
-        expected |= {at: tuple(shape) for at, shape in record["also_trained"].items()}
+        extra_trained = {at: tuple(shape) for at, shape in record["also_trained"].items()}
+        expected |= extra_trained
         if not isinstance(record["base"]["architecture"], str):
             raise TypeError("base")
     except LoraFamilyError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise FileError(f"{folder / RECORD}: not a record of an adapter ({why})") from None
+        raise FileError(f"{folder / RECORD}: not a record of an adapter ({in_one_line(error)})") from None
     _check_tensors(tensors, expected, folder)
     for at, adapter in adapters.items():
         if len({tensors[f"{at}.{key}"].dtype for key in adapter.state_dict()}) > 1:
             raise FileError(f"{folder / TENSORS}: the tensors of {at} are not all of one dtype")
         adapter.load_state_dict({key: tensors[f"{at}.{key}"] for key in adapter.state_dict()}, assign=True)
     return Saved(folder, record, method, sizing, adapters, {at: tensors[at] for at in extra_trained})
-
-
-def _sizing(
-    budget: int | None,
-    budget_at: Literal["peak", "end"],
-    rank: int,
-    initial_parameters: int,
-    rank_budget: int | None,
-    ranks: dict[str, int] | None = None,
-) -> Sizing:
-    counts = [
-        rank,
-        initial_parameters,
-        *(given for given in (budget, rank_budget) if given is not None),
-        *(ranks or {}).values(),
-    ]
-    if budget_at not in ("peak", "end") or not all(_is_count(count) for count in counts):
-        raise ValueError("sizing")
-    return Sizing(budget, budget_at, rank, initial_parameters, rank_budget, ranks)
 
 
 def _is_count(value: Any) -> bool:

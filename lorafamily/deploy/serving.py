@@ -1,4 +1,4 @@
-"""What servers need of a LoRA folder: one rank that they accept, and whole groups of the layers that they fuse."""
+"""What inference servers need of a LoRA folder: one rank that they accept, and adapters on all layers they fuse."""
 
 from __future__ import annotations
 
@@ -10,30 +10,26 @@ from lorafamily.layers.target import Target
 from lorafamily.names import join
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM accepts, but for 1, where other servers begin higher."""
+"""Ranks that vLLM accepts, without 1, which other servers do not accept."""
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"),
 )
-"""Layers that SGLang makes one of. It takes for granted that an adapter of the first has the others' factors too."""
+"""Groups of layers that SGLang fuses. It assumes that an adapter on the first is on the others too."""
 _EXPERTS = re.compile(r"(.*experts)\.\d+\..+")
 
 
 def served_rank(needed: int, ranks: Sequence[int]) -> int:
-    """The lowest of the server's ranks that is high enough.
-
-    Raises:
-        StateError: none is.
-    """
-    enough = [rank for rank in sorted(ranks) if rank >= needed]
-    if not enough:
+    """The lowest of the server's ranks that is high enough; refused if none is."""
+    enough = min((rank for rank in ranks if rank >= needed), default=None)
+    if enough is None:
         raise StateError(
             f"the largest rank is {needed}, and the server accepts {', '.join(map(str, sorted(ranks)))}; compress the "
             "adapter first, or give ranks=[...] that it accepts"
         )
-    return enough[0]
+    return enough
 
 
 def left_out(able: Mapping[str, Target], adapted: Collection[str]) -> Iterator[str]:
@@ -41,8 +37,8 @@ def left_out(able: Mapping[str, Target], adapted: Collection[str]) -> Iterator[s
     of a list. `able`: every layer that can carry an adapter."""
     lists = {match[1] for at in adapted if (match := _EXPERTS.fullmatch(at))}
     for at in able:
-        parent, _, own = at.rpartition(".")
-        fused = {join(parent, one) for group in FUSED if own in group for one in group}
+        parent, _, name = at.rpartition(".")
+        fused = {join(parent, member) for group in FUSED if name in group for member in group}
         match = _EXPERTS.fullmatch(at)
         if at not in adapted and (fused & set(adapted) or (match and match[1] in lists)):
             yield at

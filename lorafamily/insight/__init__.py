@@ -1,1 +1,1 @@
-"""Seeing what adapters are and where the rank went."""
+"""What adapters are and where the rank went, as data, tables and pictures."""

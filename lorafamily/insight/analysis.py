@@ -1,7 +1,7 @@
-"""Updates compared with the weights they update and with other updates: section 7 of the LoRA paper.
+"""Compares updates with the weights they update and with other updates, as section 7 of the LoRA paper does.
 
-Everything is computed from the factors, ΔW = s · U V, in float64: what is decomposed are m × d factors and m × m cores,
-never the d_out × d_in update. Axes: d_in, d_out of the weight; m = inner size of the factors; i, j count directions.
+Everything is computed in float64 from the factors of ΔW = s · U V: only m × d and m × m matrices are decomposed, never
+the d_out × d_in update. Axes: d_in, d_out of the weight; m = inner size of the factors; i, j count directions.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Side = Literal["down", "up"]
 def directions(adapter: Adapter, side: Side = "down") -> Float[Tensor, "k d"]:
     """Orthonormal directions of a factor, the strongest first: right singular vectors of V, left ones of U.
 
-    There are as many as the factor's rank, up to rounding (LoRA, sec. 7.2). If a frozen copy of the initialisation is
-    subtracted, the factors are those of the difference, ΔW.
+    There are as many as the factor's rank, up to rounding (LoRA, sec. 7.2). With a frozen initial update the factors
+    are those of the difference, ΔW.
 
     Raises:
-        StateError: no such side.
+        StateError: `side` is neither "down" nor "up".
     """
     if side not in ("down", "up"):
         raise StateError(f'side={side!r}: must be "down" or "up"')
@@ -45,13 +45,14 @@ def directions(adapter: Adapter, side: Side = "down") -> Float[Tensor, "k d"]:
 def similarity(one: Float[Tensor, "k d"], other: Float[Tensor, "l e"]) -> Float[Tensor, "k l"]:
     """φ(i, j) = ‖one[:i] other[:j]ᵀ‖²_F / min(i, j), for every i and j from 1 (LoRA, eq. 4).
 
-    The share of one subspace that lies in the other: 1 if the smaller is contained, near max(i, j) / d for random ones.
+    The share of one subspace that lies in the other: 1 if the smaller lies in the larger, about max(i, j) / d for
+    random ones.
 
     Args:
         one, other: orthonormal directions as rows, see `directions`.
 
     Raises:
-        StateError: they are not orthonormal, or of spaces of different size.
+        StateError: they are not orthonormal, or their lengths differ.
     """
     if one.shape[1] != other.shape[1]:
         raise StateError(f"directions in R^{one.shape[1]} and in R^{other.shape[1]} cannot be compared")
@@ -102,10 +103,10 @@ def leading(W: Float[Tensor, "d_out d_in"], k: int) -> tuple[Float[Tensor, "d_ou
 
 @dataclass(frozen=True)
 class Amplification:
-    """How much an update amplifies directions that the weight has little of (LoRA, sec. 7.3, Table 7).
+    """How much an update amplifies directions that are weak in the weight (LoRA, sec. 7.3, Table 7).
 
     `delta`: ‖ΔW‖_F. `weight`: ‖W‖_F. `in_delta`, `in_weight`, `in_random`: ‖Uᵀ W Vᵀ‖_F for the r strongest directions
-    of ΔW, of W itself, and of a random matrix. `factor`: ‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F in ΔW's directions; nan for no update.
+    of ΔW, of W itself, and of a random matrix.
     """
 
     rank: int
@@ -117,7 +118,7 @@ class Amplification:
 
     @property
     def factor(self) -> float:
-        """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F, U and V the directions of ΔW; nan for no update."""
+        """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F, where U and V are the directions of ΔW; nan for a zero update."""
         return self.delta / self.in_delta if self.delta else math.nan
 
 
@@ -129,7 +130,7 @@ def amplification(
 
     Args:
         W: its base weight, as (d_out, d_in).
-        rank: directions to look at; None, or more than the update has: all of the update's.
+        rank: how many directions; None, or more than the update has: all of the update's.
         seed: of the random directions.
     """
     left, values, right = adapter.svd()
@@ -141,8 +142,7 @@ def amplification(
         return (U.T @ base @ V.T).norm().item()
 
     generator = torch.Generator().manual_seed(seed)
-    chance = (random_directions(r, d, generator) for d in base.shape)
-    up, down = chance
+    up, down = (random_directions(r, d, generator) for d in base.shape)
     return Amplification(
         rank=r,
         delta=values.norm().item(),
@@ -157,7 +157,7 @@ def amplification(
 def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
     """Share of ‖ΔW‖²_F that lies in W's k strongest directions on both sides, ‖Pᵀ ΔW Qᵀ‖²_F / ‖ΔW‖²_F.
 
-    nan for no update. A random update has about k² / (d_in d_out) there.
+    nan for a zero update. For a random update it is about k² / (d_in d_out).
     """
     left, values, right = adapter.svd()
     if not values.any():
@@ -168,7 +168,8 @@ def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
 
 @dataclass(frozen=True)
 class Norm:
-    """‖ΔW‖_F of one layer, and relative to its weight's. `stack`, `layer`, `kind`: see `lorafamily.names.Place`."""
+    """The update of one layer. `delta`: ‖ΔW‖_F; `relative`: ‖ΔW‖_F / ‖W‖_F; `stack`, `layer`, `kind`: where the layer
+    is, see `lorafamily.names.Place`."""
 
     module: str
     stack: str
@@ -196,19 +197,17 @@ def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
 
 
 def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[Adapter, Float[Tensor, "d_out d_in"]]]:
-    """Adapter and base weight of every adapted layer, by full name; quantised weights are dequantised on access.
-
-    Raises:
-        StateError: as `norms`.
-    """
+    """Adapter and base weight of every adapted layer, by full name; quantised weights are dequantised on access. Raises
+    what `norms` raises."""
     placement = placement_of(model, name)
     refuse_merged(state_of(model))
-    targets = targets_of(noted(model)[0])
-    return _Layers(placement.adapters, targets)
+    return _Layers(placement.adapters, targets_of(noted(model)[0]))
 
 
 @dataclass(frozen=True)
 class _Layers(Mapping[str, tuple[Adapter, Tensor]]):
+    """Reads weights only when they are asked for, since dequantised ones of all layers may not fit into memory."""
+
     adapters: Mapping[str, Adapter]
     targets: Mapping[str, Target]
 

@@ -1,4 +1,4 @@
-"""A run against its steps: slices by kind of matrix, their scores, and the totals of slices and parameters."""
+"""A run against its steps: slices by kind of matrix, scores of slices, and totals of slices and parameters."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from lorafamily.insight.grids import area_labels, rank_by_kind
 T = TypeVar("T")
 KEPT, DROPPED, MARK = "#0072B2", "#D55E00", "#444444"
 POINTS = 400
-"""The most steps of a curve."""
+"""The most steps or decisions that a curve shows."""
 
 
 def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
-    """Slices by kind of matrix against step, stacked, with a mark above every decision that changed ranks. Of more than
-    `POINTS` decisions an even selection is shown, and of more than `AREAS` kinds similar ones together.
-
-    The first of the decisions is the start.
-    """
-    changed = thinned([d for d in decisions[1:] if d.before != d.after])
-    changes = sum(d.before != d.after for d in decisions[1:])
-    decisions = thinned(decisions)
+    """Slices by kind of matrix against step as stacked areas, with a mark above every decision that changed ranks. The
+    first decision is the start. Of more than `POINTS` decisions an even selection is shown; of more than `AREAS` kinds,
+    similar ones share an area."""
+    changed = [d for d in decisions[1:] if d.before != d.after]
+    label = f"decision that changed ranks ({len(changed)} in all)"
+    changed, decisions = thinned(changed), thinned(decisions)
     shown_as = area_labels(decisions[0].after)
     ranks = [rank_by_kind(decision.after, shown_as) for decision in decisions]
     kinds = list(ranks[0])
@@ -49,10 +47,9 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
     for area, hatch in zip(areas, cycle(hatches)):
         area.set_hatch(hatch)
     total = by_kind.sum(0)
-    label = f"decision that changed ranks ({changes} in all)"
     axes.plot([d.step for d in changed], [d.total for d in changed], "v", color=MARK, markersize=4, label=label)
     axes.set(xlim=(0, max(last_step, 1)), ylim=(0, 1.08 * max(1, int(total.max()))))
-    axes.set(xlabel="optimiser step", ylabel="rank slices in use")
+    axes.set(xlabel="optimizer step", ylabel="rank slices in use")
     title = f"Slices by kind of matrix during training: {total[0]} at the start, {total[-1]} at the end"
     figure.suptitle(title, fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
@@ -61,14 +58,15 @@ def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
 
 
 def thinned(entries: Sequence[T]) -> list[T]:
-    """An even selection of at most `POINTS` of them, with the first and the last."""
+    """An even selection of at most `POINTS` entries, with the first and the last."""
     if len(entries) <= POINTS:
         return list(entries)
     return [entries[round(i)] for i in np.linspace(0, len(entries) - 1, POINTS)]
 
 
 def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure | None:
-    """The scores of slices at the first, middle and last decision, and which were taken; None without scores."""
+    """Histograms of the slices' scores at the first, middle and last decision, by whether the decision dropped them;
+    None without scores."""
     scored = [d for d in decisions if any(d.scores.values())]
     if not scored:
         return None
@@ -79,14 +77,14 @@ def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure |
         over_decades = scores.min() > 0 and scores.max() / scores.min() > 100  # sensitivities span orders of magnitude
         edges = np.geomspace(scores.min(), scores.max(), 31) if over_decades else np.histogram_bin_edges(scores, 30)
         threshold = -np.inf if decision.threshold is None else decision.threshold
-        fallen = scores <= threshold
-        axes.hist([scores[fallen], scores[~fallen]], edges, stacked=True, color=[DROPPED, KEPT], label=["off", "kept"])
-        if fallen.any():
+        off = scores <= threshold
+        axes.hist([scores[off], scores[~off]], edges, stacked=True, color=[DROPPED, KEPT], label=["off", "kept"])
+        if off.any():
             axes.axvline(threshold, color=MARK, linestyle="--", linewidth=1, label="threshold")
         if over_decades:
             axes.set_xscale("log")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(f"step {decision.step}: {fallen.sum()} of {len(scores)} slices off", fontsize=9)
+        axes.set_title(f"step {decision.step}: {off.sum()} of {len(scores)} slices off", fontsize=9)
         axes.set_xlabel("score", fontsize=9)
         axes.tick_params(labelsize=8)
     figure.axes[0].set_ylabel("slices")
@@ -96,8 +94,8 @@ def score_histograms(decisions: Sequence[Decision], panels: int = 3) -> Figure |
 
 
 def course(steps: Sequence[Step]) -> Figure:
-    """Slices in use, trainable parameters and, if there are frames to be orthonormal, their error, against step. Of
-    more than `POINTS` steps an even selection is shown."""
+    """Slices in use, trainable parameters and, if there are frames that should be orthonormal, their error, against
+    step. Of more than `POINTS` steps an even selection is shown."""
     steps = thinned(steps)
     measured = [(step.step, step.orthogonality) for step in steps if step.orthogonality is not None]
     curves: dict[str, tuple[list[int], Sequence[float]]] = {
@@ -109,15 +107,12 @@ def course(steps: Sequence[Step]) -> Figure:
     figure = Figure(figsize=(7.2, 0.8 + 1.7 * len(curves)), dpi=100, layout="constrained")
     panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (label, (at, values)), colour in zip(panels, curves.items(), COLOURS, strict=False):
-        # Counts change at a step; the error is measured now and then.
-        style = "default" if "‖" in label else "steps-post"
+        style = "default" if "‖" in label else "steps-post"  # counts jump at a step; the error is measured at some
         axes.plot(at, values, color=colour, linewidth=1.6, drawstyle=style)
         axes.set_ylabel(label, fontsize=8)
         axes.set_ylim(0, 1.08 * max(1e-12, *values))
         axes.ticklabel_format(axis="y", style="plain")
         axes.grid(alpha=0.3)
-    panels[-1].set_xlabel("optimiser step")
-    figure.suptitle(
-        "Slices, parameters and orthogonality during training" if measured else "Slices and parameters during training"
-    )
+    panels[-1].set_xlabel("optimizer step")
+    figure.suptitle(f"Slices{', parameters and orthogonality' if measured else ' and parameters'} during training")
     return figure

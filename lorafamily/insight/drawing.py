@@ -1,6 +1,6 @@
-"""Figures as pixels and as files. They are matplotlib's, made without its global state.
+"""Figures as pixels and as files, made without matplotlib's global state.
 
-Colours are Okabe and Ito's and the map cividis, which colour-blind readers tell apart.
+Colours are those of Okabe and Ito and the map cividis, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
-    """The pixels of a figure, which is drawn only the first time."""
+    """The pixels of a figure, which is drawn on the first call only."""
     canvas = figure.canvas
-    if not isinstance(canvas, FigureCanvasAgg):  # until the first time it is the base class
+    if not isinstance(canvas, FigureCanvasAgg):  # before the first call it is the base class
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,4 +1,4 @@
-"""Slices of every module as grids: layers by kinds of matrix, or layers by experts; smaller ones for large models."""
+"""Slices of every module as grids, layers by kinds of matrix or by experts, made smaller for large models."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import numpy as np
 from lorafamily.names import Place, by_stack, expert_of, kind_labels, place_of
 
 ROWS, COLUMNS, STACKS = 96, 64, 6
-"""The most rows (in all panels of one time together), columns and stacks of a picture. In that of a larger model a cell
-stands for several modules."""
+"""The most rows (of all panels at one time together), columns and stacks of a picture. In a picture of a larger model a
+cell stands for several modules."""
 AREAS = 32
-"""The most kinds of matrix that a stack of areas shows apart."""
+"""The most areas in a picture of stacked areas, one for each kind of matrix."""
 
 
 def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray]:
-    """Kinds of matrix, labels of layers, and ranks as (kinds, layers), for the modules of one stack (`by_stack`).
-
-    nan if a layer has no such matrix.
-    """
+    """Kinds of matrix, labels of layers, and ranks as (kinds, layers), nan if a layer has no such matrix, for the
+    modules of one stack (`by_stack`)."""
     places = {name: place_of(name) for name in ranks}
     kinds = list(dict.fromkeys(place.kind for place in places.values()))
     layers = sorted({place.layer for place in places.values()}, key=lambda layer: (layer is None, layer))
@@ -34,8 +32,8 @@ def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndar
 
 
 def rank_by_kind(ranks: Mapping[str, int], labels: Mapping[str, str] | None = None) -> dict[str, int]:
-    """Slices of each kind of matrix, over all layers of its stack. `labels`: the kind of every module; None computes
-    them (`kind_labels`), which takes longer."""
+    """Slices of each kind of matrix in all layers of its stack. `labels`: the kind of every module; None computes them
+    (`kind_labels`), which takes longer."""
     totals: dict[str, int] = {}
     for name, kind in (kind_labels(ranks) if labels is None else labels).items():
         totals[kind] = totals.get(kind, 0) + ranks[name]
@@ -43,15 +41,15 @@ def rank_by_kind(ranks: Mapping[str, int], labels: Mapping[str, str] | None = No
 
 
 def area_labels(names: Iterable[str]) -> dict[str, str]:
-    """`kind_labels` with at most `AREAS` different labels: of more, similar kinds share one."""
+    """`kind_labels` with at most `AREAS` different labels: if there are more kinds, similar ones share a label."""
     labels = kind_labels(names)
     together = merged(list(dict.fromkeys(labels.values())), AREAS)
     return {name: together[kind] for name, kind in labels.items()}
 
 
 def merged(labels: Sequence[str], most: int) -> dict[str, str]:
-    """For each label the one it is shown under, with at most `most` different ones. If there are more, those that
-    differ only in digits share one (`experts.*.up`), and if these are still too many, neighbours do (`a … d`)."""
+    """For each label the one it is shown under, with at most `most` different ones. Of more, those that differ only in
+    digits share one (`experts.*.up`); if these are still too many, neighbours share one (`a … d`)."""
     if len(labels) <= most:
         return {label: label for label in labels}
     shown = {label: re.sub(r"\d+", "*", label) for label in labels}
@@ -75,8 +73,8 @@ class Grid(NamedTuple):
 
 
 def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> dict[str, list[Grid]]:
-    """For each stack a grid of each pattern in `shown`, within `ROWS`, `COLUMNS` and `STACKS`. In a model that has
-    more, a cell is the mean of the modules it stands for."""
+    """For each stack a grid of each of the ranks in `shown`, within `ROWS`, `COLUMNS` and `STACKS`. In a larger model a
+    cell is the mean of the modules it stands for."""
     stacks = by_stack(names)
     shown_as = merged(list(stacks), STACKS)
     places: dict[str, dict[str, Place]] = {}
@@ -108,10 +106,8 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
 
 
 def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
-    """By kind of matrix (`mlp.experts.*.up_proj`): labels of layers, of experts, and ranks as (layers, experts).
-
-    nan if a layer has no such expert; empty for a model without experts.
-    """
+    """By kind of matrix (`mlp.experts.*.up_proj`): labels of layers, labels of experts, and ranks as (layers, experts),
+    nan if a layer has no such expert. Empty for a model without experts."""
     cells_of: dict[str, list[tuple[int | None, int, float]]] = {}
     experts = {name: found for name in ranks if (found := expert_of(name)) is not None}
     labels = kind_labels(dict.fromkeys(of_all for of_all, _ in experts.values()))
@@ -129,7 +125,7 @@ def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[
 
 
 def in_chunks(labels: list[str], grid: np.ndarray, most: int) -> tuple[list[str], np.ndarray]:
-    """Labels and rows, at most `most`: of more rows, the means of neighbours."""
+    """Labels and rows of a grid, at most `most`: if there are more, means of neighbouring rows."""
     chunks = [chunk for chunk in np.array_split(np.arange(len(labels)), min(most, len(labels))) if len(chunk)]
     heads = [labels[c[0]] if len(c) == 1 else f"{labels[c[0]]}–{labels[c[-1]]}" for c in chunks]
     sums = np.array([np.nansum(grid[c], 0) for c in chunks])

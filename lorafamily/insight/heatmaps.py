@@ -1,4 +1,4 @@
-"""Heat-maps of the slices of every module, with their number in every cell."""
+"""Heat-maps of the slices of every module, with the number in every cell."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lorafamily.insight.grids import COLUMNS, ROWS, STACKS, expert_grids, in_chu
 from lorafamily.names import OUTSIDE
 
 SIDE_BY_SIDE = 8
-"""Layers up to which the grids of start and now stand side by side; wider ones stand one above the other."""
+"""Up to so many layers the grids of the start and of now are side by side, otherwise one above the other."""
 NUMBERED = 1200
-"""Cells up to which each has its number: drawing a text takes a hundred times as long as drawing a cell."""
+"""Up to so many cells each shows its number: drawing a text takes a hundred times as long as drawing a cell."""
 
 
 def rank_heatmap(
@@ -24,9 +24,8 @@ def rank_heatmap(
     """Layers × kinds of matrix with the slices of each module, at the start and now, on one colour scale.
 
     A model with several stacks, such as an encoder and a decoder, has a panel for each, with its own kinds and layers.
-    In that of a model with more than `ROWS` kinds or `COLUMNS` layers a cell shows the mean of several modules, and the
-    title says so. `now`: None shows the start alone. `highest`: top of the colour scale; None: the most slices of any
-    module.
+    If there are more than `ROWS` kinds or `COLUMNS` layers, a cell shows the mean of several modules, and the title
+    says so. `now`: None shows the start only. `highest`: top of the colour scale; None: the most slices of any module.
     """
     shown = {"start": start} if now is None else {"start": start, "now": now}
     grids = small_grids(list(start), list(shown.values()))
@@ -64,8 +63,8 @@ def expert_heatmap(
     start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
 ) -> Figure | None:
     """Layers × experts with the slices of each expert, a panel for each kind of matrix, at the start and now, on one
-    colour scale; None for a model without experts. In that of a model with many layers or experts a cell is the mean of
-    neighbours. Arguments as of `rank_heatmap`."""
+    colour scale; None for a model without experts. If there are many layers or experts, a cell is the mean of
+    neighbours. Arguments as in `rank_heatmap`."""
     shown = {"start": start} if now is None else {"start": start, "now": now}
     grids = {when: expert_grids(ranks) for when, ranks in shown.items()}
     kinds = list(grids["start"])[:STACKS]
@@ -105,7 +104,7 @@ def draw_grid(
 ) -> AxesImage:
     """Draw a grid into axes, each number in its cell, on a colour scale from 0 to `top`.
 
-    `room`: how many layers the axes have room for, so that cells have one width in the panels of all stacks.
+    `room`: how many layers the axes have room for, so that cells are equally wide in the panels of all stacks.
     `numbered`: whether there is room for numbers in the cells and for a label at every column.
     """
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")

@@ -1,4 +1,4 @@
-"""The pictures of a run, from its decisions and steps alone."""
+"""The pictures of a run, drawn from its decisions and steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafamily.insight.heatmaps import expert_heatmap, rank_heatmap
 
 def pictures_of(decisions: Sequence[Decision], steps: Sequence[Step]) -> dict[str, Figure]:
     """The pictures of a run, by file name: slices at the start and the end, also by expert if the model has experts;
-    their history; their scores; totals against step. Empty for a run without adapters."""
+    slices, scores and totals during training. Empty for a run without adapters."""
     start, end = decisions[0].after, decisions[-1].after
     if not start:
         return {}
@@ -33,7 +33,6 @@ def pictures_of(decisions: Sequence[Decision], steps: Sequence[Step]) -> dict[st
 
 def draw(folder: Path, drawn: Mapping[str, Figure]) -> list[Path]:
     """Write pictures into a folder; returns their files."""
-    files = {name: folder / f"{name}.png" for name in drawn}
     for name, figure in drawn.items():
-        save(figure, files[name])
-    return list(files.values())
+        save(figure, folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in drawn]

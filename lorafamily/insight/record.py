@@ -1,8 +1,8 @@
-"""The record of a run in its folder, from which ranks and pictures come back without the model.
+"""The record of a run in its folder, from which ranks and pictures can be had without the model.
 
 `allocation.jsonl` has a line for the ranks at the start and one for every decision (step, reason, threshold, ranks
 before and after, and scores by module). `steps.jsonl` has a line for every training step. Both are written during the
-run.
+run. Reading them raises `FileError` where one is missing or damaged.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PICTURES = ("rank-by-layer", "rank-by-expert", "rank-history", "scores", "course
 
 
 class Record:
-    """Writes the two files of a run, beginning with the given decisions and steps; a line is on disk when the call
-    returns."""
+    """Writes the two files of a run, beginning with the given decisions and steps. A line is on disk when the call
+    that writes it returns."""
 
     def __init__(self, folder: str | os.PathLike[str], decisions: Sequence[Decision], steps: Sequence[Step] = ()):
         self.folder = Path(folder)
@@ -57,11 +57,7 @@ def recorded(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move the record of an earlier run, with its events and pictures, to the first free of `earlier-1`, `earlier-2`, …
-
-    Raises:
-        FileError: it cannot be moved.
-    """
+    """Move an earlier run's record, events and pictures to the first free of `earlier-1`, `earlier-2`, …"""
     number = next(number for number in count(1) if not (folder / f"earlier-{number}").exists())
     place = folder / f"earlier-{number}"
     pictures = [folder / f"{name}.png" for name in PICTURES]
@@ -76,22 +72,22 @@ def set_aside(folder: Path) -> Path:
 
 
 def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, int]:
-    """The slices of every module after `step` optimiser steps of a recorded run, or those of a saved adapter.
+    """The slices of every module after `step` optimizer steps of a recorded run, or those of a saved adapter.
 
-    `apply(model, method, rank=ranks_at(folder))` starts with these; for LoRA² it is `slices=ranks_at(folder)`, next to
-    its `width`.
+    `apply(model, method, rank=ranks_at(folder))` starts with these ranks; for LoRA² use `slices=ranks_at(folder)` and
+    give a `width`.
 
     Args:
         folder: `log_dir` of a run, or what `save` wrote.
         step: 0 is the start, None the end. A saved adapter has no steps.
 
     Raises:
-        FileError: the folder has neither, it is damaged, or a step of a saved adapter was asked for.
+        FileError: the folder holds neither, a file is damaged, or a step of a saved adapter was asked for.
         MethodError: the saved adapter's method is not installed.
     """
     if (Path(folder) / SAVED).is_file() and not (Path(folder) / DECISIONS).is_file():
         if step is not None:
-            raise FileError(f"{folder} is a saved adapter and has the ranks of its end alone; leave out step={step}")
+            raise FileError(f"{folder} is a saved adapter with the ranks of its end alone; leave out step={step}")
         return {at: adapter.rank for at, adapter in read(folder).adapters.items()}
     ranks: dict[str, int] = {}
     for decision in read_decisions(folder):
@@ -101,7 +97,7 @@ def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[st
 
 
 def redraw(folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw the pictures of a recorded run into its folder again, from its two files alone; returns their paths.
+    """Draw the pictures of a recorded run into its folder again, from its two files; returns their paths.
 
     Raises:
         FileError: no record there, or it is damaged.
@@ -112,11 +108,7 @@ def redraw(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
-    """The decisions of a recorded run; the first is the start.
-
-    Raises:
-        FileError: no record there, or it is damaged.
-    """
+    """The decisions of a recorded run. The first holds the ranks at the start."""
     decisions: list[Decision] = _read(Path(folder) / DECISIONS, Decision)
     if not decisions:
         raise FileError(f"{Path(folder) / DECISIONS}: empty; a record begins with the ranks at the start")
@@ -124,11 +116,6 @@ def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
 
 
 def read_steps(folder: str | os.PathLike[str]) -> list[Step]:
-    """The training steps of a recorded run.
-
-    Raises:
-        FileError: no record there, or it is damaged.
-    """
     return _read(Path(folder) / STEPS, Step)
 
 
@@ -141,13 +128,14 @@ def _append(file: Any, entry: Any) -> None:
         raise FileError(f"{file.name}: cannot write {len(line):,} bytes more ({error})") from error
 
 
-def _read(path: Path, kind: type[Any]) -> list[Any]:
+def _read(path: Path, entry_class: type[Any]) -> list[Any]:
     if not path.is_file():
         raise FileError(f"{path} does not exist; train(..., log_dir=folder) writes it")
     entries = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            entries.append(kind(**json.loads(line)))
+            entries.append(entry_class(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise FileError(f"{path}, line {number}: not a record of a {kind.__name__.lower()} ({error})") from None
+            name = entry_class.__name__.lower()
+            raise FileError(f"{path}, line {number}: not a record of a {name} ({error})") from None
     return entries

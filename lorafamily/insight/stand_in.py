@@ -1,4 +1,4 @@
-"""A layer on the meta device that takes the memory that a quantised one takes."""
+"""A layer on the meta device that takes as much memory in a training step as a quantised one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lorafamily.layers.torchao import TorchAO
 
 
 class _ByKernel(torch.autograd.Function):
-    """x Wᵀ as kernels on a CPU compute it: W is dequantised for the product, and for its gradient again or still."""
+    """x Wᵀ as kernels on a CPU compute it: W is dequantised for the product, and kept (`keeps`) or dequantised again
+    for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, int], keeps: bool) -> Tensor:
@@ -26,15 +27,14 @@ class _ByKernel(torch.autograd.Function):
 
 
 def stand_in(kind: Quantised, layer: Any, dtype: torch.dtype | None) -> nn.Linear:
-    """A layer on the meta device that takes the memory in a training step that a quantised one takes."""
-    shape, bias = kind.shape(layer), layer.bias
-    new = nn.Linear(
-        shape[1], shape[0], bias is not None, device="meta", dtype=dtype or (bias.dtype if bias is not None else None)
-    )
+    """The stand-in of one quantised layer. `dtype`: of its weight; None: the bias's, if there is one."""
+    (d_out, d_in), bias = kind.shape(layer), layer.bias
+    dtype = dtype or (None if bias is None else bias.dtype)
+    new = nn.Linear(d_in, d_out, bias is not None, device="meta", dtype=dtype)
     keeps = isinstance(kind, TorchAO)
 
     def forward(input: Tensor) -> Tensor:
-        y: Tensor = _ByKernel.apply(input, shape, keeps)
+        y: Tensor = _ByKernel.apply(input, (d_out, d_in), keeps)
         return y if new.bias is None else y + new.bias
 
     new.forward = forward  # type: ignore[method-assign]

@@ -24,9 +24,9 @@ from lorafamily.targets import what_is
 @dataclass(frozen=True)
 class Row:
     """One adapted layer. `slices`: those of its adapter now; `width`: LoRA²'s k, None for other methods; `parameters`:
-    trainable ones now; `norm`: ‖ΔW‖_F. For quantised layers `step` is the ‖·‖_F of the error that rounding to the
-    base's levels makes in a weight, and `lost` that of the error it made in merge(requantise=True): a ΔW smaller than
-    the step would hardly survive that."""
+    trainable ones now; `norm`: ‖ΔW‖_F. Of quantised layers, `step`: ‖·‖_F of the error that rounding to the base's
+    levels makes in a weight; `lost`: the same of the error that merge(requantise=True) made. A ΔW smaller than the step
+    hardly survives that merge."""
 
     module: str
     d_out: int
@@ -49,9 +49,9 @@ class Row:
 class Summary:
     """The adapters of one name; prints as a table, with the experts of a layer in one line.
 
-    `extra_trained`: how many extra trained parameters there are, such as a head's; `tensor_bytes`: of all tensors of a
-    saved file, frozen initial copies and extra parameters included; `reached`: the base's parameters in adapted
-    layers; `not_reached`: the others, by what they are."""
+    `extra_trained`: the number of extra trained parameters, such as a head's; `tensor_bytes`: of all tensors in a saved
+    file, with frozen initial updates and extra trained parameters; `reached`: the base's parameters in adapted layers;
+    `not_reached`: its other parameters, by what they are."""
 
     name: str
     method: str
@@ -92,8 +92,8 @@ class Summary:
     def __str__(self) -> str:
         grouped = _grouped(self.rows)
         width = max(map(len, grouped))
-        two = any(row.width is not None for row in self.rows)  # width and slices
-        cells = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if two else f"{'rank':>9}"
+        has_width = any(row.width is not None for row in self.rows)  # then rank and slices differ
+        cells = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if has_width else f"{'rank':>9}"
         head = f"{'module':<{width}}  {'d_out × d_in':>13}  {cells}  {'parameters':>10}  {'‖ΔW‖':>9}"
         more = [name for name in ("step", "lost") if any(getattr(row, name) is not None for row in self.rows)]
         head += "".join(f"  {name:>9}" for name in more)
@@ -102,7 +102,7 @@ class Summary:
             began, now = _range([row.initial_slices for row in rows]), _range([row.slices for row in rows])
             slices = now if all(row.slices == row.initial_slices for row in rows) else f"{began} → {now}"
             cells = f"{slices:>9}"
-            if two:
+            if has_width:
                 widths, ranks = _range([row.width or 0 for row in rows]), _range([row.rank for row in rows])
                 cells = f"{widths:>7}  {slices:>9}  {ranks:>7}"
             lines.append(
@@ -115,7 +115,7 @@ class Summary:
         lines.append(
             f"adapters: {self.parameters:,} trainable ({share:.2%} of the base's {self.base_parameters:,}), "
             f"total rank {self.rank}"
-            + (f" from {self.slices} slices" if two else "")
+            + (f" from {self.slices} slices" if has_width else "")
             + f"; {self.initial_parameters:,} at the start"
         )
         if self.budget is not None:
@@ -127,7 +127,7 @@ class Summary:
         others = sorted(self.not_reached.items(), key=lambda item: -item[1])
         lines.append(
             f"in adapted layers: {self.reached:,} of the base's parameters ({self.reached / self.base_parameters:.1%})"
-            + ("; in none: " + ", ".join(f"{count:,} in {kind}" for kind, count in others) if others else "")
+            + ("; in none: " + ", ".join(f"{count:,} in {what}" for what, count in others) if others else "")
         )
         lines.append(f"saved: {self.tensor_bytes / 1024:,.0f} KiB of tensors")
         if self.extra_trained:
@@ -136,8 +136,7 @@ class Summary:
 
 
 def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by line of the table: a module has a line, all experts of a layer have one with their indices in its
-    name."""
+    """Rows by line of the table: one for each module, and one for all experts of a layer, named by their indices."""
     groups: dict[str, list[Row]] = {}
     indices: dict[str, list[int]] = {}
     for row in rows:
@@ -151,7 +150,7 @@ def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _joint_norm(norms: Sequence[float | None]) -> str:
-    """The norm of the rows of one line together."""
+    """The joint norm of the rows in one line."""
     known = [norm for norm in norms if norm is not None]
     return f"{math.hypot(*known):.3g}" if known else "–"
 
@@ -163,7 +162,7 @@ def _range(values: Sequence[int]) -> str:
 
 @torch.no_grad()
 def summary(model: nn.Module, name: str | None = None) -> Summary:
-    """Shape, rank, parameters and ‖ΔW‖ of every adapted layer, totals, budget used; `print` it for a table.
+    """Shape, rank, parameters and ‖ΔW‖ of every adapted layer, totals and the budget used; `print` it for a table.
 
     Raises:
         StateError: the model has no adapter of that name, or no active one.
@@ -173,20 +172,19 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     reached, not_reached = _coverage(owner, placement)
     targets, lost = targets_of(owner), {} if state is None else state.quantised.lost
     rows = tuple(_row(path, adapter, targets[path], lost.get(path)) for path, adapter in placement.adapters.items())
-    tensors = [t for adapter in placement.adapters.values() for t in adapter.state_dict().values()] + [
-        *placement.inactive_values.values()
-    ]
-    first = next(iter(placement.adapters.values()))
+    tensors = [t for adapter in placement.adapters.values() for t in adapter.state_dict().values()]
+    tensors += placement.inactive_values.values()
+    first, sizing = next(iter(placement.adapters.values())), placement.sizing
     return Summary(
         name=placement.name,
         method=placement.spec,
         rows=rows,
         base_parameters=sum(counts_of(owner).values()),
         extra_trained=sum(value.numel() for value in placement.inactive_values.values()),
-        budget=placement.sizing.budget,
-        rank_budget=placement.sizing.rank_budget,
-        budget_at=placement.sizing.budget_at,
-        initial_parameters=placement.sizing.initial_parameters,
+        budget=sizing.budget,
+        rank_budget=sizing.rank_budget,
+        budget_at=sizing.budget_at,
+        initial_parameters=sizing.initial_parameters,
         tensor_bytes=sum(tensor.nbytes for tensor in tensors),
         dtype=str(next(first.update.parameters()).dtype).removeprefix("torch."),
         reached=reached,
@@ -196,26 +194,20 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
 
 def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, int]]:
     """How many of the base's parameters are in adapted layers, and how many others by what they are."""
-    targets = {at: target for at, target in targets_of(model).items() if at in placement.adapters}
-    layers = {id(target.layer): target.layer for target in targets.values() if not isinstance(target.kind, Expert)}
-    adapted = {
-        id(p)
-        for layer in layers.values()
-        for p in layer.parameters(recurse=nn.utils.parametrize.is_parametrized(layer))
-    }
-    shares = Counter[int]()
-    for target in targets.values():
+    adapted, shares = set[int](), Counter[int]()
+    for target in (target for at, target in targets_of(model).items() if at in placement.adapters):
         if isinstance(target.kind, Expert):
             shares[id(target.parameter)] += math.prod(target.shape)
         else:
-            adapted.add(id(target.stored))
+            inside = target.layer.parameters(recurse=nn.utils.parametrize.is_parametrized(target.layer))
+            adapted |= {id(target.stored), *map(id, inside)}
     reached, others = 0, Counter[str]()
-    kinds, counts = what_is(model), counts_of(model)
+    description, counts = what_is(model), counts_of(model)
     for name, parameter in base_parameters(model).items():
-        inside = counts[name] if id(parameter) in adapted else shares[id(parameter)]
-        reached += inside
-        if inside < counts[name]:
-            others[kinds(name)] += counts[name] - inside
+        in_adapted = counts[name] if id(parameter) in adapted else shares[id(parameter)]
+        reached += in_adapted
+        if in_adapted < counts[name]:
+            others[description(name)] += counts[name] - in_adapted
     return reached, dict(others)
 
 
@@ -223,15 +215,6 @@ def _row(path: str, adapter: Adapter, target: Target, lost: float | None) -> Row
     update, kind, step = adapter.update, target.layer_kind, None
     if isinstance(kind, Quantised) and not target.stored.is_meta:
         step = float(target.kind.matrix(kind.rounding(target.layer)).sum().sqrt())
-    return Row(
-        path,
-        update.d_out,
-        update.d_in,
-        adapter.initial_rank,
-        adapter.rank,
-        update.sizes().get("width"),
-        adapter.trainable(),
-        adapter.norm(),
-        step,
-        lost,
-    )
+    shape, slices = (update.d_out, update.d_in), (adapter.initial_rank, adapter.rank)
+    width, parameters = update.sizes().get("width"), adapter.trainable()
+    return Row(path, *shape, *slices, width, parameters, adapter.norm(), step, lost)
