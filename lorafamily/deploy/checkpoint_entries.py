@@ -56,9 +56,10 @@ def entries_of(base: Path) -> dict[str, Entry]:
         shards = read_json(base / INDEX, FOLDER)
         if not isinstance(shards, dict) or not isinstance(shards.get("weight_map"), dict):
             raise FileError(f"{base / INDEX}: not an index of shards (it needs a weight_map)")
-        files = sorted(set(shards["weight_map"].values()))
-        if outside := [name for name in files if not isinstance(name, str) or Path(name).name != name]:
+        names = list(shards["weight_map"].values())
+        if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise FileError(f"{base / INDEX}: {outside[0]!r} is no file of this folder")
+        files = sorted(set(names))
     else:
         files = [SINGLE]
     entries: dict[str, Entry] = {}

@@ -205,9 +205,14 @@ def _attention(
     }
     for at, target in parts.items():
         name = layer_name(at, target)
-        U, V = factors.get(name, (None, None))
-        if U is not None and V is not None and len(U) == len(target.parameter):
-            factors[at], ranks[at], scales[at] = (target.kind.matrix(U), V), ranks[name], scales[name]
+        if name not in factors:
+            continue
+        U, V = factors[name]
+        if U is None or V is None or len(U) != len(target.parameter):
+            raise FileError(
+                f"{path}: {name} needs lora_A and a lora_B of {len(target.parameter)} rows, those of q, k and v"
+            )
+        factors[at], ranks[at], scales[at] = (target.kind.matrix(U), V), ranks[name], scales[name]
     for name in {layer_name(at, target) for at, target in parts.items()} & factors.keys():
         del factors[name], ranks[name], scales[name]
     return parts
