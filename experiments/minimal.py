@@ -50,7 +50,7 @@ lorafamily.apply(model, method="adalora", budget=BUDGET, budget_at="end", seed=0
 print(f"with adapters:   {bits_per_byte():.3f} bits per byte\n")
 print(lorafamily.summary(model), "\n")
 
-# An optimiser over what trains: the adapters, nothing else. The session learns from it whose state to prune with ranks.
+# An optimizer over what trains: the adapters, nothing else. The session learns from it whose state to prune with ranks.
 optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=LR))
 trainable = [p for p in model.parameters() if p.requires_grad]
 warmup = max(1, STEPS // 10)
@@ -71,7 +71,7 @@ while step < STEPS:
         session.backward(loss)  # adds AdaLoRA's orthogonality penalty to the gradient
         grad_norm = clip_grad_norm_([p for p in trainable if p.grad is not None], 1.0)
         optimizer.step()
-        session.step()  # scores slices by sensitivity; prunes parameters and optimiser state when it is time
+        session.step()  # scores slices by sensitivity; prunes parameters and optimizer state when it is time
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         step += 1

@@ -41,7 +41,7 @@ class Settings:
     rounds: int = 2
     """Times that each way is measured."""
     steps: int = 4
-    """Optimiser steps of a measurement of "llama"."""
+    """Optimizer steps of a measurement of "llama"."""
     rows: int = 2
     """Of a batch."""
     length: int = 128

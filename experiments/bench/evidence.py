@@ -3,7 +3,7 @@
     python experiments/bench/evidence.py --model PATH --task sst2 --data DIR --batches 32
 
 Time is measured in one process, looking and training in turn. Memory is that of tensors made and alive at once, which
-leaves out weights and optimiser state; sums of gradients that lie in a file are not in it.
+leaves out weights and optimizer state; sums of gradients that lie in a file are not in it.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Training:
         self.model.train()
         self.optimizer = torch.optim.AdamW(lorafamily.parameter_groups(self.model))
         self.data = data
-        self.step(data[0])  # the optimiser's state is there from now on
+        self.step(data[0])  # the optimizer's state is there from now on
 
     def step(self, batch: Any) -> None:
         self.model(**batch).loss.backward()

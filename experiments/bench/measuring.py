@@ -62,7 +62,7 @@ class Setting:
 class Measured:
     """`ratio`: median over the rounds of the time against the first variant's in the same round; `low`, `high`: its
     quartiles; `ratios`: of every round. `memory`: MiB of tensors that a step holds at its peak beyond what it found;
-    `resident`: MiB of weights and optimiser state, which it finds; both None for a forward."""
+    `resident`: MiB of weights and optimizer state, which it finds; both None for a forward."""
 
     variant: str
     seconds: float
@@ -175,7 +175,7 @@ class _Trained:
         return loss
 
     def resident(self) -> float:
-        """MiB of weights and optimiser state."""
+        """MiB of weights and optimizer state."""
         of_parameters = [] if self.optimizer is None else self.optimizer.state.values()
         state = [tensor for own in of_parameters for tensor in own.values()]
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *state)) / 2**20

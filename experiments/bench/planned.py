@@ -48,7 +48,7 @@ def planned(way: str) -> int:
 
 
 def step_of(way: str, *, layers: int, rows: int) -> None:
-    """Two steps, for the optimiser's states come with the first."""
+    """Two steps, for the optimizer's states come with the first."""
     model, batch = bert(layers=layers, rows=rows)
     penalty = None
     if way != FULL:

@@ -112,7 +112,7 @@ def measured(by: str) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # the optimiser's states, and whatever is made once
+    step()  # the optimizer's states, and whatever is made once
     before = resident()
     with Peak() as peak:
         began = time.perf_counter()

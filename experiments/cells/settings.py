@@ -72,7 +72,7 @@ class Compare:
     first_seed: int = 0
     """the seeds are this one and those after it"""
     steps: int = 150
-    """optimiser steps"""
+    """optimizer steps"""
     epochs: float | None = None
     """rounds through the training data, in place of steps"""
     batch: int = 16

@@ -49,7 +49,7 @@ class Faults:
     kills: int = 20
     """at least so many of each method"""
     steps: int = 40
-    """optimiser steps of a run"""
+    """optimizer steps of a run"""
     seed: int = 0
     """of the moments"""
 

@@ -32,7 +32,7 @@ class Pretrain:
     """Pretrain the embedded byte-level decoder."""
 
     steps: int = 6000
-    """optimiser steps"""
+    """optimizer steps"""
     batch: int = 32
     """sequences of 128 bytes per step"""
     lr: float = 3e-3

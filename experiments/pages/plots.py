@@ -46,7 +46,7 @@ def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
             axes.plot(steps, mean, line, color=colour, marker=marker, markersize=4, linewidth=1.5, label=name)
             axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
         _no_adaptation_line(axes, groups)
-        axes.set_xlabel("optimiser steps")
+        axes.set_xlabel("optimizer steps")
         if size is not None:
             axes.set_title(size if size.startswith("rank") else f"{size} trainable parameters", fontsize=10)
         axes.grid(alpha=0.3)

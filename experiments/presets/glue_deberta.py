@@ -15,7 +15,7 @@ def paper(
     *, target: int, inner: int, gamma: float, begin: int, last: int, every: int, alpha: int, tokens: int, rate: str,
     epochs: float,
 ) -> dict[str, object]:  # fmt: skip
-    """A task's settings. `begin`, `last`, `every`: t_i, t_f and Δ_T in optimiser steps."""
+    """A task's settings. `begin`, `last`, `every`: t_i, t_f and Δ_T in optimizer steps."""
     schedule = (f"gamma={gamma}", f"warmup={begin}", f"final={last}", f"interval={every}")
     options = [f"{method}.{option}" for method in ("lora2", "adalora") for option in schedule]
     options += [f"lora2.target={target}", f"lora2.slices={inner}"]

@@ -40,7 +40,7 @@ class Statement:
     """`claim` of `source`, said of `arm` against `other`.
 
     "better": the difference is above zero. "no worse": it is above −margin, the margin of the setting's metric.
-    `measure`: the final metric, or the optimiser steps to the validation loss that both arms of a seed reach.
+    `measure`: the final metric, or the optimizer steps to the validation loss that both arms of a seed reach.
     `budget_at`: where the paper's budget is one of the end, runs that held it at the peak say nothing of the claim.
     """
 
