@@ -54,7 +54,7 @@ from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find as find_method
 from lorafamily.training.folder_lock import FolderLock
 from pages import report
-from tasks import Task, TaskError, find
+from tasks import Task, TaskError, find, refusals_in_one_line
 
 
 def main(settings: Compare) -> None:
@@ -246,8 +246,5 @@ def _ensure_weights() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refusals_in_one_line():
         main(presets.chosen(sys.argv[1:]))
-    except (TaskError, lorafamily.LoraFamilyError) as refused:
-        print(f"compare.py: {refused}", file=sys.stderr)
-        sys.exit(2)

@@ -29,29 +29,19 @@ import lorafamily
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.layers.placement import placement_of
 from pages.report import as_text
-from tasks import Task, TaskError, find
+from tasks import Task, TaskOptions, refusals_in_one_line
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Measure what methods that look at data first cost."""
+class Settings(TaskOptions):
+    """Measure the cost of methods that look at data before training."""
 
-    model: str | None = None
-    """folder or hub id of a transformers model; none for the embedded one"""
-    task: str = "code"
-    """as in compare.py"""
-    data: Path | None = None
-    """as in compare.py"""
     batches: int = 32
-    """to look at"""
+    """batches to look at"""
     rank: int = 8
-    """of LoRA in the training beside it, and of equal ranks"""
-    batch: int = 32
-    """sequences per batch"""
-    length: int = 96
-    """tokens per sequence at most"""
+    """rank of the LoRA that is trained for comparison, and mean rank of the methods that choose ranks"""
     rounds: int = 3
-    """of the timings, which alternate"""
+    """rounds of timing; the ways take turns"""
 
 
 @dataclass
@@ -91,7 +81,7 @@ class Looking:
 
 
 def main(settings: Settings) -> None:
-    task = find(settings.task, model=settings.model, data=settings.data, batch=settings.batch, length=settings.length)
+    task = settings.find_task()
     data = list(islice(iter(task.training(0)), settings.batches))
     model, _ = task.model(0)
     ways = [
@@ -164,8 +154,5 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    try:
+    with refusals_in_one_line():
         main(tyro.cli(Settings))
-    except (TaskError, lorafamily.LoraFamilyError) as refused:
-        print(f"evidence.py: {refused}", file=sys.stderr)
-        sys.exit(2)

@@ -38,41 +38,31 @@ from lorafamily.history import Decision
 from lorafamily.layers.placement import placement_of
 from lorafamily.names import modules_per_block
 from pages.report import as_text
-from tasks import Task, TaskError, find
+from tasks import Task, TaskOptions, refusals_in_one_line
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TaskOptions):
     """Compare the scorers of rank slices on a trained model."""
 
-    model: str | None = None
-    """folder or hub id of a transformers model; none for the embedded one"""
-    task: str = "code"
-    """as in compare.py"""
-    data: Path | None = None
-    """as in compare.py"""
     rank: int = 8
-    """of plain LoRA on every linear layer"""
+    """rank of plain LoRA on every linear layer"""
     steps: int = 100
-    """of training before ranks are scored"""
+    """training steps before ranks are scored"""
     lr: float = 1e-3
-    """of that training"""
-    batch: int = 32
-    """sequences per step"""
-    length: int = 96
-    """tokens per sequence at most"""
+    """learning rate of that training"""
     seeds: int = 3
-    """for the agreement of the scores"""
+    """seeds for the agreement of the scores"""
     scoring_memory: float | None = None
-    """MiB for ablations in one batch; none for what suits the device"""
+    """MiB for ablations in one batch; none: what suits the device"""
     rounds: int = 2
-    """of the timings, which alternate"""
+    """rounds of timing; the scorers take turns"""
     observed_steps: int = 60
     """training steps in which the cost of keeping sensitivity scores is measured"""
 
 
 def main(settings: Settings) -> None:
-    task = find(settings.task, model=settings.model, data=settings.data, batch=settings.batch, length=settings.length)
+    task = settings.find_task()
     lines = [["seed", "ranks", "Spearman", "p", "same among the lowest", "first-order range", "exact range"]]
     for seed in range(settings.seeds):
         run = _trained(task, settings, seed)
@@ -225,7 +215,5 @@ class Timed(Allocation):
 
 
 if __name__ == "__main__":
-    try:
+    with refusals_in_one_line():
         main(tyro.cli(Settings))
-    except (TaskError, lorafamily.LoraFamilyError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
