@@ -82,15 +82,15 @@ def table(groups: Sequence[Group], metric: str, marks: Mapping[str, str] | None 
                 *([marks.get(group.method, "no paper we know")] if marks else []),
                 *([group.targets or "–"] if several else []),
                 group.size or "–",
-                _or_dash(group.mean("trainable"), "{:,.0f}".format),
+                or_dash(group.mean("trainable"), "{:,.0f}".format),
                 "–" if start is None or end is None else f"{start:g} → {end:g}",
-                _or_dash(group.mean("train_loss"), "{:.3f}".format),
+                or_dash(group.mean("train_loss"), "{:.3f}".format),
                 quality + (f" ({failed} of {len(group.rows)} seeds failed)" if failed else ""),
                 steps_to_reach(groups, group),
-                _or_dash(group.mean("seconds_per_step"), "{:.3f}".format),
-                _or_dash(group.mean("peak_mib"), "{:.0f}".format),
-                _or_dash(group.mean("file_bytes"), lambda size: f"{size / 1024:.0f}"),
-                _or_dash(_largest(group, "merge_difference"), lambda value: f"{value:.0e}" if value else "0"),
+                or_dash(group.mean("seconds_per_step"), "{:.3f}".format),
+                or_dash(group.mean("peak_mib"), "{:.0f}".format),
+                or_dash(group.mean("file_bytes"), lambda size: f"{size / 1024:.0f}"),
+                or_dash(_largest(group, "merge_difference"), lambda value: f"{value:.0e}" if value else "0"),
             ]
         )
     return lines
@@ -104,7 +104,7 @@ def crossed(groups: Sequence[Group]) -> list[list[str]]:
         return []
     found = {(g.targets, g.size): g.mean("metric") for g in own}
     head = ["targets", *(str(size) for size in sizes)]
-    return [head, *([str(t), *(_or_dash(found.get((t, size)), "{:.4f}".format) for size in sizes)] for t in targets)]
+    return [head, *([str(t), *(or_dash(found.get((t, size)), "{:.4f}".format) for size in sizes)] for t in targets)]
 
 
 def tuning(tried: Sequence[Row]) -> list[list[str]]:
@@ -226,5 +226,6 @@ def _largest(group: Group, key: str) -> float | None:
     return max((row[key] for row in group.runs if row[key] is not None), default=None)
 
 
-def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
+def or_dash(value: float | None, form: Callable[[float], str]) -> str:
+    """The value as text, a dash if there is none."""
     return "–" if value is None else form(value)

@@ -1,10 +1,9 @@
-"""docs/study.md: what the stored rows say, in plain words, a table and two figures."""
+"""docs/study.md: what the stored rows say, in sentences, two tables and two figures."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from matplotlib.ticker import MaxNLocator
 
 from lorafamily.insight.drawing import COLOURS, save
 from pages.page import Heading, Part, Picture, Table, Text, markdown
+from pages.report import or_dash
 from studies import protocol
 from studies.arms import UNIFORM
+from studies.intervals import effect_text, p_text
 from studies.problems import PROBLEMS
 from studies.results import LEVEL, Comparison, Row, Study, area, mean_of, puts_it_there, read, steps_to
 
@@ -192,15 +193,15 @@ def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) ->
                     study.problem.name,
                     f"{10 ** (quarters[arm.name] / 4):.2g}",
                     f"{statistics.fmean(metrics):.3f}{spread} (n = {len(rows)})",
-                    *(["–"] * 4 if c is None else [_signed(c), _effect(c), _p(c), f"**{c.verdict}**"]),
+                    *(["–"] * 4 if c is None else _cells(c)),
                     "–" if share is None else f"{100 * share[0]:.0f} %",
-                    _or_dash(mean_of(rows, lambda row: row["parameters_peak"]), "{:,.0f}".format),
-                    _or_dash(mean_of(rows, lambda row: row["parameters_end"]), "{:,.0f}".format),
-                    _or_dash(mean_of(rows, area), "{:.3f}".format),
-                    _or_dash(mean_of(rows, partial(steps_to, goal=study.problem.goal)), "{:.0f}".format),
-                    _or_dash(mean_of(rows, lambda row: row["forgetting"]), "{:+.3f}".format),
-                    _or_dash(mean_of(rows, lambda row: row["seconds"]), "{:.1f}".format),
-                    _or_dash(mean_of(rows, lambda row: row["bytes"]), lambda size: f"{size / 1024:.0f}"),
+                    or_dash(mean_of(rows, lambda row: row["parameters_peak"]), "{:,.0f}".format),
+                    or_dash(mean_of(rows, lambda row: row["parameters_end"]), "{:,.0f}".format),
+                    or_dash(mean_of(rows, area), "{:.3f}".format),
+                    or_dash(mean_of(rows, partial(steps_to, goal=study.problem.goal)), "{:.0f}".format),
+                    or_dash(mean_of(rows, lambda row: row["forgetting"]), "{:+.3f}".format),
+                    or_dash(mean_of(rows, lambda row: row["seconds"]), "{:.1f}".format),
+                    or_dash(mean_of(rows, lambda row: row["bytes"]), lambda size: f"{size / 1024:.0f}"),
                 ]
             )
     return lines
@@ -210,11 +211,7 @@ def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
     """What found patterns are worth against the same ranks in other places."""
     lines = [["arm", "problem", "against", "difference", "g", "p", "verdict"]]
     for study, own in zip(studies, compared, strict=True):
-        lines += [
-            [c.arm, study.problem.name, c.other, _signed(c), _effect(c), _p(c), f"**{c.verdict}**"]
-            for c in own
-            if c.other != "uniform"
-        ]
+        lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in own if c.other != "uniform"]
     return lines
 
 
@@ -320,17 +317,7 @@ def _columns(studies: Sequence[Study]) -> str:
     )
 
 
-def _signed(c: Comparison) -> str:
-    return f"{c.found.mean:+.3f} [{c.found.low:+.3f}, {c.found.high:+.3f}]"
-
-
-def _effect(c: Comparison) -> str:
-    return "–" if math.isnan(c.found.effect) else f"{c.found.effect:+.1f}"
-
-
-def _p(c: Comparison) -> str:
-    return f"{c.adjusted:.1g}" if c.adjusted < 0.095 else f"{c.adjusted:.2f}"
-
-
-def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
-    return "–" if value is None else form(value)
+def _cells(c: Comparison) -> list[str]:
+    """The difference with its interval, the effect size, p and the verdict."""
+    difference = f"{c.found.mean:+.3f} [{c.found.low:+.3f}, {c.found.high:+.3f}]"
+    return [difference, effect_text(c.found.effect), p_text(c.adjusted), f"**{c.verdict}**"]

@@ -49,7 +49,7 @@ class Statement:
     source: str
     arm: Arm
     other: Arm
-    kind: Literal["better", "no worse"] = "better"
+    relation: Literal["better", "no worse"] = "better"
     measure: Literal["metric", "steps"] = "metric"
     budget_at: Literal["peak", "end"] = "peak"
 
@@ -143,7 +143,7 @@ STATEMENTS = (
         "LoRA², arXiv:2408.06854",
         Arm("lora2", "small"),
         Arm("lora"),
-        kind="no worse",
+        relation="no worse",
     ),
     Statement(
         "LoRA² reaches AdaLoRA with 8 times more",
@@ -151,7 +151,7 @@ STATEMENTS = (
         "LoRA², arXiv:2408.06854",
         Arm("lora2", "small"),
         Arm("adalora"),
-        kind="no worse",
+        relation="no worse",
         budget_at="end",
     ),
     Statement(
@@ -197,7 +197,7 @@ STATEMENTS = (
         "LoRA, arXiv:2106.09685, Tables 2 to 4",
         Arm("lora"),
         Arm("full", None),
-        kind="no worse",
+        relation="no worse",
     ),
     Statement(
         "Rank 1 suffices",
@@ -205,7 +205,7 @@ STATEMENTS = (
         "LoRA, arXiv:2106.09685, Table 6",
         Arm("lora", "small"),
         Arm("lora"),
-        kind="no worse",
+        relation="no worse",
     ),
 )
 
@@ -238,7 +238,7 @@ def judge(statement: Statement, setting: Setting) -> Outcome:
             f"{setting.name}: {statement.arm} and {statement.other} share {len(seeds)} seeds, {SEEDS} are the fewest"
         )
     differences = [_difference(statement, setting, arm[seed], other[seed]) for seed in seeds]
-    bound = -setting.margin if statement.kind == "no worse" else 0.0
+    bound = -setting.margin if statement.relation == "no worse" else 0.0
     found = paired(differences, bound)
     learnt = _above_chance(setting, [other[seed]["metric"] for seed in seeds])
     evaluations = min(len(row["loss_curve"]) - 1 for row in (*arm.values(), *other.values()))
