@@ -129,21 +129,21 @@ def page_of(
     parts: list[Part] = [
         Text(
             "Written by `python experiments/claims.py` from the runs stored in `docs/claims/`; do not edit. Each line "
-            "says what a paper claims, and what it came to **in these settings**: small models, a hundred steps. A "
-            "claim that does not hold here may hold where its paper tried it, and the other way round."
+            "has a paper's claim and the verdict **in these settings**: small models, a hundred steps. A claim that "
+            "does not hold here may hold where its paper tested it, and the other way round."
         ),
         Text("\n".join(f"- **{setting.name}**: {setting.what}; {_seeds(setting)} seeds." for setting in settings)),
         Text(
-            "All methods were tried at the same learning rates with a seed that is used for nothing else, each is "
-            "judged at the best of them, seed by seed against the other on the same data in the same order. The "
-            "difference is positive where the claim's side is better, with its 95 % interval over seeds, Student's t. "
+            "All methods were tried at the same learning rates with a seed that is used for nothing else. Each is "
+            "judged at its best rate, seed by seed against the other method on the same data in the same order. A "
+            "positive difference is in favour of the claim; its 95 % interval over seeds is Student's t. "
             '"Reaches", "is on par" and "suffices" mean: not worse by more than '
             + ", ".join(f"{s.margin:g} {s.metric} ({s.name})" for s in settings)
             + ", fixed before the runs. g: Hedges' g of the paired differences. p: two-sided paired t-test, adjusted "
-            f"by Holm's method over the lines of a setting that are not void. *Holds* and *does not hold* are said "
-            f"below p = {LEVEL:g}, *undecided* everywhere else. Steps: to the validation loss that both reach, as a "
-            "share of the run. *At chance*: what it is held against is not above the best constant answer. *Void*: the "
-            "runs cannot speak of the claim, for the reason that is given; its numbers stay, and are no evidence."
+            f"by Holm's method over the lines of a setting that are not void. The verdict is *holds* or *does not "
+            f"hold* below p = {LEVEL:g}, *undecided* otherwise. Steps: to the validation loss that both reach, as a "
+            "share of the run. *At chance*: the other method is not above the best constant answer. *Void*: the runs "
+            "cannot judge the claim, for the reason that is given; its numbers are shown, but are no evidence."
         ),
         Table(
             [["claim", "source", "setting", "verdict", "difference", "g", "p"]]
@@ -183,18 +183,17 @@ def page_of(
             ),
             Table([[line[0], line[1], *line[3:]] for line in tuning(setting.tuned)]),
         ]
-    return [*parts, Heading("Again"), Text(AGAIN)]
+    return [*parts, Heading("How to repeat it"), Text(AGAIN)]
 
 
 WITHDRAWN = (
-    "Withdrawn, and to be run again: SST-2 and RTE. There the new task head trained at each method's own rate, so that "
-    "the tables compared heads; RTE was at chance besides. What allocation does at AdaLoRA's own budget rule is the "
-    "subject of [study.md](study.md)."
+    "SST-2 and RTE are withdrawn and will be run again: the new task head trained at each method's own rate, so that "
+    "the tables compared heads, and RTE was at chance. [study.md](study.md) has AdaLoRA at its own budget rule."
 )
 COSTS = (
     "Measured by `bench.py --parts steps forwards --shapes bert` in one run of interleaved rounds (BERT shape, 6 "
     "layers, width 384, 16 × 128 tokens, rank 8, float32, {machine}), medians. Times: t-test of the logarithms of "
-    "the rounds' ratios, Holm over the lines with a p; the same is within 2 %. Sizes are counted."
+    "the rounds' ratios, Holm over the lines with a p; times within 2 % count as the same. Sizes are counted."
 )
 AGAIN = (
     "    python experiments/compare.py --preset claims\n"

@@ -51,7 +51,7 @@ def write(folder: Path, out: Path) -> str:
         Table(table(studies, compared)),
         Text(_columns(studies)),
         Picture("Difference from uniform LoRA, with intervals", folder / "forest.png"),
-        Heading("Found patterns beside their effect"),
+        Heading("What the found patterns are worth"),
         Text(PATTERNS),
         Table(controls(studies, compared)),
         Picture("Mean rank by layer, and what it was worth", folder / "patterns.png"),
@@ -59,7 +59,7 @@ def write(folder: Path, out: Path) -> str:
         Text(FOLLOWS),
         Heading("What is not shown"),
         Text(missing(studies)),
-        Heading("Again"),
+        Heading("How to repeat it"),
         Text(AGAIN),
     ]
     text = markdown("Does it matter where the rank goes?", parts, out.parent)
@@ -70,27 +70,27 @@ def write(folder: Path, out: Path) -> str:
 NOTE = "Written by `python experiments/study.py page` from the rows in `docs/study/`; do not edit."
 PROTOCOL = (
     "One loop, AdamW, a linear schedule, the same batches for all arms of a seed. Every arm gets its own rate: "
-    "quarter decades, tried with seeds that are used for nothing else on a split that is used for nothing else, and "
-    "extended until the best lies inside; an arm whose best stays at an edge is void. Controls take the rate of "
-    "what they control (patterns anew and shuffled: uniform LoRA's). Judged on another split with other seeds, seed "
-    "by seed against the same seed. Intervals: 95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's "
-    "method over all comparisons of a problem. *Better* and *worse* are said below p = {level:g}; *on par* where "
-    "two one-sided tests put the difference within the margin, fixed before the runs; *undecided* otherwise. g: "
-    "Hedges' g of paired differences."
+    "quarter decades, tried with seeds and on a split that are used for nothing else, and extended until the best "
+    "rate lies inside the range; an arm whose best rate stays at an edge is void. Controls take the rate of the arm "
+    "that they control (patterns anew and shuffled: uniform LoRA's). Arms are judged on another split with other "
+    "seeds, seed by seed. Intervals: 95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's method over all "
+    "comparisons of a problem. The verdict is *better* or *worse* below p = {level:g}; *on par* where two one-sided "
+    "tests put the difference within the margin, which was fixed before the runs; *undecided* otherwise. g: Hedges' g "
+    "of paired differences."
 )
 PATTERNS = (
-    "Anew: plain LoRA from step 0 with the ranks that a method ended with. Shuffled: the same, with these ranks "
-    "permuted among layers of equal shape, the mean of three shuffles. If it matters where the rank goes, the pattern "
-    "anew beats the pattern shuffled; if the method itself matters beside its pattern, the method beats the pattern "
-    "anew."
+    "Anew: plain LoRA trained from step 0 with the ranks that a method ended with. Shuffled: the same, but with these "
+    "ranks permuted among layers of equal shape; the mean of three shuffles. If it matters where the rank goes, the "
+    "pattern anew beats the pattern shuffled. If the method matters beyond the pattern that it finds, the method beats "
+    "the pattern anew."
 )
 FOLLOWS = (
-    "Allocation can be worth having where layers differ much in what they need: the planted problem makes them differ "
-    "as much as they can, all or nothing. It says that a method is able to find such layers, and not that a model at "
-    "hand has any. The misleading problem says what a method must look at: EVA, which sees the inputs' variance alone, "
-    "is best where that points to the right layers and worst where it points to the others; ALoRA, which tries what "
-    "the loss does without a slice, finds them in both. Start with uniform LoRA at a tuned rate, and hold an "
-    "allocation against its own pattern shuffled before its ranks are read as insight."
+    "Allocation can pay where layers differ much in what they need. The planted problem makes them differ as much as "
+    "possible, all or nothing: it shows that a method can find such layers, not that your model has any. The "
+    "misleading problem shows what a method must look at. EVA sees the variance of the inputs alone, so it is best "
+    "where that points to the right layers and worst where it points to the others; ALoRA measures the loss without a "
+    "slice, and finds the right layers in both. Start with uniform LoRA at a tuned rate, and compare an allocation "
+    "with its own pattern shuffled before you read its ranks as insight."
 )
 AGAIN = (
     "    python experiments/study.py run planted\n"
@@ -102,7 +102,7 @@ AGAIN = (
 
 
 def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[str]:
-    """What was found, in a sentence a kind of problem; failures first."""
+    """What was found: a sentence each for the planted, the misleading and the other problems; failures first."""
     found = {study.problem.name: (study, list(own)) for study, own in zip(studies, compared, strict=True)}
     said = [planted(*found["planted"])] if "planted" in found else []
     if "misleading" in found:
@@ -115,12 +115,12 @@ def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]
     if any(real):
         said.append("At equal parameters, each at its own best rate: " + "; ".join(filter(None, real)) + ".")
     else:
-        said.append("Whether it matters on a model that was not made for the question is not answered: too few runs.")
+        said.append("Too few runs say whether it matters on a model that was not made for the question.")
     return said
 
 
 def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
-    """Whether methods find the layers that can help, and gain by it."""
+    """Whether methods find the layers that can help, and gain from it."""
     solved, failed, shares = [], [], []
     for name in FINDERS:
         share = puts_it_there(study.of(name))
@@ -145,7 +145,7 @@ def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
 
 
 def on_a_model(study: Study, comparisons: Sequence[Comparison]) -> str:
-    """What allocation is worth on a model that was not made for the question; empty where too little was run."""
+    """What allocation is worth on a model that was not made for the question; empty if too little was run."""
     against = grouped(verdicts_of(comparisons, MOVES))
     anew = {c.arm: c.verdict for c in comparisons if c.arm.endswith("anew") and c.other != UNIFORM.name}
     said = [f"against uniform LoRA {against}"] if against else []
@@ -170,7 +170,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
-    """Every arm of every problem, but shuffled patterns, which `controls` has."""
+    """Every arm of every problem; shuffled patterns are in `controls`."""
     lines: list[list[str]] = [
         [
             *("arm", "problem", "rate", "metric", "against uniform", "g", "p", "verdict", "rank where it helps"),
@@ -208,7 +208,7 @@ def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) ->
 
 
 def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
-    """What found patterns are worth against the same ranks in other places."""
+    """The found patterns compared with the same ranks in other places."""
     lines = [["arm", "problem", "against", "difference", "g", "p", "verdict"]]
     for study, own in zip(studies, compared, strict=True):
         lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in own if c.other != "uniform"]
@@ -216,11 +216,11 @@ def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
 
 
 def missing(studies: Sequence[Study]) -> str:
-    """What was not run, and what nobody should conclude."""
+    """What was not run, and what should not be concluded."""
     said = []
     for study in studies:
         if void := study.void():
-            said.append(f"Void on {study.problem.name}, best at an edge of the rates: {', '.join(void)}.")
+            said.append(f"Void on {study.problem.name}, since best at an edge of the rates: {', '.join(void)}.")
         if not study.comparisons():
             said.append(f"On {study.problem.name} rates are still being chosen, and nothing is judged.")
         elif absent := study.not_run():
@@ -231,17 +231,17 @@ def missing(studies: Sequence[Study]) -> str:
     said.append(
         "Planted: the first five of eight seeds were run and looked at; the comparisons with shuffled patterns were "
         "then undecided. The other three were run after that, for uniform LoRA, the four methods and their patterns, "
-        "and later for all other arms; ElaLoRA and FlexLoRA were added last. p-values do not know of these looks. The "
-        "problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of the judged. "
-        "ALoRA drops one slice a round there; its paper's number, the layers of a block, would be half of all slices, "
-        "and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until it has pruned them: "
-        "uniform at the peak size is what that alone is worth."
+        "and later for all other arms; ElaLoRA and FlexLoRA were added last. The p-values are not corrected for these "
+        "looks. The problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of "
+        "the judged seeds. ALoRA drops one slice a round there; its paper's number, the layers of a block, would be "
+        "half of all slices, and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until "
+        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth."
     )
     return " ".join(said)
 
 
 def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
-    """Every arm's difference from uniform LoRA with its interval, a panel a problem."""
+    """Every arm's difference from uniform LoRA with its interval, one panel for each problem."""
     chosen = [[c for c in own if c.other == "uniform" and "shuffled" not in c.arm] for own in compared]
     height = 1.2 + 0.27 * max(map(len, chosen))
     figure = Figure(figsize=(7.0 * len(studies), height), dpi=110, layout="constrained")
@@ -262,9 +262,10 @@ def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -
 
 
 def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
-    """Mean rank by layer of every arm that finds a pattern, and beside it the pattern's effect, a row a problem.
+    """Left, the mean rank by layer of every arm that finds a pattern; right, the arm's effect; one row for each
+    problem.
 
-    Where it is known which layers can help, these come first.
+    If it is known which layers can help, these come first.
     """
     figure = Figure(figsize=(9.5, 2.9 * len(studies)), dpi=110, layout="constrained")
     panels = figure.subplots(len(studies), 2, squeeze=False, width_ratios=[3, 2])
@@ -310,10 +311,10 @@ def _runs(study: Study) -> str:
 def _columns(studies: Sequence[Study]) -> str:
     goals = ", ".join(f"{study.problem.goal:g} ({study.problem.name})" for study in studies)
     return (
-        "Rank where it helps: of all slices at the end, those in the layers that can help; equal ranks have 50 %. "
-        f"Area: mean of the metric over the run, on the split to tune on. Goal: {goals}, on that split; – where a seed "
-        "never gets there. Forgetting: bits per byte more on the source text. Seconds: of training steps, on a machine "
-        "that was shared with other work, so that they say little. KiB: of the saved adapter."
+        "Rank where it helps: the share of all slices at the end that are in layers that can help; equal ranks have "
+        f"50 %. Area: mean of the metric over the run, on the tuning split. Goal: {goals}, on that split; – if a seed "
+        "never reaches it. Forgetting: increase of bits per byte on the source text. Seconds: of training steps, on a "
+        "machine that was shared with other work, so that they say little. KiB: size of the saved adapter."
     )
 
 
