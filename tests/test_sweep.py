@@ -109,7 +109,7 @@ def test_rows_of_two_workers_are_those_of_one_to_the_bit(tmp_path):
         ({"gpus_per_cell": 0.5}, "cuda", "--gpus-per-cell is for --cluster"),
         ({"gpus_per_cell": 0.5, "cluster": "auto"}, "cpu", "need --device cuda"),
         ({"cluster": "auto"}, "cuda", "need --device cuda"),
-        ({"cpus_per_cell": 2, "workers": 1}, "cpu", "--cpus-per-cell is for cells beside others"),
+        ({"cpus_per_cell": 2, "workers": 1}, "cpu", "--cpus-per-cell is for several workers"),
     ],
 )
 def test_settings_without_effect_are_refused(settings, device, message):
