@@ -14,6 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import dataclasses
 import json
 import os
