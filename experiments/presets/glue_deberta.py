@@ -1,8 +1,8 @@
 """GLUE with DeBERTaV3-base at LoRA²'s settings (arXiv:2408.06854): `--task` names one of them.
 
-For people with a GPU and the weights. One learning rate a task for all adapters, as in the papers of AdaLoRA and LoRA².
-Target rank, inner rank, γ, t_i, t_f, Δ_T and alpha are the paper's; AdaLoRA shares what it has. Full fine-tuning gets
-2e-5, a customary rate that is none of the papers'; the head has the papers' rate, for every method.
+It needs a GPU and the weights. All adapters get one learning rate for each task, as in the papers of AdaLoRA and LoRA².
+Target rank, inner rank, γ, t_i, t_f, Δ_T and alpha are the paper's; AdaLoRA gets those that it has. Full fine-tuning
+gets 2e-5, a customary rate that is in neither paper; the head has the papers' rate under every method.
 """
 
 from cells.settings import Compare
