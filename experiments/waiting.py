@@ -1,4 +1,4 @@
-"""Makes threads that wait for each other sleep instead of spin; every command imports it before torch.
+"""Makes threads that wait for each other sleep instead of spin; commands import it before torch.
 
 OpenMP reads OMP_WAIT_POLICY once, when torch loads it. On a busy machine a spinning thread occupies the core that the
 thread it waits for needs: two runs of two threads each took 0.87 s a step on two cores, and 0.30 s with this setting. A

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import lorafamily
 from bench.measuring import timed
-from embedded import ByteDecoder, tiny
+from embedded import tiny
 from lorafamily.layers.placement import placement_of
 from pages.report import as_text
 
@@ -59,7 +59,7 @@ def drift(cycles: int) -> None:
         ["dtype", "weights that differ", "largest difference", "same merged logits", "peft: differ", "peft: largest"]
     ]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model, batch = _decoder(dtype), torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
+        model, batch = tiny().to(dtype).eval(), torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
         base = {name: value.clone() for name, value in model.state_dict().items()}
         for seed, (name, (method, rank)) in enumerate(FIVE.items()):
             lorafamily.apply(model, method, rank=rank, name=name, seed=seed)
@@ -76,7 +76,7 @@ def drift(cycles: int) -> None:
                 lorafamily.unmerge(model)
         lorafamily.remove(model)
         lines.append([str(dtype).removeprefix("torch."), *_differences(model.state_dict(), base), str(same)])
-        lines[-1] += _differences(_peft_cycles(_decoder(dtype), cycles), base)
+        lines[-1] += _differences(_peft_cycles(tiny().to(dtype).eval(), cycles), base)
     print(f"Base weights after {cycles:,} cycles of switching among five adapters, merging and unmerging")
     print(as_text(lines), flush=True)
 
@@ -170,10 +170,6 @@ def _same_bytes(one: Path, other: Path) -> bool:
             first, second = a.read(1 << 24), b.read(1 << 24)
             if first != second or not first:
                 return first == second
-
-
-def _decoder(dtype: torch.dtype) -> ByteDecoder:
-    return tiny().to(dtype).eval()
 
 
 def _model(path: str) -> nn.Module:

@@ -65,13 +65,13 @@ def quality_by_size(groups: Sequence[Group], metric: str) -> Figure:
     figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for label in dict.fromkeys(looks.label(g) for g in groups if g.method != NONE and g.runs):
-        own = [g for g in groups if g.runs and looks.label(g) == label]
-        own.sort(key=lambda g: g.mean("trainable") or 0)
-        colour, marker, line = looks.of(own[0])
+        line_groups = [g for g in groups if g.runs and looks.label(g) == label]
+        line_groups.sort(key=lambda g: g.mean("trainable") or 0)
+        colour, marker, line = looks.of(line_groups[0])
         axes.errorbar(
-            [g.mean("trainable") or math.nan for g in own],
-            [g.mean("metric") or math.nan for g in own],
-            yerr=[g.deviation("metric") or 0 for g in own],
+            [g.mean("trainable") or math.nan for g in line_groups],
+            [g.mean("metric") or math.nan for g in line_groups],
+            yerr=[g.deviation("metric") or 0 for g in line_groups],
             color=colour,
             marker=marker,
             linestyle=line,

@@ -90,12 +90,3 @@ def p_text(p: float) -> str:
 def effect_text(effect: float) -> str:
     """An effect size for a table."""
     return "–" if math.isnan(effect) else f"{effect:+.1f}"
-
-
-def coverage(n: int, draws: int, generator: np.random.Generator, confidence: float = CONFIDENCE) -> float:
-    """The share of simulated samples of n normal differences whose interval contains the true mean."""
-    hits = 0
-    for sample in generator.normal(size=(draws, n)):
-        found = paired(sample.tolist(), confidence=confidence)
-        hits += found.low <= 0.0 <= found.high
-    return hits / draws

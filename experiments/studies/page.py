@@ -37,7 +37,7 @@ def write(folder: Path, out: Path) -> str:
     if not studies:
         raise SystemExit(f"{folder}: no stored rows; study.py run, then study.py store")
     compared = [study.comparisons() for study in studies]
-    judged = [(study, own) for study, own in zip(studies, compared, strict=True) if own]
+    judged = [(study, found) for study, found in zip(studies, compared, strict=True) if found]
     if judged:
         save(forest(*zip(*judged, strict=True)), folder / "forest.png")
         save(patterns(*zip(*judged, strict=True)), folder / "patterns.png")
@@ -103,7 +103,7 @@ AGAIN = (
 
 def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[str]:
     """What was found: a sentence each for the planted, the misleading and the other problems; failures first."""
-    found = {study.problem.name: (study, list(own)) for study, own in zip(studies, compared, strict=True)}
+    found = {study.problem.name: (study, list(judged)) for study, judged in zip(studies, compared, strict=True)}
     said = [planted(*found["planted"])] if "planted" in found else []
     if "misleading" in found:
         verdicts = verdicts_of(found["misleading"][1], FINDERS)
@@ -161,7 +161,7 @@ def verdicts_of(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict
 
 def grouped(verdicts: Mapping[str, str]) -> str:
     """Names by verdict, in words."""
-    by = {verdict: [name for name, own in verdicts.items() if own == verdict] for verdict in COLOUR}
+    by = {verdict: [name for name, given in verdicts.items() if given == verdict] for verdict in COLOUR}
     return ", ".join(f"{listed(names)} {'is' if len(names) == 1 else 'are'} {v}" for v, names in by.items() if names)
 
 
@@ -177,8 +177,8 @@ def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) ->
             *("parameters, peak", "at the end", "area", "steps to goal", "forgetting", "seconds", "KiB"),
         ]
     ]
-    for study, own in zip(studies, compared, strict=True):
-        against = {c.arm: c for c in own if c.other == "uniform"}
+    for study, comparisons in zip(studies, compared, strict=True):
+        against = {c.arm: c for c in comparisons if c.other == "uniform"}
         quarters = protocol.rates(study.problem, study.arms, study.rows)
         for arm in study.arms:
             rows = study.of(arm.name)
@@ -210,8 +210,8 @@ def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) ->
 def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
     """The found patterns compared with the same ranks in other places."""
     lines = [["arm", "problem", "against", "difference", "g", "p", "verdict"]]
-    for study, own in zip(studies, compared, strict=True):
-        lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in own if c.other != "uniform"]
+    for study, comparisons in zip(studies, compared, strict=True):
+        lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in comparisons if c.other != "uniform"]
     return lines
 
 
@@ -242,16 +242,16 @@ def missing(studies: Sequence[Study]) -> str:
 
 def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
     """Every arm's difference from uniform LoRA with its interval, one panel for each problem."""
-    chosen = [[c for c in own if c.other == "uniform" and "shuffled" not in c.arm] for own in compared]
+    chosen = [[c for c in found if c.other == "uniform" and "shuffled" not in c.arm] for found in compared]
     height = 1.2 + 0.27 * max(map(len, chosen))
     figure = Figure(figsize=(7.0 * len(studies), height), dpi=110, layout="constrained")
-    for axes, study, own in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, chosen, strict=True):
-        for place, c in enumerate(own):
+    for axes, study, shown in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, chosen, strict=True):
+        for place, c in enumerate(shown):
             axes.plot([c.found.low, c.found.high], [place] * 2, color=COLOUR[c.verdict], linewidth=2.2)
             axes.plot(c.found.mean, place, "o", color=COLOUR[c.verdict], markersize=5)
         axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-        axes.set_yticks(range(len(own)), [c.arm for c in own], fontsize=7)
-        axes.set_ylim(len(own) - 0.4, -0.6)
+        axes.set_yticks(range(len(shown)), [c.arm for c in shown], fontsize=7)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_title(f"{study.problem.name}: better than uniform LoRA to the right", fontsize=9)
         axes.set_xlabel(f"difference in {study.problem.metric}", fontsize=8)
         axes.grid(axis="x", alpha=0.25)
@@ -269,7 +269,7 @@ def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
     """
     figure = Figure(figsize=(9.5, 2.9 * len(studies)), dpi=110, layout="constrained")
     panels = figure.subplots(len(studies), 2, squeeze=False, width_ratios=[3, 2])
-    for (left, right), study, own in zip(panels, studies, compared, strict=True):
+    for (left, right), study, comparisons in zip(panels, studies, compared, strict=True):
         names = [arm.name for arm in study.arms if arm.pattern is None and arm.size == 1.0 and study.of(arm.name)]
         image = [np.mean([_ordered(study, row) for row in study.of(name).values()], axis=0) for name in names]
         shown = left.imshow(np.array(image), aspect="auto", cmap="viridis", vmin=0)
@@ -282,7 +282,7 @@ def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
         )
         left.set_yticks(range(len(names)), names, fontsize=7)
         figure.colorbar(shown, ax=left, label="slices, mean over seeds")
-        against = {c.arm: c for c in own if c.other == "uniform"}
+        against = {c.arm: c for c in comparisons if c.other == "uniform"}
         for place, name in enumerate(names):
             if c := against.get(name):
                 right.plot([c.found.low, c.found.high], [place] * 2, color=COLOUR[c.verdict], linewidth=2.2)
