@@ -62,13 +62,11 @@ def main(given: Experts) -> dict[str, float]:
             if number:
                 times[name].append(seconds)
     ratios = {}
-    for name, seconds in times.items():
-        of_floor = [one / floor for one, floor in zip(seconds, times["frozen"], strict=True)]
-        ratios[name] = statistics.median(of_floor)
+    for name, rounds in times.items():
+        of_floor = [time / floor for time, floor in zip(rounds, times["frozen"], strict=True)]
+        ratios[name] = median = statistics.median(of_floor)
         low, _, high = statistics.quantiles(of_floor, n=4)
-        print(
-            f"{name:8} {statistics.median(seconds):.3f} s  {ratios[name]:.2f} ({low:.2f} to {high:.2f}) of the frozen"
-        )
+        print(f"{name:8} {statistics.median(rounds):.3f} s  {median:.2f} ({low:.2f} to {high:.2f}) of the frozen")
     return ratios
 
 
