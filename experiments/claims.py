@@ -1,9 +1,9 @@
-"""docs/claims.md: what the papers claim, and what the stored runs say of it.
+"""docs/claims.md: what the papers claim, and what the stored runs say about it.
 
     python experiments/claims.py                                  # writes the page and its pictures anew
 
-The runs are made by `compare.py --preset claims` (and `--task sst2`, `--task rte`, with --model and --data), the costs
-by `bench.py`; what they wrote lies in docs/claims/. `--store` takes new ones over.
+`compare.py --preset claims` makes the runs (also with `--task sst2` or `--task rte`, --model and --data), `bench.py`
+the costs. What they wrote is stored in docs/claims/; `--store` replaces it by new results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
@@ -30,13 +29,14 @@ from lorafamily.insight.drawing import COLOURS, save
 from pages.groups import grouped
 from pages.page import Heading, Part, Picture, Table, Text, markdown
 from pages.report import table, tuning
-from studies.intervals import holm
-from studies.statements import LEVEL, STATEMENTS, Outcome, Row, Setting, Verdict, outcomes
+from studies.intervals import above, effect_text, equivalence, holm, p_text
+from studies.statements import LEVEL, STATEMENTS, Outcome, Setting, Verdict, outcomes
+from tasks.task import read_rows
 
 ROOT = Path(__file__).parents[1]
 MARKS: dict[Verdict, str] = {"holds": "#009E73", "undecided": "#777777", "does not hold": "#D55E00", "void": "#bbbbbb"}
 SAME = 0.02
-"""A time within 2 % of another is the same: what a benchmark on this machine tells apart at best."""
+"""Times within 2 % of each other count as the same: a benchmark on this machine resolves no smaller difference."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Claims:
     """Write docs/claims.md from the stored results."""
 
     store: tuple[Path, ...] = ()
-    """results.jsonl of runs, or bench.json, to take over first: runs/claims-code/results.jsonl becomes
+    """results.jsonl of runs, or bench.json, to store first: runs/claims-code/results.jsonl becomes
     docs/claims/claims-code.jsonl.gz"""
     results: Path = ROOT / "docs" / "claims"
-    """folder of the stored results; pictures are written there"""
+    """folder of the stored results and of the pictures"""
     out: Path = ROOT / "docs" / "claims.md"
-    """the page"""
+    """file of the page"""
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -72,8 +72,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "chance": 444 / 872,  # always "positive"
     },
 }
-"""What was run. The margins were fixed before the runs: one point of accuracy is what the papers' tables turn on, 0.02
-bits per byte is one percent."""
+"""What was run. The margins were fixed before the runs: the papers' tables are decided by about one point of accuracy;
+0.02 bits per byte is one percent."""
 
 
 def main(given: Claims) -> list[Outcome]:
@@ -81,7 +81,7 @@ def main(given: Claims) -> list[Outcome]:
     for path in given.store:
         _take_over(path, given.results)
     settings = [
-        Setting(rows=read(path), **about)
+        Setting(rows=read_rows(path), **about)
         for name, about in SETTINGS.items()
         if (path := given.results / f"{name}.jsonl.gz").exists()
     ]
@@ -91,8 +91,8 @@ def main(given: Claims) -> list[Outcome]:
     save(forest(found), given.results / "forest.png")
     save(seeds(settings), given.results / "seeds.png")
     bench = given.results / "bench.json"
-    told = json.loads(bench.read_text()) if bench.exists() else None
-    given.out.write_text(markdown("Claims", page_of(settings, found, told, given), given.out.parent))
+    costs = json.loads(bench.read_text()) if bench.exists() else None
+    given.out.write_text(markdown("Claims", page_of(settings, found, costs, given), given.out.parent))
     for outcome in found:
         print(f"{outcome.statement.name:<42} {outcome.setting.name:<9} {outcome.verdict:<14} {shown(outcome)}")
     print(f"\n{given.out}")
@@ -109,14 +109,8 @@ def _take_over(path: Path, folder: Path) -> None:
         file.write(path.read_bytes())
 
 
-def read(path: Path) -> list[Row]:
-    """Rows of gzipped results."""
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def shown(outcome: Outcome) -> str:
-    """The difference with its interval, in the unit it has."""
+    """The difference with its interval, in its unit."""
     if outcome.statement.measure == "steps":
         values, unit = [100 * v for v in (outcome.difference, outcome.low, outcome.high)], " % of the run"
     elif outcome.setting.metric == "accuracy":
@@ -130,26 +124,26 @@ def shown(outcome: Outcome) -> str:
 def page_of(
     settings: Sequence[Setting], found: Sequence[Outcome], bench: Mapping[str, Any] | None, given: Claims
 ) -> list[Part]:
-    """The page, part by part. `bench`: what bench.py told, None where it was not run."""
+    """The page, part by part. `bench`: the contents of bench.json, None if bench.py was not run."""
     counted = {verdict: sum(o.verdict == verdict for o in found) for verdict in MARKS}
     parts: list[Part] = [
         Text(
             "Written by `python experiments/claims.py` from the runs stored in `docs/claims/`; do not edit. Each line "
-            "says what a paper claims, and what it came to **in these settings**: small models, a hundred steps. A "
-            "claim that does not hold here may hold where its paper tried it, and the other way round."
+            "has a paper's claim and the verdict **in these settings**: small models, a hundred steps. A claim that "
+            "does not hold here may hold where its paper tested it, and the other way round."
         ),
         Text("\n".join(f"- **{setting.name}**: {setting.what}; {_seeds(setting)} seeds." for setting in settings)),
         Text(
-            "All methods were tried at the same learning rates with a seed that is used for nothing else, each is "
-            "judged at the best of them, seed by seed against the other on the same data in the same order. The "
-            "difference is positive where the claim's side is better, with its 95 % interval over seeds, Student's t. "
+            "All methods were tried at the same learning rates with a seed that is used for nothing else. Each is "
+            "judged at its best rate, seed by seed against the other method on the same data in the same order. A "
+            "positive difference is in favour of the claim; its 95 % interval over seeds is Student's t. "
             '"Reaches", "is on par" and "suffices" mean: not worse by more than '
             + ", ".join(f"{s.margin:g} {s.metric} ({s.name})" for s in settings)
             + ", fixed before the runs. g: Hedges' g of the paired differences. p: two-sided paired t-test, adjusted "
-            f"by Holm's method over the lines of a setting that are not void. *Holds* and *does not hold* are said "
-            f"below p = {LEVEL:g}, *undecided* everywhere else. Steps: to the validation loss that both reach, as a "
-            "share of the run. *At chance*: what it is held against is not above the best constant answer. *Void*: the "
-            "runs cannot speak of the claim, for the reason that is given; its numbers stay, and are no evidence."
+            f"by Holm's method over the lines of a setting that are not void. The verdict is *holds* or *does not "
+            f"hold* below p = {LEVEL:g}, *undecided* otherwise. Steps: to the validation loss that both reach, as a "
+            "share of the run. *At chance*: the other method is not above the best constant answer. *Void*: the runs "
+            "cannot judge the claim, for the reason that is given; its numbers are shown, but are no evidence."
         ),
         Table(
             [["claim", "source", "setting", "verdict", "difference", "g", "p"]]
@@ -160,8 +154,8 @@ def page_of(
                     o.setting.name,
                     f"**{o.verdict}**" + (f": {o.void}" if o.void else "" if o.learnt else ", at chance"),
                     shown(o),
-                    "–" if math.isnan(o.effect) else f"{o.effect:+.1f}",
-                    "–" if o.void else f"{o.adjusted:.1g}" if o.adjusted < 0.095 else f"{o.adjusted:.2f}",
+                    effect_text(o.effect),
+                    "–" if o.void else p_text(o.adjusted),
                 ]
                 for o in found
             ]
@@ -189,18 +183,17 @@ def page_of(
             ),
             Table([[line[0], line[1], *line[3:]] for line in tuning(setting.tuned)]),
         ]
-    return [*parts, Heading("Again"), Text(AGAIN)]
+    return [*parts, Heading("How to repeat it"), Text(AGAIN)]
 
 
 WITHDRAWN = (
-    "Withdrawn, and to be run again: SST-2 and RTE. There the new task head trained at each method's own rate, so that "
-    "the tables compared heads; RTE was at chance besides. What allocation does at AdaLoRA's own budget rule is the "
-    "subject of [study.md](study.md)."
+    "SST-2 and RTE are withdrawn and will be run again: the new task head trained at each method's own rate, so that "
+    "the tables compared heads, and RTE was at chance. [study.md](study.md) has AdaLoRA at its own budget rule."
 )
 COSTS = (
     "Measured by `bench.py --parts steps forwards --shapes bert` in one run of interleaved rounds (BERT shape, 6 "
     "layers, width 384, 16 × 128 tokens, rank 8, float32, {machine}), medians. Times: t-test of the logarithms of "
-    "the rounds' ratios, Holm over the lines with a p; the same is within 2 %. Sizes are counted."
+    "the rounds' ratios, Holm over the lines with a p; times within 2 % count as the same. Sizes are counted."
 )
 AGAIN = (
     "    python experiments/compare.py --preset claims\n"
@@ -211,17 +204,13 @@ AGAIN = (
 
 
 def cost_lines(bench: Mapping[str, Any], embedded: Setting) -> list[list[str]]:
-    """What LoRA claims about costs, and what was measured; see `COSTS`."""
+    """LoRA's claims about costs, and what was measured; `COSTS` says how."""
     steps = {row["variant"]: row for row in bench["steps"]["bert"]}
     forwards = {row["variant"]: row for row in bench["forwards"]["bert"]}
     lora, full = steps["lora"], steps["full fine-tuning"]
     merged = np.log(forwards["lora, merged"]["ratios"])
     faster = np.log(np.array(full["ratios"]) / np.array(lora["ratios"]))
-    tests = [
-        max(_one_sided(merged + math.log1p(SAME)), _one_sided(math.log1p(SAME) - merged)),  # equivalence takes both
-        _one_sided(faster),
-    ]
-    same, quicker = holm(tests)
+    same, quicker = holm([equivalence(merged.tolist(), math.log1p(SAME)), above(faster.tolist(), 0.0)])
     memory = (full["memory"] + full["resident"]) / (lora["memory"] + lora["resident"])
     files = [row["file_bytes"] for row in embedded.runs if row["method"] == "lora" and row["file_bytes"]]
     whole = 4 * statistics.fmean(row["trainable"] for row in embedded.runs if row["method"] == "full")
@@ -265,13 +254,8 @@ def cost_lines(bench: Mapping[str, Any], embedded: Setting) -> list[list[str]]:
     ]
 
 
-def _one_sided(values: np.ndarray) -> float:
-    """p of the mean being above zero."""
-    return float(scipy.stats.ttest_1samp(values, 0.0, alternative="greater").pvalue)
-
-
 def _at_the_ends(setting: Setting) -> str:
-    """Which arms were best at an end of the grid, beyond which nobody looked."""
+    """Which arms were best at an end of the grid, so that a better rate may lie beyond it."""
     ends = {extreme(row["lr"] for row in setting.tuned) for extreme in (min, max)}
     found = dict.fromkeys(group.name for group in grouped(setting.runs, setting.higher_is_better) if group.lr in ends)
     return f"Best at an end of the grid, and so perhaps not at their best: {', '.join(found)}." if found else ""
@@ -282,7 +266,7 @@ def _seeds(setting: Setting) -> int:
 
 
 def forest(found: Sequence[Outcome]) -> Figure:
-    """Every statement's difference and interval, a panel a setting; right of the line the claim holds."""
+    """The difference and interval of every statement, one panel for each setting; right of its line a claim holds."""
     settings = list({o.setting.name: o.setting for o in found}.values())
     figure = Figure(figsize=(3.2 + 3.1 * len(settings), 1.6 + 0.42 * len(STATEMENTS)), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
@@ -323,7 +307,7 @@ def forest(found: Sequence[Outcome]) -> Figure:
 
 
 def seeds(settings: Sequence[Setting]) -> Figure:
-    """The metric of every run, a column for every arm."""
+    """The metric of every run, one column for each arm."""
     figure = Figure(figsize=(1 + 3.6 * len(settings), 3.6), dpi=110, layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
         groups = grouped(setting.runs, setting.higher_is_better)

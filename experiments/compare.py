@@ -1,15 +1,15 @@
-"""The main job: methods of the family against each other at equal parameter budgets, under one loop.
+"""Compare methods at equal parameter budgets, under one training loop: the main command.
 
     python experiments/compare.py                       # embedded model and data, nothing to download
     python experiments/compare.py --preset which-weights --quick
     python experiments/compare.py --model PATH --task sst2 --data DIR --batch 32 --length 96 --budgets 0.17e6
     python experiments/compare.py --help
 
-A grid of cells, method @ size on targets × learning rate × seed. Each finished cell is a line of
-`runs/NAME/results.jsonl` and is not run again, and one that was interrupted goes on from its last checkpoint; at the
-end `runs/NAME/` has `report.html`, `report.md`, plots and, for `tensorboard --logdir runs`, the logs. On a CPU as many
-cells run side by side as there are cores, one thread each (`--workers`, `--cluster`; docs/sweeps.md). `torchrun
---nproc-per-node 2 experiments/compare.py` takes two processes for every cell.
+It runs a grid of cells: method @ size on targets × learning rate × seed. Each finished cell is a line of
+`runs/NAME/results.jsonl` and is not run again; an interrupted cell continues from its last checkpoint. At the end
+`runs/NAME/` has `report.html`, `report.md`, plots and the logs for `tensorboard --logdir runs`. On a CPU as many cells
+run side by side as there are cores, one thread each (`--workers`, `--cluster`; docs/sweeps.md). `torchrun
+--nproc-per-node 2 experiments/compare.py` uses two processes for every cell.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find as find_method
 from lorafamily.training.folder_lock import FolderLock
 from pages import report
-from tasks import Task, TaskError, find
+from tasks import Task, TaskError, find, refusals_in_one_line
 
 
 def main(settings: Compare) -> None:
@@ -95,7 +95,7 @@ def main(settings: Compare) -> None:
         tried=[rows[cell.key] for cell in tuning],
         marks=presets.find(settings.preset).published,
     )
-    print(f"\n{text}\n\n{time.perf_counter() - begun:.0f} s; {folder}/report.html, report.md and plots beside it, and")
+    print(f"\n{text}\n\n{time.perf_counter() - begun:.0f} s; {folder} has report.html, report.md and plots; logs:")
     print(f"tensorboard --logdir {settings.out}")
 
 
@@ -109,11 +109,11 @@ def _work(
     rows: dict[str, dict[str, Any]],
     same: dict[str, Any],
 ) -> None:
-    """Run the cells that are not among the rows, and add theirs."""
+    """Run the cells that have no row yet, and add their rows."""
     missing = [cell for cell in cells if cell.key not in rows]
     _say(f"{len(cells)} {what} on {work.training.device}, {len(cells) - len(missing)} of them done")
     if missing and not where.cluster:
-        _say(f"about {minutes(missing, task, work.training, where):.0f} min of training steps, and evaluations\n")
+        _say(f"about {minutes(missing, task, work.training, where):.0f} min of training steps, plus evaluations\n")
     found = _one_after_another(missing, task, work, settings.progress)
     line = Line(len(missing), quiet=not (where.beside_others and FIRST))
     if where.beside_others:
@@ -132,7 +132,8 @@ def _work(
 
 
 def minutes(cells: Sequence[Cell], task: Task, training: Training, where: Where) -> float:
-    """What their training steps will take, from some of plain LoRA, or of what there is."""
+    """An estimate for the training steps of the cells, from a few steps of plain LoRA, or of the model if none
+    adapts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(where.cpus if where.beside_others else threads)
     model, head = task.model(seed=0)
@@ -150,7 +151,7 @@ def minutes(cells: Sequence[Cell], task: Task, training: Training, where: Where)
 def _one_after_another(
     cells: Sequence[Cell], task: Task, work: Work, progress: bool
 ) -> Generator[tuple[Cell, dict[str, Any]]]:
-    """In this process, with all its threads; under torchrun in every process."""
+    """Run cells in this process with all its threads; under torchrun all processes share each cell."""
     begun = time.perf_counter()
     for number, cell in enumerate(cells, 1):
         left = (time.perf_counter() - begun) / max(1, number - 1) * (len(cells) - number + 1) / 60
@@ -164,7 +165,7 @@ def _say(text: str) -> None:
 
 
 def _check(cells: list[Cell], task: Task, training: Training) -> None:
-    """Apply every method at every budget once, so that what cannot work says so before hours of training."""
+    """Apply every method at every budget once, so that errors show before hours of training."""
     model, head = task.model(seed=0)
     seen: set[Any] = set()
     for cell in cells:
@@ -186,7 +187,7 @@ def _check(cells: list[Cell], task: Task, training: Training) -> None:
 
 
 def _suggest(task: Task, training: Training, cell: Cell, reference: float) -> float:
-    """The rate that `lorafamily.suggest_lr` gives to a cell's adapters, from plain LoRA's."""
+    """The learning rate that `lorafamily.suggest_lr` derives from plain LoRA's for a cell."""
     model, head = task.model(seed=0)
     adapt(model, head, dataclasses.replace(cell, seed=0), training, task.training(0))
     suggestion = lorafamily.suggest_lr(model, reference_lr=reference)
@@ -198,13 +199,13 @@ def _finished(path: Path, same: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows of earlier calls by key.
 
     Raises:
-        TaskError: some were made with other settings; they could not be compared.
+        TaskError: some were made with other settings, so that they cannot be compared.
     """
     if not path.exists():
         return {}
     rows = {}
     text = path.read_text()
-    if text and not text.endswith("\n"):  # a run was killed while writing; that cell runs again
+    if text and not text.endswith("\n"):  # a run was killed while it wrote this line; its cell runs again
         text = text[: text.rfind("\n") + 1]
         if FIRST:
             path.write_text(text)
@@ -241,13 +242,10 @@ def _facts(settings: Compare, training: Training, where: Where) -> dict[str, str
 
 def _ensure_weights() -> None:
     if not embedded.WEIGHTS.exists():
-        print(f"{embedded.WEIGHTS} is absent; pretraining it first, about 20 minutes on two cores", flush=True)
+        print(f"{embedded.WEIGHTS} is missing; pretraining the model first, about 20 minutes on two cores", flush=True)
         subprocess.run([sys.executable, str(Path(__file__).parent / "embedded" / "pretrain.py")], check=True)
 
 
 if __name__ == "__main__":
-    try:
+    with refusals_in_one_line():
         main(presets.chosen(sys.argv[1:]))
-    except (TaskError, lorafamily.LoraFamilyError) as refused:
-        print(f"compare.py: {refused}", file=sys.stderr)
-        sys.exit(2)

@@ -1,11 +1,11 @@
-"""AdaLoRA in a plain PyTorch loop, without abstractions: everything a run does is a line in this file.
+"""AdaLoRA in a plain PyTorch loop without abstractions: this file shows everything that a run does.
 
     python experiments/minimal.py            # 200 steps
     python experiments/minimal.py 60         # fewer
 
-A byte-level decoder that was pretrained on English prose is adapted to Python code; model and data come along.
-AdaLoRA begins with half again as many slices as the budget allows, and prunes the least important ones on the way.
-What the method adds to a loop is one object, the session, and two of its calls: `backward` and `step`.
+A byte-level decoder that was pretrained on English prose is adapted to Python code; model and data are included.
+AdaLoRA begins with half again as many slices as the budget allows, and prunes the least important ones during the run.
+The method adds one object to a loop, the session, with two calls: `backward` and `step`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ print(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 @torch.no_grad()
 def bits_per_byte() -> float:
-    """Mean loss on the validation batches, from nats to bits."""
+    """Mean loss on the validation batches, converted from nats to bits."""
     model.eval()
     losses = [float(model(**batch).loss) for batch in validation]
     model.train()
@@ -50,7 +50,7 @@ lorafamily.apply(model, method="adalora", budget=BUDGET, budget_at="end", seed=0
 print(f"with adapters:   {bits_per_byte():.3f} bits per byte\n")
 print(lorafamily.summary(model), "\n")
 
-# An optimiser over what trains: the adapters, nothing else. The session learns from it whose state to prune with ranks.
+# An optimizer over the adapters alone. The session gets it, since pruning ranks must prune optimizer state too.
 optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=LR))
 trainable = [p for p in model.parameters() if p.requires_grad]
 warmup = max(1, STEPS // 10)
@@ -59,7 +59,7 @@ schedule = torch.optim.lr_scheduler.LambdaLR(
     lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / STEPS))),
 )
 
-# The method's own schedule: when it begins to prune, how often it decides, when it is done. These suit a short run.
+# The session knows the method's schedule: when pruning begins, how often it decides and when it ends, for STEPS steps.
 session = lorafamily.session(model, optimizer, steps=STEPS, seed=0)
 
 model.train()
@@ -71,7 +71,7 @@ while step < STEPS:
         session.backward(loss)  # adds AdaLoRA's orthogonality penalty to the gradient
         grad_norm = clip_grad_norm_([p for p in trainable if p.grad is not None], 1.0)
         optimizer.step()
-        session.step()  # scores slices by sensitivity; prunes parameters and optimiser state when it is time
+        session.step()  # scores slices by sensitivity; prunes parameters and optimizer state when it is time
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         step += 1
@@ -87,6 +87,6 @@ while step < STEPS:
 print(f"\nafter training:  {bits_per_byte():.3f} bits per byte\n")
 print(lorafamily.summary(model))
 
-# Fold the updates into the weights: the same outputs, no adapters in the way. `unmerge` would give back every bit.
+# Fold the updates into the weights: the same outputs without adapters. `unmerge` would restore the base bit for bit.
 lorafamily.merge(model)
 print(f"\nmerged:          {bits_per_byte():.3f} bits per byte")

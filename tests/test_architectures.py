@@ -149,7 +149,7 @@ def test_the_page_says_what_was_found():
 
 def test_a_page_of_a_part_is_refused(tmp_path):
     for part in ({"only": ("llama",)}, {"methods": ("lora",)}):
-        with pytest.raises(SystemExit, match="the page tells of all architectures and methods"):
+        with pytest.raises(SystemExit, match="the page has all architectures and methods"):
             architectures.main(architectures.Settings(page=tmp_path / "page.md", out=tmp_path, **part))
     with pytest.raises(SystemExit, match="no architecture lama; there are llama, "):
         architectures.main(architectures.Settings(only=("lama",), out=tmp_path))

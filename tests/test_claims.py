@@ -17,6 +17,7 @@ from claims import Claims
 from studies import statements
 from studies.intervals import holm
 from studies.statements import STATEMENTS, Arm, Setting, Statement, judge, outcomes
+from tasks.task import read_rows
 
 STORED = Path(__file__).parents[1] / "docs" / "claims"
 NOISE = np.array([0.31, -0.42, 0.17, -0.28, 0.22])  # mean zero
@@ -39,7 +40,7 @@ def setting(*groups, higher=True, margin=0.5, chance=None):
 
 
 BETTER = Statement("better", "", "", Arm("a"), Arm("b"))
-NO_WORSE = Statement("no worse", "", "", Arm("a"), Arm("b"), kind="no worse")
+NO_WORSE = Statement("no worse", "", "", Arm("a"), Arm("b"), relation="no worse")
 QUICKER = Statement("quicker", "", "", Arm("a"), Arm("b"), measure="steps")
 
 
@@ -140,7 +141,7 @@ def test_another_result_of_one_seed_is_another_table(tmp_path):
     claims.main(given)
     before = given.out.read_text()
     path = given.results / "claims-code.jsonl.gz"
-    changed = claims.read(path)
+    changed = read_rows(path)
     row = next(row for row in changed if row["method"] == "olora" and row["seed"] == 3)
     row["metric"] -= 0.2
     with gzip.open(path, "wt") as file:

@@ -49,7 +49,7 @@ def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
     for name in ("quality-by-step.png", "quality-by-size.png", "allocation.png"):
         assert (folder / name).stat().st_size > 10_000
     text = (folder / "report.md").read_text()
-    assert "differ from the methods' own: alora.scorer=first-order, alora.rounds=2." in text
+    assert "differ from the methods' defaults: alora.scorer=first-order, alora.rounds=2." in text
     for word in (
         "bits per byte",
         "learning rate",
@@ -216,7 +216,7 @@ def test_several_learning_rates_are_said_in_the_report(tmp_path):
         ({"options": ("alroa.scorer=exact",)}, "--options alroa.scorer=exact: no method named"),
         ({"lr": ("1e-3", "lroa=1e-2")}, "--lr lroa=1e-2: no method named"),
         ({"lr": ("fast",)}, "must be a number or METHOD=NUMBER"),
-        ({"lr": ("1e-3", "lora=1e-3", "lora=1e-2")}, "fair where every method gets as many"),
+        ({"lr": ("1e-3", "lora=1e-3", "lora=1e-2")}, "fair comparison gives every method equally many"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_training(tmp_path, monkeypatch, arguments, message):
@@ -300,7 +300,7 @@ def test_a_glue_task_runs_end_to_end(tmp_path):
         )
     )
     by_method = {row["method"]: row for row in rows(tmp_path / "sst2")}
-    assert by_method["none"]["beside"] == by_method["lora"]["beside"] == 34
+    assert by_method["none"]["extra_trained"] == by_method["lora"]["extra_trained"] == 34
     assert by_method["lora"]["metric"] > 0.9
     assert "accuracy" in (tmp_path / "sst2" / "report.md").read_text()
 

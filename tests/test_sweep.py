@@ -105,11 +105,11 @@ def test_rows_of_two_workers_are_those_of_one_to_the_bit(tmp_path):
     ("settings", "device", "message"),
     [
         ({"workers": 0}, "cpu", "must be at least 1"),
-        ({"workers": 2, "cluster": "auto"}, "cpu", "give one"),
+        ({"workers": 2, "cluster": "auto"}, "cpu", "not both"),
         ({"gpus_per_cell": 0.5}, "cuda", "--gpus-per-cell is for --cluster"),
         ({"gpus_per_cell": 0.5, "cluster": "auto"}, "cpu", "need --device cuda"),
         ({"cluster": "auto"}, "cuda", "need --device cuda"),
-        ({"cpus_per_cell": 2, "workers": 1}, "cpu", "--cpus-per-cell is for cells beside others"),
+        ({"cpus_per_cell": 2, "workers": 1}, "cpu", "--cpus-per-cell is for several workers"),
     ],
 )
 def test_settings_without_effect_are_refused(settings, device, message):

@@ -1,4 +1,4 @@
-"""Parameters that a docstring has in groups ("Optimisation:", "Evaluation:") are parameters on the site as well."""
+"""Lets the site show parameters that a docstring lists in groups ("Optimisation:", "Evaluation:") as parameters."""
 
 from __future__ import annotations
 

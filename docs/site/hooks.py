@@ -1,4 +1,4 @@
-"""What mkdocs does besides: pages that live outside docs/, links to these, and formulas without a script."""
+"""Hooks of mkdocs: pages from outside docs/, links to them, and formulas as MathML, which needs no script."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / name).read_text().replace("](docs/", "](")
         for other, page in OUTSIDE.items():
             text = text.replace(f"]({other}", f"]({page}")
-        text = SCRIPT.sub(r"`\1`", text)  # no page of the site
+        text = SCRIPT.sub(r"`\1`", text)  # scripts have no page on the site
         files.append(File.generated(config, at, content=text))
     return files
 
@@ -34,7 +34,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """TeX becomes MathML, which browsers draw themselves; short cells of numbers stay on one line."""
+    """Turns TeX into MathML, which browsers draw themselves, and keeps short cells of numbers on one line."""
     html = NUMBER.sub(r'<td class="number" \1>\2</td>', html)
     return FORMULA.sub(lambda found: mathml(unescape(found[2]), found[1]), html)
 

@@ -1,1 +1,1 @@
-"""Measurements of speed, memory and rank choices. Every file is a command, but measuring.py, which they share."""
+"""Measurements of speed, memory and rank choices. Every file is a command, except measuring.py, which they share."""

@@ -1,4 +1,4 @@
-"""What low-rank training costs beyond the frozen model: ours, peft's, full fine-tuning, as ratios in one run.
+"""The cost of low-rank training beyond the frozen model, for our methods, peft and full fine-tuning, as ratios.
 
     python experiments/bench/bench.py                                 # everything, about ten minutes on two cores
     python experiments/bench/bench.py --parts steps --shapes bert --methods lora lora2 --rounds 30
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafamily
-from bench.measuring import BESIDE, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed
+from bench.measuring import COMPARED, Batch, Measured, Setting, bert, facts, forwards, llama, ready, steps, timed
 from lorafamily.functional import adapted_linear
 from lorafamily.insight.drawing import COLOURS, save
 from lorafamily.layers.placement import placement_of
@@ -49,29 +49,29 @@ SHAPES: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure training steps, forwards, starts and single layers of every method."""
+    """Measure training steps, forwards, initialisation and single layers of every method."""
 
     parts: tuple[Part, ...] = PARTS
-    """steps: training; forwards: inference; starts: applying; products: what a layer's products take alone;
-    scaling: one layer of several sizes"""
+    """steps: training steps; forwards: inference; starts: time of `apply`; products: a layer's matrix products, each
+    alone; scaling: one layer of several sizes"""
     shapes: tuple[str, ...] = ("bert", "llama")
-    """bert: 6 layers, width 384, 16 × 128 tokens; llama: 6 layers, width 512, 4 × 256 tokens; small: for a look"""
+    """bert: 6 layers, width 384, 16 × 128 tokens; llama: 6 layers, width 512, 4 × 256 tokens; small: for a quick try"""
     methods: tuple[str, ...] = ("lora", "olora", "alora", "lora2", "adalora")
-    """of ours; LoRA² in its dense formulation, peft and full fine-tuning stand beside them"""
+    """our methods to measure; LoRA² in its dense formulation, peft and full fine-tuning are measured as well"""
     rank: int = 8
-    """of every adapter, on all linear layers of the blocks"""
+    """rank of every adapter, on all linear layers of the blocks"""
     dropout: float = 0.1
-    """of the variants that have one"""
+    """dropout probability of the variants with dropout"""
     rounds: int = 15
-    """that count"""
+    """timed rounds"""
     widths: tuple[int, ...] = (256, 512, 1024, 2048)
-    """of the single layers"""
+    """widths of the single layers (scaling)"""
     ranks: tuple[int, ...] = (1, 8, 32, 128)
-    """of the single layers"""
+    """ranks on the single layers"""
     tokens: tuple[int, ...] = (64, 256, 1024, 4096)
-    """that pass a single layer"""
+    """tokens that pass through the single layers"""
     start_width: int = 4096
-    """of the layer whose orthonormal start is timed"""
+    """width of the layer whose QR initialisation is timed (starts)"""
     out: Path = Path("runs/bench")
     """folder for bench.json and the pictures"""
 
@@ -79,8 +79,8 @@ class Bench:
 def main(given: Bench) -> dict[str, Any]:
     setting = Setting("cpu", torch.float32, given.rank, given.dropout, given.rounds, given.methods)
     given.out.mkdir(parents=True, exist_ok=True)
-    told: dict[str, Any] = {"facts": facts("cpu")}
-    print("; ".join(f"{name} {value}" for name, value in told["facts"].items()))
+    results: dict[str, Any] = {"facts": facts("cpu")}
+    print("; ".join(f"{name} {value}" for name, value in results["facts"].items()))
     for part, measure in (("steps", steps), ("forwards", forwards)):
         if part in given.parts:
             found = {shape: measure(*ready(*SHAPES[shape](), setting), setting) for shape in given.shapes}
@@ -88,11 +88,11 @@ def main(given: Bench) -> dict[str, Any]:
                 print(f"\n{part}, {shape}, rank {given.rank}, float32, {given.rounds} interleaved rounds")
                 print(as_text(table(rows)))
             save(_bars(found, part), given.out / f"{part}.png")
-            told[part] = {shape: [asdict(row) for row in rows] for shape, rows in found.items()}
+            results[part] = {shape: [asdict(row) for row in rows] for shape, rows in found.items()}
     if "starts" in given.parts:
-        told["starts"] = starts(given.start_width)
+        results["starts"] = starts(given.start_width)
         print("\nstarts")
-        print(as_text([("what", "value"), *((name, f"{value:.3g}") for name, value in told["starts"].items())]))
+        print(as_text([("what", "value"), *((name, f"{value:.3g}") for name, value in results["starts"].items())]))
     if "products" in given.parts:
         alone = {}
         for shape in given.shapes:
@@ -100,19 +100,19 @@ def main(given: Bench) -> dict[str, Any]:
             alone[shape] = products(model, batch["input_ids"].numel(), given.rank)
             print(f"\nproducts of {shape}'s layers, each alone and on cold tensors (ms)")
             print(as_text(_products_table(alone[shape])))
-        told["products"] = {shape: [asdict(row) for row in rows] for shape, rows in alone.items()}
+        results["products"] = {shape: [asdict(row) for row in rows] for shape, rows in alone.items()}
     if "scaling" in given.parts:
         cells = scaling(given)
         print("\none layer, forward and backward, of the frozen layer's")
         print(as_text(_scaling_table(cells, given)))
         save(_scaling_figure(cells, given), given.out / "scaling.png")
-        told["scaling"] = [asdict(cell) for cell in cells]
-    (given.out / "bench.json").write_text(json.dumps(told, indent=1))
-    return told
+        results["scaling"] = [asdict(cell) for cell in cells]
+    (given.out / "bench.json").write_text(json.dumps(results, indent=1))
+    return results
 
 
 def table(rows: Sequence[Measured]) -> list[tuple[str, ...]]:
-    """Rows as text, memory against the first variant's."""
+    """Rows as text; memory is what exceeds the first variant's."""
     with_memory = rows[0].memory is not None
     lines: list[tuple[str, ...]] = [("variant", "seconds", "ratio", "quartiles")]
     if with_memory:
@@ -131,7 +131,7 @@ def table(rows: Sequence[Measured]) -> list[tuple[str, ...]]:
 
 
 def starts(width: int) -> dict[str, float]:
-    """How long applying takes: the orthonormal start of one layer, and 7B parameters on the meta device."""
+    """Seconds that `apply` takes: the QR initialisation of one layer, and 7B parameters on the meta device."""
     import peft
     import transformers
 
@@ -139,24 +139,24 @@ def starts(width: int) -> dict[str, float]:
     linear = nn.Linear(width, width, bias=False)
     layer, weight = nn.Sequential(linear), linear.weight.detach().clone()
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights="olora")
-    own = timed(lambda: lorafamily.apply(layer, "olora", rank=8, alpha=8, targets="0"), "cpu")
-    start = placement_of(layer).adapters["0"].initial
-    assert start is not None
-    U, V = start.factors()
+    ours = timed(lambda: lorafamily.apply(layer, "olora", rank=8, alpha=8, targets="0"), "cpu")
+    initial = placement_of(layer).adapters["0"].initial
+    assert initial is not None
+    U, V = initial.factors()
     lorafamily.remove(layer)
     assert torch.equal(linear.weight, weight)
-    theirs: list[Any] = []
-    other = timed(lambda: theirs.append(peft.get_peft_model(layer, config)), "cpu")
-    lora = theirs[0].base_model.model[0]
+    made: list[Any] = []
+    theirs = timed(lambda: made.append(peft.get_peft_model(layer, config)), "cpu")
+    lora = made[0].base_model.model[0]
     product = (lora.lora_B["default"].weight @ lora.lora_A["default"].weight).detach()
     with torch.device("meta"):
         large = transformers.LlamaForCausalLM(transformers.LlamaConfig())
     on_meta = timed(lambda: lorafamily.apply(large, "lora2", rank=8), "cpu")
     assert all(parameter.is_meta for parameter in large.parameters())
     return {
-        f"QR initialisation, {width} × {width}, rank 8 (s)": own,
-        "peft's (s)": other,
-        "peft's / ours": other / own,
+        f"QR initialisation, {width} × {width}, rank 8 (s)": ours,
+        "peft's (s)": theirs,
+        "peft's / ours": theirs / ours,
         "largest difference of B A": (U.detach() @ V.detach() - product).abs().max().item(),
         "largest entry of B A": product.abs().max().item(),
         "LLaMA-2-7B on the meta device (s)": on_meta,
@@ -165,9 +165,10 @@ def starts(width: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Products:
-    """Milliseconds of a linear layer's products: frozen, and with factors of some rank; `layers`: of that size.
+    """Milliseconds of a linear layer's products, with the frozen weight and with the factors.
 
-    `read`: of reading x twice and the gradient of the output twice, which the thin products cannot do without.
+    `layers`: how many layers have this size. `read`: reading x twice and the gradient of the output twice, which the
+    thin products cannot avoid.
     """
 
     d_in: int
@@ -183,17 +184,17 @@ class Products:
 
     @property
     def frozen(self) -> float:
-        """Of the frozen layer."""
+        """The products of the frozen layer."""
         return self.forward + self.backward
 
     @property
     def thin(self) -> float:
-        """That every low-rank update adds."""
+        """The products that every low-rank update adds."""
         return self.down + self.up_gradient + self.hidden_gradient + self.down_gradient
 
 
 def products(model: nn.Module, n: int, rank: int) -> list[Products]:
-    """The products of every size of layer in a model, on tensors that no cache holds."""
+    """The products of every layer size in a model, on tensors that are in no cache."""
     sizes = Counter(tuple(target.weight.shape) for target in match(model).values())
     return [_products(d_in, d_out, layers, n, rank) for (d_out, d_in), layers in sizes.items()]
 
@@ -238,7 +239,7 @@ def _products_table(rows: Sequence[Products]) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One square layer: time of forward and backward against the frozen layer's."""
+    """One square layer: time of forward and backward, as a ratio to the frozen layer's."""
 
     width: int
     tokens: int
@@ -263,7 +264,7 @@ def _cell(width: int, n: int, rank: int) -> Cell:
     frozen, adapted = run(lambda: F.linear(x, W, b)), run(lambda: adapted_linear(x, W, b, U, V))
     once = min(timed(frozen, "cpu") for _ in range(3))
     times = [(timed(frozen, "cpu"), timed(adapted, "cpu")) for _ in range(min(41, max(5, int(0.3 / once))))]
-    return Cell(width, n, rank, statistics.median(own / floor for floor, own in times))
+    return Cell(width, n, rank, statistics.median(time / floor for floor, time in times))
 
 
 def _scaling_table(cells: Sequence[Cell], given: Bench) -> list[tuple[str, ...]]:
@@ -276,14 +277,14 @@ def _scaling_table(cells: Sequence[Cell], given: Bench) -> list[tuple[str, ...]]
 
 
 def _bars(found: Mapping[str, Sequence[Measured]], part: str) -> Figure:
-    """A bar for every variant, shape by shape, with the quartiles."""
+    """A bar with quartiles for every variant, one panel for each shape."""
     most = max(len(rows) for rows in found.values())
     figure = Figure(figsize=(5 * len(found) + 1, 0.32 * most + 1.2), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for axes, (shape, rows) in zip(panels, found.items(), strict=True):
         names, ratios = [row.variant for row in rows], [row.ratio for row in rows]
         spread = [[r.ratio - r.low for r in rows], [r.high - r.ratio for r in rows]]
-        colours = [COLOURS[5] if "peft" in name else "#999999" if name in BESIDE else COLOURS[0] for name in names]
+        colours = [COLOURS[5] if "peft" in name else "#999999" if name in COMPARED else COLOURS[0] for name in names]
         axes.barh(names, ratios, xerr=spread, color=colours, ecolor="#888888", height=0.7)
         for i, row in enumerate(rows):
             axes.text(row.high + 0.02, i, f"{row.ratio:.2f}", va="center", fontsize=8)
@@ -296,14 +297,14 @@ def _bars(found: Mapping[str, Sequence[Measured]], part: str) -> Figure:
 
 
 def _scaling_figure(cells: Sequence[Cell], given: Bench) -> Figure:
-    """Ratio over tokens, a panel for every width."""
+    """Ratio over tokens, one panel for each width."""
     figure = Figure(figsize=(3 * len(given.widths), 3.4), layout="constrained")
     for axes, width in zip(
         figure.subplots(1, len(given.widths), squeeze=False, sharey=True)[0], given.widths, strict=True
     ):
         for colour, rank in zip(COLOURS, given.ranks, strict=False):
-            own = [cell for cell in cells if cell.width == width and cell.rank == rank]
-            axes.plot([c.tokens for c in own], [c.ratio for c in own], color=colour, label=f"rank {rank}")
+            line = [cell for cell in cells if cell.width == width and cell.rank == rank]
+            axes.plot([c.tokens for c in line], [c.ratio for c in line], color=colour, label=f"rank {rank}")
         axes.set(title=f"width {width}", xlabel="tokens", xscale="log", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")

@@ -1,10 +1,10 @@
-"""The fast path on a GPU, in one call: first whether it is right, then every ratio.
+"""The fast path on a GPU: first the checks that it is right, then all ratios.
 
     python experiments/bench/bench_gpu.py                   # LLaMA shape, 1.1B parameters, bfloat16, sequence 2048
     python experiments/bench/bench_gpu.py --device cpu --layers 1 --width 64 --inner 128 --tokens 16 --rounds 2
 
-Prints what is checked with the bound it is held against, then the table of steps and that of forwards, and writes
-`bench_gpu.json`. Ends with code 1 if a check fails.
+Prints every check with its bound, then the tables of steps and of forwards, and writes `bench_gpu.json`. Ends with exit
+code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ class Given:
     device: str = "cuda"
     """cuda or cpu"""
     layers: int = 22
-    """of the LLaMA shape that is measured"""
+    """layers of the LLaMA-shaped model that is measured"""
     width: int = 2048
-    """of its hidden states, a multiple of 64"""
+    """width of its hidden states, a multiple of 64"""
     inner: int = 5632
     """width of its feed-forward layers"""
     tokens: int = 2048
-    """of a sequence"""
+    """tokens of a sequence"""
     rows: int = 2
     """sequences in a batch"""
     vocabulary: int = 32000
-    """of the model"""
+    """size of the model's vocabulary"""
     methods: tuple[str, ...] = ("lora", "olora", "lora2")
-    """that are measured; all are checked"""
+    """methods to measure; all are checked"""
     rank: int = 8
-    """of every adapter"""
+    """rank of every adapter"""
     rounds: int = 15
-    """that count"""
+    """timed rounds"""
     out: Path = Path("runs/bench_gpu")
     """folder for bench_gpu.json"""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was checked, the number that came, and the bound it must not pass."""
+    """What was checked, the measured number, and its upper bound."""
 
     what: str
     found: float
@@ -75,7 +75,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether it came out right; nan does not."""
+        """Whether the number is within the bound; nan is not."""
         return self.found <= self.bound
 
 
@@ -96,30 +96,31 @@ def main(given: Given) -> bool:
     )  # fmt: skip
     size = sum(parameter.numel() for parameter in model.parameters())
     model, batch = ready(model, batch, setting)
-    told = {"facts": about, "parameters": size, "checks": [asdict(check) for check in checks]}
+    results = {"facts": about, "parameters": size, "checks": [asdict(check) for check in checks]}
     for part, measure in (("steps", steps), ("forwards", forwards)):
         rows = measure(model, batch, setting)
         print(
             f"\n{part}: {size / 1e9:.2g}B parameters, bfloat16, {given.rows} × {given.tokens} tokens, rank {given.rank}"
         )
         print(as_text(table(rows)), flush=True)
-        told[part] = [asdict(row) for row in rows]
+        results[part] = [asdict(row) for row in rows]
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "bench_gpu.json").write_text(json.dumps(told, indent=1))
+    (given.out / "bench_gpu.json").write_text(json.dumps(results, indent=1))
     return all(check.holds for check in checks)
 
 
 def checked(device: str) -> Iterator[Check]:
-    """The fast path against the plain formula in float64, and what a user does with a model on that device."""
+    """The fast path against the plain formula in float64, then merging, saving, compiling and training on the
+    device."""
     for method in CHECKED:
         for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):  # products of 64 terms; 8 bits
             yield from _against_float64(method, device, dtype, bound)
-    for kind in ("entries", "features"):
-        yield Check(f"dropout of {kind}: share that is dropped, off 0.25 by", _dropped(kind, device), 0.01)
-    yield Check("merging and taking it back: weights that changed", _merged_and_back(device), 0)
+    for what in ("entries", "features"):
+        yield Check(f"dropout of {what}: difference of the dropped share from 0.25", _dropped(what, device), 0.01)
+    yield Check("merging and unmerging: weights that changed", _merged_and_back(device), 0)
     yield Check("saving and loading: largest difference", _saved_and_loaded(device), 0)
     yield Check("torch.compile(fullgraph=True): largest relative difference", _compiled(device), 0.05)
-    yield Check("100 steps on one batch: loss at the end, of that at the start", _trained(device), 0.9)
+    yield Check("100 steps on one batch: last loss / first loss", _trained(device), 0.9)
 
 
 def _layers(method: str, dtype: torch.dtype, device: str) -> nn.Sequential:
@@ -134,7 +135,7 @@ def _layers(method: str, dtype: torch.dtype, device: str) -> nn.Sequential:
 
 
 def _against_float64(method: str, device: str, dtype: torch.dtype, bound: float) -> Iterator[Check]:
-    """Relative to the largest number of each."""
+    """Output and gradients; differences are relative to the largest number of each tensor."""
     model = _layers(method, dtype, device)
     exact = copy.deepcopy(model).cpu().double()
     torch.manual_seed(1)
@@ -152,18 +153,18 @@ def _against_float64(method: str, device: str, dtype: torch.dtype, bound: float)
 
 
 def _outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output, and gradients of the input and of everything trained, on the CPU in float64."""
+    """The output, and the gradients of the input and of all trained parameters, on the CPU in float64."""
     x = x.clone().requires_grad_()
     y = model(x)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [value.detach().cpu().double() for value in (y, *torch.autograd.grad(y.square().sum(), [x, *trained]))]
 
 
-def _dropped(kind: str, device: str) -> float:
+def _dropped(what: str, device: str) -> float:
     linear = nn.Linear(4096, 8, bias=False, device=device)
     nn.init.zeros_(linear.weight)
     layer = nn.Sequential(linear)
-    lorafamily.apply(layer, "lora", rank=8, dropout=0.25, dropout_kind=kind, seed=0)  # type: ignore[arg-type]
+    lorafamily.apply(layer, "lora", rank=8, dropout=0.25, dropout_kind=what, seed=0)  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in placement_of(layer).adapters["0"].update.named_parameters():
             parameter.copy_(torch.ones_like(parameter) if name == "A" else torch.eye(8).to(parameter))
@@ -195,7 +196,7 @@ def _compiled(device: str) -> float:
     model = _layers("lora", torch.float32, device)
     x = torch.randn(32, 64, device=device)
     found = []
-    backend = "inductor" if device == "cuda" else "aot_eager"  # inductor on a CPU wants a compiler
+    backend = "inductor" if device == "cuda" else "aot_eager"  # inductor on a CPU needs a C++ compiler
     for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
         model.zero_grad()
         y = run(x)

@@ -1,10 +1,10 @@
-"""What `lorafamily train` takes: memory of the chunked loss, and a LLaMA in 4 bits beside peft with Trainer.
+"""Memory and speed of `lorafamily train`: the chunked loss, and a LLaMA in 4 bits compared with peft and Trainer.
 
     python experiments/bench/chat_bench.py loss     # a vocabulary of 150,000: logits at once and in chunks
     python experiments/bench/chat_bench.py llama    # 300M parameters, nf4, checkpointed activations, ours and peft's
 
-Each measurement is a process of its own, whose peak is what the system says it took (ru_maxrss); the two ways
-alternate. Weights are random, the text is made up, and speed is of the steps after the first.
+Each measurement is a process of its own, whose peak memory the system reports (ru_maxrss); the ways take turns.
+Weights are random, the text is made up, and the speed is that of the steps after the first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import dataclasses
 import json
 import os
@@ -35,27 +38,27 @@ RANK = 8
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """See the top of the file."""
+    """Measure the chunked loss, or training in 4 bits."""
 
     what: tyro.conf.Positional[Literal["loss", "llama"]]
     rounds: int = 2
-    """Times that each way is measured."""
+    """how often each way is measured"""
     steps: int = 4
-    """Optimiser steps of a measurement of "llama"."""
+    """optimizer steps of a measurement of "llama"; the first is not timed"""
     rows: int = 2
-    """Of a batch."""
+    """rows of a batch"""
     length: int = 128
-    """Tokens of a row of "llama"."""
+    """tokens of a row of the "llama" measurement"""
     tokens: int = 2048
-    """In the batch of "loss"."""
+    """tokens in the batch of the "loss" measurement"""
     vocabulary: int = 150_000
-    """Of "loss"."""
+    """vocabulary of the "loss" measurement"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which "llama" computes; bfloat16 is slow on CPUs without instructions for it."""
+    """dtype in which "llama" computes; bfloat16 is slow on CPUs without instructions for it"""
     way: str = ""
-    """One measurement, in this process."""
+    """run only this way, once and in this process"""
     folder: Path | None = None
-    """Where the model of "llama" is."""
+    """folder of the model of "llama", when --way is given"""
 
 
 def main(settings: Settings) -> None:
@@ -91,12 +94,12 @@ def measured(settings: Settings, way: str, folder: Path) -> dict[str, Any]:
 
 
 def peak() -> float:
-    """MiB of this process so far."""
+    """The peak of this process so far, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def one_loss(settings: Settings) -> dict[str, Any]:
-    """Loss and backward of a tiny model with a huge vocabulary; "nothing" is the model and the batch alone."""
+    """Loss and backward of a tiny model with a huge vocabulary; the way "nothing" has the model and the batch alone."""
     import transformers
 
     import lorafamily
@@ -150,7 +153,7 @@ def one_llama(settings: Settings) -> dict[str, Any]:
 
 
 def ours(settings: Settings, folder: Path) -> dict[str, Any]:
-    """The command, in this process."""
+    """The command `lorafamily train` in this process."""
     import contextlib
     import io
 
@@ -178,14 +181,14 @@ def theirs(settings: Settings, folder: Path) -> dict[str, Any]:
     from lorafamily.chat.templates import Template
     from lorafamily.chat.tokens import tokenised
 
-    four = transformers.BitsAndBytesConfig(
+    quantisation = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=settings.dtype,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=four, dtype=getattr(torch, settings.dtype), device_map={"": "cpu"}
+        folder, quantization_config=quantisation, dtype=getattr(torch, settings.dtype), device_map={"": "cpu"}
     )
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)

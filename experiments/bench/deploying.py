@@ -1,8 +1,8 @@
-"""What deploying costs and keeps: drift over ten thousand merges, switching, routing, merging on disk.
+"""Costs of deployment: drift over ten thousand merges, switching, routing, merging on disk.
 
     python experiments/bench/deploying.py --model PATH
 
-Every measurement and what it is compared with come from one run.
+Every measurement and its comparison come from the same run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import waiting  # noqa: F401 - before torch
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -27,7 +26,8 @@ import tyro
 from torch import Tensor, nn
 
 import lorafamily
-from embedded import ByteDecoder, tiny
+from bench.measuring import timed
+from embedded import tiny
 from lorafamily.layers.placement import placement_of
 from pages.report import as_text
 
@@ -36,14 +36,14 @@ FIVE = {"a": ("lora", 2), "b": ("olora", 3), "c": ("lora2", 4), "d": ("adalora",
 
 @dataclass(frozen=True)
 class Settings:
-    """Measure what deploying costs and keeps."""
+    """Measure drift and costs of deployment."""
 
     model: str
     """folder or hub id of a transformers model, for switching and routing"""
     cycles: int = 10_000
-    """of merging, unmerging and switching"""
+    """cycles of merging, unmerging and switching"""
     repeats: int = 100
-    """of what is timed"""
+    """repetitions of what is timed"""
 
 
 def main(settings: Settings) -> None:
@@ -54,12 +54,12 @@ def main(settings: Settings) -> None:
 
 
 def drift(cycles: int) -> None:
-    """Base weights after cycles of switch, merge, unmerge over five adapters; peft with one LoRA beside it."""
+    """Base weights after cycles of switch, merge, unmerge over five adapters, compared with peft and one LoRA."""
     lines = [
         ["dtype", "weights that differ", "largest difference", "same merged logits", "peft: differ", "peft: largest"]
     ]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model, batch = _decoder(dtype), torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
+        model, batch = tiny().to(dtype).eval(), torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
         base = {name: value.clone() for name, value in model.state_dict().items()}
         for seed, (name, (method, rank)) in enumerate(FIVE.items()):
             lorafamily.apply(model, method, rank=rank, name=name, seed=seed)
@@ -76,7 +76,7 @@ def drift(cycles: int) -> None:
                 lorafamily.unmerge(model)
         lorafamily.remove(model)
         lines.append([str(dtype).removeprefix("torch."), *_differences(model.state_dict(), base), str(same)])
-        lines[-1] += _differences(_peft_cycles(_decoder(dtype), cycles), base)
+        lines[-1] += _differences(_peft_cycles(tiny().to(dtype).eval(), cycles), base)
     print(f"Base weights after {cycles:,} cycles of switching among five adapters, merging and unmerging")
     print(as_text(lines), flush=True)
 
@@ -90,7 +90,7 @@ def switching(path: str, repeats: int) -> None:
     unmerged = _seconds(lambda: lorafamily.switch(model, next(names)), repeats)
     weights = [model.get_submodule(at).get_parameter("weight") for at in placement_of(model).adapters]
     copying, merged = [], []
-    for _ in range(repeats):  # in turn: what else runs on the machine hits both
+    for _ in range(repeats):  # in turn, so that other work on the machine slows both
         copying.append(_seconds(lambda: [weight.data.clone() for weight in weights], 1))
         lorafamily.merge(model)
         merged.append(_seconds(lambda: lorafamily.merge(lorafamily.switch(lorafamily.unmerge(model), next(names))), 1))
@@ -150,18 +150,18 @@ def merging_on_disk() -> None:
         lorafamily.merge(model).save_pretrained(folder / "expected", max_shard_size="300MB")
         del model
         arguments = [f"--{name}={folder / name}" for name in ("base", "adapter", "out")]
-        # The process says its own peak: what its parent reads of it begins with the parent's own memory.
+        # The process prints its own peak; the value that its parent could read includes the parent's memory.
         code = "import sys; from lorafamily.cli import main; main(); print(open('/proc/self/status').read())"
         command = [sys.executable, "-c", code, "merge", "--json", *arguments]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peak = int(told.split("VmHWM:")[1].split()[0]) / 2**10
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peak = int(printed.split("VmHWM:")[1].split()[0]) / 2**10
         shards = sorted((folder / "base").glob("*.safetensors"))
         equal = all(_same_bytes(folder / "out" / shard.name, folder / "expected" / shard.name) for shard in shards)
         sizes_of = [shard.stat().st_size / 2**20 for shard in shards]
     print(
         f"\nlorafamily merge on {len(shards)} shards of {sum(sizes_of):,.0f} MiB, the largest {max(sizes_of):,.0f} MiB"
     )
-    print(f"peak memory of the process: {peak:,.0f} MiB; the bytes of merging in memory: {equal}")
+    print(f"peak memory of the process: {peak:,.0f} MiB; same bytes as merging in memory: {equal}")
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
@@ -170,10 +170,6 @@ def _same_bytes(one: Path, other: Path) -> bool:
             first, second = a.read(1 << 24), b.read(1 << 24)
             if first != second or not first:
                 return first == second
-
-
-def _decoder(dtype: torch.dtype) -> ByteDecoder:
-    return tiny().to(dtype).eval()
 
 
 def _model(path: str) -> nn.Module:
@@ -214,12 +210,8 @@ def _differences(after: dict[str, Tensor], before: dict[str, Tensor]) -> list[st
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:
-    spent = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        run()
-        spent.append(time.perf_counter() - begun)
-    return statistics.median(spent)
+    """The median over repetitions."""
+    return statistics.median(timed(run, "cpu") for _ in range(repeats))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What looking at data before training costs: forwards and backwards, time and memory, beside a step of training.
+"""The cost of looking at data before training, in forwards, backwards, time and memory, compared with training steps.
 
     python experiments/bench/evidence.py --model PATH --task sst2 --data DIR --batches 32
 
-Time is measured in one process, looking and training in turn. Memory is that of tensors made and alive at once, which
-leaves out weights and optimiser state; sums of gradients that lie in a file are not in it.
+Time is measured in one process, where looking and training take turns. Memory is the most bytes of new tensors alive at
+once: weights, optimizer state, and sums of gradients that are in a file do not count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
-import time
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,37 +28,28 @@ import tyro
 from torch import Tensor, nn
 
 import lorafamily
+from bench.measuring import timed
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.layers.placement import placement_of
 from pages.report import as_text
-from tasks import Task, TaskError, find
+from tasks import Task, TaskOptions, refusals_in_one_line
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Measure what methods that look at data first cost."""
+class Settings(TaskOptions):
+    """Measure the cost of methods that look at data before training."""
 
-    model: str | None = None
-    """folder or hub id of a transformers model; none for the embedded one"""
-    task: str = "code"
-    """as in compare.py"""
-    data: Path | None = None
-    """as in compare.py"""
     batches: int = 32
-    """to look at"""
+    """batches to look at"""
     rank: int = 8
-    """of LoRA in the training beside it, and of equal ranks"""
-    batch: int = 32
-    """sequences per batch"""
-    length: int = 96
-    """tokens per sequence at most"""
+    """rank of the LoRA that is trained for comparison, and mean rank of the methods that choose ranks"""
     rounds: int = 3
-    """of the timings, which alternate"""
+    """rounds of timing; the ways take turns"""
 
 
 @dataclass
 class Calls:
-    """How often the model was called, and a backward begun."""
+    """The number of forwards of a model and of backwards."""
 
     forwards: int = 0
     backwards: int = 0
@@ -80,7 +73,7 @@ class Calls:
 
 @dataclass
 class Looking:
-    """One way to look, and what it took. `peak`: MiB."""
+    """One way to look at data, and its cost. `peak`: MiB."""
 
     name: str
     run: Callable[[], lorafamily.Evidence]
@@ -91,7 +84,7 @@ class Looking:
 
 
 def main(settings: Settings) -> None:
-    task = find(settings.task, model=settings.model, data=settings.data, batch=settings.batch, length=settings.length)
+    task = settings.find_task()
     data = list(islice(iter(task.training(0)), settings.batches))
     model, _ = task.model(0)
     ways = [
@@ -103,11 +96,11 @@ def main(settings: Settings) -> None:
     training = Training(task, settings, data)
     trained: list[float] = []
     for _ in range(settings.rounds):
-        trained.append(_timed(training.epoch) / len(data))
+        trained.append(timed(training.epoch, "cpu") / len(data))
         for way in ways:
-            way.seconds.append(_timed(way.run))
+            way.seconds.append(timed(way.run, "cpu"))
     with PeakActivations() as step:
-        training.epoch()  # all of it, as batches differ in length
+        training.epoch()  # all batches, since they differ in length
     for way in ways:
         with way.calls.counted(model):
             way.batches = way.run().batches
@@ -116,14 +109,14 @@ def main(settings: Settings) -> None:
         way.peak = looking.peak / 2**20
     largest = max(a.update.d_in * a.update.d_out * 4 for a in placement_of(training.model).adapters.values()) / 2**20
     rows = [["what", "batches", "forwards", "backwards", "s a batch", "of a step", "MiB", "beyond a step's"]]
-    own = step.peak / 2**20
+    peak = step.peak / 2**20
     mean = sum(trained) / len(trained)
-    rows.append(["step of lora", str(len(data)), "1 a batch", "1 a batch", f"{mean:.3f}", "1.00", f"{own:.1f}", ""])
+    rows.append(["step of lora", str(len(data)), "1 a batch", "1 a batch", f"{mean:.3f}", "1.00", f"{peak:.1f}", ""])
     for way in ways:
         each = sum(way.seconds) / len(way.seconds) / way.batches
         ratio = each / mean
         counts = [str(way.batches), str(way.calls.forwards), str(way.calls.backwards)]
-        rows.append([way.name, *counts, f"{each:.3f}", f"{ratio:.2f}", f"{way.peak:.1f}", f"{way.peak - own:+.1f}"])
+        rows.append([way.name, *counts, f"{each:.3f}", f"{ratio:.2f}", f"{way.peak:.1f}", f"{way.peak - peak:+.1f}"])
     print(f"{task.about}\n{len(data)} batches of {settings.batch}, {torch.get_num_threads()} thread(s)\n")
     print(as_text(rows))
     print(f"The largest layer's gradient is {largest:.1f} MiB.")
@@ -145,7 +138,7 @@ class Training:
         self.model.train()
         self.optimizer = torch.optim.AdamW(lorafamily.parameter_groups(self.model))
         self.data = data
-        self.step(data[0])  # the optimiser's state is there from now on
+        self.step(data[0])  # makes the optimizer's state
 
     def step(self, batch: Any) -> None:
         self.model(**batch).loss.backward()
@@ -157,15 +150,6 @@ class Training:
             self.step(batch)
 
 
-def _timed(run: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
-
-
 if __name__ == "__main__":
-    try:
+    with refusals_in_one_line():
         main(tyro.cli(Settings))
-    except (TaskError, lorafamily.LoraFamilyError) as refused:
-        print(f"evidence.py: {refused}", file=sys.stderr)
-        sys.exit(2)

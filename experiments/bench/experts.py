@@ -1,7 +1,7 @@
-"""What adapters on experts cost: a training step with them, the frozen model's and peft's, as ratios in one run.
+"""The cost of adapters on experts: training steps of ours and of peft, relative to the frozen model's, in one run.
 
 python experiments/bench/experts.py                            # 64 experts, about five minutes on one core
-python experiments/bench/experts.py --experts 8 --rounds 3     # for a look
+python experiments/bench/experts.py --experts 8 --rounds 3     # for a quick try
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import waiting  # noqa: F401 - before torch
 
 # isort: split
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ import tyro
 from torch import nn
 
 import lorafamily
+from bench.measuring import timed
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Experts:
     """Time training steps of a small Qwen3-MoE, variant after variant in every round."""
 
     experts: int = 64
-    """of every layer"""
+    """experts of every layer"""
     chosen: int = 4
-    """experts that a token goes to"""
+    """experts that each token visits"""
     layers: int = 2
     width: int = 512
     inner: int = 256
     """width inside an expert"""
     rows: int = 4
     tokens: int = 256
-    """of a row"""
+    """tokens of a row"""
     rank: int = 8
     rounds: int = 9
-    """that count; one more goes before"""
+    """timed rounds, after one that is not timed"""
     methods: tuple[str, ...] = ("lora", "adalora", "lora2")
 
 
@@ -56,18 +56,17 @@ def main(given: Experts) -> dict[str, float]:
         model = lorafamily.apply(_model(given), method, rank=given.rank, targets=r"experts\.\d+\.", seed=0)
         variants[method] = _step(model, ids)
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for at in range(given.rounds + 1):
+    for number in range(given.rounds + 1):
         for name, step in variants.items():
-            begun = time.perf_counter()
-            step()
-            if at:
-                times[name].append(time.perf_counter() - begun)
+            seconds = timed(step, "cpu")
+            if number:
+                times[name].append(seconds)
     ratios = {}
-    for name, own in times.items():
-        of_floor = [mine / floor for mine, floor in zip(own, times["frozen"], strict=True)]
-        ratios[name] = statistics.median(of_floor)
+    for name, rounds in times.items():
+        of_floor = [time / floor for time, floor in zip(rounds, times["frozen"], strict=True)]
+        ratios[name] = median = statistics.median(of_floor)
         low, _, high = statistics.quantiles(of_floor, n=4)
-        print(f"{name:8} {statistics.median(own):.3f} s  {ratios[name]:.2f} ({low:.2f} to {high:.2f}) of the frozen")
+        print(f"{name:8} {statistics.median(rounds):.3f} s  {median:.2f} ({low:.2f} to {high:.2f}) of the frozen")
     return ratios
 
 
@@ -90,7 +89,7 @@ def _model(given: Experts) -> nn.Module:
 
 
 def _frozen(given: Experts) -> nn.Module:
-    """Gradients pass through the frozen model to its embeddings' outputs."""
+    """The frozen model; gradients pass through it to the outputs of its embeddings."""
     model = _model(given).requires_grad_(False)
     embeddings = model.get_submodule("model.embed_tokens")
     embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())

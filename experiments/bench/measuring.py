@@ -1,9 +1,9 @@
-"""Timing a training step and a forward of one model under every method, interleaved: what the benchmarks share.
+"""Times a training step and a forward of one model under every method; the benchmarks share it.
 
-Steps of all variants are interleaved, so that a slow minute of the machine falls on all of them; a ratio is the median
-of the ratios to the floor's step of the same round. The floor is forward and backward of the frozen model, gradients of
-activations only, nothing trained. All variants train the same model on the same batch: forward, backward, AdamW, and
-what an allocator does between its decisions.
+A slow minute of the machine must not fall on one variant alone, so steps of all variants are interleaved. A ratio is
+the median over the rounds of the time relative to the floor's step in the same round. The floor is forward and backward
+of the frozen model: gradients of activations only, nothing trained. All variants train the same model on the same
+batch: forward, backward, AdamW, and the allocator's work between its decisions.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ FLOOR, FROZEN, KEPT = "frozen floor", "frozen model", "inputs kept, no update"
 DENSE, FULL = "lora2, dense product", "full fine-tuning"
 PLAIN = "plain formulation"
 FACTORED = "factored"  # the fast path without folding the update into W
-BESIDE = (FLOOR, FROZEN, KEPT, DENSE, FULL)  # what is neither ours nor peft's
+COMPARED = (FLOOR, FROZEN, KEPT, DENSE, FULL)  # neither our methods nor peft
 Batch = dict[str, Tensor]
 Make = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: the base's dtype, the rank of every adapter, the probability of those with dropout, rounds."""
+    """How to measure. `dtype`: of the base; `rank`: of every adapter; `dropout`: probability in variants with
+    dropout."""
 
     device: str
     dtype: torch.dtype
@@ -60,9 +61,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """`ratio`: median over the rounds of the time against the first variant's in the same round; `low`, `high`: its
-    quartiles; `ratios`: of every round. `memory`: MiB of tensors that a step holds at its peak beyond what it found;
-    `resident`: MiB of weights and optimiser state, which it finds; both None for a forward."""
+    """`ratios`: for every round the time relative to the first variant's; `ratio`, `low`, `high`: their median and
+    quartiles. `memory`: MiB of tensors that a step adds at its peak; `resident`: MiB of weights and optimizer state,
+    which are there before the step; both None for a forward."""
 
     variant: str
     seconds: float
@@ -75,7 +76,7 @@ class Measured:
 
 
 def steps(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
-    """A training step of every variant against the frozen floor."""
+    """Times a training step of every variant against the frozen floor."""
     variants = trained_variants(setting)
     made = {name: _Trained(make(copy.deepcopy(base)), batch, name) for name, make in variants.items()}
     for variant in made.values():
@@ -87,7 +88,7 @@ def steps(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
 
 
 def forwards(base: nn.Module, batch: Batch, setting: Setting) -> list[Measured]:
-    """A forward in inference of every variant, merged and not, against the frozen model."""
+    """Times a forward in inference of every variant, merged and unmerged, against the frozen model."""
     made = {name: make(copy.deepcopy(base)).eval() for name, make in served_variants(setting).items()}
 
     def forward(name: str, model: nn.Module) -> Callable[[], None]:
@@ -110,15 +111,15 @@ def _interleaved(runs: Mapping[str, Callable[[], None]], setting: Setting) -> li
             times[name].append(timed(run, setting.device))
     first = next(iter(times.values()))
     rows = []
-    for name, own in times.items():
-        ratios = [one / other for one, other in zip(own, first, strict=True)]
+    for name, seconds in times.items():
+        ratios = [one / other for one, other in zip(seconds, first, strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        rows.append(Measured(name, statistics.median(own), ratio, low, high, tuple(ratios)))
+        rows.append(Measured(name, statistics.median(seconds), ratio, low, high, tuple(ratios)))
     return rows
 
 
 def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds."""
+    """The seconds that a call takes."""
     if device == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()
@@ -129,7 +130,7 @@ def timed(run: Callable[[], object], device: str) -> float:
 
 
 def _peak(run: Callable[[], None], device: str) -> float:
-    """MiB of new tensors alive at once."""
+    """The most MiB of new tensors alive at once."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -143,7 +144,7 @@ def _peak(run: Callable[[], None], device: str) -> float:
 
 @contextmanager
 def computed_as(variant: str) -> Iterator[None]:
-    """Inside the block adapted layers compute as the variant's name says."""
+    """Inside the block adapted layers use the formulation that the variant's name says."""
     factored = partial(adapted_linear, folded=False)
     with ExitStack() as how:
         how.enter_context(lorafamily.fast_path(PLAIN not in variant))
@@ -153,7 +154,7 @@ def computed_as(variant: str) -> Iterator[None]:
 
 
 class _Trained:
-    """A model that trains on one batch, with penalty and the allocator's bookkeeping."""
+    """A model that trains on one batch, with the penalty and the allocator's bookkeeping."""
 
     def __init__(self, model: nn.Module, batch: Batch, name: str):
         self.model, self.batch, self.steps, self.name = model.train(), batch, 0, name
@@ -165,7 +166,7 @@ class _Trained:
             method, adapters = placement_of(model).method, placement_of(model).adapters
             if (penalty := method.penalty) is not None:
                 self.penalty = lambda: penalty(adapters.values())
-            # So long a run that no decision falls into what is measured.
+            # A run so long that no decision falls into the measured steps.
             self.allocator = method.allocation.begin(
                 Run(model, adapters, 10**6, validation_loss=lambda rows: self._loss())
             )
@@ -175,9 +176,9 @@ class _Trained:
         return loss
 
     def resident(self) -> float:
-        """MiB of weights and optimiser state."""
-        of_parameters = [] if self.optimizer is None else self.optimizer.state.values()
-        state = [tensor for own in of_parameters for tensor in own.values()]
+        """MiB of weights and optimizer state."""
+        states = [] if self.optimizer is None else self.optimizer.state.values()
+        state = [tensor for of_parameter in states for tensor in of_parameter.values()]
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *state)) / 2**20
 
     def step(self) -> None:
@@ -195,7 +196,7 @@ class _Trained:
 
 
 def trained_variants(setting: Setting) -> dict[str, Make]:
-    """Name -> what makes a model of a copy of the base; the first is the floor."""
+    """By name, the function that turns a copy of the base into the variant; the first is the floor."""
     found: dict[str, Make] = {FLOOR: lambda model: model.requires_grad_(False)}
     found |= {method: _ours(method, setting) for method in setting.methods}
     if setting.dropout:
@@ -217,7 +218,7 @@ def trained_variants(setting: Setting) -> dict[str, Make]:
 
 
 def served_variants(setting: Setting) -> dict[str, Make]:
-    """The same for inference; the first is the frozen model."""
+    """The variants for inference; the first is the frozen model."""
     found: dict[str, Make] = {FROZEN: lambda model: model.requires_grad_(False)}
     for method in setting.methods:
         found[method] = _ours(method, setting)
@@ -234,7 +235,7 @@ def _ours(method: str, setting: Setting, **options: Any) -> Make:
 
 
 class _Keeping(torch.autograd.Function):
-    """A frozen linear layer that keeps its input until the backward, as every update must, and does nothing with it."""
+    """A frozen linear layer that keeps its input until the backward, as every update must, but does not use it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -271,13 +272,13 @@ def _has_peft() -> bool:
     try:
         version("peft")
     except PackageNotFoundError:
-        print("peft is not installed; its lines are missing")
+        print("peft is not installed; its rows are left out")
         return False
     return True
 
 
 def _dense(model: nn.Module) -> nn.Module:
-    """LoRA² as its authors' code computes it: the product of all factors, as large as the weight, in every forward."""
+    """LoRA² as in its authors' code: every forward multiplies all factors to a matrix as large as the weight."""
     for _, site in sites_in(model):
         ((_, adapter),) = site.acting()
 
@@ -290,7 +291,7 @@ def _dense(model: nn.Module) -> nn.Module:
 
 
 def bert(*, layers: int = 6, width: int = 384, rows: int = 16, tokens: int = 128) -> tuple[nn.Module, Batch]:
-    """A classifier of BERT's shape, and a batch."""
+    """A BERT-shaped classifier and a batch."""
     import transformers
 
     config = transformers.BertConfig(
@@ -305,7 +306,7 @@ def bert(*, layers: int = 6, width: int = 384, rows: int = 16, tokens: int = 128
 def llama(
     *, layers: int = 6, width: int = 512, inner: int = 1376, rows: int = 4, tokens: int = 256, vocabulary: int = 1000
 ) -> tuple[nn.Module, Batch]:
-    """A language model of LLaMA's shape, and a batch."""
+    """A LLaMA-shaped language model and a batch."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -318,14 +319,15 @@ def llama(
 
 
 def ready(model: Any, batch: Batch, setting: Setting) -> tuple[nn.Module, Batch]:
-    """On its device; the embeddings' output needs a gradient, so that every backward reaches the first layer."""
+    """Model and batch on the device. The embeddings' output requires a gradient, so that each backward reaches all
+    layers."""
     model.enable_input_require_grads()
     model.to(setting.device, setting.dtype)
     return model, {key: value.to(setting.device) for key, value in batch.items()}
 
 
 def facts(device: str) -> dict[str, str]:
-    """Machine and versions."""
+    """The machine and the versions, for the report."""
     found = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
     if device == "cuda":
         found["machine"] += f", {torch.cuda.get_device_name()}"

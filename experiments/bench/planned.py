@@ -1,10 +1,10 @@
-"""How much memory a training step of BERT really takes, against what was planned: a line for each way to train.
+"""Memory that a training step of BERT takes, compared with the plan's; a line for each way to train.
 
     MALLOC_MMAP_THRESHOLD_=131072 python experiments/bench/planned.py lora lora2 full
 
-Way, MB planned, MB by which the resident set of the process grew at its highest, their ratio. Name the
-way that takes least first: the peak counts since the process began. Linux only, since it reads /proc. The variable
-lets glibc give freed tensors back; without it the process keeps more memory than is alive.
+A line has the way, the planned MB, the MB by which the resident set of the process grew at its peak, and their ratio.
+The peak counts since the process began, so name the way that takes least first. The environment variable lets glibc
+give freed tensors back; without it the process keeps more memory than is alive. Linux only, since it reads /proc.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FULL, RANK = "full", 8
 
 
 def main(ways: list[str]) -> None:
-    step_of(ways[0], layers=1, rows=1)  # what kernels and libraries take once and for all
+    step_of(ways[0], layers=1, rows=1)  # memory that kernels and libraries take once
     gc.collect()
     before = status("VmRSS")
     for way in ways:
         step_of(way, layers=6, rows=16)
         taken = status("VmHWM") - before
         predicted = planned(way)
-        gc.collect()  # what this way leaves must not count for the next
+        gc.collect()  # memory that this way leaves must not count for the next one
         print(f"{way} {predicted / 1e6:.1f} {taken / 1e6:.1f} {predicted / taken:.3f}")
 
 
@@ -48,7 +48,7 @@ def planned(way: str) -> int:
 
 
 def step_of(way: str, *, layers: int, rows: int) -> None:
-    """Two steps, for the optimiser's states come with the first."""
+    """Two training steps, since the first one makes the optimizer's state."""
     model, batch = bert(layers=layers, rows=rows)
     penalty = None
     if way != FULL:
@@ -65,7 +65,7 @@ def step_of(way: str, *, layers: int, rows: int) -> None:
 
 
 def status(key: str) -> int:
-    """Bytes, from what Linux says of this process."""
+    """A size in the status of this process, in bytes."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])

@@ -1,8 +1,8 @@
-"""What a training step on a 4-bit base takes, beside peft on the same base.
+"""Memory and time of a training step on a 4-bit base, for lorafamily and for peft.
 
-A LLaMA of random weights is quantised to nf4 and adapted, by lorafamily or by peft, at one rank on all linear layers.
-Every measurement is a process of its own, in turn. Its peak is the most memory that the operating system gave it in a
-step; of that the step's share is what it did not have before the step.
+A LLaMA of random weights is quantised to nf4 and adapted by lorafamily or by peft, at one rank on all linear layers.
+Every measurement is a process of its own, one after the other. Its peak is the most memory that it had during a step;
+the step's share of it is the memory that it did not have before the step.
 
     OMP_NUM_THREADS=1 python experiments/bench/quantised.py
 """
@@ -32,12 +32,12 @@ RANK, ROUNDS, TOKENS = 8, 1, (1, 128)
 
 
 def resident() -> int:
-    """Bytes of memory that this process has."""
+    """Resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Peak:
-    """Inside a `with` block, the most memory of the process, looked at every two milliseconds."""
+    """The peak memory of the process inside a `with` block, read every two milliseconds."""
 
     def __enter__(self) -> Peak:
         self.most, self.over = resident(), False
@@ -56,7 +56,7 @@ class Peak:
 
 
 def base() -> nn.Module:
-    """A LLaMA in nf4, made block by block: never whole in float32."""
+    """A LLaMA in nf4, made layer by layer, so that it is never whole in float32."""
     import transformers
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
@@ -70,7 +70,7 @@ def base() -> nn.Module:
             with torch.device("meta"):
                 new = Linear4bit(layer.in_features, layer.out_features, False, torch.float32)
             new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new)
-            new.to("cpu")  # which quantises
+            new.to("cpu")  # this quantises
             model.set_submodule(name, new)
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -93,7 +93,7 @@ def adapted(model: nn.Module, by: str) -> nn.Module:
 
 
 def measured(by: str) -> dict[str, Any]:
-    """One process: bytes of the base, of a step at its peak, seconds of a step."""
+    """One measurement in this process: sizes, bytes of the base and of a step at its peak, seconds of a step."""
     torch.set_num_threads(1)
     model = base()
     from lorafamily.layers.quantised import counts_of, tensors_of
@@ -112,7 +112,7 @@ def measured(by: str) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # the optimiser's states, and whatever is made once
+    step()  # makes the optimizer's state and other things that are made once
     before = resident()
     with Peak() as peak:
         began = time.perf_counter()
@@ -138,13 +138,10 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {"lorafamily": [], "peft": []}
     for _ in range(ROUNDS):
         for by, found in rows.items():
-            returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-            command = [
-                sys.executable,
-                __file__,
-                by,
-            ]  # glibc gives freed tensors back then, so that what is left is used
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=returned)
+            # With these glibc gives freed tensors back, so that resident memory is memory in use.
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            command = [sys.executable, __file__, by]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     first = rows["lorafamily"][0]
     print(

@@ -3,9 +3,9 @@
     python experiments/bench/rates.py                                             # embedded model
     python experiments/bench/rates.py --model PATH --task sst2 --data DIR --batch 32 --length 96
 
-For every method rates a quarter of a decade apart, as the studies choose them: three around a start, and outwards until
-the best lies inside. A new head has one rate for all. Each finished run is a line of `runs/NAME.csv` and is not run
-again; `--table` prints the table of what is there.
+For every method it tries rates a quarter of a decade apart, as the studies do: three around a start, then outwards
+until the best lies inside. A new head has one rate under all methods. Each finished run is a line of `runs/NAME.csv`
+and is not run again; `--table` prints the table of what is there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import csv
 import math
 import time
@@ -28,35 +31,29 @@ import tyro
 import lorafamily
 from pages.report import as_text
 from studies.protocol import to_try
-from tasks import Task, TaskError, find
+from tasks import Task, TaskOptions, refusals_in_one_line
 
 REFERENCE = "lora@8"
-"""Whose best rate suggestions start from."""
+"""The method whose best rate the suggestions start from."""
 METHODS = ("lora@1", "lora@8", "lora@64", "olora@8", "lora2@8", "adalora@8", "eva@8")
 FIELDS = ("method", "what", "lr", "metric", "seconds", "note")
 DIVERGED = "diverged"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TaskOptions):
     """Compare suggested rates with the best of a grid."""
 
-    model: str | None = None
-    """folder or hub id of a transformers model; none for the embedded one"""
-    task: str = "code"
-    """as in compare.py"""
-    data: Path | None = None
-    """as in compare.py"""
     methods: tuple[str, ...] = METHODS
     """METHOD@RANK"""
     start: int = -8
     """the first rate tried, in quarters of a decade: -8 is 10⁻²"""
     head_lr: float = 1e-2
-    """of a new head, under every method"""
+    """learning rate of a new head, under every method"""
     run_steps: int = 600
-    """of the run that a suggestion's time is a share of"""
+    """steps of a whole run, of which the table shows a suggestion's time as a share"""
     steps: int = 100
-    """of a run"""
+    """training steps of each run here"""
     batch: int = 16
     """sequences per step"""
     length: int = 128
@@ -64,9 +61,9 @@ class Settings:
     held_out: int | None = 200
     """validation examples at most; none: all"""
     seed: int = 100
-    """of all runs"""
+    """seed of all runs"""
     name: str = "rates-embedded"
-    """of the file of rows, in runs/"""
+    """name of the file of rows, in runs/"""
     table: bool = False
     """print the table of the rows that are there, and run nothing"""
 
@@ -76,14 +73,7 @@ def main(settings: Settings) -> None:
     rows = _rows(path)
     if not settings.table:
         path.parent.mkdir(exist_ok=True)
-        task = find(
-            settings.task,
-            model=settings.model,
-            data=settings.data,
-            batch=settings.batch,
-            length=settings.length,
-            held_out=settings.held_out,
-        )
+        task = settings.find_task(settings.held_out)
         for row in _missing(settings, task, rows):
             with open(path, "a", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS)
@@ -106,7 +96,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _missing(settings: Settings, task: Task, rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Rows that are not there yet: runs, of each method in turn, then suggestions. `rows` grows meanwhile."""
+    """Rows that are missing: runs of each method in turn, then suggestions. The caller adds each to `rows`."""
     while missing := [(m, q) for m in settings.methods for q in to_try(settings.start, _tried(rows, m, task))]:
         for method, quarter in missing:
             yield _run(method, 10 ** (quarter / 4), settings, task)
@@ -118,7 +108,7 @@ def _missing(settings: Settings, task: Task, rows: list[dict[str, str]]) -> Iter
 
 
 def _tried(rows: list[dict[str, str]], method: str, task: Task) -> dict[int, float]:
-    """By quarter the metric, so that lower is better; infinite where a run diverged."""
+    """The metric by quarter decade, signed so that lower is better; infinite if a run diverged."""
     sign = -1 if task.higher_is_better else 1
     return {
         round(4 * math.log10(float(row["lr"]))): math.inf if row["metric"] == DIVERGED else sign * float(row["metric"])
@@ -196,8 +186,5 @@ def table(rows: list[dict[str, str]], higher_is_better: bool, settings: Settings
 
 
 if __name__ == "__main__":
-    try:
+    with refusals_in_one_line():
         main(tyro.cli(Settings))
-    except (TaskError, lorafamily.LoraFamilyError) as refused:
-        print(f"rates.py: {refused}", file=sys.stderr)
-        sys.exit(2)

@@ -1,10 +1,10 @@
-"""What scoring ranks costs, and whether the cheap score of AB-LoRA agrees with the exact one.
+"""The cost of scoring ranks, and whether the cheap score of AB-LoRA agrees with the exact one.
 
     python experiments/bench/scorers.py --model PATH --task sst2 --data DIR
 
-Prints three tables: exact against first-order scores after training, seed by seed; wall time of the definition, of the
-exact scorer and of the first-order one, alternating in one run; the share of a training step that keeping sensitivity
-scores takes, and how many entries are scored for it.
+Prints three tables. The first compares exact and first-order scores after training, seed by seed. The second has the
+wall time of the definition, the exact scorer and the first-order one, which take turns in one run. The third has the
+share of a training step that keeping sensitivity scores takes, and how many entries are scored for it.
 """
 
 from __future__ import annotations
@@ -38,41 +38,31 @@ from lorafamily.history import Decision
 from lorafamily.layers.placement import placement_of
 from lorafamily.names import modules_per_block
 from pages.report import as_text
-from tasks import Task, TaskError, find
+from tasks import Task, TaskOptions, refusals_in_one_line
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TaskOptions):
     """Compare the scorers of rank slices on a trained model."""
 
-    model: str | None = None
-    """folder or hub id of a transformers model; none for the embedded one"""
-    task: str = "code"
-    """as in compare.py"""
-    data: Path | None = None
-    """as in compare.py"""
     rank: int = 8
-    """of plain LoRA on every linear layer"""
+    """rank of plain LoRA on every linear layer"""
     steps: int = 100
-    """of training before ranks are scored"""
+    """training steps before ranks are scored"""
     lr: float = 1e-3
-    """of that training"""
-    batch: int = 32
-    """sequences per step"""
-    length: int = 96
-    """tokens per sequence at most"""
+    """learning rate of that training"""
     seeds: int = 3
-    """for the agreement of the scores"""
+    """seeds for the agreement of the scores"""
     scoring_memory: float | None = None
-    """MiB for ablations in one batch; none for what suits the device"""
+    """MiB for ablations in one batch; none: what suits the device"""
     rounds: int = 2
-    """of the timings, which alternate"""
+    """rounds of timing; the scorers take turns"""
     observed_steps: int = 60
     """training steps in which the cost of keeping sensitivity scores is measured"""
 
 
 def main(settings: Settings) -> None:
-    task = find(settings.task, model=settings.model, data=settings.data, batch=settings.batch, length=settings.length)
+    task = settings.find_task()
     lines = [["seed", "ranks", "Spearman", "p", "same among the lowest", "first-order range", "exact range"]]
     for seed in range(settings.seeds):
         run = _trained(task, settings, seed)
@@ -97,10 +87,10 @@ def main(settings: Settings) -> None:
                 exact = found
             if name == "definition":
                 defined = found
-    total = {name: sum(own) for name, own in spent.items()}
+    total = {name: sum(seconds) for name, seconds in spent.items()}
     rows = [["scorer", "each round", "definition / this"]]
-    for name, own in spent.items():
-        rows.append([name, ", ".join(f"{s:.2f}" for s in own), f"{total['definition'] / total[name]:.2f}"])
+    for name, seconds in spent.items():
+        rows.append([name, ", ".join(f"{s:.2f}" for s in seconds), f"{total['definition'] / total[name]:.2f}"])
     print(as_text(rows))
     print(f"largest difference of exact and definition: {_largest_difference(exact, defined):.1e}", flush=True)
 
@@ -121,13 +111,13 @@ def main(settings: Settings) -> None:
     print(f"\nKeeping sensitivity scores, {settings.observed_steps} training steps, batch {settings.batch}")
     print(as_text(rows))
     print(
-        f"Numbers scored: entries of tensors whose sensitivity is averaged, at the start, all modules, rank "
+        f"Entries scored: of the tensors whose sensitivity is averaged, before training, all modules, rank "
         f"{settings.rank} (lora2: k = r = {settings.rank}); adalora P, λ, Q whole, lora2 E, aa, B only."
     )
 
 
 def _trained(task: Task, settings: Settings, seed: int) -> Run:
-    """Plain LoRA after training, as a run on the scoring batch that `train` would use."""
+    """Plain LoRA after training, as a `Run` whose validation loss is that of one validation batch."""
     model, head = task.model(seed)
     lorafamily.apply(model, "lora", rank=settings.rank, also_train=head, seed=seed)
     lorafamily.train(
@@ -147,7 +137,7 @@ def _exact(run: Run, settings: Settings) -> Scores:
 def _agreement(exact: Scores, estimate: Scores) -> list[str]:
     one, other = torch.cat(list(exact.values())), torch.cat(list(estimate.values()))
     result = scipy.stats.spearmanr(one.numpy(), other.numpy())
-    n = modules_per_block(exact)  # what one round of ALoRA drops
+    n = modules_per_block(exact)  # as many as one round of ALoRA drops
     same = len(set(one.argsort()[:n].tolist()) & set(other.argsort()[:n].tolist()))
     ranges = [f"{float(s.min()):.4f} … {float(s.max()):.4f}" for s in (other, one)]
     return [str(len(one)), f"{result.statistic:.3f}", f"{result.pvalue:.0e}", f"{same} of {n}", *ranges]
@@ -155,7 +145,7 @@ def _agreement(exact: Scores, estimate: Scores) -> list[str]:
 
 @torch.no_grad()
 def by_definition(run: Run) -> Scores:
-    """AB-LoRA taken literally: for every slice one forward without it and one with it alone."""
+    """AB-LoRA by its definition: for every slice one forward without it and one with it alone."""
     assert run.validation_loss is not None
     gates = {name: torch.ones(adapter.rank) for name, adapter in run.adapters.items()}
 
@@ -182,7 +172,7 @@ def _largest_difference(one: Scores, other: Scores) -> float:
 
 
 def _bookkeeping(task: Task, settings: Settings, method: str) -> tuple[int, float, float]:
-    """Numbers scored, and seconds a step with and without the scorer's part, both from the same steps."""
+    """Entries scored, and seconds a step with and without the allocator's time, both from the same steps."""
     model, head = task.model(0)
     options: dict[str, Any] = {"slices": settings.rank} if method == "lora2" else {}
     lorafamily.apply(model, method, rank=settings.rank, also_train=head, seed=0, warmup=0.1, final=0.1, **options)
@@ -205,7 +195,7 @@ def _bookkeeping(task: Task, settings: Settings, method: str) -> tuple[int, floa
 
 @dataclass(frozen=True)
 class Timed(Allocation):
-    """An allocation that notes the seconds its allocator takes after every step."""
+    """An allocation that records the seconds that its allocator takes after every step."""
 
     inner: Allocation
     spent: list[float] = field(default_factory=list)
@@ -225,7 +215,5 @@ class Timed(Allocation):
 
 
 if __name__ == "__main__":
-    try:
+    with refusals_in_one_line():
         main(tyro.cli(Settings))
-    except (TaskError, lorafamily.LoraFamilyError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -1,1 +1,1 @@
-"""What a table is made of: which cells there are (settings), one of them (cell), all of them side by side (sweep)."""
+"""The cells of a comparison: which there are (settings), how one is run (cell), how all are run (sweep)."""

@@ -22,23 +22,24 @@ from tasks import Task, TaskError
 from tasks import find as find_task
 
 FIRST = os.environ.get("RANK", "0") == "0"
-"""Whether this process writes files and talks; under torchrun there are others."""
+"""Whether this process writes files and prints; under torchrun the others do neither."""
 NONE, FULL = "none", "full"
-"""What is compared beside adapters: nothing adapted (a new task head still trains), everything trained."""
+"""What is compared with adapters: nothing is adapted (a new task head still trains), or everything trains."""
 TRAIN_TIMES = "train_times"
-"""Of any method, as an option: train with so many times the cell's budget or rank, then cut to it through all layers at
-once, as in lora:train_times=2."""
+"""An option of any method: train with so many times the cell's budget or rank, then cut all layers at once to that
+size, as in lora:train_times=2."""
 BUDGET_AT = "budget_at"
-"""Of any method, as an option: `apply`'s, as in adalora:budget_at=end."""
+"""An option of any method, passed to `apply`, as in adalora:budget_at=end."""
 ALL = "all"
-"""Targets: every linear layer but the head."""
+"""The name for targets that are every linear layer but the head."""
 MATRICES = {
     "q": r"(^|[._])(q|query|q_proj|query_proj|q_lin)$",
     "k": r"(^|[._])(k|key|k_proj|key_proj|k_lin)$",
     "v": r"(^|[._])(v|value|v_proj|value_proj|v_lin)$",
     "o": r"(attention\.output|attention\.output\.dense|o_proj|out_proj|out_lin|attn\.c_proj)$",
 }
-"""Projections of the attention, as BERT and its kin, LLaMA, GPT-2 (by parts) and the embedded decoder name them."""
+"""Projections of the attention by the names that BERT-like models, LLaMA, GPT-2 (parts) and the embedded decoder
+use."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Size:
 
 @dataclass(frozen=True)
 class Cell:
-    """`size`, `targets`: None for `none` and `full`, which have no adapters. `targets`: see `layers_named`."""
+    """One training run. `size`, `targets`: None for `none` and `full`, which have no adapters; `layers_named` explains
+    `targets`."""
 
     method: str
     size: Size | None
@@ -67,13 +69,13 @@ class Cell:
         return replace(self, lr=lr, seed=seed)
 
     def limit(self, layers: int) -> dict[str, Any]:
-        """Its size as one limit for all of its adapted layers together."""
+        """The size as a limit for all adapted layers together, an argument of `compress`."""
         assert self.size is not None
         return {"budget": self.size.value} if self.size.by == "budget" else {"rank_budget": self.size.value * layers}
 
     @property
     def key(self) -> str:
-        """Names the cell in files and folders."""
+        """The cell's name in files and folders."""
         size = "" if self.size is None else f"@{'r' if self.size.by == 'rank' else ''}{self.size.value}"
         where = "" if self.targets in (None, ALL) else f"-on-{self.targets}"
         what = re.sub(r"[^\w.+=@-]", "_", f"{self.method}{size}{where}")
@@ -82,7 +84,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Training:
-    """What all cells share. `options`: of methods, by method; `fused`: layers that are adapted by parts."""
+    """Training settings that all cells share. `options`: options by method; `fused`: layers that are adapted by
+    parts."""
 
     steps: int
     evaluate_every: int
@@ -95,18 +98,18 @@ class Training:
     options: dict[str, dict[str, Any]]
 
     def options_of(self, method: str) -> dict[str, Any]:
-        """Options set for a method: for the parts that it is made of, then its own."""
+        """Options of a method: those of the methods that it combines, overridden by its own."""
         return {k: value for k, value in self._all_options(method).items() if k not in (TRAIN_TIMES, BUDGET_AT)}
 
     def budget_at(self, method: str) -> dict[str, Any]:
-        """When a budget must hold, as an argument of `apply`; empty where nothing is said."""
+        """When the budget must hold, as an argument of `apply`; empty if no option says so."""
         return {name: value for name, value in self._all_options(method).items() if name == BUDGET_AT}
 
     def train_times(self, method: str) -> float:
-        """How many times the cell's size is trained with, and cut to it afterwards; 1: it is trained with.
+        """By what factor training exceeds the cell's size, to which it is cut afterwards; 1: no cut.
 
         Raises:
-            TaskError: less than 1, or no number.
+            TaskError: the option is less than 1, or no number.
         """
         times = self._all_options(method).get(TRAIN_TIMES, 1)
         if isinstance(times, bool) or not isinstance(times, (int, float)) or times < 1:
@@ -121,8 +124,8 @@ class Training:
 
 
 def layers_named(targets: str) -> str | list[str] | None:
-    """What `apply` takes for a name of --targets: "all", "attention", letters of the attention's matrices in whichever
-    names transformers use for them, or a regular expression."""
+    """The `targets` of `apply` for an entry of --targets: "all", "attention", letters of the attention's matrices,
+    which stand for all names that models have for them, or a regular expression."""
     if targets == ALL:
         return None
     if set(targets) <= MATRICES.keys():
@@ -131,10 +134,10 @@ def layers_named(targets: str) -> str | list[str] | None:
 
 
 def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool = True) -> dict[str, Any]:
-    """Train and measure the cell; a row of results in plain data.
+    """Train and measure the cell; returns a row of results in plain data.
 
-    Log and adapter go into `folder`, and checkpoints, from which a cell that was interrupted goes on. A run that
-    diverged, as at too high a learning rate, is a row too: `failed` says at which step.
+    Log, adapter and checkpoints go into `folder`; an interrupted cell continues from its last checkpoint. A run that
+    diverged, for instance at too high a learning rate, is a row too: `failed` says at which step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, head = task.model(cell.seed)
@@ -188,7 +191,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
         "loss_curve": [[0, before["loss"]], *([e.step, e.metrics["loss"]] for e in history.evaluations)],
         "seconds_per_step": history.seconds / len(history.steps) if history.steps else None,
         "peak_mib": peak if history.steps else None,
-        "beside": 0,
+        "extra_trained": 0,
         "trainable": trainable,
         "ranks_start": history.ranks_start,
         "ranks_end": ranks_end,
@@ -201,17 +204,17 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
         if FIRST:
             row["file_bytes"] = sum(p.stat().st_size for p in lorafamily.save(model, folder / "adapter").iterdir())
         row |= {
-            "beside": summary.extra_trained,
+            "extra_trained": summary.extra_trained,
             "trainable": summary.initial_parameters,
             "merge_difference": lorafamily.merge_difference(model, _first_batch(model, task)),
         }
     elif cell.method == NONE:
-        row |= {"beside": trainable, "trainable": 0}
+        row |= {"extra_trained": trainable, "trainable": 0}
     return row
 
 
 def rates(cell: Cell, head: str | None, training: Training) -> dict[str, Any]:
-    """Arguments of `train`: the cell's rate for what it adapts, the head's own for the head, whatever the method."""
+    """Arguments of `train`: the cell's learning rate, and for the head the one that all methods share."""
     if cell.method == NONE:
         return {"lr": training.head_lr, "weight_decay": training.weight_decay}
     if cell.method == FULL and head is not None:
@@ -227,7 +230,8 @@ def rates(cell: Cell, head: str | None, training: Training) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to turn cells into rows. `task`: arguments of `tasks.find`; `folder`: of all cells."""
+    """What a worker needs to turn cells into rows. `task`: arguments of `tasks.find`; `folder`: holds all cells'
+    folders."""
 
     task: dict[str, Any]
     training: Training
@@ -238,19 +242,20 @@ class Work:
 
         def work(cell: Cell) -> dict[str, Any]:
             folder = self.folder / cell.key
-            wait_until_free(folder)  # of a worker that has not noticed yet that its driver or node is gone
+            wait_until_free(folder)  # a worker may not have noticed yet that its driver or node is gone
             return run(cell, task, self.training, folder, progress=False)
 
         return work
 
 
 def forget_checkpoints(folder: Path) -> None:
-    """A cell that is done needs them no more."""
+    """Delete the checkpoints of a finished cell."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training, data: Any = None) -> None:
-    """Put the cell's adapters into a model. `data`: for methods that look at some first; None on the meta device."""
+    """Put the cell's adapters into a model. `data`: batches for methods that look at data first; None on the meta
+    device."""
     assert cell.size is not None
     assert cell.targets is not None
     sizing: dict[str, Any] = {cell.size.by: int(training.train_times(cell.method) * cell.size.value)}
@@ -271,7 +276,7 @@ def adapt(model: nn.Module, head: str | None, cell: Cell, training: Training, da
 
 
 class PeakMemory:
-    """The most memory held since this object was made: of tensors on a GPU, of the whole process elsewhere."""
+    """Peak memory since this object was made: of tensors on a GPU, of the whole process elsewhere."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -281,13 +286,13 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
 
     def read(self) -> float | None:
-        """MiB; None where the system does not say."""
+        """MiB; None if the system does not report it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         if sys.platform == "linux":
             status = Path("/proc/self/status").read_text()
             return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-        if sys.platform == "darwin":  # where the mark cannot be reset: of the process so far, in bytes
+        if sys.platform == "darwin":  # the mark cannot be reset there: bytes of the process since its beginning
             import resource
 
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

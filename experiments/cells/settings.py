@@ -1,4 +1,4 @@
-"""What a comparison is asked to do, and the cells that come of it."""
+"""The settings of a comparison, and the cells that follow from them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from lorafamily.registry import find as find_method
 from tasks import TaskError
 
 TRADED_OFF = ("alora.scorer=first-order",)
-"""Exact AB-LoRA takes two forwards a rank and round, minutes a cell here; its first-order estimate two backwards."""
+"""Exact AB-LoRA takes two forwards for each rank and round, minutes a cell here; its first-order estimate two
+backwards."""
 
 TUNED = ("1e-2", "full=2e-3", "olora=1e-3", "lora2=2e-2", "adalora=2e-2", "svd=2e-2", "dual-plane=2e-2")
-"""For the embedded setting: each method's best of four on another seed, docs/results.md has the numbers."""
+"""Learning rates for the embedded setting: each method's best of four on another seed (docs/results.md)."""
 AUTO = "auto"
-"""Of --lr: plain LoRA's rate is given, and other methods' follow from it."""
+"""A value of --lr: plain LoRA's rate is given, and the other methods' rates follow from it."""
 CHOSEN = (
     " The learning rates are each method's best of four, tried beforehand with another seed (docs/results.md); EVA has "
     "LoRA's, untried."
@@ -38,78 +39,78 @@ class Compare:
     """Compare low-rank methods at equal parameter budgets.
 
     Presets: embedded, which-weights, rank-sweep, budget-sweep, scorers, axes, claims, glue-deberta, glue-roberta,
-    e2e-gpt2, allocation-llm. Whatever else is given overrides what the preset says.
+    e2e-gpt2, allocation-llm. All other options override the preset.
     """
 
     preset: str = "embedded"
-    """where the defaults come from: experiments/presets/NAME.py"""
+    """the defaults, from experiments/presets/NAME.py"""
     quick: bool = False
-    """the preset's short form, a few minutes on two cores: to see it work, not to learn anything"""
+    """the preset's short form, a few minutes on two cores: it shows that the run works, and no more"""
     name: str | None = None
-    """folder under --out; the same name again goes on with the cells that are missing; none: the preset's name"""
+    """folder under --out; the same name again runs only the missing cells; none: the preset's name"""
     task: str = "code"
     """code (embedded model, Python source), text (--data FILE), e2e, gsm8k, or a GLUE task: sst2, rte, cola, mrpc, …"""
     model: str | None = None
     """folder or hub id of a transformers model; none for the embedded one"""
     data: Path | None = None
-    """folder of <task>/{train,validation}.jsonl.gz, none to take it from the hub; text: a file"""
+    """folder of <task>/{train,validation}.jsonl.gz; none: from the hub; for --task text: a file"""
     methods: tuple[str, ...] = (NONE, FULL, "lora", "olora", "alora", "lora2", "adalora", "eva", "lora:train_times=2")
-    """any of lorafamily.methods(), joined by + to combine, with options of their own as in alora:scorer=exact,rounds=4;
-    lora:train_times=2 trains with twice the size and is then cut to it, once through all layers; adalora:budget_at=end
-    holds the budget at the end, and not at every step; none: no adaptation (a task head still trains); full: all"""
+    """any of lorafamily.methods(), combined with +, with options as in alora:scorer=exact,rounds=4. lora:train_times=2
+    trains with twice the size and then cuts all layers at once to it; adalora:budget_at=end keeps the budget at the end
+    only, not at every step. none: no adaptation (a task head still trains); full: full fine-tuning"""
     budgets: tuple[str, ...] = ("80e3", "10e3")
-    """trainable adapter parameters, each exceeded at no step, NUMBER for all or METHOD=NUMBER; on the embedded model
-    80e3 is LoRA at rank 8, 10e3 rank 1"""
+    """largest numbers of trainable adapter parameters, NUMBER for all methods or METHOD=NUMBER; on the embedded model
+    80e3 is LoRA at rank 8, 10e3 at rank 1"""
     ranks: tuple[int, ...] = ()
-    """beside budgets: ranks of every adapted layer"""
+    """further sizes: one rank for every adapted layer"""
     targets: tuple[str, ...] = ("all",)
-    """sets of layers to adapt: all (linear ones but the head), attention, letters of its matrices (qv, qkvo), or a
-    regular expression; several are compared"""
+    """sets of layers to adapt, which are compared: all (linear layers but the head), attention, letters of its matrices
+    (qv, qkvo), or a regular expression"""
     fused: tuple[str, ...] = ()
     """projections that are adapted by parts, as in c_attn$=q,k,v"""
     seeds: int = 2
-    """runs of every cell"""
+    """number of seeds for every configuration"""
     first_seed: int = 0
-    """the seeds are this one and those after it"""
+    """the first of these seeds"""
     steps: int = 150
-    """optimiser steps"""
+    """optimizer steps"""
     epochs: float | None = None
-    """rounds through the training data, in place of steps"""
+    """passes through the training data, instead of steps"""
     batch: int = 16
     """sequences per step"""
     length: int = 128
-    """tokens per sequence at most (the embedded model takes 128 bytes always)"""
+    """tokens per sequence at most (the embedded model always takes 128 bytes)"""
     lr: tuple[str, ...] = TUNED
-    """peak learning rates, RATE for all or METHOD=RATE; as many for every method, of several each shows its best. auto
-    RATE METHOD=RATE: RATE is plain LoRA's, and others get what lorafamily.suggest_lr makes of it"""
+    """peak learning rates, RATE for all methods or METHOD=RATE, equally many for every method; the report shows each
+    method at its best. "auto RATE METHOD=RATE": RATE is plain LoRA's; lorafamily.suggest_lr derives the others"""
     tuning_seed: int | None = None
-    """try the learning rates with this seed alone, and run --seeds at the one that was best for each row"""
+    """choose each row's learning rate with this seed alone, and run --seeds at it"""
     head_lr: float = 1e-2
-    """peak learning rate of a new task head, the same for every method whatever its own: a new head starts far from
-    where it ends, and a method that wants a small rate would be judged by a head that hardly moved"""
+    """peak learning rate of a new task head, the same for every method: a new head must move far, and at a small rate
+    of the method's own it would hardly move, so that the comparison would judge the head"""
     weight_decay: float = 0.0
-    """of AdamW"""
+    """weight decay of AdamW"""
     warmup: float = 0.06
-    """share of the run in which the learning rate rises"""
+    """share of the run during which the learning rate rises"""
     dropout: float = 0.0
-    """probability, on the input of the adapters"""
+    """dropout probability on the input of the adapters"""
     evaluations: int = 5
-    """of the validation metric during a run, evenly spread"""
+    """number of evaluations during a run, evenly spread"""
     held_out: int | None = None
     """validation examples at most; none: all"""
     options: tuple[str, ...] = TRADED_OFF
     """options of methods, as METHOD.OPTION=VALUE"""
     device: str = "auto"
-    """auto takes a GPU where there is one"""
+    """auto: a GPU if there is one"""
     workers: int | None = None
-    """cells that run side by side in processes of this machine, one thread each; 1: one after another, with all
-    threads; none: as many as cores on a CPU, 1 on a GPU"""
+    """cells to run side by side in processes of this machine, one thread each; 1: one after another with all threads;
+    none: as many as there are cores on a CPU, 1 on a GPU"""
     cluster: str | None = None
-    """address of a Ray cluster to run the cells on instead: auto, HOST:PORT, or local for all of this machine"""
+    """run the cells on a Ray cluster instead; its address: auto, HOST:PORT, or local for this machine"""
     cpus_per_cell: int = 1
-    """threads of a cell that runs beside others"""
+    """threads of a cell when several run side by side"""
     gpus_per_cell: float = 0.0
-    """on the cluster: of every cell; 0.5 lets two share one"""
+    """GPUs of a cell on the cluster; 0.5: two cells share one"""
     out: Path = Path("runs")
     """folder for all runs"""
     progress: bool = True
@@ -125,16 +126,16 @@ class Compare:
 
 
 def cells_of(settings: Compare, seeds: Iterable[int], best: Mapping[Cell, float] | None = None) -> list[Cell]:
-    """The grid. `best`: the one learning rate for each configuration, instead of all that were given."""
+    """The grid. `best`: the one learning rate of each configuration, in place of all that were given."""
     rates = _rates(settings)
     cells = []
     for method, targets in itertools.product(settings.methods, settings.targets):
         if method in (NONE, FULL) and targets != settings.targets[0]:
-            continue  # what has no adapters has no targets either
+            continue  # without adapters there are no targets
         for size in _sizes(settings, method):
-            whole = Cell(method, size, None if method in (NONE, FULL) else targets, lr=0.0, seed=0)
-            own = rates[method] if best is None else [best[whole]]
-            cells += [whole.at(lr, seed) for lr in own for seed in seeds]
+            configuration = Cell(method, size, None if method in (NONE, FULL) else targets, lr=0.0, seed=0)
+            tried = rates[method] if best is None else [best[configuration]]
+            cells += [configuration.at(lr, seed) for lr in tried for seed in seeds]
     if not cells:
         raise TaskError(
             "nothing to compare: --methods, --budgets or --ranks, --targets, --lr and --seeds must not be empty"
@@ -145,9 +146,9 @@ def cells_of(settings: Compare, seeds: Iterable[int], best: Mapping[Cell, float]
 def _sizes(settings: Compare, method: str) -> Sequence[Size | None]:
     if method in (NONE, FULL):
         return [None]
-    budgets = _by_method(settings.budgets, "--budgets")
-    own = budgets.get(method, budgets[""])
-    return [Size("budget", int(budget)) for budget in own] + [Size("rank", r) for r in settings.ranks]
+    by_method = _by_method(settings.budgets, "--budgets")
+    budgets = by_method.get(method, by_method[""])
+    return [Size("budget", int(budget)) for budget in budgets] + [Size("rank", r) for r in settings.ranks]
 
 
 def best_rates(rows: Sequence[Mapping[str, Any]], cells: Sequence[Cell], higher_is_better: bool) -> dict[Cell, float]:
@@ -158,69 +159,71 @@ def best_rates(rows: Sequence[Mapping[str, Any]], cells: Sequence[Cell], higher_
     for cell in cells:
         if cell.key not in found:
             continue
-        whole, score = cell.at(0.0, 0), sign * found[cell.key]
-        if whole not in best or score > best[whole][0]:
-            best[whole] = (score, cell.lr)
-    if lost := {cell.at(0.0, 0).key for cell in cells} - {whole.key for whole in best}:
+        configuration, score = cell.at(0.0, 0), sign * found[cell.key]
+        if configuration not in best or score > best[configuration][0]:
+            best[configuration] = (score, cell.lr)
+    if lost := {cell.at(0.0, 0).key for cell in cells} - {configuration.key for configuration in best}:
         raise TaskError(f"training failed at every learning rate for {', '.join(sorted(lost))}; give smaller --lr")
-    return {whole: lr for whole, (_, lr) in best.items()}
+    return {configuration: lr for configuration, (_, lr) in best.items()}
 
 
 def departures(settings: Compare) -> str:
-    """What a reader of the table must know besides the task: where rates come from, options unlike a method's own."""
+    """Where the learning rates come from, and which options differ from the methods' defaults, for the report."""
     used = {part for method in settings.methods for part in parts_of(method)}
     options = [setting for setting in settings.options if setting.partition(".")[0] in used]
     said = CHOSEN if settings.lr == TUNED else SUGGESTED if AUTO in settings.lr else ""
-    return said + (f" Options that differ from the methods' own: {', '.join(options)}." if options else "")
+    return said + (f" Options that differ from the methods' defaults: {', '.join(options)}." if options else "")
 
 
 def parts_of(method: str) -> list[str]:
-    """lora2+olora:gamma=0 -> lora2, olora."""
+    """The methods that a name combines: lora2+olora:gamma=0 -> lora2, olora."""
     return method.partition(":")[0].split("+")
 
 
 def suggested(settings: Compare, cells: Iterable[Cell], rate: Callable[[Cell, float], float]) -> dict[Cell, float]:
-    """For each configuration what `rate` makes of plain LoRA's, unless --lr gives its method one.
+    """The learning rate of each configuration: the one that --lr gives its method, else what `rate` derives from
+    LoRA's.
 
     Raises:
-        TaskError: --lr auto without one rate, or without one for `full`, which has no adapters; rates are tried too.
+        TaskError: --lr auto without exactly one rate, without one for `full`, which has no adapters, or with a tuning
+        seed.
     """
     given = _by_method([entry for entry in settings.lr if entry != AUTO], "--lr")
-    if any(len(own) != 1 for own in given.values()) or settings.tuning_seed is not None:
+    if any(len(rates) != 1 for rates in given.values()) or settings.tuning_seed is not None:
         raise TaskError("--lr auto takes one rate, plain LoRA's, as in --lr auto 1e-2, and no --tuning-seed")
     if FULL in settings.methods and FULL not in given:
         raise TaskError("--lr auto suggests rates of adapters; give full=RATE, or leave full out of --methods")
     found: dict[Cell, float] = {}
     for cell in cells:
-        whole = cell.at(0.0, 0)
-        if whole not in found:
-            own = given.get(cell.method) or given[""]
+        configuration = cell.at(0.0, 0)
+        if configuration not in found:
+            (known_rate,) = given.get(cell.method) or given[""]
             asked = cell.size is not None and cell.method not in given
-            found[whole] = rate(cell, own[0]) if asked else own[0]
+            found[configuration] = rate(cell, known_rate) if asked else known_rate
     return found
 
 
 def _rates(settings: Compare) -> dict[str, list[float]]:
-    """Learning rates by method: its own where --lr gives it some, else those of its parts, else those for all."""
+    """Learning rates by method: those that --lr gives it, else those of the methods it combines, else those for all."""
     given = _by_method([entry for entry in settings.lr if entry != AUTO], "--lr")
     if AUTO in settings.lr:
-        return dict.fromkeys(settings.methods, given[""][:1] or [0.0])  # to be replaced by what is suggested
+        return dict.fromkeys(settings.methods, given[""][:1] or [0.0])  # `suggested` replaces them
     rates = {}
     for method in settings.methods:
         # A combination without rates of its own must be gentle enough for the most delicate of its parts.
         parts = [given[part] for part in parts_of(method) if part in given]
         rates[method] = given.get(method) or min(parts, key=min, default=given[""])
-    counts = {method: len(own) for method, own in rates.items()}
+    counts = {method: len(given_rates) for method, given_rates in rates.items()}
     if len(set(counts.values())) > 1 or 0 in counts.values():
         raise TaskError(
             f"--lr gives {', '.join(f'{method} {n}' for method, n in counts.items())} learning rates; "
-            "a comparison is fair where every method gets as many, and at least one"
+            "a fair comparison gives every method equally many, and at least one"
         )
     return rates
 
 
 def _by_method(entries: Sequence[str], option: str) -> dict[str, list[float]]:
-    """Numbers by the method they are given for; under "" those for all the others."""
+    """Numbers by the method that they are given for; those for all other methods are under ""."""
     given: dict[str, list[float]] = {"": []}
     for entry in entries:
         method, _, number = entry.rpartition("=")
@@ -234,7 +237,7 @@ def _by_method(entries: Sequence[str], option: str) -> dict[str, list[float]]:
 
 
 def known(method: str, setting: str) -> None:
-    """Refuse a setting for a method that does not exist; it would be ignored."""
+    """Refuse a setting for a method that does not exist, which would otherwise be ignored."""
     if method not in (NONE, FULL):
         try:
             find_method(method.partition(":")[0])
@@ -243,7 +246,7 @@ def known(method: str, setting: str) -> None:
 
 
 def training_of(settings: Compare, rows: int) -> Training:
-    """What all cells share. `rows`: sequences of the training data."""
+    """The training settings that all cells share. `rows`: sequences of the training data."""
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -258,8 +261,8 @@ def training_of(settings: Compare, rows: int) -> Training:
         known(method, f"--options {setting}")
         options.setdefault(method, {})[option] = _value(value)
     for method in settings.methods:
-        own = method.partition(":")[2]
-        for setting in own.split(",") if own else ():
+        text = method.partition(":")[2]
+        for setting in text.split(",") if text else ():
             option, equals, value = setting.partition("=")
             if not (equals and option):
                 raise TaskError(f"--methods {method}: must be METHOD:OPTION=VALUE,…, such as alora:scorer=exact")
@@ -290,13 +293,13 @@ def where_of(settings: Compare, device: str) -> Where:
     """Where the cells run.
 
     Raises:
-        TaskError: settings that contradict each other, or would have no effect.
+        TaskError: settings contradict each other, or would have no effect.
     """
     if settings.cpus_per_cell < 1 or settings.gpus_per_cell < 0 or settings.workers not in (None, *range(1, 100_000)):
         raise TaskError("--workers and --cpus-per-cell must be at least 1, --gpus-per-cell at least 0")
     if settings.cluster is not None:
         if settings.workers is not None:
-            raise TaskError("--cluster and --workers: give one; the cluster has as many workers as its cores allow")
+            raise TaskError("give --cluster or --workers, not both; a cluster has as many workers as its cores allow")
         if (device == "cuda") != (settings.gpus_per_cell > 0):
             raise TaskError(
                 f"--gpus-per-cell {settings.gpus_per_cell:g} with --device {device}: cells on GPUs need --device cuda "
@@ -304,7 +307,7 @@ def where_of(settings: Compare, device: str) -> Where:
             )
         return Where(cluster=settings.cluster, cpus=settings.cpus_per_cell, gpus=settings.gpus_per_cell)
     if settings.gpus_per_cell:
-        raise TaskError("--gpus-per-cell is for --cluster; one machine's GPUs are shared out by --cluster local")
+        raise TaskError("--gpus-per-cell is for --cluster; to share the GPUs of this machine use --cluster local")
     workers = settings.workers
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if workers not in (None, 1):
@@ -313,7 +316,7 @@ def where_of(settings: Compare, device: str) -> Where:
     if workers is None:
         workers = max(1, cores() // settings.cpus_per_cell) if device == "cpu" else 1
     if workers == 1 and settings.cpus_per_cell > 1:
-        raise TaskError("--cpus-per-cell is for cells beside others; --workers 1 has the threads of OMP_NUM_THREADS")
+        raise TaskError("--cpus-per-cell is for several workers; with --workers 1 set OMP_NUM_THREADS instead")
     return Where(workers=workers, cpus=settings.cpus_per_cell)
 
 
@@ -325,11 +328,11 @@ def _value(text: str) -> Any:
 
 
 def what_rows_depend_on(settings: Compare, training: Training) -> dict[str, Any]:
-    """The settings that a finished cell must have been run with to stand beside the others."""
+    """The settings in which a finished cell must agree with the others to be compared with them."""
     fields: tuple[str, ...] = ("model", "data", "batch", "length", "held_out", "fused")
     fields += ("head_lr", "weight_decay", "warmup", "dropout")
     same: dict[str, Any] = {"task": settings.task, "steps": training.steps, "evaluations": settings.evaluations}
     same |= {name: getattr(settings, name) for name in fields}
-    shared = {method: own for method, own in training.options.items() if ":" not in method}
+    shared = {method: options for method, options in training.options.items() if ":" not in method}
     same |= {"device": training.device, "options": shared, "torch": torch.__version__}
     return dict(json.loads(json.dumps(same, default=str)))

@@ -1,7 +1,7 @@
-"""Many cells at once: in processes of this machine, or on the nodes of a Ray cluster.
+"""Run many cells at once, in processes of this machine or on the nodes of a Ray cluster.
 
-A job goes to a worker and comes back as a row; only the driver, which iterates over `rows`, writes results. A worker
-that dies costs its job the time since the last checkpoint: the job is given to another one and goes on from there.
+A job goes to a worker and comes back as a row; only the driver, which iterates over `rows`, writes results. If a worker
+dies, its job goes to another one and continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from lorafamily.training.interrupt import EXIT_CODE, Interrupted
 from tasks import TaskError
 
 TRIES = 20
-"""Workers that a job may lose before the sweep ends: one that takes more memory than there is kills every worker."""
+"""How many workers a job may lose before the sweep ends: a job that needs too much memory kills every worker."""
 PATIENCE = 60.0
-"""Seconds that a job waits for another process to leave its folder: a node that died takes a while to end its own."""
+"""Seconds that a job waits for another process to leave its folder: processes of a dead node take a while to end."""
 
 Job = Any
 Row = dict[str, Any]
 Prepare = Callable[[], Callable[[Job], Row]]
-"""Called once in every worker, to load data and the like; gives what turns a job into a row. Must be picklable."""
+"""Called once in every worker, for instance to load data; returns the function from jobs to rows. Must be picklable."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where jobs run. `workers`: processes of this machine; 1: this process itself. `cluster`: address of a Ray
-    cluster, instead. `cpus`: threads of a job beside others; `gpus`: of a job on the cluster, a fraction shares one."""
+    """Where jobs run. `workers`: processes on this machine; 1: this process itself. `cluster`: address of a Ray cluster
+    to use instead. `cpus`: threads of a job when several run at once; `gpus`: GPUs of a job on the cluster, a fraction
+    of one is shared."""
 
     workers: int = 1
     cluster: str | None = None
@@ -57,24 +58,24 @@ class Where:
 
 
 def cores() -> int:
-    """Those that this process may use, and not all that the machine has."""
+    """How many cores this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 More = Callable[[], Sequence[Job]]
-"""Asked after every row that was taken: jobs that follow from it."""
+"""Called after every row; returns the jobs that follow from it."""
 
 
 def none() -> Sequence[Job]:
-    """Nothing follows."""
+    """No jobs follow."""
     return ()
 
 
 def rows(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More = none) -> Generator[tuple[Job, Row]]:
-    """Every job with its row, as they are done. Jobs are hashable.
+    """Every job with its row, in the order in which they finish. Jobs are hashable.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the jobs under way have saved, or go on from an earlier checkpoint.
+        Interrupted: Ctrl-C or SIGTERM; running jobs have saved, or will continue from an earlier checkpoint.
         TaskError: a job lost too many workers, or the cluster cannot be used.
     """
     if not jobs:
@@ -92,7 +93,7 @@ def rows(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More = none)
 
 
 def wait_until_free(folder: Path) -> None:
-    """Wait until no other process trains in that folder.
+    """Wait until no other process trains in the folder.
 
     Raises:
         StateError: one still does after a minute.
@@ -109,7 +110,7 @@ def wait_until_free(folder: Path) -> None:
 
 
 class _Worker:
-    """A process with a pool of its own, so that its death breaks no other's pool."""
+    """A process in a pool of its own, so that its death breaks no other worker's pool."""
 
     def __init__(self, prepare: Prepare, threads: int):
         context = multiprocessing.get_context("spawn")
@@ -118,11 +119,11 @@ class _Worker:
         self._prepare = pickle.dumps(prepare)
 
     def submit(self, job: Job) -> Future[Row | None]:
-        with _ctrl_c_held_back():  # the process starts here, and keeps the signals blocked that are blocked now
+        with _ctrl_c_held_back():  # the process starts here and inherits the blocked signals
             return self._pool.submit(_work, self._prepare, job)
 
     def stop(self) -> None:
-        """Let the job save and end."""
+        """Ask the job to save and to end."""
         with contextlib.suppress(OSError):
             self._stop.send(None)
 
@@ -176,26 +177,26 @@ def _on_workers(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More)
 
 
 _prepared: dict[bytes, Callable[[Job], Row]] = {}
-"""In a worker: what turns jobs into rows, by what it was prepared from."""
+"""In a worker: the functions from jobs to rows, by the pickled `Prepare` that made them."""
 
 
 def _begin(threads: int, stop: connection.Connection) -> None:
-    """In a new worker of this machine: its threads, and a watch on the driver."""
+    """In a new worker process: set its threads, and watch the driver."""
     torch.set_num_threads(threads)
     threading.Thread(target=_watch, args=(stop,), daemon=True).start()
 
 
 def _watch(stop: connection.Connection) -> None:
-    """End with the driver: at once where it was killed, after saving where it asks to stop."""
+    """End with the driver: at once if it was killed, after saving if it asks to stop."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     if parent.sentinel in connection.wait([parent.sentinel, stop]):
         os._exit(EXIT_CODE)
-    os.kill(os.getpid(), signal.SIGTERM)  # caught in training, which then saves; elsewhere there is nothing to save
+    os.kill(os.getpid(), signal.SIGTERM)  # training catches it and saves; elsewhere there is nothing to save
 
 
 def _work(prepare: bytes, job: Job) -> Row | None:
-    """In a worker, which is used for many jobs; None where it was asked to stop."""
+    """In a worker: run a job; None if it was asked to stop."""
     try:
         if prepare not in _prepared:
             _prepared[prepare] = pickle.loads(prepare)()
@@ -206,7 +207,8 @@ def _work(prepare: bytes, job: Job) -> Row | None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """A process started meanwhile never sees Ctrl-C, which a terminal sends to all; the driver tells it."""
+    """Processes started meanwhile do not receive Ctrl-C, which a terminal sends to all; the driver tells them to
+    stop."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -234,7 +236,7 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
 
 
 def _on_cluster(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More) -> Generator[tuple[Job, Row]]:
-    """Ray's tasks: it starts one again, on another node where need be, when a worker or a node dies."""
+    """Jobs as tasks of Ray, which restarts a task when its worker or node dies, on another node if necessary."""
     try:
         import ray
     except ImportError:
@@ -271,7 +273,7 @@ def _on_cluster(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More)
         raise Interrupted(f"stopped with {len(under_way)} cells to go; the same command goes on") from None
     finally:
         for future in under_way:
-            ray.cancel(future, force=False)  # as Ctrl-C in the worker, which lets training save
+            ray.cancel(future, force=False)  # like Ctrl-C in the worker, so that training saves
         if under_way:
             ray.wait(list(under_way), num_returns=len(under_way), timeout=PATIENCE)
         if started:
@@ -279,20 +281,20 @@ def _on_cluster(jobs: Sequence[Job], prepare: Prepare, where: Where, more: More)
 
 
 def _work_on_cluster(prepare: bytes, threads: int, job: Job) -> Row | None:
-    """In a worker of Ray."""
+    """In a worker process of Ray."""
     torch.set_num_threads(threads)
     return _work(prepare, job)
 
 
 class Line:
-    """One line of progress for all jobs: rewritten in a terminal, a line a job elsewhere."""
+    """A line of progress for all jobs: overwritten in a terminal, a new line for each job elsewhere."""
 
     def __init__(self, total: int, quiet: bool = False):
         self.total, self.quiet = total, quiet
         self.done, self.begun = 0, time.perf_counter()
 
     def show(self, what: str) -> None:
-        """A job is done, of which `what` tells."""
+        """Count a finished job, which `what` describes."""
         self.done += 1
         if self.quiet:
             return

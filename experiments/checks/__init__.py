@@ -1,1 +1,1 @@
-"""Searches for what breaks: killed processes, damaged files, other people's models and loading code."""
+"""Checks beyond the tests: killed processes, damaged files, other people's models and loading code."""

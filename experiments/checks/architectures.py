@@ -1,11 +1,11 @@
-"""docs/architectures.md: what holds for which architecture of `transformers` under which method.
+"""docs/architectures.md: which checks hold for which architecture of `transformers` under which method.
 
-    python experiments/checks/architectures.py                                 # a line an architecture, and a JSON file
+    python experiments/checks/architectures.py                                 # prints lines, writes a JSON file
     python experiments/checks/architectures.py --page docs/architectures.md    # writes the page, too
     python experiments/checks/architectures.py --only wavlm mamba --methods lora
 
-Every model is random, made from a small configuration, and adapted with the default targets. `CHECKS` names what is
-checked; each check has a model to itself, so that one that fails spoils no other.
+Every model is random, made from a small configuration, and adapted with the default targets. `CHECKS` lists the checks;
+each has a model of its own, so that a failure affects no other check.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Settings:
     """Check methods on architectures, and write docs/architectures.md."""
 
     only: tuple[str, ...] = ()
-    """architectures to check; all if none is named"""
+    """architectures to check; none: all"""
     methods: tuple[str, ...] = METHODS
     """methods to check"""
     page: Path | None = None
-    """where to write the page; it needs all architectures and all methods"""
+    """file of the page to write; the page needs all architectures and all methods"""
     out: Path = Path("runs/architectures")
     """folder for architectures.json"""
 
@@ -87,8 +87,8 @@ def examined(architecture: Architecture, methods: Sequence[str] = METHODS) -> Ro
 
 
 def controlled(base: nn.Module, batch: Batch) -> Tensor:
-    """Outputs of the base model, frozen. A model that has other ones at the second call, or cannot train, would make
-    the checks fail or pass for reasons of its own."""
+    """Outputs of the frozen base model. It also asserts that a second call gives the same outputs and that the model
+    can train, since otherwise checks would fail or pass for reasons that are not ours."""
     frozen = copy.deepcopy(base).requires_grad_(False)
     with torch.no_grad():
         outputs = [first_output(frozen(**copied(batch))) for _ in range(2)]
@@ -103,7 +103,7 @@ def controlled(base: nn.Module, batch: Batch) -> Tensor:
 
 
 def placed(base: nn.Module, targets: str | None) -> tuple[int, int, str]:
-    """Parameters in adapted matrices, how many layers are adapted, and what is left out. The method plays no part."""
+    """Parameters in adapted matrices, the number of adapted layers, and what is left out; the same for all methods."""
     model = lorafamily.apply(copy.deepcopy(base), "lora", rank=1, targets=targets, seed=0)
     rows = lorafamily.summary(model).rows
     adapted = {row.module for row in rows}
@@ -114,17 +114,17 @@ def placed(base: nn.Module, targets: str | None) -> tuple[int, int, str]:
     for name, parameter in base.named_parameters():
         if parameter.ndim > 1 and id(parameter) not in weights:
             left[described(base, name, parameter)] += 1
-    words = [kind if count == 1 else f"{count} {kind}" for kind, count in left.items()]
+    words = [matrix if count == 1 else f"{count} {matrix}" for matrix, count in left.items()]
     return sum(row.d_in * row.d_out for row in rows), len(adapted), ", ".join(words) or "nothing"
 
 
 def has_weight(model: nn.Module, name: str) -> bool:
-    """Whether that is a layer with a weight, not a part of one, which only the adapted model has."""
+    """Whether a layer of that name is in the base; a part of a layer has a name only in the adapted model."""
     return name in dict(model.named_modules())
 
 
 def described(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    """What a matrix without adapter is: a linear layer by its name, anything else by its kind."""
+    """A matrix without adapter in words: a linear layer by its name, anything else by what it is."""
     owner, _, last = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, nn.Embedding):
@@ -142,7 +142,7 @@ def main(settings: Settings) -> list[Row]:
     if unknown := set(settings.only) - set(names()):
         raise SystemExit(f"no architecture {', '.join(sorted(unknown))}; there are {', '.join(names())}")
     if settings.page and (len(chosen) < len(ARCHITECTURES) or set(settings.methods) != set(METHODS)):
-        raise SystemExit("the page tells of all architectures and methods: leave --only and --methods away")
+        raise SystemExit("the page has all architectures and methods: leave out --only and --methods")
     transformers.logging.set_verbosity_error()
     rows = []
     for architecture in chosen:
@@ -150,9 +150,9 @@ def main(settings: Settings) -> list[Row]:
         rows.append(examined(architecture, settings.methods))
         print(f"{line_of(rows[-1])}  [{time.monotonic() - began:.0f} s]", flush=True)
     about = facts()
-    told = {"facts": about, "checks": list(CHECKS), "rows": [asdict(row) for row in rows]}
+    results = {"facts": about, "checks": list(CHECKS), "rows": [asdict(row) for row in rows]}
     settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "architectures.json").write_text(json.dumps(told, indent=1, ensure_ascii=False))
+    (settings.out / "architectures.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
     print("\n" + "\n".join(totals(rows, settings.methods)))
     if settings.page:
         settings.page.write_text(markdown("Architectures", page_of(rows, about), settings.page.parent))

@@ -1,4 +1,4 @@
-"""What is asked of an adapted model of any architecture; `CHECKS` names the questions, each has a model to itself."""
+"""Checks of an adapted model of any architecture; `CHECKS` lists them by name. Each gets a model of its own."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from lorafamily.layers.placement import placement_of
 
 HOLDS, NOT_APPLICABLE = "holds", "–"
 MERGED = 1e-4
-"""Largest relative difference in float32 of two ways to add up the same: merged or not, peft's or ours."""
+"""Largest relative difference in float32 between two orders of the same sum: merged or unmerged, peft's or ours."""
 START = {"olora": 1e-5}
-"""Likewise at the start, zero where it is not listed; OLoRA's may round, U V − U0 V0 having no zero factor."""
+"""The same right after `apply`, zero for methods that are not listed. OLoRA may round, since U V − U0 V0 has no zero
+factor."""
 NOISE = {"lora2": 0.3, "adalora": 0.3}
-"""Standard deviation of what is added to every trainable number before a check, 0.05 where it is not listed. The
-updates of these two are products of three and five small numbers: 0.05 of each would be an update below rounding."""
+"""Standard deviation of the noise that is added to all trainable parameters before a check, 0.05 for methods that are
+not listed. The updates of these two are products of three and five small values: with 0.05 they would be below
+rounding."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture under one method. `base`: the model without adapters, never changed; `frozen`: its outputs while
-    no parameter of it trains, as `apply` leaves them. Then torch multiplies in another order here and there (WavLM,
-    SigLIP), and the last bits differ from those of a model that trains."""
+    """One architecture under one method. `base`: the model without adapters, never changed. `frozen`: its outputs while
+    all its parameters are frozen, as after `apply`: for some models (WavLM, SigLIP) torch then multiplies in another
+    order than for parameters that train, and the last bits differ."""
 
     architecture: Architecture
     method: str
@@ -43,17 +45,17 @@ class Case:
     folder: Path
 
     def fresh(self) -> nn.Module:
-        """The base model, to change."""
+        """A copy of the base model."""
         return copy.deepcopy(self.base)
 
     def applied(self) -> nn.Module:
-        """With adapters at their start."""
+        """A model with new adapters."""
         return lorafamily.apply(
             self.fresh(), self.method, rank=2, targets=self.architecture.targets, example=copied(self.batch), seed=0
         )
 
     def moved(self) -> nn.Module:
-        """With adapters away from their start, where every update would be zero."""
+        """A model with adapters that were moved, since at the start every update is zero."""
         return self.moved_(self.applied())
 
     @torch.no_grad()
@@ -69,7 +71,7 @@ class Case:
 
 
 def copied(batch: Batch) -> Batch:
-    """BLIP writes into the batch that it is given."""
+    """A copy of a batch, since BLIP writes into its batch."""
     return {key: value.clone() for key, value in batch.items()}
 
 
@@ -78,7 +80,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def first_output(output: Any) -> Tensor:
-    """Logits, or the last hidden state, or what comes first."""
+    """The logits, else the last hidden state, else the first tensor."""
     for name in ("logits", "last_hidden_state"):
         if isinstance(output.get(name), Tensor):
             return output[name]
@@ -86,12 +88,12 @@ def first_output(output: Any) -> Tensor:
 
 
 def relative(one: Tensor, other: Tensor) -> float:
-    """The largest difference, of the largest entry."""
+    """The largest difference, relative to the largest entry."""
     return float((one - other).abs().max() / other.abs().max())
 
 
 def start(case: Case) -> str:
-    """Outputs at the start are the base's."""
+    """Right after `apply` outputs are the base's."""
     outputs = case.outputs(case.applied())
     allowed = START.get(case.method, 0.0)
     apart = relative(outputs, case.frozen)
@@ -101,8 +103,8 @@ def start(case: Case) -> str:
 
 @dataclass
 class Gradients:
-    """What a backward left. `called`: adapted layers that saw an input that was not empty; `none`, `zero`: those with
-    a trainable tensor without gradient, and those whose gradients are all zero."""
+    """Adapted layers after a backward. `called`: those that got an input that was not empty; `none`: those with a
+    trainable tensor without gradient; `zero`: those whose gradients are all zero."""
 
     layers: list[str]
     called: set[str] = field(default_factory=set)
@@ -110,7 +112,7 @@ class Gradients:
     zero: list[str] = field(default_factory=list)
 
     def unvisited(self, layers: Sequence[str]) -> list[str]:
-        """Those of the layers that belong to an expert which got no token, while another expert got some."""
+        """Those of the layers whose expert got no token, provided that another expert got some."""
         if not any(in_expert(layer) for layer in self.called):
             return []
         return [layer for layer in layers if in_expert(layer) and layer not in self.called]
@@ -121,9 +123,9 @@ def in_expert(layer: str) -> bool:
 
 
 def gradients_of(case: Case, *, training: bool) -> Gradients:
-    """Of one forward and backward away from the start, in train or in eval mode."""
+    """The gradients after one forward and backward with moved adapters, in train or in eval mode."""
     model = case.moved().train(training)
-    # Modules are looked up now: what a layer's adapters are called in it is not for us to know.
+    # Modules are looked up by the summary's names, so that the check need not know where adapters are attached.
     layers = {row.module: layer_of(model, row.module) for row in lorafamily.summary(model).rows}
     found = Gradients(list(layers))
     stacked = {name for name, layer in layers.items() if expert_weights(layer)}
@@ -133,9 +135,9 @@ def gradients_of(case: Case, *, training: bool) -> Gradients:
     backward(model, case.batch)
     adapters = placement_of(model).adapters
     for name, layer in layers.items():
-        # The experts of a stack are one layer, so that of a single one only its gradients tell whether it was called.
-        inside = adapters[name] if name in stacked else layer
-        gradients = [parameter.grad for parameter in inside.parameters() if parameter.requires_grad]
+        # The experts of a stack are one layer, so only its gradients tell whether a single expert was called.
+        module = adapters[name] if name in stacked else layer
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
         if name in stacked and any(gradient is not None for gradient in gradients):
             found.called.add(name)
         if any(gradient is None for gradient in gradients):
@@ -146,7 +148,7 @@ def gradients_of(case: Case, *, training: bool) -> Gradients:
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
-    """The layer of that name, or the one of which it is a part; an expert's name has two words."""
+    """The layer of that name, or the one that it is a part of; the name of an expert in a stack has two more words."""
     modules = dict(model.named_modules())
     layer, stack = name.rpartition(".")[0], ".".join(name.split(".")[:-2])
     return modules.get(name) or modules.get(layer) or modules[stack]
@@ -158,15 +160,15 @@ def _note(called: set[str], name: str, layer: nn.Module, inputs: tuple[Any, ...]
 
 
 def backward(model: nn.Module, batch: Batch) -> None:
-    """A backward from a random sum of the outputs; every random draw inside the model is seeded."""
+    """A backward from a randomly weighted sum of the outputs; random draws inside the model are seeded."""
     torch.manual_seed(0)
-    np.random.seed(0)  # SpecAugment's
+    np.random.seed(0)  # SpecAugment draws from it
     outputs = first_output(model(**copied(batch)))
     (outputs * noise(*outputs.shape, seed=2)).sum().backward()
 
 
 def gradients(case: Case) -> str:
-    """Every adapter gets a gradient, but for experts that no token chose."""
+    """Every adapter gets a gradient, except those of experts that no token chose."""
     found = gradients_of(case, training=True)
     unvisited = found.unvisited(found.none + found.zero)
     missing = [name for name in found.none if name not in unvisited]
@@ -178,18 +180,18 @@ def gradients(case: Case) -> str:
 
 
 def effect(case: Case) -> str:
-    """Outputs differ from the base's by much more than merging may move them, and every adapter moves them."""
+    """Outputs differ from the base's by more than merging may change them, and every adapter contributes."""
     apart = relative(case.outputs(case.moved()), case.frozen)
     if not apart > 10 * MERGED:
         return f"outputs differ from the base's by {apart:.0e} only"
-    found = gradients_of(case, training=False)  # what fails in train mode must not hide what has no effect
+    found = gradients_of(case, training=False)  # eval mode, so that a failure in train mode hides nothing here
     without = found.none + found.zero
     dead = [name for name in without if name not in found.unvisited(without)]
     return f"without effect: {listed(dead)}" if dead else HOLDS
 
 
 def merge(case: Case) -> str:
-    """Merged outputs are the adapted ones up to rounding, and unmerging gives back every bit."""
+    """Merged outputs are the adapted ones up to rounding, and unmerging restores every bit."""
     model = case.moved()
     adapted = case.outputs(model)
     apart = relative(case.outputs(lorafamily.merge(model)), adapted)
@@ -199,7 +201,7 @@ def merge(case: Case) -> str:
 
 
 def generate(case: Case) -> str:
-    """Five greedy tokens with a cache are the same adapted and merged."""
+    """Five greedy tokens, generated with a cache, are the same for the adapted and the merged model."""
     if not generates(case.base):
         return NOT_APPLICABLE
     model = case.moved()
@@ -219,7 +221,7 @@ def generated(model: Any, batch: Batch) -> Tensor:
 
 
 def file(case: Case) -> str:
-    """Saved and loaded into another model, without a warning, the outputs are the same to the bit."""
+    """Saved, and loaded without a warning into another model, the adapter gives the same outputs to the bit."""
     model = case.moved()
     lorafamily.save(model, case.folder / "file")
     with warnings.catch_warnings(record=True) as given:
@@ -231,7 +233,7 @@ def file(case: Case) -> str:
 
 
 def exported(case: Case) -> str:
-    """What is exported and read by peft has the same outputs up to rounding."""
+    """Exported, and loaded by peft, the adapter gives the same outputs up to rounding."""
     import peft
 
     model = case.moved()
@@ -247,7 +249,7 @@ def exported(case: Case) -> str:
 
 
 def remove(case: Case) -> str:
-    """After remove nothing tells the model from the base: bits, flags, names and classes of modules, outputs."""
+    """After `remove` the model equals the base: bits, flags, names and classes of modules, outputs."""
     model = case.moved()
     case.outputs(model)
     lorafamily.remove(model)
@@ -274,12 +276,12 @@ CHECKS: dict[str, Callable[[Case], str]] = {
 
 
 def stands(result: str) -> bool:
-    """Whether a check holds, or has nothing to hold for."""
+    """Whether a check holds or does not apply."""
     return result.startswith(HOLDS) or result == NOT_APPLICABLE
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first name, and how many more."""
+    """The first name, and the number of the others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
@@ -289,11 +291,11 @@ def shortened(text: str, length: int = 100) -> str:
 
 
 def judged(check: Callable[[Case], str], case: Case) -> str:
-    """What a check says, or the error that it ended with."""
+    """The result of a check, or the error that it raised."""
     torch.manual_seed(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of transformers and peft; `file` asks for ours
+            warnings.simplefilter("ignore")  # those of transformers and peft; `file` looks at ours
             return check(case)
     except Exception as error:
         return f"{type(error).__name__}: {shortened(str(error))}"

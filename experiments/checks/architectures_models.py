@@ -1,4 +1,4 @@
-"""A small random model of each architecture of `transformers`, and a batch for it: a table, and what its lines use."""
+"""A table of small random models, one for each architecture of `transformers`, and of batches for them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Batch = dict[str, Tensor]
 class Architecture:
     """How to make a small model of one architecture, and a batch for it.
 
-    `model`: its class in transformers; `sizes`: arguments of its configuration; `targets`: None, the default, wherever
-    a model has linear layers besides its head.
+    `model`: its class in transformers; `sizes`: arguments of its configuration; `targets`: None, the default, unless
+    the model has no linear layers but its head.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Architecture:
     targets: str | None = None
 
     def build(self) -> nn.Module:
-        """The model in eval mode, the same at each call, with every dropout at zero."""
+        """The model in eval mode, with the same weights at each call and without dropout."""
         cls = getattr(transformers, self.model)
         config = without_dropout(cls.config_class(**copy.deepcopy(dict(self.sizes))))
         torch.manual_seed(0)
@@ -41,7 +41,7 @@ class Architecture:
 
 
 def without_dropout(config: Any) -> Any:
-    """The configuration, and those inside it, with every probability of dropping something at zero."""
+    """The configuration, and those inside it, with every dropout probability at zero."""
     for key, value in vars(config).items():
         if isinstance(value, transformers.PretrainedConfig):
             without_dropout(value)
@@ -51,7 +51,7 @@ def without_dropout(config: Any) -> Any:
 
 
 def tokens(rows: int = 2, length: int = 12, padded: str | None = "right", start: int = 3, seed: int = 0) -> Batch:
-    """Sentences of which the last is shorter; `padded`: on which side, None where the model takes no mask."""
+    """Sentences, the last one shorter. `padded`: the side of the padding; None if the model takes no mask."""
     ids = torch.randint(start, 99, (rows, length), generator=torch.Generator().manual_seed(seed))
     if padded is None:
         return {"input_ids": ids}
@@ -61,7 +61,7 @@ def tokens(rows: int = 2, length: int = 12, padded: str | None = "right", start:
 
 
 def sentence_pairs(**options: Any) -> Batch:
-    """For an encoder and a decoder."""
+    """Sentences for an encoder and a decoder."""
     return {**tokens(**options), "decoder_input_ids": tokens(length=7, seed=1)["input_ids"]}
 
 
@@ -82,23 +82,23 @@ def spectrogram() -> Batch:
 
 
 def captioned(size: int = 32, **options: Any) -> Batch:
-    """A text beside its image."""
+    """A text and an image."""
     return {**tokens(**options), **image(size)}
 
 
 def interleaved(patches: int, size: int = 32, **more: Tensor) -> Batch:
-    """A text in which token 98 stands for each patch of its image."""
+    """A text in which token 98 takes the place of each patch of its image."""
     ids = torch.cat([torch.full((2, patches), IMAGE_TOKEN), tokens()["input_ids"].clamp_max(95)], 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image(size), **more}
 
 
 def patches_of_qwen() -> Batch:
-    """Two images of 4 × 4 patches, which Qwen2-VL gets in one row of patches and merges by fours."""
+    """Two images of 4 × 4 patches; Qwen2-VL takes them as one row of patches and merges them by fours."""
     ids = torch.cat([torch.full((2, 4), IMAGE_TOKEN), tokens()["input_ids"].clamp_max(95)], 1)
     grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    kinds = (ids == IMAGE_TOKEN).long()
+    token_types = (ids == IMAGE_TOKEN).long()
     return {
-        **{"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds},
+        **{"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": token_types},
         **{"pixel_values": noise(32, 3 * 2 * 8 * 8), "image_grid_thw": grid},
     }
 
@@ -132,8 +132,8 @@ SPEECH = {
     **{"num_codevectors_per_group": 8, "codevector_dim": 16, "proj_codevector_dim": 16},
 }
 STATE = TEXT | {"state_size": 8, "time_step_rank": 4, "use_mambapy": False}
-RWKV = {"attention_hidden_size": 32, "use_cache": False}  # with it, a forward in eval mode has no backward
-CONVNEXT = {"num_stages": 2, "layer_scale_init_value": 1.0}  # 1e-6, its start, would hide what a block computes
+RWKV = {"attention_hidden_size": 32, "use_cache": False}  # with a cache, a forward in eval mode has no backward
+CONVNEXT = {"num_stages": 2, "layer_scale_init_value": 1.0}  # the default 1e-6 would hide what a block computes
 RECURRENT_GEMMA = {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 16}
 JOINT = {
     "text_config": TEXT | {"projection_dim": 16},

@@ -1,4 +1,4 @@
-"""The results of architectures.py in words and tables: docs/architectures.md, and lines on a terminal."""
+"""The results of architectures.py as text: the page docs/architectures.md, and lines for a terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ METHODS = ("lora", "olora", "alora", "lora2", "adalora")
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one architecture. `left_out`: its matrices without adapter, in words; `reached`: the share of
-    its parameters that are in adapted matrices; `results`: by method and check."""
+    """The results for one architecture. `left_out`: its matrices without adapter, in words; `reached`: the share of its
+    parameters that is in adapted matrices; `results`: by method and check."""
 
     name: str
     family: str
@@ -35,7 +35,7 @@ class Row:
 
 
 def line_of(row: Row) -> str:
-    """An architecture on a terminal."""
+    """A row as text for a terminal."""
     failed = {method: row.failed(method) for method in row.results}
     head = f"{row.name:<20} {row.parameters:>7,} parameters, {row.layers:>2} layers"
     if not any(failed.values()):
@@ -45,7 +45,7 @@ def line_of(row: Row) -> str:
 
 
 def totals(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """How much holds, in all, by method and by check."""
+    """How much holds: in all, by method, by check."""
     whole = sum(not any(row.failed(method) for method in methods) for row in rows)
     lines = [f"{whole} of {len(rows)} architectures hold under all of {', '.join(methods)}."]
     per_method = (f"{m} {sum(not row.failed(m) for row in rows)}" for m in methods)
@@ -58,13 +58,13 @@ def totals(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
 
 @dataclass
 class Notes:
-    """Reasons, numbered as they come. Those that differ in a measured difference only are one note, with the largest
-    of them."""
+    """Reasons of failures, numbered in order. Reasons that are the same but for a measured difference share a note,
+    which has the largest difference."""
 
     found: dict[str, list[float]] = field(default_factory=dict)
 
     def cell(self, failed: Mapping[str, str]) -> str:
-        """The checks that do not hold, with the numbers of their reasons."""
+        """The failed checks with the numbers of their reasons."""
         checks: dict[int, list[str]] = {}
         for check, why in failed.items():
             checks.setdefault(self._number(why), []).append(check)
@@ -105,13 +105,13 @@ def page_of(rows: Sequence[Row], about: Mapping[str, str]) -> list[Part]:
         ),
         Text(
             "Each model is random, from a small configuration, on the CPU in float32, adapted with rank 2 and the "
-            f"default targets{f', but for {named}' if named else ''}. Checks, each on a model of its own; all but "
+            f"default targets{f', except {named}' if named else ''}. Checks, each on a model of its own; all but "
             "*start* with random numbers added to every trainable tensor:"
         ),
         Text("\n".join(f"- *{name}*: {what}" for name, what in explained(speaking, len(rows)).items())),
         Text(
-            "**all**: every check holds. Otherwise the checks that do not are named, with the numbers of their reasons "
-            "below the table. *Adapted layers*: how many, and the share of the model's parameters that is in their "
+            "**all**: every check holds. Otherwise the failed checks are named, with the numbers of their reasons "
+            "below the table. *Adapted layers*: their number, and the share of the model's parameters that is in their "
             "weights. *Left out*: matrices that get no adapter."
             + (" An expert stack holds the weights of all experts in one tensor of three axes." if stacked else "")
             + (f" Experts that no token of the batch chose: {', '.join(unvisited)}." if unvisited else "")

@@ -1,8 +1,8 @@
-"""Our files in the programs that read them: how far their outputs are from the adapted model's.
+"""How far the outputs of programs that read our files are from the adapted model's.
 
-A tiny model of random weights gets adapters whose factors were moved and whose ranks differ (a module has none), on
-parts of what servers fuse; its file goes through each client's own loading code. A difference is the largest of an
-output, over the largest output; what was refused says by whom.
+A tiny model of random weights gets adapters with moved factors and different ranks (one module has rank 0), on some of
+the layers that servers fuse. Its file goes through each client's own loading code. A difference is the largest
+difference of an output over the largest output; a refusal says who refused.
 
     pip download --no-deps -d servers vllm sglang
     pip download --no-deps --no-binary :all: -d servers llama-cpp-python
@@ -16,6 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each other
 
+import waiting  # noqa: F401 - before torch
+
+# isort: split
 import copy
 import tempfile
 import warnings
@@ -33,27 +36,28 @@ from lorafamily.deploy.peft import Layout
 from lorafamily.layers.placement import placement_of
 
 BOUND = 1e-5
-"""Relative; float32 outputs are sums of some hundred terms, each rounded to 6e-8."""
+"""Largest relative difference: float32 outputs are sums of some hundred terms, each rounded to 6e-8."""
 PARTLY = r"layers\.0\.self_attn\.(q|o)_proj|layers\.0\.mlp\.(gate|down)_proj|layers\.1\..*(k|v|up)_proj"
-"""Some of every group that a server fuses."""
+"""Targets: some layers of every group that a server fuses."""
 
 
 @dataclass(frozen=True)
 class Clients:
-    """Load our files in every client that is installed, and print the differences."""
+    """Load our files in every installed client, and print the differences."""
 
     packages: Path | None = None
     """folder with the wheels of vLLM and SGLang and the source of llama-cpp-python; without it they are left out"""
     methods: tuple[str, ...] = ("lora", "olora", "alora", "lora2")
     only: str = ""
-    """clients whose name contains this"""
+    """only clients whose name contains this"""
     mismatched: bool = False
-    """layouts too that a client does not read rightly: what the comparison shows then"""
+    """also try layouts that a client cannot read correctly, to see what the comparison shows"""
 
 
 @dataclass(frozen=True)
 class Client:
-    """`loaded`: (base, adapter's folder, folder of the base's checkpoint) -> a model whose outputs to compare."""
+    """`loaded`: from (base, folder of the adapter, folder of the base's checkpoint) the model whose outputs are
+    compared."""
 
     name: str
     base: Callable[[Path], nn.Module]
@@ -61,7 +65,7 @@ class Client:
     loaded: Callable[[nn.Module, Path, Path], nn.Module]
     targets: str | None = None
     head: str | None = None
-    """what trains along"""
+    """extra trained parameters"""
 
 
 def main(given: Clients) -> list[dict[str, Any]]:
@@ -87,9 +91,9 @@ def main(given: Clients) -> list[dict[str, Any]]:
 
 
 def difference(client: Client, method: str) -> float | str:
-    """Of the largest output; or who refused, and why."""
+    """The difference relative to the largest output, or who refused and why."""
     with tempfile.TemporaryDirectory() as at, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft on ranks of parameters, among others
+        warnings.simplefilter("ignore")  # such as peft's on ranks of parameters
         place = Path(at)
         model = client.base(place / "base")
         base = copy.deepcopy(model)
@@ -102,17 +106,17 @@ def difference(client: Client, method: str) -> float | str:
             return f"refused here: {error}"
         try:
             theirs = outputs(client.loaded(base, place / "adapter", place / "base"))
-        except Exception as error:  # whatever a client raises is what a user would see
+        except Exception as error:  # any exception of a client is what its user would see
             return f"{type(error).__name__} there: {error}"
         return float((theirs - expected).abs().max() / expected.abs().max())
 
 
 @torch.no_grad()
 def moved(model: nn.Module, method: str, client: Client) -> None:
-    """Adapters off their start: one without rank, one that lost ranks, one that grew."""
+    """Put adapters on the model and move them: one without rank, one that lost ranks, one that grew."""
     lorafamily.apply(model, method, rank=3, seed=0, targets=client.targets, also_train=client.head)
     placement = placement_of(model)
-    placement.had_session = True  # stands for training with all that the method does
+    placement.had_session = True  # as after training, so that the export does not warn
     generator = torch.Generator().manual_seed(1)
     for adapter in placement.adapters.values():
         for parameter in adapter.update.parameters():
@@ -130,14 +134,14 @@ def moved(model: nn.Module, method: str, client: Client) -> None:
 @torch.no_grad()
 def outputs(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    kind = type(model).__name__
+    architecture = type(model).__name__
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    if kind == "UNet2DConditionModel":
+    if architecture == "UNet2DConditionModel":
         return model.eval()(noise(2, 4, 8, 8), torch.tensor([3, 5]), encoder_hidden_states=noise(2, 5, 8)).sample
-    if kind == "FluxTransformer2DModel":
+    if architecture == "FluxTransformer2DModel":
         places = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(6, 3), "timestep": torch.tensor([0.5])}
         hidden = {"hidden_states": noise(1, 16, 4), "encoder_hidden_states": noise(1, 6, 16)}
         return model.eval()(**hidden, pooled_projections=noise(1, 16), **places).sample
@@ -147,7 +151,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 
 def clients(packages: Path | None, mismatched: bool) -> list[Client]:
-    """All there are, in the order of the table."""
+    """All clients, in the order of the table."""
     found = [
         Client("peft", llama, "peft", by_peft, PARTLY),
         Client("peft", llama, "serving", by_peft, PARTLY),
@@ -176,16 +180,13 @@ def clients(packages: Path | None, mismatched: bool) -> list[Client]:
             found += [Client(f"{called}, loading code", llama, to, loaded, PARTLY) for to in to_serve]
             found += [Client(f"{called}, experts in one parameter", experts, "serving", loaded)]
             found += [Client(f"{called}, trained head", classifier, "serving", loaded, head="classifier")]
-            found += (
-                [Client(f"{called}, mismatched", llama, "peft", loaded, PARTLY)]
-                if mismatched and to_serve == ("serving",)
-                else []
-            )
+            if mismatched and to_serve == ("serving",):
+                found.append(Client(f"{called}, mismatched", llama, "peft", loaded, PARTLY))
     return found
 
 
 def merged_by(read: Callable[..., servers.Updates], package: Path) -> Callable[..., nn.Module]:
-    """A client that says ΔW of every layer: added to the base."""
+    """A client whose code gives ΔW of every layer; here it is added to the base."""
 
     @torch.no_grad()
     def loaded(base: Any, folder: Path, checkpoint: Path) -> nn.Module:
@@ -219,11 +220,11 @@ def by_sentence_transformers(base: Any, folder: Path, checkpoint: Path) -> nn.Mo
     from sentence_transformers.sentence_transformer import modules
 
     _tokenizer(checkpoint)
-    inside = modules.Transformer(str(checkpoint))
-    whole = sentence_transformers.SentenceTransformer(modules=[inside, modules.Pooling(32)], device="cpu")
-    whole.load_adapter(str(folder))
-    inside_of: Any = whole.transformers_model
-    return inside_of
+    transformer = modules.Transformer(str(checkpoint))
+    model = sentence_transformers.SentenceTransformer(modules=[transformer, modules.Pooling(32)], device="cpu")
+    model.load_adapter(str(folder))
+    adapted: Any = model.transformers_model
+    return adapted
 
 
 def by_diffusers(base: Any, folder: Path, checkpoint: Path) -> nn.Module:
@@ -233,7 +234,7 @@ def by_diffusers(base: Any, folder: Path, checkpoint: Path) -> nn.Module:
 
 
 def by_pipeline(base: Any, folder: Path, checkpoint: Path) -> nn.Module:
-    """What `pipeline.load_lora_weights(folder)` does for this model, without the pipeline's others."""
+    """What `pipeline.load_lora_weights(folder)` does for this model of the pipeline."""
     from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
 
     if type(base).__name__.startswith("UNet"):
@@ -249,23 +250,23 @@ COMMON = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hid
 SPARSE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 
 
-def _saved(kind: str, folder: Path, **settings: Any) -> nn.Module:
+def _saved(architecture: str, folder: Path, **settings: Any) -> nn.Module:
     import transformers
 
-    cls = getattr(transformers, kind)
+    cls = getattr(transformers, architecture)
     torch.manual_seed(0)
     model = cls(cls.config_class(**COMMON, **settings))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 3:  # experts, which begin with zeros or whatever was in memory
+            if parameter.ndim == 3:  # experts, which transformers leaves at zero or uninitialised
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     return cls.from_pretrained(folder).eval()
 
 
 def _exact(model: Any) -> nn.Module:
-    """In float64: norms of latents and routers make much of a rounding, in the merged model as in a client."""
-    model.set_experts_implementation("eager")  # the fused products know no float64
+    """The model in float64, since norms of latents and routers amplify rounding, in a merged model as in a client."""
+    model.set_experts_implementation("eager")  # the fused products have no float64
     return model.double()
 
 
@@ -319,7 +320,7 @@ def flux(folder: Path) -> nn.Module:
 
 
 def _tokenizer(folder: Path) -> None:
-    """sentence-transformers loads none without; the comparison gives token numbers."""
+    """Write a tokenizer, without which sentence-transformers loads no model; the comparison passes token ids."""
     import transformers
 
     words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}

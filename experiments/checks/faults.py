@@ -1,11 +1,11 @@
-"""Kill training processes at random moments, let them go on, and compare their end with that of a run left alone.
+"""Kill training processes at random moments, resume them, and compare their results with an uninterrupted run's.
 
     python experiments/checks/faults.py                # 20 kills of each method
     python experiments/checks/faults.py --kills 3 --methods alora
 
-A process is killed with SIGKILL, which it cannot notice, while it trains and while it writes checkpoints; then the same
-command is started again, until a run comes through. Adapter files, history and `allocation.jsonl` must be, byte for
-byte, those of the run that nobody killed.
+A process is killed with SIGKILL, which it cannot catch, while it trains and while it writes checkpoints. Then the same
+command is started again, until a run completes. Adapter files, history, `allocation.jsonl` and `steps.jsonl` must be
+byte for byte those of the run that nobody killed.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ COMPARED = ("adapter/adapter.safetensors", "adapter/adapter.json", "history.json
 
 @dataclass(frozen=True)
 class Faults:
-    """Kill training processes at random moments and compare how they end."""
+    """Kill training processes at random moments and compare their results."""
 
     methods: tuple[str, ...] = ("lora", "olora", "alora", "lora2", "adalora")
     """any of lorafamily.methods(), or combinations"""
     kills: int = 20
-    """at least so many of each method"""
+    """kills for each method, at least"""
     steps: int = 40
-    """optimiser steps of a run"""
+    """optimizer steps of a run"""
     seed: int = 0
-    """of the moments"""
+    """seed of the random moments"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one method. `while_writing`: kills that left a checkpoint half written; `anew`: kills before the first one was
-    whole; `identical`: runs that ended as the one left alone, of `runs`."""
+    """The results for one method. `while_writing`: kills that left a checkpoint half written; `anew`: kills before the
+    first checkpoint was complete; `identical`: how many of the `runs` ended like the uninterrupted run."""
 
     method: str
     kills: int
@@ -77,7 +77,7 @@ def main(settings: Faults) -> list[Outcome]:
 
 
 def outcome(method: str, settings: Faults, folder: Path) -> Outcome:
-    """Kill runs of a method until there were enough kills and the last run has come through."""
+    """Kill runs of a method until there are enough kills and the last run has completed."""
     draw = random.Random(f"{settings.seed} {method}")
     begun = time.time()
     whole = folder / method / "whole"
@@ -92,7 +92,7 @@ def outcome(method: str, settings: Faults, folder: Path) -> Outcome:
         broken = folder / method / f"broken-{runs}"
         while not (broken / "history.json").exists():
             process = _start(method, settings.steps, broken)
-            # Short lives, so that most processes are killed; a run comes through when it is allowed to.
+            # Lives are short, so that most processes are killed; after enough kills a run may complete.
             life = starting + draw.uniform(-0.1, 0.5) * training
             process.join(life if kills < settings.kills else None)
             if process.exitcode is None:
@@ -109,7 +109,7 @@ def outcome(method: str, settings: Faults, folder: Path) -> Outcome:
 
 
 def train(method: str, steps: int, folder: Path) -> None:
-    """What the killed processes run: a shuffled loader, dropout, a checkpoint at every step."""
+    """The run of the killed processes: a shuffled loader, dropout, a checkpoint at every step."""
     torch.set_num_threads(1)
     model = tiny()
     lorafamily.apply(model, method, rank=4, dropout=0.1, also_train="norm", seed=0)
@@ -129,13 +129,13 @@ def train(method: str, steps: int, folder: Path) -> None:
         progress=False,
     )
     lorafamily.save(model, folder / "adapter")
-    told = json.dumps(dataclasses.replace(history, seconds=0.0).to_dict())
-    (folder / "history.partial").write_text(told)
+    text = json.dumps(dataclasses.replace(history, seconds=0.0).to_dict())
+    (folder / "history.partial").write_text(text)
     os.replace(folder / "history.partial", folder / "history.json")
 
 
 def _start(method: str, steps: int, folder: Path) -> multiprocessing.process.BaseProcess:
-    # Forked, so that importing torch does not take most of a life.
+    # Forked, since importing torch anew would take most of a short life.
     process = multiprocessing.get_context("fork").Process(target=train, args=(method, steps, folder))
     process.start()
     return process

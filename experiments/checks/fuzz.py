@@ -1,10 +1,11 @@
-"""Damage adapter and checkpoint files in thousands of ways, and see that every one is refused in one line.
+"""Damage adapter and checkpoint files in thousands of ways, and check that each is refused in one line.
 
     python experiments/checks/fuzz.py                  # 5,000 damaged files
 
-Bits flipped, files cut, bytes put in and taken out, header lengths, JSON structure, shapes and types of tensors. Files
-whose seal (SHA-256) was put right again after the damage are adapters that somebody made so: nothing of the seal
-protects against them, and they may load, but must not crash, hang, take memory or leave a model half changed.
+The damage: flipped bits, cut files, inserted and removed bytes, wrong header lengths, changed JSON, changed shapes and
+types of tensors. A file whose seal (SHA-256) was recomputed after the damage looks as if somebody had written it so.
+The seal does not protect against it and it may load, but it must not crash, hang, take memory or leave a model half
+changed.
 """
 
 from __future__ import annotations
@@ -52,18 +53,19 @@ SLOWEST, MOST_MEMORY = 2.0, 1024.0
 
 @dataclass(frozen=True)
 class Fuzz:
-    """Damage files and see that they are refused."""
+    """Damage files and check that they are refused."""
 
     files: int = 5_000
     """damaged files, half of them adapters, a quarter sealed again, a quarter checkpoints"""
     seed: int = 0
-    """of the damage"""
+    """seed of the damage"""
 
 
 @dataclass
 class Found:
-    """What happened to the files of one sort. `same`: accepted, and what was read is what had been written (a blank
-    that turned into another); the rest are failures."""
+    """What happened to the files of one sort. `same`: accepted, with the contents that had been written, as when only
+    white space changed; `another`: accepted as another adapter, which sealed files may be; `wrong`, `crashed` and
+    `changed` (the model) are failures."""
 
     refused: int = 0
     same: int = 0
@@ -108,7 +110,7 @@ def main(settings: Fuzz) -> dict[str, Found]:
 
 
 def _whole(folder: Path) -> Path:
-    """A run's folder with one checkpoint, and an adapter."""
+    """Write a run with one checkpoint, and an adapter; returns their folder."""
     model = lorafamily.apply(_model(), "lora2+olora", rank=2, also_train="norm", seed=0)
     rows = torch.randint(256, (4, 24), generator=torch.Generator().manual_seed(0))
     run = folder / "run"
@@ -161,7 +163,7 @@ def _try(sort: str, folder: Path, found: Found, examples: Counter[str]) -> None:
 
 
 def _read(sort: str, folder: Path) -> Any:
-    """What a folder means: fingerprints of its tensors and its plain data."""
+    """The contents of a folder: fingerprints of its tensors, and its plain data as text."""
     if sort == "checkpoints":
         found = Checkpoints(folder, 1, 1).newest()
         assert found is not None
@@ -192,7 +194,7 @@ def _damage(sort: str, folder: Path, draw: random.Random) -> None:
             _change_tensors(tensors, draw)
         try:
             write_sealed(folder, RECORD, record, TENSORS, tensors)
-        except (TypeError, AttributeError):  # no record at all any more
+        except (TypeError, AttributeError):  # it is no longer a record
             (folder / RECORD).write_text(json.dumps(record))
         return
     file = draw.choice([path for path in folder.rglob("*") if path.is_file()])
@@ -253,7 +255,7 @@ ODD: list[Any] = [
 
 
 def _change_structure(record: Any, draw: random.Random) -> None:
-    """Somewhere inside, put another value, take one away, or add one."""
+    """Replace, remove or add one value somewhere inside."""
     at = record
     while True:
         keys = list(at) if isinstance(at, dict) else list(range(len(at)))

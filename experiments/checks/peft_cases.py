@@ -1,4 +1,4 @@
-"""Models, targets and options of the test suite of a checkout of peft, as cases for our adapters."""
+"""Models, targets and options from the tests of a peft checkout, as cases for our adapters."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import lorafamily
 
 RANK, ALPHA = 8, 8.0
-"""peft's defaults, for cases of methods that are not LoRA."""
+"""peft's defaults, for cases of methods other than LoRA."""
 STUBS = ("datasets", "diffusers", "parameterized")
-"""What peft's test files import besides what they need for these models; replaced where it is not installed."""
+"""Packages that peft's test files import but these models do not need; replaced if they are not installed."""
 CARRIED_OVER = {"r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "target_modules"}
 """Options of a LoraConfig that `apply` has too."""
 
@@ -36,8 +36,8 @@ CARRIED_OVER = {"r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_sav
 @dataclass(frozen=True)
 class Case:
     """One model with one set of targets. `make`: the model in a dtype, always with the same weights; `layers`: full
-    names of what is to be adapted, empty for everything that can carry an adapter; `trained`: full names of modules
-    whose parameters are extra trained ones; `sources`: names of the cases of peft that it stands for."""
+    names of the layers to adapt, empty for all that can have an adapter; `trained`: full names of modules whose
+    parameters are extra trained parameters; `sources`: names of the peft cases that it covers."""
 
     model: str
     make: Callable[[torch.dtype], nn.Module]
@@ -60,7 +60,7 @@ class Case:
         return "; ".join([f"{self.model}: {', '.join(self.layers) or 'every layer that can'}", *options])
 
     def apply(self, model: nn.Module, layers: Sequence[str] = (), name: str = "default", seed: int = 0) -> nn.Module:
-        """Our arguments for what peft's say. `layers`: these only, by full name."""
+        """Put our adapters on a model as peft's case says. `layers`: only these, by full name."""
         patterns = [f"^{re.escape(layer)}$" for layer in layers or self.targets(model)]
         return lorafamily.apply(
             model,
@@ -75,7 +75,7 @@ class Case:
         )
 
     def targets(self, model: nn.Module) -> list[str]:
-        """Full names of layers as we call them: nn.MultiheadAttention is adapted by its projections."""
+        """Full names of our targets: nn.MultiheadAttention is adapted by its projections."""
         modules = dict(model.named_modules())
         found: list[str] = []
         for layer in self.layers:
@@ -90,8 +90,9 @@ def every_layer(name: str, module: nn.Module) -> bool:
 
 @dataclass
 class Zoo:
-    """What was read from a checkout. `left`: option of LoRA or method → in how many cases it was left away;
-    `not_made`: model class → why it takes no part."""
+    """The contents of a checkout. `total`, `of_lora`, `whole`: numbers of peft's cases, of LoRA's among them, and of
+    those that keep all their options; `options`, `methods`: in how many cases an option of LoRA was left out, and how
+    many cases another method has; `not_made`: by model class, why it takes no part."""
 
     cases: list[Case] = field(default_factory=list)
     total: int = 0
@@ -103,8 +104,8 @@ class Zoo:
 
 
 def read(checkout: Path) -> Zoo:
-    """The cases of a checkout: each of LoRA's, without options that have no equivalent, and what models and targets
-    other methods add; equal ones are one case. Then the model classes that are in no case."""
+    """The cases of a checkout: those of LoRA, without options that have no equivalent here, and the models and targets
+    of other methods. Equal ones become one case. Then come the model classes that are in no case."""
     tests = imported(checkout)
     zoo = Zoo()
     seen: dict[tuple[Any, ...], Case] = {}
@@ -136,7 +137,7 @@ def read(checkout: Path) -> Zoo:
 
 
 def others(tests: ModuleType, made: set[str], not_made: dict[str, str]) -> Iterator[Case]:
-    """Model classes that peft uses in other tests, adapted wherever they can be."""
+    """Model classes that peft uses in other tests, adapted wherever possible."""
     for name, of_tests in sorted(vars(tests).items()):
         if not inspect.isclass(of_tests) or not issubclass(of_tests, nn.Module) or name in made:
             continue
@@ -151,24 +152,24 @@ def others(tests: ModuleType, made: set[str], not_made: dict[str, str]) -> Itera
 
 
 def said(error: BaseException) -> str:
-    """An exception as its type and first line."""
+    """The type and first line of an exception."""
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first}"
 
 
 def without_equivalent(options: Mapping[str, Any]) -> list[str]:
-    """Options of a LoraConfig that nothing here corresponds to."""
+    """Options of a LoraConfig that have no equivalent here."""
     left = []
     for option, value in options.items():
         if option == "init_lora_weights" and isinstance(value, bool):
-            continue  # a start, and all checks move the factors
+            continue  # an initialisation, which the checks overwrite when they move the factors
         if option not in CARRIED_OVER:
             left.append(f"{option}={value!r}" if isinstance(value, str) else option)
     return left
 
 
 def targeted(model: nn.Module, config_class: Any, options: Mapping[str, Any]) -> list[str]:
-    """Full names of the modules that peft adapts: a string must match the name, of a list an entry ends it."""
+    """Full names of the modules that peft adapts: a string must match the name, an entry of a list must be its end."""
     names = [name for name, _ in model.named_modules()]
     modules, parameters = options.get("target_modules"), options.get("target_parameters", ())
     found: list[str] = []
@@ -209,19 +210,19 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def input_for(model: nn.Module) -> Tensor:
-    """Of the shape of peft's input: its numbers where they are entries of a table, else some of both signs and of a
-    size that LayerNorm with an epsilon of 20 lets through; peft's, 0 to 89, keep some models behind a dead ReLU."""
+    """An input of the shape of peft's, 0 to 89. For embeddings it is the same. For others, where it would leave some
+    models behind a dead ReLU, it has both signs, and is large enough to pass a LayerNorm with an epsilon of 20."""
     if any(isinstance(module, nn.Embedding) for module in model.modules()):
         return torch.arange(90).view(9, 10)
     return 10 * torch.randn(9, 10, generator=torch.Generator().manual_seed(0))
 
 
 def imported(checkout: Path) -> ModuleType:
-    """tests/test_custom_models.py of a checkout, against the installed peft."""
+    """The module tests/test_custom_models.py of a checkout, which uses the installed peft."""
     file = checkout / "tests" / "test_custom_models.py"
     if not file.exists():
         raise SystemExit(f"{file} is not there; --peft takes a checkout of github.com/huggingface/peft")
-    importlib.import_module("peft")  # it and transformers ask which packages are installed: before any is replaced
+    importlib.import_module("peft")  # first, since it and transformers look up which packages are installed
     with warnings.catch_warnings(), replaced(), searched_first(checkout):
         warnings.simplefilter("ignore")
         return importlib.import_module("tests.test_custom_models")
@@ -245,7 +246,7 @@ class _Anything(ModuleType):
 
 @contextmanager
 def replaced() -> Iterator[None]:
-    """While peft's tests are imported, let packages that are not installed have every name."""
+    """While peft's tests are imported, replace missing packages by modules that have every name."""
     absent = [name for name in STUBS if importlib.util.find_spec(name) is None]
     for name in absent:
         sys.modules[name] = _Anything(name)
@@ -258,7 +259,7 @@ def replaced() -> Iterator[None]:
 
 
 def commit_of(checkout: Path) -> str:
-    """What was checked out, "unknown" where it is no repository of git."""
+    """The commit of a checkout; "unknown" if it is no git repository."""
     if not (checkout / ".git").exists():
         return "unknown"
     command = ["git", "-C", str(checkout), "log", "-1", "--format=%H of %cs"]

@@ -1,4 +1,4 @@
-"""What is asked of the models of peft's tests under our adapters; `CHECKS` has every question with its claim."""
+"""Checks of our adapters on the models of peft's tests; `CHECKS` has each with its claim."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import lorafamily
 from checks.peft_cases import Case, said
 
 MERGED = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""How far merging may move outputs, relative to the largest: the weight is rounded once, and sums of up to some hundred
-products are added in another order."""
+"""How much merging may change outputs, relative to the largest: the weight is rounded once, and sums of up to some
+hundred products are added in another order."""
 HALVES = {torch.bfloat16: 0.1, torch.float16: 0.02}
-"""The same in half precision, whose last place is 2⁻⁸ and 2⁻¹¹: some units of it through several layers."""
+"""The same in half precision: some units of the last place, 2⁻⁸ and 2⁻¹¹, through several layers."""
 
 
 class BaseError(Exception):
-    """The model cannot do it without adapters either."""
+    """The model fails without adapters, too."""
 
 
 class Trial:
-    """A fresh model of a case, and what it was before adapters."""
+    """A fresh model of a case, and a record of its state before adapters."""
 
     def __init__(self, case: Case, dtype: torch.dtype = torch.float32):
         self.case = case
@@ -36,7 +36,7 @@ class Trial:
         self.state = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.modules = {name: (type(module), set(vars(module))) for name, module in self.model.named_modules()}
         self.flags = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        # F.linear may add in another order for a weight that requires no gradient; apply freezes, so compare with that.
+        # F.linear may add in another order for frozen weights; `apply` freezes, so the base is compared frozen, too.
         self.frozen = copy.deepcopy(self.model).requires_grad_(False)
         try:
             self.base = output(self.frozen, self.x)
@@ -44,12 +44,12 @@ class Trial:
             raise BaseError(f"without adapters: {said(error)}") from error
 
     def adapted(self) -> Trial:
-        """With adapters at their start."""
+        """Put new adapters on the model."""
         self.case.apply(self.model)
         return self
 
     def moved(self, size: float = 0.3) -> Trial:
-        """With adapters and extra trained parameters away from their initial values, where every update is zero."""
+        """Put adapters on the model and move them and extra trained parameters, since at first every update is zero."""
         perturb(self.adapted().model, 1, size=size)
         return self
 
@@ -63,23 +63,23 @@ class Trial:
         return any(name.startswith(f"{module}.") for module in self.case.trained)
 
     def check_base_tensors(self) -> None:
-        """Weights and buffers of the base, but for extra trained parameters, have the bits they had."""
+        """Weights and buffers of the base, except extra trained parameters, have not changed a bit."""
         for name, tensor in self.tensors.items():
             if not self.is_extra_trained(name):
                 require(torch.equal(tensor, self.values[name]), f"{name} of the base has changed")
 
     def check_unmerged(self, before: Tensor) -> None:
-        """After `unmerge` the base has its bits again, and the output is what it was."""
+        """After `unmerge` the base has its bits again, and the output is the one before merging."""
         lorafamily.unmerge(self.model)
         self.check_base_tensors()
         same(self.output(), before, "output after unmerge")
 
     def check_given_back(self) -> None:
-        """Nothing of adapters is left: classes, names, attributes, bits, flags, outputs."""
+        """Nothing of the adapters is left in classes, names, attributes, bits, flags and outputs."""
         for name, module in self.model.named_modules():
             require(name in self.modules, f"a module is left: {name}")
-            own, attributes = self.modules[name]
-            require(type(module) is own, f"{name or 'model'} is a {type(module).__name__}, not a {own.__name__}")
+            cls, attributes = self.modules[name]
+            require(type(module) is cls, f"{name or 'model'} is a {type(module).__name__}, not a {cls.__name__}")
             more = set(vars(module)) ^ attributes
             require(not more, f"{name or 'model'} gained or lost attributes: {', '.join(sorted(more))}")
         self.check_state()
@@ -96,7 +96,7 @@ class Trial:
 
 Check = Callable[[Case], None]
 CHECKS: dict[str, tuple[str, Check]] = {}
-"""Short name → what it says, and what finds out; it raises what is wrong."""
+"""By short name, the claim and the function that checks it, which raises what is wrong."""
 
 
 def checks(name: str, claim: str) -> Callable[[Check], Check]:
@@ -124,14 +124,14 @@ def _identity(case: Case) -> None:
 @checks("trains", "four steps of SGD change all adapters and extra trained parameters, and no bit of anything else")
 def _trains(case: Case) -> None:
     trial = Trial(case).adapted()
-    adapters, beside = trial.of_adapters(), [name for name in trial.tensors if trial.is_extra_trained(name)]
+    adapters, extra_trained = trial.of_adapters(), [name for name in trial.tensors if trial.is_extra_trained(name)]
     before = [parameter.detach().clone() for parameter in adapters]
     trainable = [parameter for parameter in trial.model.parameters() if parameter.requires_grad]
-    expected = {id(parameter) for parameter in adapters} | {id(trial.tensors[name]) for name in beside}
+    expected = {id(parameter) for parameter in adapters} | {id(trial.tensors[name]) for name in extra_trained}
     require({id(parameter) for parameter in trainable} == expected, "requires_grad names other tensors")
     optimizer = torch.optim.SGD(trainable, lr=0.1)
     trial.model.train()
-    torch.manual_seed(0)  # of the dropout in models
+    torch.manual_seed(0)  # for the dropout in models
     for _ in range(4):
         trial.model(trial.x).pow(2).mean().backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)  # inputs are up to 57,599 in some models
@@ -140,7 +140,7 @@ def _trains(case: Case) -> None:
     trial.check_base_tensors()
     unmoved = sum(torch.equal(now, then) for now, then in zip(adapters, before, strict=True))
     require(not unmoved, f"{unmoved} of {len(adapters)} tensors of adapters have not moved")
-    still = [name for name in beside if torch.equal(trial.tensors[name], trial.values[name])]
+    still = [name for name in extra_trained if torch.equal(trial.tensors[name], trial.values[name])]
     require(not still, f"{', '.join(still)} should train and has not moved")
 
 
@@ -190,7 +190,7 @@ def _in_half(case: Case, dtype: torch.dtype) -> None:
         copy.deepcopy(trial.model)(trial.x).float().pow(2).mean().backward()
     except Exception as error:
         raise BaseError(f"backward without adapters: {said(error)}") from error
-    trial.moved(0.03)  # a model has inputs of up to 57,599, and float16 ends at 65,504
+    trial.moved(0.03)  # inputs reach 57,599 in a model, and float16 ends at 65,504
     before = trial.output()
     require(before.dtype == trial.base.dtype, f"output is {named(before.dtype)}")
     trial.model(trial.x).float().pow(2).mean().backward()
@@ -286,7 +286,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def perturb(model: nn.Module, seed: int, parameters: Sequence[nn.Parameter] = (), size: float = 0.3) -> nn.Module:
-    """Add noise to what trains, or to some of it."""
+    """Add noise to the trainable parameters, or to some of them."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters or [parameter for parameter in model.parameters() if parameter.requires_grad]:
         parameter.add_((size * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
@@ -294,19 +294,19 @@ def perturb(model: nn.Module, seed: int, parameters: Sequence[nn.Parameter] = ()
 
 
 def require(true: bool, otherwise: str) -> None:
-    # No `assert`, whose failure pytest would rewrite to several lines.
+    # Not `assert`, since pytest would rewrite its failure to several lines.
     if not true:
         raise AssertionError(otherwise)
 
 
 def same(found: Tensor, expected: Tensor, what: str) -> None:
-    """The same bits; NaN, which some models give in float16, is the same as NaN."""
-    alike = found.dtype == expected.dtype and torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
-    require(alike, f"{what} differs by {distance(found, expected):.1e}")
+    """Require the same bits; NaN, which some models give in float16, equals NaN."""
+    equal = found.dtype == expected.dtype and torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
+    require(equal, f"{what} differs by {distance(found, expected):.1e}")
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Within a tolerance, relative to the largest number: small ones are differences of large terms."""
+    """Require a tolerance, relative to the largest number, since small ones are differences of large terms."""
     off = distance(found, expected)
     require(off <= tolerance, f"{what} differs by {off:.1e} of the largest number")
 

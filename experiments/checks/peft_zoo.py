@@ -1,10 +1,10 @@
-"""The models of peft's own test suite with our adapters: every model class, every set of targets, every promise.
+"""Our adapters on the models of peft's own tests: every model class, every set of targets, every check.
 
     python experiments/checks/peft_zoo.py --peft PATH                          # PATH: a checkout of huggingface/peft
     python experiments/checks/peft_zoo.py --peft PATH --page docs/peft-zoo.md  # writes the page as well
 
-Models, targets and options are read from the checkout, `TEST_CASES` in tests/test_custom_models.py; the checks are
-ours. Nothing of that repository is kept here. Ends with exit code 1 if a check fails.
+Models, targets and options are read from `TEST_CASES` in tests/test_custom_models.py of the checkout; the checks are
+ours. Nothing of that repository is copied here. Ends with exit code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pages.page import Heading, Part, Table, Text
 
 @dataclass(frozen=True)
 class Settings:
-    """Run the models of peft's test suite with our adapters."""
+    """Check our adapters on the models of peft's tests."""
 
     peft: Path
     """checkout of github.com/huggingface/peft, the folder that has tests/"""
@@ -52,7 +52,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check came to. refused: by an error of ours that says why; base: the model cannot do it by itself."""
+    """The result of a check. refused: by an error of ours that says why; base: the model fails without adapters,
+    too."""
 
     status: Literal["holds", "refused", "fails", "base"]
     reason: str = ""
@@ -96,14 +97,14 @@ def as_page(zoo: Zoo, results: Results, facts: Mapping[str, str]) -> list[Part]:
         return word if outcome.status == "holds" else f"{word}[^{notes.setdefault(outcome.reason, len(notes) + 1)}]"
 
     lines = [["model: layers; options", "cases", *CHECKS]]
-    alike = [["model: layers; options", "cases", "what", "reason"]]
+    uniform = [["model: layers; options", "cases", "what", "reason"]]
     for case, outcomes in results:
         head, (first, *rest) = [case.label, str(len(case.sources))], outcomes.values()
         if first.status != "holds" and all(outcome == first for outcome in rest):
-            alike.append([*head, WHOLE[first.status], first.reason])
+            uniform.append([*head, WHOLE[first.status], first.reason])
         else:
             lines.append([*head, *(cell(outcomes[name]) for name in CHECKS)])
-    together: list[Part] = [Text("The same in every check:"), Table(alike)] if len(alike) > 1 else []
+    together: list[Part] = [Text("The same in every check:"), Table(uniform)] if len(uniform) > 1 else []
     count = totals(results)
     in_cases = sum(bool(case.sources) for case, _ in results)
     parts: list[Part] = [

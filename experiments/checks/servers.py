@@ -1,9 +1,9 @@
-"""What inference servers make of a LoRA folder, by their own loading code, on the CPU.
+"""The updates that inference servers read from a LoRA folder, by their own loading code, on the CPU.
 
-vLLM and SGLang want a GPU and a hundred packages; what reads an adapter in them is some Python. It is taken out of the
-wheel (`pip download --no-deps vllm sglang`), run with empty modules in place of what it imports and does not use, and
-asked for the update of every layer. llama.cpp's converter comes with the source of llama-cpp-python
-(`pip download --no-deps --no-binary :all: llama-cpp-python`) and runs as it is.
+vLLM and SGLang need a GPU and a hundred packages, but their code that reads an adapter is plain Python. It is taken
+from the wheel (`pip download --no-deps vllm sglang`), run with empty modules in place of imports that it does not use,
+and gives the update of every layer. llama.cpp's converter comes with the source of llama-cpp-python (`pip download
+--no-deps --no-binary :all: llama-cpp-python`) and runs unchanged.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from torch import Tensor
 Updates = dict[str, Tensor]
 """ΔW by the name of the layer."""
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Layers of a LLaMA that both servers make one of."""
+"""Layers of a LLaMA that both servers fuse into one."""
 GGUF = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj"}  # fmt: skip
 
 
 def vllm(package: Path, folder: Path, config: Any, max_rank: int = 64) -> Updates:
-    """vLLM's `PEFTHelper` and `LoRAModel`, then what it packs for fused layers."""
+    """Reads with vLLM's `PEFTHelper` and `LoRAModel`, and packs fused layers as vLLM does."""
     stubs: dict[str, dict[str, Any]] = {
         "vllm.config.lora": {"LoRAConfig": object},
         "vllm.logger": {"init_logger": _logger},
@@ -66,11 +66,11 @@ def vllm(package: Path, folder: Path, config: Any, max_rank: int = 64) -> Update
                 for name, A, B in zip(names, packed.lora_a, packed.lora_b, strict=True):
                     if A is not None:
                         found[name] = B @ A
-        return found | {at: own.optimize().lora_b @ own.lora_a for at, own in model.loras.items()}
+        return found | {at: lora.optimize().lora_b @ lora.lora_a for at, lora in model.loras.items()}
 
 
 def sglang(package: Path, folder: Path, config: Any) -> Updates:
-    """SGLang's `LoRAAdapter`: layers that it fuses, taken apart again; what it left unfused finds no place there."""
+    """Reads with SGLang's `LoRAAdapter`; layers that it fuses are taken apart again, others have no place there."""
     stubs: dict[str, dict[str, Any]] = {
         "sglang.srt.configs.load_config": {"LoadConfig": object},
         "sglang.srt.layers.utils": {},
@@ -96,16 +96,16 @@ def sglang(package: Path, folder: Path, config: Any) -> Updates:
             if not letter:
                 continue
             parent, _, _ = at.rpartition(".")
-            own = place_of(at, {*FUSED, "o_proj", "down_proj"})
+            fused = place_of(at, {*FUSED, "o_proj", "down_proj"})
             B = layer.weights[key.replace("lora_A", "lora_B")]
-            names = FUSED.get(own, (own,))
-            for name, a, b in zip(names, A.chunk(len(names)), B.split(sizes.get(own, (len(B),))), strict=True):
+            names = FUSED.get(fused, (fused,))
+            for name, a, b in zip(names, A.chunk(len(names)), B.split(sizes.get(fused, (len(B),))), strict=True):
                 found[f"{parent}.{name}"] = adapter.scaling * b @ a
     return found
 
 
 def llama_cpp(package: Path, folder: Path, base: Path) -> Updates:
-    """The GGUF file of llama.cpp's converter, and the rule by which llama.cpp adds it: alpha / the tensor's rank."""
+    """Reads the GGUF file of llama.cpp's converter, scaled as llama.cpp does: alpha / rank of the tensor."""
     import gguf
 
     script = _converter(package) / "convert_lora_to_gguf.py"
@@ -126,7 +126,7 @@ def llama_cpp(package: Path, folder: Path, base: Path) -> Updates:
         B = tensors[name.replace(".lora_a", ".lora_b")]
         _, block, what, *_ = name.split(".")
         update = alpha / len(A) * B @ A
-        if what in ("attn_q", "attn_k"):  # whose rows llama.cpp orders for its rotary embedding
+        if what in ("attn_q", "attn_k"):  # llama.cpp reorders their rows for its rotary embedding
             count = heads["num_attention_heads" if what == "attn_q" else "num_key_value_heads"]
             update = update.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
         found[f"model.layers.{block}.{GGUF[what]}"] = update
@@ -135,7 +135,7 @@ def llama_cpp(package: Path, folder: Path, base: Path) -> Updates:
 
 @functools.cache
 def _converter(package: Path) -> Path:
-    """The folder of llama.cpp's source, with what its converters need, taken out once."""
+    """The folder of llama.cpp's source with the files that its converters need; unpacked once."""
     at = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, at)
     with tarfile.open(package) as archive:
@@ -146,7 +146,7 @@ def _converter(package: Path) -> Path:
 
 
 class _Quiet(logging.LoggerAdapter[logging.Logger]):
-    """vLLM's loggers, as far as the loading code uses them."""
+    """A logger with the methods of vLLM's that the loading code uses."""
 
     def info_once(self, message: str, *arguments: object) -> None:
         self.info(message, *arguments)
@@ -158,17 +158,17 @@ def _logger(name: str) -> _Quiet:
 
 @contextmanager
 def _modules(package: Path, stubs: dict[str, dict[str, Any]]) -> Iterator[Callable[..., Any]]:
-    """Inside the block, `load(name)` runs a module's source out of a wheel; `stubs`: attributes of modules that are not
-    run. `only`: of all that is at the top of the module just these definitions, and `also` before them."""
+    """Inside the block, `load(name)` runs a module's source from a wheel. `stubs`: modules that are not run, and their
+    attributes. `load`'s `only`: run just these top-level definitions of the module, after the code `also`."""
     made: dict[str, ModuleType] = {}
 
     def make(name: str) -> ModuleType:
-        parent, _, own = name.rpartition(".")
+        parent, _, leaf = name.rpartition(".")
         if name not in made:
             made[name] = sys.modules[name] = ModuleType(name)
             made[name].__path__ = []
             if parent:
-                setattr(make(parent), own, made[name])
+                setattr(make(parent), leaf, made[name])
         return made[name]
 
     def load(name: str, only: tuple[str, ...] = (), also: str = "") -> ModuleType:

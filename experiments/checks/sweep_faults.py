@@ -1,10 +1,10 @@
-"""Kill workers, drivers and simulated Ray nodes in the middle of sweeps, and compare the rows they end with.
+"""Kill workers, drivers and simulated Ray nodes during sweeps, and compare the rows with those of an undisturbed run.
 
     python experiments/checks/sweep_faults.py
-    python experiments/checks/sweep_faults.py --kinds worker driver --kills 3
+    python experiments/checks/sweep_faults.py --parts worker driver --kills 3
 
-Short cells of compare.py on the embedded model. The reference is made one cell after another with one thread. Of a
-sweep that was hit, every row must be there once, and all but its times and memory equal to the bit. Linux only.
+The sweeps are short cells of compare.py on the embedded model. The reference runs one cell after another with one
+thread. A disturbed sweep must have every row once, equal to the bit except for times and memory. Linux only.
 """
 
 from __future__ import annotations
@@ -37,30 +37,31 @@ MEASURED = ("seconds_per_step", "peak_mib")
 ARGUMENTS = (
     *("--methods", "lora", "adalora", "alora", "--budgets", "10e3", "--lr", "5e-3", "--steps", "30", "--batch", "4"),
     *("--held-out", "16", "--evaluations", "3", "--seeds", "4", "--no-progress"),
-    *("--options", "alora.scores=first-order", "alora.rounds=2"),
+    *("--options", "alora.scorer=first-order", "alora.rounds=2"),
 )
-"""Twelve cells of some seconds, a checkpoint at every tenth step."""
+"""Twelve cells of some seconds each, with a checkpoint at every tenth step."""
 
-Kind = Literal["worker", "driver", "node"]
+Part = Literal["worker", "driver", "node"]
 
 
 @dataclass(frozen=True)
 class SweepFaults:
-    """Kill parts of sweeps at random moments and compare how the sweeps end."""
+    """Kill parts of sweeps at random moments and compare the results."""
 
-    kinds: tuple[Kind, ...] = ("worker", "driver", "node")
-    """what is killed; node: one of two Ray nodes, both on this machine"""
+    parts: tuple[Part, ...] = ("worker", "driver", "node")
+    """what to kill; node: one of two Ray nodes, both on this machine"""
     kills: int = 10
-    """of each kind"""
+    """kills of each"""
     seed: int = 0
-    """of the moments"""
+    """seed of the random moments"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one kind. `same`: sweeps of `sweeps` that ended with the reference's rows; `twice`, `lost`: rows."""
+    """The results of killing one part. `same`: how many of the `sweeps` ended with the reference's rows; `twice`,
+    `lost`: numbers of rows."""
 
-    kind: str
+    part: str
     kills: int
     sweeps: int
     same: int
@@ -79,22 +80,22 @@ def main(settings: SweepFaults) -> list[Outcome]:
         if process.wait() != 0:
             raise SystemExit("sweep_faults.py: the reference run failed")
         reference = {row["key"]: row for row in rows(folder / "reference")}
-        kinds: dict[Kind, Callable[..., Outcome]] = {"worker": workers, "driver": drivers, "node": nodes}
+        killers: dict[Part, Callable[..., Outcome]] = {"worker": workers, "driver": drivers, "node": nodes}
         outcomes = []
-        for kind in settings.kinds:
-            draw = random.Random(f"{settings.seed} {kind}")
-            outcomes.append(kinds[kind](folder / kind, settings.kills, draw, reference))
+        for part in settings.parts:
+            draw = random.Random(f"{settings.seed} {part}")
+            outcomes.append(killers[part](folder / part, settings.kills, draw, reference))
             print(outcomes[-1], flush=True)
     head = ["killed", "times", "sweeps", "same rows", "rows twice", "rows lost"]
     lines = [
-        [o.kind, str(o.kills), str(o.sweeps), f"{o.same} of {o.sweeps}", str(o.twice), str(o.lost)] for o in outcomes
+        [o.part, str(o.kills), str(o.sweeps), f"{o.same} of {o.sweeps}", str(o.twice), str(o.lost)] for o in outcomes
     ]
     print(f"{time.strftime('%Y-%m-%d')}, {len(reference)} cells a sweep\n{as_text([head, *lines])}")
     return outcomes
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """A driver; the same folder again goes on with what is missing."""
+    """Start a driver; with the same folder again it runs the missing cells."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output", "ab") as output:
         return subprocess.Popen(
@@ -106,14 +107,14 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Finished rows without what is measured; a line that was cut while it was written is none."""
+    """Finished rows without times and memory; a line that was cut while it was written does not count."""
     path = folder / "embedded" / "results.jsonl"
     text = path.read_text() if path.exists() else ""
     found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
 
 
-def judged(kind: str, kills: int, folders: list[Path], reference: dict[str, Any]) -> Outcome:
+def judged(part: str, kills: int, folders: list[Path], reference: dict[str, Any]) -> Outcome:
     same = twice = lost = 0
     for folder in folders:
         found = rows(folder)
@@ -121,11 +122,11 @@ def judged(kind: str, kills: int, folders: list[Path], reference: dict[str, Any]
         twice += len(keys) - len(set(keys))
         lost += len(reference.keys() - set(keys))
         same += {row["key"]: row for row in found} == reference
-    return Outcome(kind, kills, len(folders), same, twice, lost)
+    return Outcome(part, kills, len(folders), same, twice, lost)
 
 
 def workers(folder: Path, wanted: int, draw: random.Random, reference: dict[str, Any]) -> Outcome:
-    """Kill a worker of a running sweep, again and again."""
+    """Kill workers of running sweeps."""
     kills = 0
     folders: list[Path] = []
     while kills < wanted:
@@ -145,20 +146,22 @@ def _workers_of(pid: int) -> list[int]:
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         named = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    except OSError:  # one ended meanwhile
+    except OSError:  # a process ended meanwhile
         return []
     return [child for child, command in named.items() if b"spawn_main" in command]
 
 
 def drivers(folder: Path, wanted: int, draw: random.Random, reference: dict[str, Any]) -> Outcome:
-    """Kill the driver, and start it again at once."""
+    """Kill drivers, and start each again at once."""
     kills = 0
     folders: list[Path] = []
     while kills < wanted:
         folders.append(folder / str(len(folders)))
         while kills < wanted:
             driver = start(folders[-1], "--workers", "2")
-            while driver.poll() is None and not _workers_of(driver.pid):  # nothing is at stake before
+            while driver.poll() is None and not _workers_of(
+                driver.pid
+            ):  # before its workers run there is nothing to lose
                 time.sleep(0.1)
             time.sleep(draw.uniform(0.5, 12.0))
             if driver.poll() is not None:
@@ -171,7 +174,7 @@ def drivers(folder: Path, wanted: int, draw: random.Random, reference: dict[str,
 
 
 def nodes(folder: Path, wanted: int, draw: random.Random, reference: dict[str, Any]) -> Outcome:
-    """Kill one of two simulated nodes of a Ray cluster, and let another come."""
+    """Kill one of two simulated nodes of a Ray cluster, and add another."""
     from ray.cluster_utils import Cluster
 
     small = {"num_cpus": 1, "object_store_memory": 100_000_000}
@@ -197,8 +200,8 @@ def nodes(folder: Path, wanted: int, draw: random.Random, reference: dict[str, A
 
 def _ended(driver: subprocess.Popen[bytes], folder: Path) -> None:
     if driver.wait() != 0:
-        said = (folder / "output").read_text()[-2000:]
-        raise SystemExit(f"sweep_faults.py: a driver failed by itself (exit code {driver.returncode}):\n{said}")
+        output = (folder / "output").read_text()[-2000:]
+        raise SystemExit(f"sweep_faults.py: a driver failed by itself (exit code {driver.returncode}):\n{output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The embedded setting: a small byte-level decoder that knows English prose, and Python code to adapt it to.
+"""The embedded setting: a small byte-level decoder, pretrained on English prose, and Python code to adapt it to.
 
-Both texts come with every Python: prose is the language reference of `pydoc_data.topics` and the docstrings of the
-standard library, code is the source of the standard library. Nothing is downloaded.
+Both texts are part of every Python installation: prose is the language reference of `pydoc_data.topics` and the
+docstrings of the standard library, code is the source of the standard library. Nothing is downloaded.
 """
 
 from embedded.model import CONTEXT, WEIGHTS, ByteDecoder, Output, pretrained, provenance, tiny

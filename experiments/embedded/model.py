@@ -1,4 +1,4 @@
-"""The embedded model: a byte-level decoder of 0.8M parameters, its weights pretrained on English prose."""
+"""The embedded model: a byte-level decoder of 0.8M parameters, pretrained on English prose."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def pretrained() -> ByteDecoder:
     """The shipped model, float32.
 
     Raises:
-        FileNotFoundError: the weights are not there; `experiments/embedded/pretrain.py` makes them.
+        FileNotFoundError: the weights are missing; `experiments/embedded/pretrain.py` makes them.
     """
     model = ByteDecoder()
     weights = load_file(WEIGHTS)
@@ -102,7 +102,7 @@ def pretrained() -> ByteDecoder:
 
 
 def tiny(seed: int = 0) -> ByteDecoder:
-    """Two blocks of width 16 with random weights, large enough that updates matter: for tests and measurements."""
+    """A model for tests: two blocks of width 16 whose random weights are so large that updates change the outputs."""
     torch.manual_seed(seed)
     model = ByteDecoder(width=16, layers=2, heads=2, context=24)
     with torch.no_grad():
@@ -113,6 +113,6 @@ def tiny(seed: int = 0) -> ByteDecoder:
 
 
 def provenance() -> dict[str, str]:
-    """How the shipped weights were made: command, data hash, versions, losses; from the file's own header."""
+    """How the shipped weights were made: command, hash of the data, versions, losses; read from the file's header."""
     with safe_open(WEIGHTS, "pt") as file:
         return dict(json.loads(file.metadata()["made"]))

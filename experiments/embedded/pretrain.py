@@ -1,8 +1,8 @@
 """Pretrain the embedded byte-level decoder on English prose:   python experiments/embedded/pretrain.py
 
-Writes `experiments/embedded/weights/prose-bytes.safetensors` (float16) with the command, the hash of the data, versions
-and losses in its header, and the log beside it. About 20 minutes on two CPU cores; `compare.py` calls it where the file
-is absent.
+Writes `experiments/embedded/weights/prose-bytes.safetensors` (float16), with the command, the hash of the data,
+versions and losses in its header, and a log next to it. Takes about 20 minutes on two CPU cores; `compare.py` runs it
+if the file is missing.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ class Pretrain:
     """Pretrain the embedded byte-level decoder."""
 
     steps: int = 6000
-    """optimiser steps"""
+    """optimizer steps"""
     batch: int = 32
     """sequences of 128 bytes per step"""
     lr: float = 3e-3
     """peak learning rate, cosine schedule"""
     seed: int = 0
+    """seed of weights and batches"""
     out: Path = WEIGHTS
-    """where the weights go; the log goes beside them"""
+    """file of the weights; the log gets the same name with .log"""
 
 
 def pretrain(settings: Pretrain) -> None:

@@ -1,4 +1,4 @@
-"""The embedded texts, prose to know and code to adapt to: both come with every Python."""
+"""The texts of the embedded setting, prose for pretraining and code to adapt to; both come with every Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from embedded.model import CONTEXT
 
-# Tests, demos and tables of characters are not what one would call the library's code; topics is the prose itself.
+# Tests, demos and character tables are not typical code; pydoc_data is the prose itself.
 LEFT_OUT = {
     "test",
     "tests",
@@ -33,7 +33,7 @@ LEFT_OUT = {
 
 
 class Chunks(Dataset[dict[str, Tensor]]):
-    """A text in consecutive pieces of `context` bytes."""
+    """A text cut into consecutive pieces of `context` bytes."""
 
     def __init__(self, text: bytes, context: int = CONTEXT):
         whole = len(text) // context * context
@@ -47,7 +47,7 @@ class Chunks(Dataset[dict[str, Tensor]]):
 
 
 def batches(text: bytes, batch: int, *, seed: int | None = None) -> DataLoader[dict[str, Tensor]]:
-    """The text in batches; with a seed in a shuffled order of its own, without one as it stands."""
+    """The text in batches, in an order that the seed shuffles, or in its own order without a seed."""
     chunks = Chunks(text)
     if seed is None:
         return DataLoader(chunks, batch)
@@ -56,7 +56,7 @@ def batches(text: bytes, batch: int, *, seed: int | None = None) -> DataLoader[d
 
 @functools.cache
 def library() -> dict[str, str]:
-    """Source of the standard library's modules by path, in order of their names."""
+    """The source of the standard library's modules by path, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = {}
     for path in sorted(root.rglob("*.py")):
@@ -70,12 +70,13 @@ def library() -> dict[str, str]:
 
 
 def held_out(path: str) -> bool:
-    """One module in ten is for validation; chosen by name, so that every Python holds out the same."""
+    """Whether a module is for validation. One in ten is, chosen by its name, so that every Python holds out the
+    same."""
     return hashlib.sha256(path.encode()).digest()[0] % 10 == 0
 
 
 def code(*, validation: bool) -> bytes:
-    """The library's source code, of the modules held out or of the others."""
+    """The source code of the held-out modules of the library, or of the others."""
     return "\n".join(source for path, source in library().items() if held_out(path) == validation).encode()
 
 
@@ -98,5 +99,5 @@ def docstrings(paths: Iterable[str]) -> bytes:
 
 
 def digest(text: bytes) -> str:
-    """Short SHA-256 of a text, with the Python it comes from."""
+    """The beginning of a text's SHA-256, with its size and the Python version."""
     return f"sha256:{hashlib.sha256(text).hexdigest()[:16]} ({len(text):,} bytes, Python {sys.version.split()[0]})"

@@ -1,1 +1,1 @@
-"""What people read: parts of a page (page), a table and its words (report), rows by cell (groups), pictures (plots)."""
+"""What people read: a page from parts (page), the report (report), its rows in groups (groups), its plots (plots)."""

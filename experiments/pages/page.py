@@ -1,4 +1,4 @@
-"""A report as Markdown and as one self-contained HTML file: one list of parts, written in two ways."""
+"""A list of parts, written as Markdown or as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph of plain words."""
+    """A paragraph."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of cells, the header first. In HTML a click on a column's head sorts by it."""
+    """Rows of cells, the header first. In HTML a click on a column's header sorts by it."""
 
     lines: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG in the report's folder; in HTML it is inside the file."""
+    """A PNG in the report's folder; HTML embeds it."""
 
     what: str
     path: Path
@@ -40,7 +40,7 @@ Part = Heading | Text | Table | Picture
 
 
 def markdown(title: str, parts: Sequence[Part], folder: Path) -> str:
-    """The report as a file in `folder`, from which it names its pictures."""
+    """The report as Markdown; paths of pictures are relative to `folder`."""
     return "\n\n".join([f"# {title}", *(_markdown(part, folder) for part in parts)]) + "\n"
 
 
@@ -59,7 +59,7 @@ def _markdown(part: Part, folder: Path) -> str:
 
 
 def html(title: str, parts: Sequence[Part]) -> str:
-    """`report.html`: one file, without anything from a network, for a desktop and for a phone."""
+    """The report as one HTML file that loads nothing from a network and suits a desktop and a phone."""
     return PAGE.format(title=escape(title), style=STYLE, body="\n".join(map(_html, parts)), script=SCRIPT)
 
 
@@ -78,9 +78,9 @@ def _html(part: Part) -> str:
                 f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
                 for first, *rest in rows
             )
-            kind = ' class="settings"' if len(head) == 2 else ""
+            style = ' class="settings"' if len(head) == 2 else ""
             head_row = f"<thead><tr>{columns}</tr></thead>"
-            return f"<div class=wide><table{kind}>{head_row}\n<tbody>\n{body}\n</tbody></table></div>"
+            return f"<div class=wide><table{style}>{head_row}\n<tbody>\n{body}\n</tbody></table></div>"
         case _:
             raise TypeError("a table needs a header")
 
@@ -140,7 +140,7 @@ for (const head of document.querySelectorAll("thead th")) head.firstChild.addEve
   const all = [...rows.rows], of = row => row.cells[column].textContent;
   const numeric = column && all.some(row => /\\d/.test(of(row)));
   all.sort((a, b) => { if (!numeric) return way * of(a).localeCompare(of(b));
-    const [x, y] = [number(of(a)), number(of(b))];  // what is no number stays below, whichever way
+    const [x, y] = [number(of(a)), number(of(b))];  // cells without a number stay at the bottom in both orders
     return isNaN(x) - isNaN(y) || way * (x - y); });
   rows.append(...all);
 });

@@ -1,4 +1,4 @@
-"""Plots of a comparison: quality against steps and against size, and where the rank ended up."""
+"""Plots of a comparison: quality against steps, quality against size, and the final ranks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from lorafamily.insight.heatmaps import draw_grid
 from lorafamily.names import by_stack
 from pages.groups import Group
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers say the same a second time.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the markers repeat the distinction.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 PANELS, ACROSS, MANY = 3, 6, 18
-"""Panels over sizes at most, panels of an allocation side by side, and how many of them are still readable."""
+"""At most so many panels for sizes; panels of an allocation in one row; the largest number of panels still readable."""
 
 
 def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
-    """Validation metric against step, a panel a size; lines are means over seeds, bands one standard deviation.
+    """Validation metric against step, one panel for each size; lines are means over seeds, bands one standard
+    deviation.
 
-    Of many sizes the largest, the middle and the smallest are drawn, and of many lines in a panel the best.
+    Of many sizes only the largest, the middle and the smallest are drawn.
     """
     sizes = _sizes(groups)
     drawn = sizes if len(sizes) <= PANELS else [sizes[0], sizes[len(sizes) // 2], sizes[-1]]
@@ -46,7 +47,7 @@ def quality_by_step(groups: Sequence[Group], metric: str) -> Figure:
             axes.plot(steps, mean, line, color=colour, marker=marker, markersize=4, linewidth=1.5, label=name)
             axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
         _no_adaptation_line(axes, groups)
-        axes.set_xlabel("optimiser steps")
+        axes.set_xlabel("optimizer steps")
         if size is not None:
             axes.set_title(size if size.startswith("rank") else f"{size} trainable parameters", fontsize=10)
         axes.grid(alpha=0.3)
@@ -64,13 +65,13 @@ def quality_by_size(groups: Sequence[Group], metric: str) -> Figure:
     figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for label in dict.fromkeys(looks.label(g) for g in groups if g.method != NONE and g.runs):
-        own = [g for g in groups if g.runs and looks.label(g) == label]
-        own.sort(key=lambda g: g.mean("trainable") or 0)
-        colour, marker, line = looks.of(own[0])
+        line_groups = [g for g in groups if g.runs and looks.label(g) == label]
+        line_groups.sort(key=lambda g: g.mean("trainable") or 0)
+        colour, marker, line = looks.of(line_groups[0])
         axes.errorbar(
-            [g.mean("trainable") or math.nan for g in own],
-            [g.mean("metric") or math.nan for g in own],
-            yerr=[g.deviation("metric") or 0 for g in own],
+            [g.mean("trainable") or math.nan for g in line_groups],
+            [g.mean("metric") or math.nan for g in line_groups],
+            yerr=[g.deviation("metric") or 0 for g in line_groups],
             color=colour,
             marker=marker,
             linestyle=line,
@@ -89,12 +90,12 @@ def quality_by_size(groups: Sequence[Group], metric: str) -> Figure:
 
 
 def allocation(groups: Sequence[Group]) -> Figure:
-    """Where the rank ended up: layers × kinds of matrix, a panel a method, size and targets, mean over seeds; one
-    colour scale a size. Where there are many, those whose rank moved. Several stacks, such as an encoder and a decoder,
-    stand one below the other."""
-    own = [g for g in groups if g.runs and g.runs[0]["ranks_end"]]
-    moved = [g for g in own if any(row["ranks_end"] != row["ranks_start"] for row in g.runs)]
-    shown = own if len(own) <= MANY or not moved else moved
+    """The final ranks, mean over seeds: layers × matrices, one panel for each method, size and targets, one colour
+    scale for each size. If there are many groups, only those whose ranks moved are shown. Several stacks, such as an
+    encoder and a decoder, are drawn one below the other."""
+    ranked = [g for g in groups if g.runs and g.runs[0]["ranks_end"]]
+    moved = [g for g in ranked if any(row["ranks_end"] != row["ranks_start"] for row in g.runs)]
+    shown = ranked if len(ranked) <= MANY or not moved else moved
     ranks = {g.name: _mean_ranks(g) for g in shown}
     stacks = by_stack(dict.fromkeys(name for mean in ranks.values() for name in mean))
     grids = {
@@ -123,9 +124,11 @@ def allocation(groups: Sequence[Group]) -> Figure:
                 axes.axis("off")
                 continue
             kinds, layers, grid = grids[group.name, stack]
-            alike = group is not drawn[0] and group.targets == drawn[0].targets
-            # Cells of all stacks are as wide; a model with one stack fills its panel.
-            image = draw_grid(axes, [""] * len(kinds) if alike else kinds, layers, grid, top, wide if stack else 0)
+            same_labels = group is not drawn[0] and group.targets == drawn[0].targets
+            # Cells of all stacks are equally wide; a model with one stack fills its panel.
+            image = draw_grid(
+                axes, [""] * len(kinds) if same_labels else kinds, layers, grid, top, wide if stack else 0
+            )
             title = group.name.replace(":", "\n:") + (f"\n{stack}" if stack else "")
             axes.set_title(title, fontsize=9 if len(shown) <= MANY else 7, loc="left" if stack else "center")
         if drawn:
@@ -139,7 +142,7 @@ def _mean_ranks(group: Group) -> dict[str, float]:
 
 
 def _sizes(groups: Sequence[Group]) -> list[str | None]:
-    """The largest first."""
+    """Sizes by trainable parameters, the largest first."""
     trainable: dict[str, float] = {}
     for group in groups:
         if group.size is not None:
@@ -148,7 +151,7 @@ def _sizes(groups: Sequence[Group]) -> list[str | None]:
 
 
 class Looks:
-    """Colour, marker, line and label of every line in a plot, the same in all of them."""
+    """Colour, marker, line style and label of every line, the same in all plots."""
 
     def __init__(self, groups: Sequence[Group]):
         self.methods = list(dict.fromkeys(g.method for g in groups if g.method not in (NONE, FULL)))
@@ -156,13 +159,13 @@ class Looks:
         self.labels = list(dict.fromkeys(self.label(g) for g in groups if g.method not in (NONE, FULL)))
 
     def label(self, group: Group) -> str:
-        """What a line is called: what differs in this comparison."""
+        """The label of a line: what distinguishes it in this comparison."""
         if len(self.targets) < 2 or group.targets is None:
             return group.method
         return group.targets if len(self.methods) == 1 else f"{group.method} on {group.targets}"
 
     def of(self, group: Group) -> tuple[str, str, str]:
-        """(colour, marker, line)."""
+        """(colour, marker, line style)."""
         if group.method in (NONE, FULL):
             return "#555555", "x", "--"
         index = self.labels.index(self.label(group))
@@ -171,7 +174,7 @@ class Looks:
 
 
 def _legend(axes: Any) -> None:
-    """Beside the panel: to look for the best place inside takes seconds where lines are long."""
+    """Beside the panel, because the search for the best place inside takes seconds for long lines."""
     number = len(axes.get_legend_handles_labels()[1])
     size = 8 if number <= 8 else 6
     axes.legend(fontsize=size, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=1 + number // 24, frameon=False)
@@ -184,7 +187,7 @@ def _no_adaptation_line(axes: Any, groups: Sequence[Group]) -> None:
 
 
 def _zoom(axes: Any, values: Sequence[float]) -> None:
-    """Show what happens after the first evaluation; with a new task head the start is noise and far away."""
+    """Limit the axis to values after the first evaluation: with a new task head the start is noise and far away."""
     if values:
         low, high = min(values), max(values)
         margin = 0.08 * (high - low) or 0.01

@@ -1,4 +1,4 @@
-"""From rows of results to what people look at: a table, `report.md`, `report.html` and three plots."""
+"""From rows of results to a table, `report.md`, `report.html` and three plots."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pages.plots import allocation, quality_by_size, quality_by_step
 
 
 def steps_to_reach(groups: Sequence[Group], group: Group) -> str:
-    """Steps until the validation loss is where plain LoRA of the same budget ends, mean over seeds.
+    """Steps until the validation loss is as low as plain LoRA's of the same budget at its end, mean over seeds.
 
-    The same seed is held against the same seed, the loss is interpolated between evaluations, and methods without a
-    budget are held against the largest one.
+    Each seed is compared with the same seed, the loss is interpolated between evaluations, and methods without a budget
+    are compared with the largest LoRA.
     """
     lora = {
         (g.size, g.targets, row["seed"]): row["validation_loss"] for g in groups if g.method == "lora" for row in g.runs
     }
     size, targets = group.size, group.targets
-    if size is None:  # full fine-tuning: held against the largest
+    if size is None:  # full fine-tuning: compared with the largest
         largest = max((g for g in groups if g.method == "lora"), key=lambda g: g.mean("trainable") or 0, default=None)
         size, targets = (largest.size, largest.targets) if largest else (None, None)
     goals = [lora.get((size, targets, row["seed"])) for row in group.runs]
@@ -42,7 +42,7 @@ def steps_to_reach(groups: Sequence[Group], group: Group) -> str:
 
 
 def first_crossing(curve: Sequence[tuple[int, float]], goal: Any) -> float | None:
-    """The step at which a curve of (step, loss) is first at the goal, interpolated; None where it never is."""
+    """The step at which a curve of (step, loss) first reaches the goal, interpolated; None if it never does."""
     for (step, loss), (next_step, next_loss) in pairwise(curve):
         if next_loss <= goal:
             share = 1.0 if loss == next_loss else min(1.0, max(0.0, (loss - goal) / (loss - next_loss)))
@@ -51,7 +51,7 @@ def first_crossing(curve: Sequence[tuple[int, float]], goal: Any) -> float | Non
 
 
 def table(groups: Sequence[Group], metric: str, marks: Mapping[str, str] | None = None) -> list[list[str]]:
-    """The comparison as text, the header first. `marks`: methods that a paper proposed, with its name."""
+    """The comparison as text, the header first. `marks`: the paper's name for methods that a paper proposed."""
     several = len({g.targets for g in groups if g.targets is not None}) > 1
     lines = [
         [
@@ -82,33 +82,34 @@ def table(groups: Sequence[Group], metric: str, marks: Mapping[str, str] | None 
                 *([marks.get(group.method, "no paper we know")] if marks else []),
                 *([group.targets or "–"] if several else []),
                 group.size or "–",
-                _or_dash(group.mean("trainable"), "{:,.0f}".format),
+                or_dash(group.mean("trainable"), "{:,.0f}".format),
                 "–" if start is None or end is None else f"{start:g} → {end:g}",
-                _or_dash(group.mean("train_loss"), "{:.3f}".format),
+                or_dash(group.mean("train_loss"), "{:.3f}".format),
                 quality + (f" ({failed} of {len(group.rows)} seeds failed)" if failed else ""),
                 steps_to_reach(groups, group),
-                _or_dash(group.mean("seconds_per_step"), "{:.3f}".format),
-                _or_dash(group.mean("peak_mib"), "{:.0f}".format),
-                _or_dash(group.mean("file_bytes"), lambda size: f"{size / 1024:.0f}"),
-                _or_dash(_largest(group, "merge_difference"), lambda value: f"{value:.0e}" if value else "0"),
+                or_dash(group.mean("seconds_per_step"), "{:.3f}".format),
+                or_dash(group.mean("peak_mib"), "{:.0f}".format),
+                or_dash(group.mean("file_bytes"), lambda size: f"{size / 1024:.0f}"),
+                or_dash(_largest(group, "merge_difference"), lambda value: f"{value:.0e}" if value else "0"),
             ]
         )
     return lines
 
 
 def crossed(groups: Sequence[Group]) -> list[list[str]]:
-    """Quality by targets and size, for one method, as in LoRA's Tables 5 and 6; empty where one of them is fixed."""
-    own = [g for g in groups if g.targets is not None]
-    sizes, targets = dict.fromkeys(g.size for g in own), dict.fromkeys(g.targets for g in own)
-    if len({g.method for g in own}) != 1 or len(targets) < 2:
+    """Quality by targets and size for one method, as in LoRA's Tables 5 and 6; empty unless there are several
+    targets."""
+    adapted = [g for g in groups if g.targets is not None]
+    sizes, targets = dict.fromkeys(g.size for g in adapted), dict.fromkeys(g.targets for g in adapted)
+    if len({g.method for g in adapted}) != 1 or len(targets) < 2:
         return []
-    found = {(g.targets, g.size): g.mean("metric") for g in own}
+    found = {(g.targets, g.size): g.mean("metric") for g in adapted}
     head = ["targets", *(str(size) for size in sizes)]
-    return [head, *([str(t), *(_or_dash(found.get((t, size)), "{:.4f}".format) for size in sizes)] for t in targets)]
+    return [head, *([str(t), *(or_dash(found.get((t, size)), "{:.4f}".format) for size in sizes)] for t in targets)]
 
 
 def tuning(tried: Sequence[Row]) -> list[list[str]]:
-    """The metric at every learning rate that was tried, a line for every row of the table; empty where none was."""
+    """The metric at every learning rate that was tried, for every row of the table; empty if none was tried."""
     rates = sorted({row["lr"] for row in tried})
     lines: dict[tuple[str, ...], dict[float, Row]] = defaultdict(dict)
     for row in tried:
@@ -120,11 +121,11 @@ def tuning(tried: Sequence[Row]) -> list[list[str]]:
         return "" if row is None else "failed" if row["failed"] else f"{row['metric']:.4f}"
 
     head = ["method", "size", "targets", *map("{:g}".format, rates)]
-    return [head, *([*line, *(cell(own.get(lr)) for lr in rates)] for line, own in lines.items())]
+    return [head, *([*line, *(cell(by_rate.get(lr)) for lr in rates)] for line, by_rate in lines.items())]
 
 
 def as_text(lines: Sequence[Sequence[str]]) -> str:
-    """Aligned columns for a terminal."""
+    """The lines in aligned columns, for a terminal."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = [
         "  ".join(
@@ -148,7 +149,7 @@ def write(
 ) -> str:
     """Write `report.md`, `report.html` and the plots into `folder`; returns the table as text for the terminal.
 
-    `tried`: rows that only chose learning rates.
+    `tried`: rows that only served to choose learning rates.
     """
     groups = grouped(rows, higher_is_better)
     lines, cross, rates = table(groups, metric, marks), crossed(groups), tuning(tried)
@@ -181,24 +182,25 @@ def write(
 
 
 EXPLAINED = (
-    "Trainable: adapter parameters at the start, task heads not counted. Rank: slices in all modules; LoRA² counts its "
-    "singular values, the rank of its ΔW is at most k a module. Train loss: mean of the last 10 steps. Steps to LoRA's "
-    "loss: until the validation loss is where plain LoRA of that size ends (full: of the largest one). Peak memory: of "
-    "tensors on a GPU, of the whole process otherwise. Merged − unmerged: largest difference in the logits."
+    "Trainable: adapter parameters at the start, without task heads. Slices: of all modules together; LoRA² counts its "
+    "singular values, and the rank of its ΔW is at most k in a module. Train loss: mean of the last 10 steps. Steps to "
+    "LoRA's loss: until the validation loss is as low as that of plain LoRA of the same size at its end (full: of the "
+    "largest LoRA). Peak MiB: of tensors on a GPU, of the whole process otherwise. Merged − unmerged: largest "
+    "difference in the logits."
 )
 CUT = (
-    " What is trained at so many times its size (train_times) is cut to it at the end: curves, train loss and steps to "
-    "LoRA's loss are from before the cut, all else is of what is left."
+    " A row with train_times=N trains at N times its size and is cut to it at the end: curves, train loss and steps to "
+    "LoRA's loss are from before the cut, everything else from after it."
 )
-TRIED = "The metric of the one run that tried each rate, with a seed that is used for nothing else."
+TRIED = "The metric of the single run that tried each rate, with a seed that is used for nothing else."
 
 
 def _about_rates(rows: Sequence[Row], groups: Sequence[Group], given: Sequence[Row]) -> str:
-    """How many learning rates were tried and which are shown."""
+    """A sentence on how many learning rates were tried and which are shown."""
     if given:
         rates = ", ".join(f"{lr:g}" for lr in sorted({row["lr"] for row in given}))
         seeds = ", ".join(map(str, sorted({row["seed"] for row in given})))
-        return f"Every row was tried at {rates} with seed {seeds} and is shown at the best of them, with other seeds."
+        return f"Every row was tried at {rates} with seed {seeds} and is shown at its best rate, with other seeds."
     tried: dict[str, set[float]] = defaultdict(set)
     for row in rows:
         if row["train_loss"] is not None:
@@ -208,8 +210,8 @@ def _about_rates(rows: Sequence[Row], groups: Sequence[Group], given: Sequence[R
     if number == 1 and len(every) <= 1:
         return f"One learning rate, {min(every, default=math.nan):g}, was used for every method; none was tuned here."
     if number == 1:
-        own = ", ".join(f"{method} {min(rates):g}" for method, rates in tried.items())
-        return f"Each method was run at one learning rate: {own}."
+        each = ", ".join(f"{method} {min(rates):g}" for method, rates in tried.items())
+        return f"Each method was run at one learning rate: {each}."
     best = ", ".join(f"{g.name} {g.lr:g}" for g in groups if g.rows[0]["train_loss"] is not None)
     return (
         f"{number} learning rates were tried for every method ({', '.join(f'{lr:g}' for lr in sorted(every))}); "
@@ -226,5 +228,6 @@ def _largest(group: Group, key: str) -> float | None:
     return max((row[key] for row in group.runs if row[key] is not None), default=None)
 
 
-def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
+def or_dash(value: float | None, form: Callable[[float], str]) -> str:
+    """The value as text, a dash if there is none."""
     return "–" if value is None else form(value)

@@ -1,4 +1,4 @@
-"""Named settings of compare.py, a small file each: `--preset NAME`, anything in it overridden by other options."""
+"""Named settings of compare.py (`--preset NAME`), one small file each; other options override them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tasks import TaskError
 
 @dataclass(frozen=True)
 class Preset:
-    """`settings`: the defaults; `by_task`: what other tasks change in them; `quick`: what the short form changes last;
-    `published`: for methods that a paper proposed in this form, its name, where a table marks them."""
+    """`settings`: the defaults; `by_task`: changes for other tasks; `quick`: changes of the short form, which come
+    last; `published`: the paper's name for methods that a paper proposed in this form, if the table is to mark them."""
 
     settings: Compare
     quick: dict[str, Any]
@@ -34,11 +34,11 @@ SHORT: dict[str, Any] = {
     "evaluations": 1,
     "options": ("alora.scorer=first-order", "alora.rounds=2"),
 }
-"""The short form of presets with a large model, where its weights are at hand."""
+"""The short form of presets with a large model, for those who have its weights."""
 
 
 def names() -> list[str]:
-    """Every preset, by the names that --preset takes."""
+    """The names of all presets, as --preset takes them."""
     files = Path(__file__).parent.glob("*.py")
     return sorted(file.stem.replace("_", "-") for file in files if file.stem != "__init__")
 
@@ -47,7 +47,7 @@ def find(name: str) -> Preset:
     """The preset of that name.
 
     Raises:
-        TaskError: there is none; says which there are.
+        TaskError: there is none; the message lists those that there are.
     """
     if name not in names():
         raise TaskError(f"--preset {name}: no such preset; there are {', '.join(names())}")
@@ -55,7 +55,7 @@ def find(name: str) -> Preset:
 
 
 def defaults(name: str, quick: bool = False, task: str | None = None) -> Compare:
-    """A preset's settings, in its short form or not, for its own task or another it knows.
+    """The settings of a preset, in its short form if `quick`, for its own task or another.
 
     Raises:
         TaskError: no such preset.
@@ -68,7 +68,7 @@ def defaults(name: str, quick: bool = False, task: str | None = None) -> Compare
 
 
 def chosen(arguments: Sequence[str]) -> Compare:
-    """What a command line asks for: the preset it names, with all else that it gives."""
+    """The settings of a command line: those of its preset, overridden by its other options."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default=Compare.preset)
     early.add_argument("--quick", action="store_true")

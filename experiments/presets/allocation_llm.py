@@ -1,8 +1,8 @@
 """Rank allocation on a causal language model of 0.6B parameters: MetaMathQA, judged on GSM8K; or `--task text`.
 
-For people with a GPU, the weights and the data. Every method gets the same quarter decades, tried with a seed of its
-own; AdaLoRA is there with its paper's budget, which holds at the end, and with everybody's. The controls (patterns anew
-and shuffled) are in study.py's problems llm-gsm8k and llm-text.
+It needs a GPU, the weights and the data. Every method gets the same quarter decades, tried with a seed that the
+comparison does not use. AdaLoRA appears twice, with its paper's budget, which holds at the end, and with the others'
+budget. The controls (patterns anew and shuffled) are in study.py's problems llm-gsm8k and llm-text.
 
 peft's benchmark on the same data trains LLaMA-3.2-3B for 5,000 steps of 4 rows, rank 32 on q and v, AdamW at 1e-4 with
 weight decay 0.1 and a tenth of warmup: `--batch 4 --steps 5000 --length 768 --targets qv --weight-decay 0.1 --warmup

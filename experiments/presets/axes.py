@@ -1,6 +1,8 @@
-"""Parametrisation × start × allocation × penalty: every combination with a meaning, most of them in no paper.
+"""Parametrisation × initialisation × allocation × penalty: every combination that makes sense, most of them
+unpublished.
 
-A penalty needs frames, which the plain product has not; a gated parametrisation is plain once its gates are frozen.
+A penalty needs frames, which the plain product does not have. A gated parametrisation is the plain one once its gates
+are frozen.
 """
 
 from itertools import product
@@ -8,12 +10,12 @@ from itertools import product
 from cells.settings import Compare
 from presets import Preset
 
-STARTS = ("", "+olora")
+INITIALISATIONS = ("", "+olora")
 ALLOCATIONS = ("", "+pruning", "+alora")
 PENALTIES = ("", ":gamma=0")
 
 PLAIN = ("lora", "olora", "pruning", "olora+pruning", "alora", "olora+alora")
-FRAMED = tuple(map("".join, product(("svd", "dual-plane"), STARTS, ALLOCATIONS, PENALTIES)))
+FRAMED = tuple(map("".join, product(("svd", "dual-plane"), INITIALISATIONS, ALLOCATIONS, PENALTIES)))
 
 preset = Preset(
     Compare(methods=(*PLAIN, *FRAMED), budgets=("80e3",), seeds=3),

@@ -1,7 +1,7 @@
-"""The runs that docs/claims.md is made of, by `experiments/claims.py`: what the papers claim, in small settings.
+"""The runs from which `experiments/claims.py` writes docs/claims.md: the papers' claims in small settings.
 
 Every method gets the same learning rates, tried with a seed that is used for nothing else, and is judged at its best
-one with other seeds. "Small" is LoRA² at width 1, which the paper's 0.17M is on DeBERTaV3-base; "large" is rank 8.
+rate with other seeds. "Small" is LoRA² at width 1, as the paper's 0.17M is on DeBERTaV3-base; "large" is rank 8.
 """
 
 from cells.settings import Compare

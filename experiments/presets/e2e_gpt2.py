@@ -1,7 +1,7 @@
 """E2E with GPT-2 medium at LoRA's settings (arXiv:2106.09685, Table 11): rank 4 on q and v of the fused c_attn.
 
-For people with a GPU, the weights and the data (--data DIR). Labels are not smoothed, as the authors' are by 0.1. Full
-fine-tuning gets 5e-5, a customary rate.
+It needs a GPU, the weights and the data (--data DIR). The authors smooth labels by 0.1; here they are not smoothed.
+Full fine-tuning gets 5e-5, a customary rate.
 """
 
 from cells.settings import Compare

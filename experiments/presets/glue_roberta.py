@@ -1,9 +1,9 @@
 """GLUE with RoBERTa-base at LoRA's settings (arXiv:2106.09685, Table 9): `--task` names one of them.
 
-For people with a GPU and the weights. Rank 8 on q and v, 512 tokens, 6 % warm-up; weight decay and alpha = 16 are the
-scripts', whose batches are eight times these; the table has alpha 8. Where the scripts start MRPC, RTE and STS-B from
-the adapter trained on MNLI, each starts afresh here. Full fine-tuning gets 2e-5, a customary rate. The
-head has the rate of the paper's adapters, for every method.
+It needs a GPU and the weights. Rank 8 on q and v, 512 tokens, 6 % warm-up. Weight decay and alpha = 16 are those of the
+scripts, whose batches are eight times as large; the table has alpha 8. The scripts begin MRPC, RTE and STS-B with the
+adapter trained on MNLI; here each task begins with a new one. Full fine-tuning gets 2e-5, a customary rate. The head
+has the rate of the paper's adapters under every method.
 """
 
 from cells.settings import Compare

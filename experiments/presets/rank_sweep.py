@@ -1,4 +1,4 @@
-"""How much rank is enough, on few and on many kinds of matrix: LoRA's Table 6."""
+"""How much rank is enough, on few and on many matrices of a block: LoRA's Table 6."""
 
 from cells.settings import Compare
 from presets import Preset

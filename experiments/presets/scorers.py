@@ -1,4 +1,4 @@
-"""One allocator, five ideas of what a rank is worth: ALoRA's ablation, with chance as the control."""
+"""One allocator with five scorers: ALoRA's ablation and others, with random scores as the control."""
 
 import lorafamily
 from cells.settings import Compare
@@ -7,7 +7,7 @@ from presets import Preset
 preset = Preset(
     Compare(
         methods=("lora", *(f"alora:scorer={name}" for name in lorafamily.scorers())),
-        budgets=("20e3",),  # rank 2: no module is lost at once, none is safe
+        budgets=("20e3",),  # rank 2: a module may lose all its slices, but not at the first drop
         seeds=5,
         options=(),
     ),

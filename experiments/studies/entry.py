@@ -14,14 +14,15 @@ from studies.results import Study
 from tasks import TaskError
 
 STEPS, WEIGHT_DECAY = 5000, 0.1
-"""Of peft's benchmark."""
+"""Optimizer steps and weight decay of peft's benchmark."""
 
 
 def write_entry(study: Study, rank: int, out: Path) -> Mapping[str, float]:
     """Write `adapter_config.json` and `training_params.json` into `out`: AdaLoRA that ends with `rank` slices a layer,
-    with its schedule in steps of the benchmark and the rate that the study chose. Both divide alpha by the first rank.
+    with its schedule in steps of the benchmark and the learning rate that the study chose. lorafamily and peft both
+    divide alpha by the initial rank, so alpha is the same.
 
-    Returns what was chosen.
+    Returns the rate and both ranks.
 
     Raises:
         TaskError: the study has no rate for AdaLoRA, or peft is not installed.

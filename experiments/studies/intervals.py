@@ -1,4 +1,4 @@
-"""What is said of differences between two arms, seed by seed: intervals, tests, effect sizes, equivalence."""
+"""Statistics of the differences between two arms, seed by seed: intervals, tests, effect sizes, equivalence."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences of pairs. `low`, `high`: of their mean, Student's t. `effect`: Hedges' g of the paired differences,
-    nan where they do not vary. `p`: two-sided, of the mean being `bound`."""
+    """A summary of paired differences. `low`, `high`: the interval of their mean, Student's t. `effect`: Hedges' g, nan
+    where the differences do not vary. `p`: two-sided, for a mean equal to `bound`."""
 
     n: int
     mean: float
@@ -28,8 +28,8 @@ class Paired:
 def paired(differences: Sequence[float], bound: float = 0.0, confidence: float = CONFIDENCE) -> Paired:
     """The mean of differences with its t interval, and a t-test against `bound`.
 
-    Differences that do not vary have nothing to be judged by: the interval is their value, and p is 1 at the bound. Off
-    it, p is that of the sign test, the smallest that n pairs can give without an assumption on their spread.
+    A t-test cannot judge differences that do not vary. Their interval is their value, and p is 1 if that is the bound;
+    otherwise p is the sign test's, the smallest that n pairs can give without an assumption on their spread.
 
     Raises:
         ValueError: fewer than two.
@@ -82,10 +82,11 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def coverage(n: int, draws: int, generator: np.random.Generator, confidence: float = CONFIDENCE) -> float:
-    """The share of simulated samples of n normal differences whose interval contains the true mean."""
-    hits = 0
-    for sample in generator.normal(size=(draws, n)):
-        found = paired(sample.tolist(), confidence=confidence)
-        hits += found.low <= 0.0 <= found.high
-    return hits / draws
+def p_text(p: float) -> str:
+    """A p-value for a table: one significant digit where it is small."""
+    return f"{p:.1g}" if p < 0.095 else f"{p:.2f}"
+
+
+def effect_text(effect: float) -> str:
+    """An effect size for a table."""
+    return "–" if math.isnan(effect) else f"{effect:+.1f}"

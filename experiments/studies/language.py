@@ -1,6 +1,6 @@
-"""Problems with a causal language model of one's own, of 0.6B to 1B parameters, for where a GPU is at hand.
+"""Problems with a causal language model of your own, of 0.6B to 1B parameters; they need a GPU.
 
-They are tuned by the loss on rows that nothing trains on, and judged by what counts in the end.
+Rates are tuned by the loss on rows that nothing trains on; arms are judged by the final metric, such as accuracy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tasks.texts import CausalText, read_text, with_labels
 
 
 class Language(Problem):
-    """The budget is LoRA's at rank 8 on every linear layer of the model, a singular value per slice included."""
+    """The budget is LoRA's at rank 8 on every linear layer of the model, plus a singular value for each slice."""
 
     steps, batch, length = 1000, 16, 512
     evaluations = 20
@@ -46,7 +46,7 @@ class Language(Problem):
 
 
 class Maths(Language):
-    """MetaMathQA, judged on GSM8K."""
+    """Training on MetaMathQA, judged on GSM8K."""
 
     name = "llm-gsm8k"
     what = (
@@ -72,7 +72,7 @@ class Maths(Language):
 
 
 class OwnText(Language):
-    """A text file; its last tenth is held out."""
+    """A text file of your own; its last tenth is held out."""
 
     name = "llm-text"
     what = "A causal language model and a text: nine tenths to train on; half of the rest to tune on, half to judge on."
@@ -94,6 +94,6 @@ class OwnText(Language):
         return self.halves(1)
 
     def halves(self, which: int) -> Sequence[Batch]:
-        """Every second piece of the held-out text."""
+        """Every second piece of the held-out text, from the first (0) or the second (1) on."""
         pieces = self.task.pieces[1][which::2]
         return [with_labels(pieces[i : i + self.batch]) for i in range(0, len(pieces), self.batch)]

@@ -1,10 +1,9 @@
-"""docs/study.md: what the stored rows say, in plain words, a table and two figures."""
+"""docs/study.md: what the stored rows say, in sentences, two tables and two figures."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from matplotlib.ticker import MaxNLocator
 
 from lorafamily.insight.drawing import COLOURS, save
 from pages.page import Heading, Part, Picture, Table, Text, markdown
+from pages.report import or_dash
 from studies import protocol
 from studies.arms import UNIFORM
+from studies.intervals import effect_text, p_text
 from studies.problems import PROBLEMS
 from studies.results import LEVEL, Comparison, Row, Study, area, mean_of, puts_it_there, read, steps_to
 
@@ -36,7 +37,7 @@ def write(folder: Path, out: Path) -> str:
     if not studies:
         raise SystemExit(f"{folder}: no stored rows; study.py run, then study.py store")
     compared = [study.comparisons() for study in studies]
-    judged = [(study, own) for study, own in zip(studies, compared, strict=True) if own]
+    judged = [(study, found) for study, found in zip(studies, compared, strict=True) if found]
     if judged:
         save(forest(*zip(*judged, strict=True)), folder / "forest.png")
         save(patterns(*zip(*judged, strict=True)), folder / "patterns.png")
@@ -50,7 +51,7 @@ def write(folder: Path, out: Path) -> str:
         Table(table(studies, compared)),
         Text(_columns(studies)),
         Picture("Difference from uniform LoRA, with intervals", folder / "forest.png"),
-        Heading("Found patterns beside their effect"),
+        Heading("What the found patterns are worth"),
         Text(PATTERNS),
         Table(controls(studies, compared)),
         Picture("Mean rank by layer, and what it was worth", folder / "patterns.png"),
@@ -58,7 +59,7 @@ def write(folder: Path, out: Path) -> str:
         Text(FOLLOWS),
         Heading("What is not shown"),
         Text(missing(studies)),
-        Heading("Again"),
+        Heading("How to repeat it"),
         Text(AGAIN),
     ]
     text = markdown("Does it matter where the rank goes?", parts, out.parent)
@@ -69,27 +70,27 @@ def write(folder: Path, out: Path) -> str:
 NOTE = "Written by `python experiments/study.py page` from the rows in `docs/study/`; do not edit."
 PROTOCOL = (
     "One loop, AdamW, a linear schedule, the same batches for all arms of a seed. Every arm gets its own rate: "
-    "quarter decades, tried with seeds that are used for nothing else on a split that is used for nothing else, and "
-    "extended until the best lies inside; an arm whose best stays at an edge is void. Controls take the rate of "
-    "what they control (patterns anew and shuffled: uniform LoRA's). Judged on another split with other seeds, seed "
-    "by seed against the same seed. Intervals: 95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's "
-    "method over all comparisons of a problem. *Better* and *worse* are said below p = {level:g}; *on par* where "
-    "two one-sided tests put the difference within the margin, fixed before the runs; *undecided* otherwise. g: "
-    "Hedges' g of paired differences."
+    "quarter decades, tried with seeds and on a split that are used for nothing else, and extended until the best "
+    "rate lies inside the range; an arm whose best rate stays at an edge is void. Controls take the rate of the arm "
+    "that they control (patterns anew and shuffled: uniform LoRA's). Arms are judged on another split with other "
+    "seeds, seed by seed. Intervals: 95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's method over all "
+    "comparisons of a problem. The verdict is *better* or *worse* below p = {level:g}; *on par* where two one-sided "
+    "tests put the difference within the margin, which was fixed before the runs; *undecided* otherwise. g: Hedges' g "
+    "of paired differences."
 )
 PATTERNS = (
-    "Anew: plain LoRA from step 0 with the ranks that a method ended with. Shuffled: the same, with these ranks "
-    "permuted among layers of equal shape, the mean of three shuffles. If it matters where the rank goes, the pattern "
-    "anew beats the pattern shuffled; if the method itself matters beside its pattern, the method beats the pattern "
-    "anew."
+    "Anew: plain LoRA trained from step 0 with the ranks that a method ended with. Shuffled: the same, but with these "
+    "ranks permuted among layers of equal shape; the mean of three shuffles. If it matters where the rank goes, the "
+    "pattern anew beats the pattern shuffled. If the method matters beyond the pattern that it finds, the method beats "
+    "the pattern anew."
 )
 FOLLOWS = (
-    "Allocation can be worth having where layers differ much in what they need: the planted problem makes them differ "
-    "as much as they can, all or nothing. It says that a method is able to find such layers, and not that a model at "
-    "hand has any. The misleading problem says what a method must look at: EVA, which sees the inputs' variance alone, "
-    "is best where that points to the right layers and worst where it points to the others; ALoRA, which tries what "
-    "the loss does without a slice, finds them in both. Start with uniform LoRA at a tuned rate, and hold an "
-    "allocation against its own pattern shuffled before its ranks are read as insight."
+    "Allocation can pay where layers differ much in what they need. The planted problem makes them differ as much as "
+    "possible, all or nothing: it shows that a method can find such layers, not that your model has any. The "
+    "misleading problem shows what a method must look at. EVA sees the variance of the inputs alone, so it is best "
+    "where that points to the right layers and worst where it points to the others; ALoRA measures the loss without a "
+    "slice, and finds the right layers in both. Start with uniform LoRA at a tuned rate, and compare an allocation "
+    "with its own pattern shuffled before you read its ranks as insight."
 )
 AGAIN = (
     "    python experiments/study.py run planted\n"
@@ -101,8 +102,8 @@ AGAIN = (
 
 
 def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[str]:
-    """What was found, in a sentence a kind of problem; failures first."""
-    found = {study.problem.name: (study, list(own)) for study, own in zip(studies, compared, strict=True)}
+    """What was found: a sentence each for the planted, the misleading and the other problems; failures first."""
+    found = {study.problem.name: (study, list(judged)) for study, judged in zip(studies, compared, strict=True)}
     said = [planted(*found["planted"])] if "planted" in found else []
     if "misleading" in found:
         verdicts = verdicts_of(found["misleading"][1], FINDERS)
@@ -114,12 +115,12 @@ def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]
     if any(real):
         said.append("At equal parameters, each at its own best rate: " + "; ".join(filter(None, real)) + ".")
     else:
-        said.append("Whether it matters on a model that was not made for the question is not answered: too few runs.")
+        said.append("Too few runs say whether it matters on a model that was not made for the question.")
     return said
 
 
 def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
-    """Whether methods find the layers that can help, and gain by it."""
+    """Whether methods find the layers that can help, and gain from it."""
     solved, failed, shares = [], [], []
     for name in FINDERS:
         share = puts_it_there(study.of(name))
@@ -144,7 +145,7 @@ def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
 
 
 def on_a_model(study: Study, comparisons: Sequence[Comparison]) -> str:
-    """What allocation is worth on a model that was not made for the question; empty where too little was run."""
+    """What allocation is worth on a model that was not made for the question; empty if too little was run."""
     against = grouped(verdicts_of(comparisons, MOVES))
     anew = {c.arm: c.verdict for c in comparisons if c.arm.endswith("anew") and c.other != UNIFORM.name}
     said = [f"against uniform LoRA {against}"] if against else []
@@ -160,7 +161,7 @@ def verdicts_of(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict
 
 def grouped(verdicts: Mapping[str, str]) -> str:
     """Names by verdict, in words."""
-    by = {verdict: [name for name, own in verdicts.items() if own == verdict] for verdict in COLOUR}
+    by = {verdict: [name for name, given in verdicts.items() if given == verdict] for verdict in COLOUR}
     return ", ".join(f"{listed(names)} {'is' if len(names) == 1 else 'are'} {v}" for v, names in by.items() if names)
 
 
@@ -169,15 +170,15 @@ def listed(names: Sequence[str]) -> str:
 
 
 def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
-    """Every arm of every problem, but shuffled patterns, which `controls` has."""
+    """Every arm of every problem; shuffled patterns are in `controls`."""
     lines: list[list[str]] = [
         [
             *("arm", "problem", "rate", "metric", "against uniform", "g", "p", "verdict", "rank where it helps"),
             *("parameters, peak", "at the end", "area", "steps to goal", "forgetting", "seconds", "KiB"),
         ]
     ]
-    for study, own in zip(studies, compared, strict=True):
-        against = {c.arm: c for c in own if c.other == "uniform"}
+    for study, comparisons in zip(studies, compared, strict=True):
+        against = {c.arm: c for c in comparisons if c.other == "uniform"}
         quarters = protocol.rates(study.problem, study.arms, study.rows)
         for arm in study.arms:
             rows = study.of(arm.name)
@@ -192,38 +193,34 @@ def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) ->
                     study.problem.name,
                     f"{10 ** (quarters[arm.name] / 4):.2g}",
                     f"{statistics.fmean(metrics):.3f}{spread} (n = {len(rows)})",
-                    *(["–"] * 4 if c is None else [_signed(c), _effect(c), _p(c), f"**{c.verdict}**"]),
+                    *(["–"] * 4 if c is None else _cells(c)),
                     "–" if share is None else f"{100 * share[0]:.0f} %",
-                    _or_dash(mean_of(rows, lambda row: row["parameters_peak"]), "{:,.0f}".format),
-                    _or_dash(mean_of(rows, lambda row: row["parameters_end"]), "{:,.0f}".format),
-                    _or_dash(mean_of(rows, area), "{:.3f}".format),
-                    _or_dash(mean_of(rows, partial(steps_to, goal=study.problem.goal)), "{:.0f}".format),
-                    _or_dash(mean_of(rows, lambda row: row["forgetting"]), "{:+.3f}".format),
-                    _or_dash(mean_of(rows, lambda row: row["seconds"]), "{:.1f}".format),
-                    _or_dash(mean_of(rows, lambda row: row["bytes"]), lambda size: f"{size / 1024:.0f}"),
+                    or_dash(mean_of(rows, lambda row: row["parameters_peak"]), "{:,.0f}".format),
+                    or_dash(mean_of(rows, lambda row: row["parameters_end"]), "{:,.0f}".format),
+                    or_dash(mean_of(rows, area), "{:.3f}".format),
+                    or_dash(mean_of(rows, partial(steps_to, goal=study.problem.goal)), "{:.0f}".format),
+                    or_dash(mean_of(rows, lambda row: row["forgetting"]), "{:+.3f}".format),
+                    or_dash(mean_of(rows, lambda row: row["seconds"]), "{:.1f}".format),
+                    or_dash(mean_of(rows, lambda row: row["bytes"]), lambda size: f"{size / 1024:.0f}"),
                 ]
             )
     return lines
 
 
 def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
-    """What found patterns are worth against the same ranks in other places."""
+    """The found patterns compared with the same ranks in other places."""
     lines = [["arm", "problem", "against", "difference", "g", "p", "verdict"]]
-    for study, own in zip(studies, compared, strict=True):
-        lines += [
-            [c.arm, study.problem.name, c.other, _signed(c), _effect(c), _p(c), f"**{c.verdict}**"]
-            for c in own
-            if c.other != "uniform"
-        ]
+    for study, comparisons in zip(studies, compared, strict=True):
+        lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in comparisons if c.other != "uniform"]
     return lines
 
 
 def missing(studies: Sequence[Study]) -> str:
-    """What was not run, and what nobody should conclude."""
+    """What was not run, and what should not be concluded."""
     said = []
     for study in studies:
         if void := study.void():
-            said.append(f"Void on {study.problem.name}, best at an edge of the rates: {', '.join(void)}.")
+            said.append(f"Void on {study.problem.name}, since best at an edge of the rates: {', '.join(void)}.")
         if not study.comparisons():
             said.append(f"On {study.problem.name} rates are still being chosen, and nothing is judged.")
         elif absent := study.not_run():
@@ -234,27 +231,27 @@ def missing(studies: Sequence[Study]) -> str:
     said.append(
         "Planted: the first five of eight seeds were run and looked at; the comparisons with shuffled patterns were "
         "then undecided. The other three were run after that, for uniform LoRA, the four methods and their patterns, "
-        "and later for all other arms; ElaLoRA and FlexLoRA were added last. p-values do not know of these looks. The "
-        "problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of the judged. "
-        "ALoRA drops one slice a round there; its paper's number, the layers of a block, would be half of all slices, "
-        "and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until it has pruned them: "
-        "uniform at the peak size is what that alone is worth."
+        "and later for all other arms; ElaLoRA and FlexLoRA were added last. The p-values are not corrected for these "
+        "looks. The problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of "
+        "the judged seeds. ALoRA drops one slice a round there; its paper's number, the layers of a block, would be "
+        "half of all slices, and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until "
+        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth."
     )
     return " ".join(said)
 
 
 def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
-    """Every arm's difference from uniform LoRA with its interval, a panel a problem."""
-    chosen = [[c for c in own if c.other == "uniform" and "shuffled" not in c.arm] for own in compared]
+    """Every arm's difference from uniform LoRA with its interval, one panel for each problem."""
+    chosen = [[c for c in found if c.other == "uniform" and "shuffled" not in c.arm] for found in compared]
     height = 1.2 + 0.27 * max(map(len, chosen))
     figure = Figure(figsize=(7.0 * len(studies), height), dpi=110, layout="constrained")
-    for axes, study, own in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, chosen, strict=True):
-        for place, c in enumerate(own):
+    for axes, study, shown in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, chosen, strict=True):
+        for place, c in enumerate(shown):
             axes.plot([c.found.low, c.found.high], [place] * 2, color=COLOUR[c.verdict], linewidth=2.2)
             axes.plot(c.found.mean, place, "o", color=COLOUR[c.verdict], markersize=5)
         axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-        axes.set_yticks(range(len(own)), [c.arm for c in own], fontsize=7)
-        axes.set_ylim(len(own) - 0.4, -0.6)
+        axes.set_yticks(range(len(shown)), [c.arm for c in shown], fontsize=7)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_title(f"{study.problem.name}: better than uniform LoRA to the right", fontsize=9)
         axes.set_xlabel(f"difference in {study.problem.metric}", fontsize=8)
         axes.grid(axis="x", alpha=0.25)
@@ -265,13 +262,14 @@ def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -
 
 
 def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
-    """Mean rank by layer of every arm that finds a pattern, and beside it the pattern's effect, a row a problem.
+    """Left, the mean rank by layer of every arm that finds a pattern; right, the arm's effect; one row for each
+    problem.
 
-    Where it is known which layers can help, these come first.
+    If it is known which layers can help, these come first.
     """
     figure = Figure(figsize=(9.5, 2.9 * len(studies)), dpi=110, layout="constrained")
     panels = figure.subplots(len(studies), 2, squeeze=False, width_ratios=[3, 2])
-    for (left, right), study, own in zip(panels, studies, compared, strict=True):
+    for (left, right), study, comparisons in zip(panels, studies, compared, strict=True):
         names = [arm.name for arm in study.arms if arm.pattern is None and arm.size == 1.0 and study.of(arm.name)]
         image = [np.mean([_ordered(study, row) for row in study.of(name).values()], axis=0) for name in names]
         shown = left.imshow(np.array(image), aspect="auto", cmap="viridis", vmin=0)
@@ -284,7 +282,7 @@ def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
         )
         left.set_yticks(range(len(names)), names, fontsize=7)
         figure.colorbar(shown, ax=left, label="slices, mean over seeds")
-        against = {c.arm: c for c in own if c.other == "uniform"}
+        against = {c.arm: c for c in comparisons if c.other == "uniform"}
         for place, name in enumerate(names):
             if c := against.get(name):
                 right.plot([c.found.low, c.found.high], [place] * 2, color=COLOUR[c.verdict], linewidth=2.2)
@@ -313,24 +311,14 @@ def _runs(study: Study) -> str:
 def _columns(studies: Sequence[Study]) -> str:
     goals = ", ".join(f"{study.problem.goal:g} ({study.problem.name})" for study in studies)
     return (
-        "Rank where it helps: of all slices at the end, those in the layers that can help; equal ranks have 50 %. "
-        f"Area: mean of the metric over the run, on the split to tune on. Goal: {goals}, on that split; – where a seed "
-        "never gets there. Forgetting: bits per byte more on the source text. Seconds: of training steps, on a machine "
-        "that was shared with other work, so that they say little. KiB: of the saved adapter."
+        "Rank where it helps: the share of all slices at the end that are in layers that can help; equal ranks have "
+        f"50 %. Area: mean of the metric over the run, on the tuning split. Goal: {goals}, on that split; – if a seed "
+        "never reaches it. Forgetting: increase of bits per byte on the source text. Seconds: of training steps, on a "
+        "machine that was shared with other work, so that they say little. KiB: size of the saved adapter."
     )
 
 
-def _signed(c: Comparison) -> str:
-    return f"{c.found.mean:+.3f} [{c.found.low:+.3f}, {c.found.high:+.3f}]"
-
-
-def _effect(c: Comparison) -> str:
-    return "–" if math.isnan(c.found.effect) else f"{c.found.effect:+.1f}"
-
-
-def _p(c: Comparison) -> str:
-    return f"{c.adjusted:.1g}" if c.adjusted < 0.095 else f"{c.adjusted:.2f}"
-
-
-def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
-    return "–" if value is None else form(value)
+def _cells(c: Comparison) -> list[str]:
+    """The difference with its interval, the effect size, p and the verdict."""
+    difference = f"{c.found.mean:+.3f} [{c.found.low:+.3f}, {c.found.high:+.3f}]"
+    return [difference, effect_text(c.found.effect), p_text(c.adjusted), f"**{c.verdict}**"]

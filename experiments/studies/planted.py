@@ -1,4 +1,4 @@
-"""A problem where it is known which layers can help, and a counterpart that misleads who looks at inputs alone."""
+"""A problem where it is known which layers can help, and a variant that misleads methods which look at inputs alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Fit:
 class Branches(nn.Module):
     """Layers side by side: each has inputs of its own, and their outputs are added.
 
-    As inputs of different layers are independent, what one layer gets wrong no other can put right.
+    The inputs of different layers are independent, so no layer can correct the error of another.
     """
 
     def __init__(self, layers: int, width: int):
@@ -46,11 +46,11 @@ def _weight(model: Branches, layer: int) -> Tensor:
 class Planted(Problem):
     """Eight layers, of which four need an update of rank 4 and the others none; the budget is rank 2 for each.
 
-    The seed draws everything: weights, which layers, updates, data. The target is the same network with its updates,
-    plus noise, so that layers that cannot help still have gradients. All layers' inputs have the same variance in all;
-    in `narrow` layers nearly all of it lies in four directions, in others it is spread evenly. EVA looks at nothing
-    else. In "planted" the narrow layers are those that need the update, which reads these directions; in
-    "misleading" they are the others.
+    The seed draws everything: weights, which layers need an update, the updates, data. The target is the same network
+    with its updates, plus noise, so that layers that cannot help still have gradients. The inputs of all layers have
+    the same total variance; in `narrow` layers nearly all of it lies in four directions, in others it is spread evenly,
+    and EVA looks at nothing else. In "planted" the narrow layers are those that need the update, which reads these
+    directions; in "misleading" they are the others.
     """
 
     name = "planted"
@@ -61,7 +61,7 @@ class Planted(Problem):
     )
     metric = "share of the planted change that is missing"
     layers, width, rank = 8, 32, 4
-    budget = 16 * (2 * 32 + 1)  # sixteen slices, of AdaLoRA too, whose slices have a singular value each
+    budget = 16 * (2 * 32 + 1)  # sixteen slices, also of AdaLoRA, whose slices each have a singular value
     steps, batch = 120, 64
     evaluations = 15
     margin = 0.05
@@ -95,7 +95,7 @@ class Planted(Problem):
             x = torch.stack([torch.randn(rows, self.width, generator=draw) @ scale.T for scale in scales], 1)
             with torch.no_grad():
                 y = target.predicted(x)
-            # What is judged has no noise: the metric is then 0 where everything planted was learnt.
+            # The judging split has no noise, so that the metric is 0 where everything planted was learnt.
             noise = 0.0 if split == "judging" else self.noise
             samples[split] = (x, y + noise * torch.randn(y.shape, generator=draw))
         return {"chosen": chosen, "base": base.state_dict(), "samples": samples}
@@ -125,7 +125,7 @@ class Planted(Problem):
 
     @functools.cache  # noqa: B019 - as many as there are seeds
     def _missing(self, seed: int) -> float:
-        """The mean squared error of the model that nothing was learnt by, without noise."""
+        """The mean squared error of the model before training, against targets without noise."""
         return self.loss(self.model(seed), self.judging(seed))
 
 

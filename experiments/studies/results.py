@@ -1,9 +1,7 @@
-"""What the rows of a study say of its arms."""
+"""What the stored rows of a study say about its arms."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,22 +9,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pages.report import first_crossing
 from studies import protocol
 from studies.arms import ARMS, UNIFORM, Arm
 from studies.intervals import Paired, above, equivalence, holm, paired
 from studies.problem import Problem
 from studies.problems import PROBLEMS
+from tasks.task import read_rows
 
 Row = Mapping[str, Any]
 LEVEL = 0.05
 FEWEST = 5
-"""Seeds that two arms must share before anything is said of them."""
+"""The number of seeds that two arms must share before they are compared."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`arm` against `other`; positive where the arm is better. `p`: two-sided, `adjusted` by Holm over all comparisons
-    of a problem; `same`: p of a difference within the margin."""
+    """`arm` against `other`. `found`: the differences, positive where the arm is better; `adjusted`: its p after Holm's
+    method over all comparisons of a problem; `same`: p of a difference within the margin."""
 
     arm: str
     other: str
@@ -55,18 +55,18 @@ class Study:
     def of(self, name: str) -> dict[int, Row]:
         """The judged rows of an arm by seed, at its chosen rate."""
         quarter = protocol.rates(self.problem, self.arms, self.rows).get(name)
-        own = [row for row in self.rows if row["arm"] == name and row["quarter"] == quarter and not row["failed"]]
-        return {row["seed"]: row for row in own if row["seed"] in self.problem.seeds}
+        ended = [row for row in self.rows if row["arm"] == name and row["quarter"] == quarter and not row["failed"]]
+        return {row["seed"]: row for row in ended if row["seed"] in self.problem.seeds}
 
     def shuffles(self, name: str) -> dict[int, float]:
-        """By seed the mean metric of the shuffles of an arm's pattern, where all of them were run."""
+        """By seed the mean metric over the shuffles of an arm's pattern; only seeds for which all shuffles were run."""
         shuffled = [self.of(arm.name) for arm in self.arms if arm.pattern == name and arm.shuffle is not None]
-        seeds = set.intersection(*(set(own) for own in shuffled)) if shuffled else set()
-        return {seed: statistics.fmean(own[seed]["metric"] for own in shuffled) for seed in sorted(seeds)}
+        seeds = set.intersection(*(set(rows) for rows in shuffled)) if shuffled else set()
+        return {seed: statistics.fmean(rows[seed]["metric"] for rows in shuffled) for seed in sorted(seeds)}
 
     def comparisons(self) -> list[Comparison]:
-        """Every judged arm against uniform LoRA, and those that find a pattern, and that pattern anew, against it
-        shuffled."""
+        """Every judged arm against uniform LoRA; in addition each arm that finds a pattern, and plain LoRA trained anew
+        with that pattern, against the pattern shuffled."""
         metrics = {arm.name: {s: row["metric"] for s, row in self.of(arm.name).items()} for arm in self.arms}
         pairs = [(name, UNIFORM.name, metrics[UNIFORM.name]) for name in metrics if name != UNIFORM.name]
         for arm in self.arms:
@@ -83,13 +83,13 @@ class Study:
         return [Comparison(a, b, got, p, same) for (a, b, got, same), p in zip(found, adjusted, strict=True)]
 
     def void(self) -> list[str]:
-        """Tuned arms whose best rate lies at an edge of what could be tried."""
+        """Tuned arms whose best rate is the lowest or highest that may be tried."""
         chosen = protocol.rates(self.problem, self.arms, self.rows)
         asked = {trial.arm.name for trial in protocol.tuning_trials(self.problem, self.arms, self.rows)}
         return [arm.name for arm in protocol.tuned(self.arms) if arm.name not in {*chosen, *asked}]
 
     def not_run(self) -> list[str]:
-        """Arms without enough judged seeds that are not void."""
+        """Arms that are not void and have too few judged seeds."""
         void = set(self.void())
         return [arm.name for arm in self.arms if len(self.of(arm.name)) < FEWEST and arm.name not in void]
 
@@ -100,8 +100,7 @@ def read(folder: Path) -> list[Study]:
     for name, problem in PROBLEMS.items():
         path = folder / f"{name}.jsonl.gz"
         if path.exists():
-            with gzip.open(path, "rt", encoding="utf-8") as lines:
-                studies.append(Study(problem, [json.loads(line) for line in lines]))
+            studies.append(Study(problem, read_rows(path)))
     return studies
 
 
@@ -113,23 +112,18 @@ def area(row: Row) -> float:
 
 
 def steps_to(row: Row, goal: float) -> float | None:
-    """The step at which the curve is first at the goal, interpolated; None where it never is."""
-    for (step, value), (later, below) in pairwise(row["curve"]):
-        if below <= goal:
-            share = 1.0 if value == below else min(1.0, max(0.0, (value - goal) / (value - below)))
-            return float(step + share * (later - step))
-    return None
+    """The step at which the curve first reaches the goal, interpolated; None if it never does."""
+    return first_crossing(row["curve"], goal)
 
 
 def mean_of(rows: Mapping[int, Row], value: Callable[[Row], float | None]) -> float | None:
-    """Over the seeds; None where one of them has none."""
-    values = [value(row) for row in rows.values()]
-    return (
-        None if not values or any(v is None for v in values) else statistics.fmean(v for v in values if v is not None)
-    )
+    """The mean over the seeds; None if a seed has no value."""
+    values = [v for row in rows.values() if (v := value(row)) is not None]
+    return statistics.fmean(values) if values and len(values) == len(rows) else None
 
 
 def puts_it_there(rows: Mapping[int, Row]) -> tuple[float, float] | None:
-    """The mean share of rank in the layers that can help, and p of its being above that of equal ranks, a half."""
+    """The mean share of the rank that is in the layers that can help, and p for a share above a half, which equal ranks
+    have."""
     shares = [row["planted"] for row in rows.values() if row["planted"] is not None]
     return (statistics.fmean(shares), above(shares, 0.5)) if len(shares) >= FEWEST else None

@@ -1,6 +1,6 @@
-"""What the papers claim, as statements with a test, and what the runs of a comparison say of them.
+"""The papers' claims as statements with a test, and the verdicts of a comparison's runs.
 
-A statement compares two arms, seed by seed. Its verdict is about the setting that was run, nothing else.
+A statement compares two arms, seed by seed. Its verdict holds for the setting that was run, and for no other.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ Row = Mapping[str, Any]
 Size = Literal["small", "large"]
 Verdict = Literal["holds", "does not hold", "undecided", "void"]
 LEVEL = 0.05
-"""Of the family of all statements in a setting, by Holm's method."""
+"""Significance level for all statements of a setting together, by Holm's method."""
 SEEDS = 5
-"""The fewest that anything is said of."""
+"""The smallest number of seeds for a verdict."""
 EVALUATIONS = 15
-"""The fewest in a run that a number of steps is read from."""
+"""The smallest number of evaluations in a run for a verdict about steps."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One method at one size; None where there is no adapter."""
+    """One method at one size; the size is None if there is no adapter."""
 
     method: str
     size: Size | None = "large"
@@ -37,11 +37,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Statement:
-    """`claim` of `source`, said of `arm` against `other`.
+    """`claim` of `source`: `arm` is better than `other`, or no worse.
 
-    "better": the difference is above zero. "no worse": it is above −margin, the margin of the setting's metric.
-    `measure`: the final metric, or the optimiser steps to the validation loss that both arms of a seed reach.
-    `budget_at`: where the paper's budget is one of the end, runs that held it at the peak say nothing of the claim.
+    `relation`: "better" asks for a difference above zero, "no worse" for one above −margin, the margin of the setting's
+    metric. `measure`: the final metric, or the optimizer steps to the validation loss that both arms of a seed reach.
+    `budget_at`: when the paper's budget must hold. Runs that held it at another time cannot judge the claim.
     """
 
     name: str
@@ -49,16 +49,16 @@ class Statement:
     source: str
     arm: Arm
     other: Arm
-    kind: Literal["better", "no worse"] = "better"
+    relation: Literal["better", "no worse"] = "better"
     measure: Literal["metric", "steps"] = "metric"
     budget_at: Literal["peak", "end"] = "peak"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison's rows. `margin`: the difference in the metric that nobody would mind, fixed before any run;
-    `chance`: the metric of whoever learns nothing, the best constant answer or the model as it was; `budget_at`: when
-    the budget held in these runs."""
+    """One comparison's rows. `margin`: the largest difference in the metric that does not matter, fixed before any run;
+    `chance`: the metric without learning, of the best constant answer or of the unadapted model; `budget_at`: when the
+    budget held in these runs."""
 
     name: str
     what: str
@@ -71,17 +71,17 @@ class Setting:
 
     @property
     def runs(self) -> list[Row]:
-        """The rows that are judged; those of a seed that only chose rates are left out."""
+        """The rows that are judged, without those of the tuning seeds."""
         return [row for row in self.rows if row["seed"] not in self.tuning_seeds]
 
     @property
     def tuned(self) -> list[Row]:
-        """The rows that only chose rates."""
+        """The rows that chose the learning rates."""
         return [row for row in self.rows if row["seed"] in self.tuning_seeds]
 
     @property
     def tuning_seeds(self) -> set[int]:
-        """Those at which a configuration was run with several rates."""
+        """Seeds at which a configuration was run with several rates."""
         seen: dict[tuple[Any, ...], set[float]] = {}
         for row in self.rows:
             seen.setdefault((row["method"], row["budget"], row["seed"]), set()).add(row["lr"])
@@ -89,29 +89,29 @@ class Setting:
 
     def of(self, arm: Arm) -> dict[int, Row]:
         """The arm's rows by seed."""
-        own = [row for row in self.runs if row["method"] == arm.method and row["budget"] == self._budget(arm)]
-        return {row["seed"]: row for row in own if not row["failed"]}
+        return {row["seed"]: row for row in self._rows(self.runs, arm) if not row["failed"]}
 
     def at_an_edge(self, arm: Arm) -> bool:
         """Whether the arm was judged at the lowest or the highest rate that it was tried at."""
-        tried = [row for row in self.tuned if row["method"] == arm.method and row["budget"] == self._budget(arm)]
-        rates = {row["lr"] for row in tried}
+        rates = {row["lr"] for row in self._rows(self.tuned, arm)}
         return bool(rates) and any(row["lr"] in (min(rates), max(rates)) for row in self.of(arm).values())
 
-    def _budget(self, arm: Arm) -> int | None:
+    def _rows(self, rows: Sequence[Row], arm: Arm) -> list[Row]:
+        """Those of the rows that are the arm's."""
         budgets = sorted({row["budget"] for row in self.rows if row["budget"] is not None})
-        return {"small": budgets[0], "large": budgets[-1], None: None}[arm.size]
+        budget = {"small": budgets[0], "large": budgets[-1], None: None}[arm.size]
+        return [row for row in rows if row["method"] == arm.method and row["budget"] == budget]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a setting says of a statement.
+    """The verdict of a setting on a statement.
 
     `difference`: mean over seeds, positive where the arm is better, in the metric's unit or as a share of the run's
     steps. `low`, `high`: its 95 % interval, Student's t. `effect`: Hedges' g of the paired differences, nan where they
     do not vary. `p`: two-sided, paired t-test against zero or −margin; `adjusted`: by Holm. `learnt`: whether the other
-    arm is above chance at all; where it is not, whoever learns nothing equals it. `void`: why the runs cannot speak of
-    the claim, whatever they gave; empty where they can.
+    arm is above chance; if it is not, being no worse proves nothing. `void`: why the runs cannot judge the claim; empty
+    if they can.
     """
 
     statement: Statement
@@ -143,7 +143,7 @@ STATEMENTS = (
         "LoRA², arXiv:2408.06854",
         Arm("lora2", "small"),
         Arm("lora"),
-        kind="no worse",
+        relation="no worse",
     ),
     Statement(
         "LoRA² reaches AdaLoRA with 8 times more",
@@ -151,7 +151,7 @@ STATEMENTS = (
         "LoRA², arXiv:2408.06854",
         Arm("lora2", "small"),
         Arm("adalora"),
-        kind="no worse",
+        relation="no worse",
         budget_at="end",
     ),
     Statement(
@@ -197,7 +197,7 @@ STATEMENTS = (
         "LoRA, arXiv:2106.09685, Tables 2 to 4",
         Arm("lora"),
         Arm("full", None),
-        kind="no worse",
+        relation="no worse",
     ),
     Statement(
         "Rank 1 suffices",
@@ -205,7 +205,7 @@ STATEMENTS = (
         "LoRA, arXiv:2106.09685, Table 6",
         Arm("lora", "small"),
         Arm("lora"),
-        kind="no worse",
+        relation="no worse",
     ),
 )
 
@@ -218,10 +218,10 @@ def outcomes(settings: Sequence[Setting], statements: Sequence[Statement] = STAT
     """
     found = []
     for setting in settings:
-        own = [judge(statement, setting) for statement in statements]
-        valid = [outcome for outcome in own if not outcome.void]
+        judged = [judge(statement, setting) for statement in statements]
+        valid = [outcome for outcome in judged if not outcome.void]
         adjusted = dict(zip(map(id, valid), holm([outcome.p for outcome in valid]), strict=True))
-        found += [replace(outcome, adjusted=adjusted.get(id(outcome), math.nan)) for outcome in own]
+        found += [replace(outcome, adjusted=adjusted.get(id(outcome), math.nan)) for outcome in judged]
     return sorted(found, key=lambda outcome: statements.index(outcome.statement))
 
 
@@ -238,7 +238,7 @@ def judge(statement: Statement, setting: Setting) -> Outcome:
             f"{setting.name}: {statement.arm} and {statement.other} share {len(seeds)} seeds, {SEEDS} are the fewest"
         )
     differences = [_difference(statement, setting, arm[seed], other[seed]) for seed in seeds]
-    bound = -setting.margin if statement.kind == "no worse" else 0.0
+    bound = -setting.margin if statement.relation == "no worse" else 0.0
     found = paired(differences, bound)
     learnt = _above_chance(setting, [other[seed]["metric"] for seed in seeds])
     evaluations = min(len(row["loss_curve"]) - 1 for row in (*arm.values(), *other.values()))
@@ -258,7 +258,7 @@ def judge(statement: Statement, setting: Setting) -> Outcome:
 
 
 def _void(statement: Statement, setting: Setting, evaluations: int) -> str:
-    """Why runs cannot speak of a claim."""
+    """Why the runs cannot judge a claim; empty if they can."""
     if edges := [str(arm) for arm in (statement.arm, statement.other) if setting.at_an_edge(arm)]:
         return f"best at an edge of the rates: {', '.join(edges)}"
     if statement.budget_at != setting.budget_at:
@@ -269,7 +269,7 @@ def _void(statement: Statement, setting: Setting, evaluations: int) -> str:
 
 
 def _above_chance(setting: Setting, metrics: Sequence[float]) -> bool:
-    """One-sided t-test of the metric against chance; where it does not vary, whether it is better."""
+    """One-sided t-test of the metric against chance; a metric that does not vary is just compared."""
     sign = 1 if setting.higher_is_better else -1
     return above([sign * (value - setting.chance) for value in metrics], 0.0) < LEVEL
 
@@ -278,9 +278,9 @@ def _difference(statement: Statement, setting: Setting, arm: Row, other: Row) ->
     """Positive where the arm is better."""
     if statement.measure == "steps":
         goal = max(arm["validation_loss"], other["validation_loss"])  # both reach it
-        own, others = (first_crossing(row["loss_curve"], goal) for row in (arm, other))
-        assert own is not None
-        assert others is not None
-        return (others - own) / arm["loss_curve"][-1][0]
+        steps, steps_of_other = (first_crossing(row["loss_curve"], goal) for row in (arm, other))
+        assert steps is not None
+        assert steps_of_other is not None
+        return (steps_of_other - steps) / arm["loss_curve"][-1][0]
     value = float(arm["metric"] - other["metric"])
     return value if setting.higher_is_better else -value

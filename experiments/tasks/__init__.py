@@ -1,17 +1,32 @@
-"""What a comparison trains on: a task gives fresh models, batches and metrics, and checks its input before anything."""
+"""What a comparison trains on: a task gives fresh models, batches and metrics, and checks its input first."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import embedded
 from tasks.e2e import E2E
 from tasks.glue import GLUE, Glue, glue_score
 from tasks.maths import GSM8K
-from tasks.task import Batches, Task, TaskError
+from tasks.task import Batches, Task, TaskError, refusals_in_one_line
 from tasks.texts import Bytes, CausalText, read_text
 
-__all__ = ["E2E", "GLUE", "GSM8K", "Batches", "Bytes", "CausalText", "Glue", "Task", "TaskError", "find", "glue_score"]
+__all__ = [
+    "E2E",
+    "GLUE",
+    "GSM8K",
+    "Batches",
+    "Bytes",
+    "CausalText",
+    "Glue",
+    "Task",
+    "TaskError",
+    "TaskOptions",
+    "find",
+    "glue_score",
+    "refusals_in_one_line",
+]
 
 
 def find(
@@ -20,7 +35,7 @@ def find(
     """The task of that name. `held_out`: validation examples at most.
 
     Raises:
-        TaskError: unknown, or its model or data is missing or not what it takes.
+        TaskError: the task is unknown, or its model or data is missing or unsuitable.
     """
     if task == "code":
         if model is not None:
@@ -36,12 +51,32 @@ def find(
         if model is None:
             raise TaskError(f"--task {task} needs --model: a folder or hub id that transformers loads")
         return Glue(task, model, data, batch, length, held_out)
-    if task == "e2e":
+    if task in ("e2e", "gsm8k"):
         if model is None:
-            raise TaskError("--task e2e needs --model: a folder or hub id of a causal language model")
-        return E2E(model, data, batch, length, held_out)
-    if task == "gsm8k":
-        if model is None:
-            raise TaskError("--task gsm8k needs --model: a folder or hub id of a causal language model")
+            raise TaskError(f"--task {task} needs --model: a folder or hub id of a causal language model")
+        if task == "e2e":
+            return E2E(model, data, batch, length, held_out)
         return GSM8K(model, data, batch, length, held_out)
     raise TaskError(f"unknown task {task!r}; there are code, text, e2e, gsm8k, {', '.join(GLUE)}")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Options of commands that work on one task."""
+
+    model: str | None = None
+    """folder or hub id of a transformers model; none for the embedded one"""
+    task: str = "code"
+    """as in compare.py"""
+    data: Path | None = None
+    """as in compare.py"""
+    batch: int = 32
+    """sequences per step"""
+    length: int = 96
+    """tokens per sequence at most"""
+
+    def find_task(self, held_out: int | None = None) -> Task:
+        """The task of these options."""
+        return find(
+            self.task, model=self.model, data=self.data, batch=self.batch, length=self.length, held_out=held_out
+        )

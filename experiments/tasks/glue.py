@@ -39,9 +39,9 @@ GLUE = {
 
 
 def glue_score(metric: str, predicted: np.ndarray, true: np.ndarray) -> float:
-    """GLUE's number (Wang et al. 2018); where it takes two, their mean, as its overall score does.
+    """GLUE's score (Wang et al. 2018). Of a task with two metrics it is their mean, as in GLUE's overall score.
 
-    The Matthews correlation is Pearson's of two binary variables. A constant prediction correlates with nothing: 0.
+    The Matthews correlation is Pearson's of two binary variables. A constant prediction has no correlation: 0.
     """
     if "correlation" in metric:
         if np.ptp(predicted) == 0:
@@ -110,15 +110,13 @@ class Glue(Task):
         """A padded batch with its labels."""
         texts = [[row[column] for row in rows] for column in self.task.columns]
         batch = dict(self.tokenizer(*texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"))
-        kind = torch.float32 if self.task.labels == 1 else torch.long
-        return batch | {"labels": torch.tensor([row["label"] for row in rows], dtype=kind)}
+        dtype = torch.float32 if self.task.labels == 1 else torch.long
+        return batch | {"labels": torch.tensor([row["label"] for row in rows], dtype=dtype)}
 
     def _rows(self, data: Path | None, split: str, hub_split: str) -> list[dict[str, Any]]:
         if data is None:
-            rows, where = (
-                from_hub(f"--task {self.name}", hub_split, "nyu-mll/glue", self.name),
-                f"glue/{self.name} on the hub, {hub_split}",
-            )
+            rows = from_hub(f"--task {self.name}", hub_split, "nyu-mll/glue", self.name)
+            where = f"glue/{self.name} on the hub, {hub_split}"
         else:
             path = data / self.name / f"{split}.jsonl.gz"
             rows, where = read_rows(path), str(path)

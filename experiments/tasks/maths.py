@@ -1,6 +1,6 @@
 """Word problems: trained on MetaMathQA (Yu et al. 2023), judged on GSM8K (Cobbe et al. 2021), as peft's benchmark does.
 
-What is learnt is the answer alone; peft's benchmark learns the question too.
+Only the answer is learnt; peft's benchmark learns the question too.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tasks.prompted import Prompted
+from tasks.prompted import Prompted, text_pairs
 from tasks.task import TaskError, from_hub, read_rows
 
 PROMPT = "Question: {} Think step by step.\nAnswer:"
 LONGEST = 1300
-"""Characters of question and answer; longer rows are left out, as in peft's benchmark."""
+"""Characters of question and answer together; longer rows are left out, as in peft's benchmark."""
 MARKS = re.compile(r"(?:answer is:?|####)\s*\$?\s*(-?[\d,]*\.?\d+)")
 """How MetaMathQA and GSM8K mark the final answer."""
 
 
 def final(answer: str) -> Decimal | None:
-    """The number that an answer ends with; None where none is marked."""
+    """The number that an answer marks as its result; None if it marks none."""
     found = MARKS.findall(answer)
     try:
         return Decimal(found[-1].replace(",", "")) if found else None
@@ -32,9 +32,9 @@ def final(answer: str) -> Decimal | None:
 
 
 class GSM8K(Prompted):
-    """A causal language model of `transformers` that is taught to reason in words, and must end with the right number.
+    """A causal language model of `transformers` learns to reason in words; its answer must end with the right number.
 
-    `tuning`: the last 500 rows to train on, which nothing trains on. Answers are written greedily.
+    `tuning`: the last 500 rows of the training data, kept out of training. Answers are decoded greedily.
     """
 
     name, metric = "gsm8k", "accuracy"
@@ -56,12 +56,12 @@ class GSM8K(Prompted):
         )
 
     def accuracy(self, model: nn.Module) -> float:
-        """Share of questions that are answered by the right number."""
+        """Share of questions that are answered with the right number."""
         right = 0
         for begin in range(0, len(self.questions), self.together):
-            own = self.questions[begin : begin + self.together]
-            written = self.written(model, [PROMPT.format(q) for q, _ in own], max_length=self.length)
-            right += sum(final(text) == final(answer) for text, (_, answer) in zip(written, own, strict=True))
+            group = self.questions[begin : begin + self.together]
+            written = self.written(model, [PROMPT.format(q) for q, _ in group], max_length=self.length)
+            right += sum(final(text) == final(answer) for text, (_, answer) in zip(written, group, strict=True))
         return right / len(self.questions)
 
     @torch.no_grad()
@@ -77,11 +77,8 @@ def _rows(data: Path | None, split: str, keys: tuple[str, str]) -> list[tuple[st
     else:
         path = data / "gsm8k" / f"{split}.jsonl.gz"
         rows, where = read_rows(path), str(path)
-    for number, row in enumerate(rows, 1):
-        if missing := [key for key in keys if not isinstance(row.get(key), str)]:
-            raise TaskError(f"{where}, row {number}: no text under {' and '.join(missing)}")
-        if split == "validation" and final(row[keys[1]]) is None:
+    pairs = text_pairs(rows, keys, where, split)
+    for number, (_, answer) in enumerate(pairs, 1):
+        if split == "validation" and final(answer) is None:
             raise TaskError(f"{where}, row {number}: the answer has no number after ####")
-    if not rows:
-        raise TaskError(f"{where}: the {split} split is empty")
-    return [(row[keys[0]], row[keys[1]]) for row in rows]
+    return pairs

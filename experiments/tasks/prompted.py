@@ -1,4 +1,4 @@
-"""What tasks share in which a causal language model answers a prompt and is taught the answer alone."""
+"""The base of tasks where a causal language model answers a prompt, and only the answer is learnt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.batch import to_device
-from tasks.task import Batches, Task, loader, pretrained, tokenizer_of
+from tasks.task import Batches, Task, TaskError, loader, pretrained, tokenizer_of
 
 IGNORED = -100  # positions without a loss
 
@@ -39,7 +39,7 @@ class Prompted(Task):
 
     @torch.no_grad()
     def loss(self, model: nn.Module, batches: Batches) -> float:
-        """Mean over the answers' tokens."""
+        """Nats per token, mean over the tokens of the answers."""
         device = next(model.parameters()).device
         total = tokens = 0.0
         for batch in batches:
@@ -49,13 +49,13 @@ class Prompted(Task):
         return total / tokens
 
     def written(self, model: Any, prompts: Sequence[str], **how: Any) -> list[str]:
-        """What the model answers to prompts, together; `how`: as `generate` takes it."""
+        """The model's answers to a batch of prompts; `how`: arguments of `generate`."""
         rows = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         longest = max(map(len, rows))
         device = next(model.parameters()).device
         ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):  # padded to the left: a model goes on from the last position
+        for place, row in enumerate(rows):  # padded on the left, since the model continues from the last position
             ids[place, longest - len(row) :] = torch.tensor(row)
             mask[place, longest - len(row) :] = 1
         output = model.generate(ids.to(device), attention_mask=mask.to(device), do_sample=False, **how)
@@ -63,7 +63,7 @@ class Prompted(Task):
         return [text.strip() for text in texts]
 
     def collate(self, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
-        """A padded batch, with labels for the answers."""
+        """A padded batch with labels on the answers only."""
         end = self.tokenizer.eos_token_id
         prompts = [self.tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
         wholes = [
@@ -78,3 +78,17 @@ class Prompted(Task):
             mask[row, : len(whole)] = 1
             labels[row, len(prompt) : len(whole)] = ids[row, len(prompt) : len(whole)]
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def text_pairs(rows: Sequence[dict[str, Any]], keys: tuple[str, str], where: str, split: str) -> list[tuple[str, str]]:
+    """Two texts of every row. `where`, `split`: what the rows are, for messages.
+
+    Raises:
+        TaskError: there are no rows, or one has no text under a key.
+    """
+    if not rows:
+        raise TaskError(f"{where}: the {split} split is empty")
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in keys if not isinstance(row.get(key), str)]:
+            raise TaskError(f"{where}, row {number}: no text under {' and '.join(missing)}")
+    return [(row[keys[0]], row[keys[1]]) for row in rows]

@@ -1,12 +1,14 @@
-"""What a task is: fresh models, batches and metrics; and what tasks share in reading models and data."""
+"""What a task is: fresh models, batches and metrics; and how all tasks read models and data."""
 
 from __future__ import annotations
 
 import functools
 import gzip
 import json
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,13 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lorafamily import LoraFamilyError
 from lorafamily.batch import to_device
 
 Batches = Iterable[Mapping[str, Tensor]]
 
 
 class TaskError(ValueError):
-    """The task, its data or its model cannot be used; says which and what would be right."""
+    """The task, its data or its model cannot be used; the message says which, and what would be right."""
+
+
+@contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """Around a command: what is refused ends it with one line and exit code 2, not with a traceback."""
+    try:
+        yield
+    except (TaskError, LoraFamilyError) as refused:
+        print(f"{Path(sys.argv[0]).name}: {refused}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Task(ABC):
@@ -28,7 +41,7 @@ class Task(ABC):
 
     name: str
     metric: str
-    """Name of the number in the table, with its unit."""
+    """Name of the metric in the table, with its unit."""
     higher_is_better: ClassVar[bool]
     about: str
     """One sentence for the report."""
@@ -41,7 +54,7 @@ class Task(ABC):
 
     @abstractmethod
     def training(self, seed: int) -> Batches:
-        """Shuffled batches; the same seed, the same order, whatever is trained on them."""
+        """Shuffled batches, in an order that only the seed decides."""
 
     @abstractmethod
     def validation(self) -> Batches: ...
@@ -52,22 +65,23 @@ class Task(ABC):
 
     @functools.cache  # noqa: B019  (a task lives as long as its comparison)
     def untrained(self, seed: int, device: str) -> dict[str, float]:
-        """Metrics of the seed's fresh model: of every method before its first step, since updates start at zero."""
+        """Metrics of the seed's fresh model. Every method has them before its first step, since updates are zero
+        then."""
         with torch.no_grad():
             return self.evaluate(self.model(seed)[0].to(device).eval())
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Batches) -> float:
-    """Of a model's own loss over rows."""
+    """The mean over rows of the loss that the model returns."""
     device = next(model.parameters()).device
     losses = [(model(**to_device(batch, device)).loss.item(), len(next(iter(batch.values())))) for batch in batches]
     return sum(loss * rows for loss, rows in losses) / sum(rows for _, rows in losses)
 
 
 def loader(rows: list[Any], batch: int, collate: Callable[[Any], Any], seed: int | None = None) -> Batches:
-    """Whole batches in a shuffled order of the seed's own, or, without one, all rows as they stand."""
-    dataset = cast("Dataset[Any]", rows)  # a list is one, to all but the type checker
+    """Full batches in an order that the seed shuffles; without a seed all rows in their order."""
+    dataset = cast("Dataset[Any]", rows)  # a list works as a dataset; only the type checker disagrees
     if seed is None:
         return DataLoader(dataset, batch, collate_fn=collate)
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +89,11 @@ def loader(rows: list[Any], batch: int, collate: Callable[[Any], Any], seed: int
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Gzipped JSON lines."""
+    """The rows of a file of gzipped JSON lines.
+
+    Raises:
+        TaskError: there is no such file, or it holds something else.
+    """
     if not path.is_file():
         raise TaskError(f"{path}: no such file; --data DIR holds <task>/train.jsonl.gz and <task>/validation.jsonl.gz")
     rows = []
@@ -92,7 +110,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def from_hub(asked: str, split: str, *name: str) -> list[dict[str, Any]]:
-    """A data set's rows. `asked`: how the task was asked for, to say so where it cannot be had."""
+    """A data set's rows. `asked`: the option that asked for it, for the message if it cannot be loaded."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -102,14 +120,14 @@ def from_hub(asked: str, split: str, *name: str) -> list[dict[str, Any]]:
         ) from None
     try:
         return [dict(row) for row in load_dataset(*name, split=split)]
-    except Exception as error:  # whatever the hub client raises, the remedy is the same
+    except Exception as error:  # the hub client raises many types; the remedy is always the same
         raise TaskError(
             f"{'/'.join(name)} could not be loaded from the hub ({type(error).__name__}: {error}); give --data DIR"
         ) from None
 
 
 def tokenizer_of(path: str) -> Any:
-    """The model's tokenizer, with something to pad with."""
+    """The model's tokenizer; if it has no padding token, the end-of-text token pads."""
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, path)
@@ -119,12 +137,12 @@ def tokenizer_of(path: str) -> Any:
 
 
 def pretrained(auto: Any, path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A model in float32, and what `transformers` tells of its loading."""
+    """A model in float32, and the loading report of `transformers`."""
     import transformers
 
     logging = transformers.utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # that the head is new is known, and said in the report
+    logging.set_verbosity_error()  # it would warn of the new head, which the report mentions anyway
     logging.disable_progress_bar()
     try:
         model, info = _load(auto, path, output_loading_info=True, dtype=torch.float32, **options)

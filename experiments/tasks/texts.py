@@ -14,7 +14,7 @@ from tasks.task import Batches, Task, TaskError, loader, mean_loss, pretrained, 
 
 
 class Bytes(Task):
-    """The embedded byte-level model on a text; by default Python code, after pretraining on prose."""
+    """The embedded byte-level model, pretrained on prose, on a text; by default on Python code."""
 
     metric = "bits per byte"
     higher_is_better = False
@@ -101,7 +101,7 @@ def read_text(path: Path | None) -> bytes:
 
 
 def with_labels(pieces: list[Tensor]) -> dict[str, Tensor]:
-    """A batch of pieces of one length."""
+    """A batch of pieces of equal length; every token is a label."""
     tokens = torch.stack(pieces)
     return {"input_ids": tokens, "labels": tokens}
 
