@@ -114,6 +114,10 @@ HARM = {
         lambda f: harm_index(f, lambda i: i["weight_map"].update(x="../secret.safetensors")),
         r"'\.\./secret\.safetensors' is no file of this folder",
     ),
+    "the index names no file": (
+        lambda f: harm_index(f, lambda i: i["weight_map"].update(x=["model.safetensors"])),
+        r"\['model\.safetensors'\] is no file of this folder",
+    ),
     "the index has no map": (lambda f: harm_index(f, lambda i: i.pop("weight_map")), "it needs a weight_map"),
     "the index is no JSON": (
         lambda f: (f / "base" / "model.safetensors.index.json").write_text("{"),
