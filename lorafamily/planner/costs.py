@@ -97,16 +97,18 @@ def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
         rows.append(_row(plan.use, first.full, _rank(plan.sizing), f"{plan.rank:,}"))
     rows.append(_row(first.full, first.full))
     rows.append(_row(first.floor, first.full))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        f"{row[0]:<{widths[0]}}"
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    lines = aligned(rows)
     rule = "─" * len(lines[0])
     head = [f"{first.model}: {first.base_parameters:,} parameters; adapted: {_layers(first)}"]
     notes = [f"  {note}" for note in first.assumptions]
     return "\n".join([*head, lines[0], rule, *lines[1:-2], rule, *lines[-2:], rule, *refused, *notes])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines: the first column to the left, the others to the right."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True)] for row in rows]
+    return ["  ".join([f"{row[0]:<{first}}", *others]) for row, others in zip(rows, cells, strict=True)]
 
 
 def _rank(sizing: Sizing) -> str:
