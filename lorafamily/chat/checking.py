@@ -12,7 +12,12 @@ from lorafamily.errors import DataError, StateError
 
 
 def check(options: Train) -> None:
-    """Refuse options that make no sense (DataError) and a folder that holds something else (StateError)."""
+    """Check the options and the folder.
+
+    Raises:
+        DataError: an option makes no sense.
+        StateError: the folder holds something else, or an export is not possible.
+    """
     data, batches, evaluation, result = options.data, options.batches, options.evaluation, options.result
     epochs = options.optimisation.epochs
     at_least(
@@ -74,7 +79,11 @@ def _check_folder(options: Train) -> None:
 
 
 def at_least(*given: tuple[str, int | None, int]) -> None:
-    """Raise DataError if an option, given as name, value and the least value allowed, is less."""
+    """Check options, given as name, value and the least value allowed.
+
+    Raises:
+        DataError: a value is less.
+    """
     for name, value, least in given:
         if value is not None and value < least:
             raise DataError(f"{name} {value}: must be at least {least}")

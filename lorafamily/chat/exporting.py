@@ -27,7 +27,11 @@ def converter() -> Path | None:
 
 
 def check(exports: Sequence[str]) -> None:
-    """Before anything is trained, raise StateError if a GGUF file is asked for and there is no converter."""
+    """Check that the exports are possible, before anything is trained.
+
+    Raises:
+        StateError: a GGUF file is asked for, and there is no converter.
+    """
     if "gguf" in exports and converter() is None:
         raise StateError(
             f"--export gguf needs llama.cpp's {CONVERTER} on the path, or LLAMA_CPP=FOLDER with that file; or leave "
@@ -53,7 +57,7 @@ def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[st
             written[layout] = folder
     if "merged" in exports or "gguf" in exports:
         merged = _new(out / "merged")
-        merge_checkpoint(checkpoint_of(model), read(out), merged)
+        merge_checkpoint(_checkpoint_of(model), read(out), merged)
         _tokenizer(base, merged)
         written["merged"] = merged
     if "gguf" in exports:
@@ -61,8 +65,8 @@ def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[st
     return written
 
 
-def checkpoint_of(model: str) -> Path:
-    """The folder of a checkpoint; for a name on the hub, the one it was downloaded to. FileError if there is none."""
+def _checkpoint_of(model: str) -> Path:
+    """The folder of a checkpoint; for a name on the hub, the one it was downloaded to."""
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     from huggingface_hub import snapshot_download

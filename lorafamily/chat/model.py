@@ -53,7 +53,11 @@ def quiet() -> None:
 
 
 def device_of(asked: str) -> torch.device:
-    """The device; auto: the GPU, if there is one. DataError if this machine has no such device."""
+    """The device; auto: the GPU, if there is one.
+
+    Raises:
+        DataError: this machine has no such device.
+    """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

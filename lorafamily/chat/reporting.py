@@ -135,7 +135,7 @@ class Reporter:
         """The result in words."""
         found = self.result(history)
         loss, rank, memory = found["loss"], found["rank"], found["peak memory"]
-        lines = [f"{found['stopped']}: loss {loss['first']:.4f} → {loss['last']:.4f}"]
+        lines = [f"{found['stopped']}: loss {loss['first']:.4f} → {loss['last']:.4f} (smoothed)"]
         if history.evaluations:
             first, last = history.evaluations[0], history.evaluations[-1]
             lines[0] += f"; on held-out rows {first.metrics['loss']:.4f} → {last.metrics['loss']:.4f}"
@@ -143,8 +143,9 @@ class Reporter:
         speed = f"{self.rate:,.0f} tokens/s, " if self.rate else ""
         peak = f", peak memory {in_units(memory)}" if memory else ""
         lines.append(f"{speed}{found['padding']:.1%} padding, {found['seconds']:.1f} s in steps{peak}")
-        ranks = f"{rank['start']} → " * (rank["start"] != rank["end"]) + f"{rank['end']} slices"
-        lines.append(f"{out}: adapter ({ranks}), run.yaml, log/" + "".join(f", {p.name}" for p in written.values()))
+        before = "" if rank["start"] == rank["end"] else f"{rank['start']} → "
+        exports = "".join(f", {path.name}" for path in written.values())
+        lines.append(f"{out}: adapter ({before}{rank['end']} slices), run.yaml, log/{exports}")
         lines.append(f'try it:   lorafamily generate --model {self.options.model.model} --adapter {out} "Hello"')
         lines.append(f"watch it: tensorboard --logdir {out}")
         return "\n".join(lines)

@@ -40,7 +40,11 @@ class Complaints:
         self.count += 1
 
     def raise_if_any(self) -> None:
-        """Raise DataError if something was added."""
+        """Report what was added.
+
+        Raises:
+            DataError: something was added.
+        """
         if self.count:
             more = f" (and {self.count - 1} more rows are wrong)" if self.count > 1 else ""
             raise DataError(f"{self.first}{more}; nothing was trained")

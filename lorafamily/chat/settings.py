@@ -28,7 +28,7 @@ class ModelOptions:
     device: str = "auto"
     """Such as cuda:1 or cpu; auto: the GPU, if there is one."""
     template: str | None = None
-    """File with a chat template (Jinja), or "plain"; default: the model's own, and "plain" where it has none."""
+    """File with a chat template (Jinja), or "plain"; None: the model's own, and "plain" where it has none."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,11 @@ class MethodOptions:
     """Options of the method, such as alpha=32 rounds=4."""
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `lorafamily.apply` and `lorafamily.plan`. DataError if an option of the method has no value."""
+        """The arguments of `lorafamily.apply` and `lorafamily.plan`.
+
+        Raises:
+            DataError: an option of the method has no value.
+        """
         given: dict[str, Any] = {**vars(self)}
         for option in given.pop("method_options"):
             name, equals, value = option.partition("=")
@@ -115,11 +119,11 @@ class OptimisationOptions:
     steps: int | None = None
     """Optimizer steps, instead of --epochs."""
     epochs: float | None = None
-    """Passes through the data; default: 3."""
+    """Passes through the data; None: 3."""
     lr: float | Literal["auto"] | None = None
-    """Peak learning rate; default: 0.001. LoRA² and AdaLoRA need more, OLoRA less. auto: as lorafamily.suggest_lr."""
+    """Peak learning rate; None: 0.001. LoRA² and AdaLoRA need more, OLoRA less. auto: as lorafamily.suggest_lr."""
     head_lr: float | None = None
-    """Learning rate of what --also-train names; default: ten times --lr."""
+    """Learning rate of what --also-train names; None: ten times --lr."""
     up_lr: float | None = None
     """Learning rate of the up factors (LoRA+)."""
     weight_decay: float | None = None
@@ -141,7 +145,7 @@ class EvaluationOptions:
     """Evaluation during the run."""
 
     evaluate_every: int | None = None
-    """Steps between evaluations; default: ten evaluations in the run."""
+    """Steps between evaluations; None: ten evaluations in the run."""
     patience: int | None = None
     """Stop after this many evaluations in a row without a lower loss."""
     restore_best: bool = False
@@ -173,7 +177,7 @@ class ResultOptions:
     out: Path | None = None
     """Folder of the result; the same command resumes an interrupted run there."""
     save_every: int | None = None
-    """Steps between checkpoints; default: ten checkpoints in the run."""
+    """Steps between checkpoints; None: ten checkpoints in the run."""
     keep: int = 2
     """How many of the last checkpoints to keep, besides the best."""
     resume: Literal["auto", "anyway"] = "auto"
@@ -216,7 +220,7 @@ class Inference:
     """Options that `generate` and `evaluate` have in common."""
 
     model: str | None = None
-    """Folder or name of the base; default: that of the first adapter's run."""
+    """Folder or name of the base; None: that of the first adapter's run."""
     max_new: int = 256
     """The most tokens of an answer."""
     dtype: Dtype = "auto"
@@ -226,7 +230,7 @@ class Inference:
     device: str = "auto"
     """Such as cuda:1 or cpu; auto: the GPU, if there is one."""
     template: str | None = None
-    """File with a chat template, or "plain"; default: that of the first adapter's run, or the model's own."""
+    """File with a chat template, or "plain"; None: that of the first adapter's run, or the model's own."""
     json: bool = False
     """Print a JSON object."""
 

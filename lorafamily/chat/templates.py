@@ -44,7 +44,7 @@ class Template:
         self.marked = bool(MARK.search(text))
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-        nothing = "(?!)"
+        nothing = "(?!)"  # matches nowhere
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or nothing)
 
     def render(self, messages: Messages, *, prompt: bool = False, tools: list[Any] | None = None) -> str:
@@ -66,9 +66,9 @@ class Template:
             text, spans = self._rendered(messages, False, tools, marks=True)
             return text, [(begin, self._through_end(text, begin, end)) for begin, end in spans if end > begin]
         text = self.render(messages, tools=tools)
-        ends = self._ends(messages, text, tools)
+        contents = self._contents(messages, text, tools)
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [self._span(messages, at, text, ends.get(at), tools) for at in turns]
+        spans = [self._span(messages, at, text, contents.get(at), tools) for at in turns]
         return text, [(begin, end) for begin, end in spans if end > begin]
 
     def _span(self, messages: Messages, at: int, text: str, content: Span | None, tools: list[Any] | None) -> Span:
@@ -102,28 +102,26 @@ class Template:
             return len(text)  # but it writes a heading before the content
         return len(_shared(prompt, text))
 
-    def _ends(self, messages: Messages, text: str, tools: list[Any] | None) -> dict[int, Span]:
+    def _contents(self, messages: Messages, text: str, tools: list[Any] | None) -> dict[int, Span]:
         """The span of the content of each message of the assistant, from a rendering with unused characters around it.
         The result is empty if the template changes or leaves out a content."""
         before, after = _unused(text, messages)
-        contents = [
-            at for at, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()
-        ]
-        marked = [_around(m, before, after) if at in contents else m for at, m in enumerate(messages)]
+        answers = [at for at, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
+        marked = [_around(m, before, after) if at in answers else m for at, m in enumerate(messages)]
         try:
             rendered = self.render(marked, tools=tools)
         except RowError:
             return {}
-        if rendered.replace(before, "").replace(after, "") != text or rendered.count(after) != len(contents):
+        if rendered.replace(before, "").replace(after, "") != text or rendered.count(after) != len(answers):
             return {}
         found: dict[int, Span] = {}
-        position, begin, ended = 0, None, iter(contents)
+        position, begin, remaining = 0, None, iter(answers)
         for character in rendered:
             if character == before:
                 begin = position
             elif character == after:
                 # begin is None if the template cut the start of the content, such as a train of thought
-                found[next(ended)] = (len(text) if begin is None else begin, position)
+                found[next(remaining)] = (len(text) if begin is None else begin, position)
                 begin = None
             else:
                 position += 1

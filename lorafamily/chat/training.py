@@ -69,7 +69,7 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
     quiet()
     check(options)
     template = read_template(options.model.model, options.model.template)
-    data = read_data(options, template)
+    data = _read_data(options, template)
     if options.data.preview is not None:
         return _preview(options, data, template)
     say(data.line)
@@ -116,8 +116,8 @@ def _device(options: Train) -> torch.device:
     return device
 
 
-def read_data(options: Train, template: Any) -> Data:
-    """Rows as tokens, to train and to evaluate on. DataError if a row is no conversation, or no row is left."""
+def _read_data(options: Train, template: Any) -> Data:
+    """Rows as tokens, to train and to evaluate on."""
     given = options.data
 
     def tokens(*sources: str) -> Tokenised:
