@@ -24,7 +24,7 @@ class Scorer(ABC):
         self.run = run
 
     def observe(self) -> None:
-        """Called after every optimiser step, before the gradients are cleared."""
+        """Called after every optimizer step, before the gradients are cleared."""
 
     @property
     def observes(self) -> bool:

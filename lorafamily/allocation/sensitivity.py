@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from torch import nn
+from torch import Tensor, nn
 
 from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores

@@ -36,13 +36,13 @@ def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dic
         LoraFamilyError: no data, no model, or an adapter that does not fit the model.
     """
     _check(options)
+    names = _names(options.adapter)
     name = model_name(options.model, options.adapter)
     template = read_template(name, options.template, options.adapter[0] if options.adapter else None)
     rows = [row for source in options.data for row in read(source, options.split)]
     found = tokenised(conversations(rows), template, length=options.length, loss_on=options.loss_on)
     say(found.line())
     base = read_base(name, options.dtype, options.quantise, device_of(options.device), template)
-    names = _names(options.adapter)
     for name, folder in names.items():
         lorafamily.load(base.model, folder, name=name)
     batches = ChatBatches(sorted(found.rows, key=len), options.batch, pad_of(base.tokenizer), shuffle=False)
