@@ -308,7 +308,7 @@ def test_final_pattern_is_cut_to_the_parameter_budget():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": 3}, "is 6 slices in all, but the start has 4"),
+        ({"target": 3}, "is 6 slices in all, but training begins with 4"),
         ({"target": 1.5}, "target=1.5"),
         ({"warmup": 8, "final": 4}, "nothing would ever be pruned: of 10 steps the first 8 are warm-up"),
         ({"warmup": 1.5}, "warmup=1.5"),
@@ -581,7 +581,7 @@ def test_scores_that_are_not_finite_are_refused(scores):
         next(iter(adapters.values())).update.B.data[0, 0] = torch.inf
     loss_of(model, loss).backward()
     before = dict(allocator.ranks)
-    why = r"loss of the scored rows is nan.*masked \(-100\)" if nan else "gradients that were observed, are not finite"
+    why = r"loss of the scored rows is nan.*masked \(-100\)" if nan else "gradients that it observed, are not finite"
     with pytest.raises(lorafamily.AllocationError, match=rf"slices of blocks\.0\..* score .* after step 1, .*{why}"):
         allocator.step(1)
     assert before == allocator.ranks == {name: adapter.rank for name, adapter in adapters.items()}

@@ -142,7 +142,7 @@ def test_a_run_that_was_stopped_goes_on_by_the_same_command(here, capsys, monkey
             run(f"{command} --out again --json")
     said = capsys.readouterr().err
     assert "stopped by a signal after step 5 of 8; saved" in said or "after step 4 of 8; saved" in said
-    assert "the same command goes on from there" in said
+    assert "the same command continues from there" in said
     assert not Path("again/adapter.json").exists()
     assert run(f"{command} --out again --json") == 0
     for name in ("adapter.safetensors", "adapter.json"):
@@ -252,7 +252,7 @@ BROKEN = [
     (f"{TRAIN} --out out --method-options alfa=3", "alfa"),
     (f"{TRAIN} --out out --exclude nothing.at.all", "nothing.at.all"),
     (f"{TRAIN} --out out --warmup -1", "warmup=-1"),
-    (f"{TRAIN} --out out --device cuda:99", "--device cuda:99: not here"),
+    (f"{TRAIN} --out out --device cuda:99", "--device cuda:99: not on this machine"),
     (f"{TRAIN} --out out --template nowhere.jinja", "--template nowhere.jinja: cannot be read"),
     (f"{TRAIN} --out chats.jsonl", "--out chats.jsonl: is a file"),
     (f"{TRAIN} --out base", "the folder is not empty and not of a run"),

@@ -161,7 +161,7 @@ def test_command_reads_a_config_and_shows_every_method(capsys, tmp_path):
     command = ["plan", str(tmp_path), "--method", "lora", "--also-train", "classifier", "--recompute"]
     assert main([*command, "--batch", "4", "--length", "16"]) == 0
     text = capsys.readouterr().out
-    assert "of a batch of input_ids 4 × 16, labels 4, computed again in the backward" in text
+    assert "of a batch of input_ids 4 × 16, labels 4, recomputed in the backward" in text
     arguments = ["--architecture", "BertForMaskedLM", "--json", "--method", "lora", "--targets", "query"]
     assert main(["plan", str(tmp_path / "config.json"), *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["plans"][0]["model"] == "BertForMaskedLM"
@@ -182,7 +182,7 @@ def test_methods_that_a_budget_is_too_small_for_are_named(capsys):
         (["gpt3"], "no such file or folder, and no shape of that name; did you mean gpt"),
         (["{folder}"], "no config.json there"),
         (["{folder}/broken.json"], "no config that transformers reads"),
-        (["{folder}/bare.json"], "name one that is, such as BertForSequenceClassification"),
+        (["{folder}/bare.json"], "its config names no architecture; name one by --architecture, such as BertFor"),
         (["gpt2", "--fused", "c_attn$"], '--fused c_attn$: must be a regular expression, "=" and names'),
         (["gpt2", "--targets", "nothing"], 'target "nothing" matches no layer'),
         (["gpt2", "--method", "lora3"], 'no method named "lora3"'),

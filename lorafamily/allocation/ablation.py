@@ -33,42 +33,53 @@ class Ablation(Scorer):
     """AB-LoRA, exact, in about half the time of two forwards a slice.
 
     Layers are taken in the order in which the network calls them. What comes before a layer is the same for all its
-    ablations, and is replayed from a `Tape`. What comes after it is computed for several ablations in one batch, as
-    many as fit into `scoring_memory`, in MiB of activations. None: 1024 on a GPU; on a CPU, where batching gains
-    nothing, one ablation at a time. `scoring_rows`: rows of validation data for the loss.
+    ablations, so it is replayed from a `Tape`. What comes after it is computed for several ablations in one batch.
+
+    Args:
+        scoring_rows: rows of validation data for the loss.
+        scoring_memory: MiB of activations that one batch of ablations may take. None: 1024 on a GPU; on a CPU, where
+            batching gains nothing, one ablation at a time.
+
+    Raises:
+        AllocationError: an option makes no sense, or the run has no validation data.
     """
 
     def __init__(self, run: Run, scoring_rows: int = SCORING_ROWS, scoring_memory: float | None = None):
         super().__init__(run)
-        self.loss = _loss_on(scoring_rows, run)
+        if not isinstance(scoring_rows, int) or isinstance(scoring_rows, bool) or scoring_rows < 1:
+            raise AllocationError(f"scoring_rows={scoring_rows!r}: must be a whole number of rows, at least 1")
+        if run.validation_loss is None:
+            raise AllocationError(
+                "ranks are scored on validation data, and the run has none: pass train(..., validation=batches)"
+            )
+        self.loss: Callable[[], Tensor] = partial(run.validation_loss, scoring_rows)
         if scoring_memory is not None and not (isinstance(scoring_memory, Real) and scoring_memory > 0):
             raise AllocationError(f"scoring_memory={scoring_memory!r}: must be a positive number of MiB, or None")
         self.memory = scoring_memory
-        self._batches = True  # until the model turns out not to go through vmap
+        self._batches = True  # until the model turns out not to work under vmap
 
     @torch.no_grad()
     def why_not_finite(self) -> str:
         loss = float(self.loss())
         if loss - loss == 0:
-            return "the loss of the scored rows overflows with some slices taken out; lower lr"
+            return "the loss of the scored rows overflows with some slices switched off; lower lr"
         return (
-            f"the loss of the scored rows is {loss}. Where these are rows whose labels are all masked (-100), shuffle "
-            "the validation data or score more of them (scoring_rows)"
+            f"the loss of the scored rows is {loss}. If all their labels are masked (-100), shuffle the validation "
+            "data or score more rows (scoring_rows)"
         )
 
     @torch.no_grad()
     def scores(self) -> Scores:
-        slices = sum(adapter.rank for adapter in self.run.adapters.values())
-        with tqdm(
-            total=2 * slices, desc="scoring ranks", unit="ablation", leave=False, disable=not self.run.progress
-        ) as bar:
+        ablations = 2 * sum(adapter.rank for adapter in self.run.adapters.values())
+        quiet = not self.run.progress
+        with tqdm(total=ablations, desc="scoring ranks", unit="ablation", leave=False, disable=quiet) as bar:
             whole, without = self._losses(bar)
             with all_off(self.run.adapters):
                 _, alone = self._losses(bar)
         return {name: without[name] - whole - alone[name] for name in without}
 
     def _losses(self, bar: tqdm) -> tuple[Float[Tensor, ""], Scores]:
-        """The loss with the adapters as they are, and for every slice the loss with that slice flipped: off where
+        """The loss with the adapters as they are, and for every slice the loss with that slice switched over: off where
         adapters are on, on where they are off."""
         tape = Tape(self.run.model)
         with PeakActivations() as one_pass:
@@ -83,15 +94,16 @@ class Ablation(Scorer):
             tape.wind_to(at[name], self._loss)
             only = torch.eye(adapter.rank, device=adapter.device)
             gates = only if adapter.off else 1 - only
-            found = []
+            parts = []
             for batch in gates.split(self._batch_size(adapter.device, tape.bytes, one_pass.peak)):
-                found.append(self._with_gates(tape, adapter, batch).cpu())
+                parts.append(self._with_gates(tape, adapter, batch).cpu())
                 bar.update(len(batch))
-            losses[name] = torch.cat(found)
+            losses[name] = torch.cat(parts)
         return unchanged, losses
 
     def _batch_size(self, device: torch.device, recorded: int, of_one: int) -> int:
-        """How many ablations are computed in one batch; on a CPU one, unless `scoring_memory` was set."""
+        """How many ablations fit into one batch if each needs `of_one` bytes and the tape has `recorded`; on a CPU one,
+        unless `scoring_memory` was set."""
         bound = self.memory
         if not self._batches or (bound is None and device.type == "cpu"):
             return 1
@@ -126,7 +138,7 @@ class Ablation(Scorer):
 class AblationEstimate(Ablation):
     """AB-LoRA to first order in the gates: one backward with all slices on, one with all off.
 
-    S(M) − S(M∖i) ≈ ∂S/∂g_i at g = 1, and S(M_i) ≈ S(M_0) + ∂S/∂g_i at g = 0.
+    S(M) − S(M∖i) ≈ ∂S/∂g_i at g = 1, and S(M_i) ≈ S(M_0) + ∂S/∂g_i at g = 0, where M_0 has all slices off.
     """
 
     def __init__(self, run: Run, scoring_rows: int = SCORING_ROWS):
@@ -138,7 +150,9 @@ class AblationEstimate(Ablation):
         result = {name: torch.zeros(a.rank, dtype=torch.float64, device="cpu") for name, a in self.run.adapters.items()}
         for value in (1.0, 0.0):
             gates = {n: torch.full((a.rank,), value, device=a.device, requires_grad=True) for n, a in present.items()}
-            with _gated(present, gates), torch.enable_grad():
+            with ExitStack() as stack, torch.enable_grad():
+                for name, adapter in present.items():
+                    stack.enter_context(adapter.gated(gates[name]))
                 loss = self.loss()
                 gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
             for name, gradient in zip(gates, gradients, strict=True):
@@ -151,7 +165,7 @@ class AblationEstimate(Ablation):
 
 @contextmanager
 def all_off(adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """In the block the model computes as if it had no adapters, except those that get a gate."""
+    """In the block the model computes as if it had no adapters, except those with a gate."""
     for adapter in adapters.values():
         adapter.off = True
     try:
@@ -159,21 +173,3 @@ def all_off(adapters: Mapping[str, Adapter]) -> Iterator[None]:
     finally:
         for adapter in adapters.values():
             adapter.off = False
-
-
-def _loss_on(rows: int, run: Run) -> Callable[[], Tensor]:
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-        raise AllocationError(f"scoring_rows={rows!r}: must be a whole number of validation rows, at least 1")
-    if run.validation_loss is None:
-        raise AllocationError(
-            "ranks are scored on validation data, and the run has none: pass train(..., validation=batches)"
-        )
-    return partial(run.validation_loss, rows)
-
-
-def _gated(adapters: Mapping[str, Adapter], gates: Mapping[str, Tensor]) -> ExitStack:
-    """In the block every adapter's slices are multiplied by its gate."""
-    stack = ExitStack()
-    for name, adapter in adapters.items():
-        stack.enter_context(adapter.gated(gates[name]))
-    return stack

@@ -1,7 +1,7 @@
 """The contract between a training loop and what moves rank between modules.
 
 A method has an `Allocation`, which is plain settings. A run makes an `Allocator` of it, which the loop calls after
-every optimiser step, before the gradients are cleared: it observes, decides, acts, and returns what it did as a
+every optimizer step, before the gradients are cleared: it observes, decides, acts, and returns what it did as a
 `Decision`.
 """
 
@@ -31,22 +31,22 @@ class Allocator(ABC):
     def __init__(self, run: Run):
         self.run = run
         self.ranks = dict(run.start or {name: adapter.rank for name, adapter in run.adapters.items()})
-        """Slices in use, by module: those that exist and were not masked by the last decision."""
+        """Slices in use by module: those that exist and were not masked by the last decision."""
         self.settled = False
         """Whether no further decision will come."""
         self.scorer: Scorer | None = None
         self.observed = 0
         """Steps that the scorer has observed."""
         self.now = 0
-        """The last step it was called after."""
+        """The step after which it was last called."""
 
     def step(self, step: int, *, observe: bool = True) -> Decision | None:
-        """Call it after optimiser step `step` (from 1), before the gradients are cleared; it decides and acts.
+        """Observe, decide and act; call it after optimizer step `step` (from 1), before the gradients are cleared.
 
         `observe`: False for a step that was skipped because its gradient was not finite.
 
         Raises:
-            AllocationError: a decision is due, and there are no scores for it.
+            AllocationError: a decision is due, and the scores that it needs are missing or not finite.
         """
         if self.settled:
             return None
@@ -71,21 +71,22 @@ class Allocator(ABC):
 
     @abstractmethod
     def decide(self, step: int) -> Decision | None:
-        """Decide after optimiser step `step`, and act; None if nothing is due."""
+        """Decide after optimizer step `step`, and act; None if nothing is due."""
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
-        """Change one adapter's slices; the optimizer state and the scorer's averages follow."""
+        """Keep the slices with these indices and add `add` new ones to one adapter; the optimizer's state and the
+        scorer's averages follow."""
         self.run.resize(name, keep, add)
         if self.scorer is not None:
             self.scorer.follow(name, keep, add)
 
     def state(self) -> dict[str, Any]:
-        """Its state, as plain data and tensors, for `restore`."""
+        """The state as plain data and tensors, for `restore`."""
         scorer = None if self.scorer is None else self.scorer.state()
         return {"ranks": dict(self.ranks), "settled": self.settled, "scorer": scorer, "observed": self.observed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of an allocator with the same settings, whose ranks the adapters have already."""
+        """Continue from the state of an allocator with the same settings; the adapters must have its ranks already."""
         self.ranks, self.settled, self.observed = dict(state["ranks"]), state["settled"], state["observed"]
         if self.scorer is not None:
             self.scorer.restore(state["scorer"])
@@ -93,7 +94,7 @@ class Allocator(ABC):
 
     @property
     def has_scores(self) -> bool:
-        """Whether there are scores: a scorer that learns from steps needs at least one."""
+        """Whether there are scores: a scorer that observes steps needs at least one."""
         return self.scorer is not None and (self.observed > 0 or not self.scorer.observes)
 
     def scores(self) -> Scores:
@@ -106,7 +107,7 @@ class Allocator(ABC):
         if not self.has_scores:
             raise AllocationError(
                 f"ranks are to change after step {self.now}, but {type(self.scorer).__name__} has seen no step yet: "
-                "each was skipped, since its gradient was not finite; begin later (warmup), or lower lr"
+                "each was skipped because its gradient was not finite; begin later (warmup), or lower lr"
             )
         scores = self.run.agreed(self.scorer.scores())
         for name, values in scores.items():
@@ -114,14 +115,14 @@ class Allocator(ABC):
             if len(wrong):
                 raise AllocationError(
                     f"{len(wrong)} of {len(values)} slices of {name} score {float(wrong[0])} after step {self.now}, so "
-                    f"that no rank can be moved by them: {self.scorer.why_not_finite()}"
+                    f"no rank can be moved by them: {self.scorer.why_not_finite()}"
                 )
         return scores
 
     def highest(self, scores: Scores, slices: int, *, fit: bool = True) -> dict[str, Bool[Tensor, " r"]]:
-        """Masks, by module, of the `slices` highest scores in the network; of equal scores those of later modules.
+        """Masks by module of the `slices` highest scores in the network; of equal scores, later modules win.
 
-        `fit`: take fewer if the run's limits ask for it. Slices of different modules differ in cost: one that does not
+        `fit`: take fewer if the run's limits require it. Slices of different modules differ in cost: one that does not
         fit into what is left of the limit is skipped, and the next ones are tried.
         """
         flat = torch.cat(list(scores.values()))
@@ -144,13 +145,13 @@ class Allocator(ABC):
     def record(
         self, step: int, after: dict[str, int], reason: str, threshold: float | None, scores: Scores
     ) -> Decision:
-        """The decision, for a change that was made."""
+        """The decision for a change that was made; `after`: the new ranks by module."""
         before, self.ranks = self.ranks, after
         by_module = {name: values.tolist() for name, values in scores.items()}
         return Decision(step, before, dict(after), reason, threshold, by_module)
 
     def _note_settled(self) -> None:
-        """Adapters note whether their ranks are settled, and save it, so that a second run leaves them alone."""
+        """Let adapters record, and save, whether their ranks are settled, so that a second run leaves them alone."""
         for adapter in self.run.adapters.values():
             adapter.settled = self.settled
 
@@ -160,11 +161,7 @@ class Allocation(ABC):
     """Settings of an allocator. Its fields are options of the methods that use it."""
 
     def begin(self, run: Run) -> Allocator:
-        """The allocator for one run; if `run.settled` one that leaves the ranks alone.
-
-        Raises:
-            AllocationError: the schedule does not fit the run, or needs something that the run lacks.
-        """
+        """The allocator for one run; if `run.settled`, one that leaves the ranks alone. Raises as `allocator` does."""
         return Still(run) if run.settled else self.allocator(run)
 
     @abstractmethod
@@ -206,22 +203,22 @@ class Still(Allocator):
         """
         if not state["settled"]:
             raise AllocationError(
-                "the run to go on with had ranks to settle, and those of these adapters are settled already; give it "
+                "the run to continue had ranks to settle, but the ranks of these adapters are settled already; give it "
                 "adapters as they were when it began (lorafamily.apply), or let their ranks move once more (again=True)"
             )
         self.ranks = dict(state["ranks"])
 
 
 def in_steps(value: float, steps: int, name: str) -> int:
-    """A setting of a schedule in optimiser steps: a whole number is steps, a fraction is of the run.
+    """A setting of a schedule in optimizer steps: a whole number is steps, a fraction is of the run's `steps`.
 
     Raises:
-        AllocationError: neither; the message has `name`.
+        AllocationError: the value is neither.
     """
     if isinstance(value, int) and value >= 0:
         return value
     if isinstance(value, float) and 0 <= value < 1:
         return round(value * steps)
     raise AllocationError(
-        f"{name}={value!r}: must be a whole number of optimiser steps or a fraction of the run in [0, 1)"
+        f"{name}={value!r}: must be a whole number of optimizer steps or a fraction of the run in [0, 1)"
     )

@@ -1,4 +1,4 @@
-"""Simple scorers, by the update alone or at random, to compare others with."""
+"""Simple scorers to compare others with: by the size of the update, or at random."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lorafamily.allocation.scorer import Scorer, Scores
 
 
 class Magnitude(Scorer):
-    """‖ΔW‖_F of each slice alone."""
+    """‖ΔW‖_F of each slice by itself."""
 
     def scores(self) -> Scores:
         result = {}
@@ -22,7 +22,7 @@ class Magnitude(Scorer):
 
 
 class Random(Scorer):
-    """Uniformly random scores from the run's seed: the control that a scorer must beat."""
+    """Uniformly random scores from the run's seed, the control that a scorer must beat."""
 
     def scores(self) -> Scores:
         draw = self.run.generator
@@ -33,16 +33,16 @@ class Random(Scorer):
 
 
 class Singular(Magnitude):
-    """|λ| where a parametrisation has one entry a slice (AdaLoRA's singular values, LoRA²'s E), otherwise ‖ΔW‖_F of
-    each slice alone."""
+    """|λ| where a parametrisation has one entry per slice (AdaLoRA's singular values, LoRA²'s E), otherwise as
+    `Magnitude`."""
 
     def scores(self) -> Scores:
         result = {}
         norms: Scores = {}
         for name, adapter in self.run.adapters.items():
-            switch = adapter.update.get_parameter(adapter.update.zeroed)
-            if switch.ndim == 1:
-                result[name] = switch.detach().abs().double().cpu()
+            entries = adapter.update.get_parameter(adapter.update.zeroed)
+            if entries.ndim == 1:
+                result[name] = entries.detach().abs().double().cpu()
             else:
                 norms = norms or super().scores()
                 result[name] = norms[name]

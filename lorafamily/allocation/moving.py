@@ -1,4 +1,4 @@
-"""Moving slices between modules during training: some are dropped and as many added elsewhere, fewer each time."""
+"""Moving slices between modules during training: some are dropped and as many are added elsewhere, fewer each time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def slices_to_move(
 ) -> tuple[dict[str, set[int]], list[str]]:
     """The slices to drop, by module, and the module of every new slice.
 
-    At most `most` slices are dropped, the first of `drop`. As many are added to the modules of `gain` that lose none,
+    At most `most` slices are dropped, the first of `drop`. As many are added to those modules of `gain` that lose none,
     in turn, so that the first of them get the remainder; with `once` at most one each. Slices differ in cost, and a
-    module has a largest rank: a module without room is skipped. No more are dropped than needed for the most new ones.
+    module has a largest rank, so a module without room is skipped. No more slices are dropped than the new ones need.
     """
     ranks = {name: adapter.rank for name, adapter in run.adapters.items()}
     costs = {name: adapter.update.slice_cost for name, adapter in run.adapters.items()}
@@ -40,23 +40,23 @@ def slices_to_move(
         slices = sum(now.values())
         free = math.inf if run.limit is None else run.limit - spent
         free += sum(len(dropped) * costs[name] for name, dropped in lost.items())
-        waiting = [name for name in gain if not lost[name]]
+        candidates = [name for name in gain if not lost[name]]
         gains: list[str] = []
-        while waiting:
-            had_one = []
-            for name in waiting:
+        while candidates:
+            gained = []
+            for name in candidates:
                 if len(gains) == n or slices == run.rank_limit:
                     return gains
                 if costs[name] <= free and now[name] < largest[name]:
-                    had_one.append(name)
+                    gained.append(name)
                     now[name], slices, free = now[name] + 1, slices + 1, free - costs[name]
                     gains.append(name)
-            waiting = [] if once else had_one
+            candidates = [] if once else gained
         return gains
 
     best: tuple[dict[str, set[int]], list[str]] = ({name: set() for name in ranks}, [])
     for n in range(min(most, len(drop)), 0, -1):
-        if len(best[1]) > n:  # fewer dropped make room for no more
+        if len(best[1]) > n:  # dropping fewer slices makes room for no more new ones
             break
         lost: dict[str, set[int]] = {name: set() for name in ranks}
         for name, i in drop[:n]:
@@ -68,7 +68,7 @@ def slices_to_move(
 
 
 def move_slices(allocator: Allocator, lost: Mapping[str, set[int]], gains: Sequence[str]) -> dict[str, int]:
-    """Drop and add these slices, in the model, the optimiser and the scorer; returns the ranks afterwards."""
+    """Drop and add these slices in the model, the optimizer and the scorer; returns the ranks afterwards."""
     ranks = allocator.ranks
     for name, dropped in lost.items():
         if dropped:
@@ -85,7 +85,7 @@ class CubicExchange(ScoredAllocation):
     t_i < t < T − t_f, and none before or after.
 
     `moved` is b0; None takes the number of adapted modules in one block. `warmup` (t_i), `final` (t_f) and `interval`
-    (Δ_T) are fractions of the run or whole numbers of optimiser steps.
+    (Δ_T) are fractions of the run or whole numbers of optimizer steps.
     """
 
     moved: int | None = None
@@ -95,7 +95,7 @@ class CubicExchange(ScoredAllocation):
 
 
 class CubicExchanger(Allocator):
-    """One run of a `CubicExchange`; subclasses say which slices go first, and which modules get new ones first."""
+    """One run of a `CubicExchange`; subclasses decide which slices are dropped first, and which modules gain first."""
 
     grows = True
     reason = "exchanged"

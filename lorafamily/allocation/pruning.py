@@ -1,4 +1,4 @@
-"""Pruning by sensitivity on a cubic schedule: AdaLoRA, sec. 3.3; LoRA² uses it, too."""
+"""Pruning by sensitivity on a cubic schedule: AdaLoRA, sec. 3.3; LoRA² uses it too."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lorafamily.history import Decision
 
 @dataclass(frozen=True)
 class ImportancePruning(ScoredAllocation):
-    """From b0 slices in the whole network to b_T; the least important go first, whichever modules they are in.
+    """From b0 slices in the whole network to b_T; the least important are pruned first, whatever module they are in.
 
     b(t) = b0 for t ≤ t_i;   b_T + (b0 − b_T) (1 − (t − t_i) / (T − t_f − t_i))³, truncated, every Δ_T steps;
     b_T for t > T − t_f. Until then a pruned slice is masked and may come back; then it is removed.
 
     `target` is b_T: a fraction of b0, or a whole number of slices a module on average. `warmup` (t_i), `final` (t_f)
-    and `interval` (Δ_T) are fractions of the run or whole numbers of optimiser steps; the papers give steps for each
+    and `interval` (Δ_T) are fractions of the run or whole numbers of optimizer steps; the papers give steps for each
     data set, and the defaults are about the middle of these. For the scorer and its options see `ScoredAllocation`.
     """
 
@@ -43,7 +43,7 @@ class ImportancePruning(ScoredAllocation):
         """b_T for b0 = `start` slices in `modules` modules.
 
         Raises:
-            AllocationError: `target` is neither a share nor a whole number, or more than there is.
+            AllocationError: `target` is neither a fraction nor a whole number, or more than `start`.
         """
         if isinstance(self.target, int) and self.target >= 0:
             left = self.target * modules
@@ -51,13 +51,13 @@ class ImportancePruning(ScoredAllocation):
             left = round(self.target * start)
         else:
             raise AllocationError(
-                f"target={self.target!r}: must be a fraction of the start rank in [0, 1] or a whole number of slices "
-                f"a module"
+                f"target={self.target!r}: must be a fraction of the initial rank in [0, 1] or a whole number of slices "
+                "a module"
             )
         if left > start:
             raise AllocationError(
-                f"target={self.target} a module is {left} slices in all, but the start has {start}; "
-                f"lower the target or raise the rank"
+                f"target={self.target} a module is {left} slices in all, but training begins with {start}; lower the "
+                "target or raise the rank"
             )
         return left
 
@@ -80,8 +80,8 @@ class ImportancePruner(Allocator):
         self.scorer: Scorer = settings.make_scorer(run)
         if self.scorer.observes and self.freeze < 2:
             raise AllocationError(
-                f"slices would be dropped before any gradient was observed: scores are updated before step "
-                f"{self.freeze} alone ({run.steps} steps less those of final); train longer, or lower final"
+                f"slices would be dropped before any gradient was observed: scores are updated only before step "
+                f"{self.freeze} ({run.steps} steps less those of final); train longer, or lower final"
             )
         self._check_limit()
 
@@ -96,18 +96,11 @@ class ImportancePruner(Allocator):
             return self._mask(step)
         return None
 
-    def slices_at(self, step: int) -> int:
-        """b(t)."""
-        if step <= self.warmup:
-            return self.start
-        if step > self.freeze:
-            return self.target
-        ahead = 1 - (step - self.warmup) / (self.freeze - self.warmup)
-        return int(self.target + (self.start - self.target) * ahead**3)
-
     def _mask(self, step: int) -> Decision:
         scores = self.scores()
-        keep = self.highest(scores, self.slices_at(step), fit=False)
+        ahead = 1 - (step - self.warmup) / (self.freeze - self.warmup)
+        slices = int(self.target + (self.start - self.target) * ahead**3)  # b(t)
+        keep = self.highest(scores, slices, fit=False)
         for name, adapter in self.run.adapters.items():
             adapter.mask((~keep[name]).nonzero().squeeze(1).to(adapter.device))
         return self._recorded(step, keep, "masked by importance", scores)
@@ -121,12 +114,12 @@ class ImportancePruner(Allocator):
         return self._recorded(step, keep, "final pattern", scores)
 
     def _recorded(self, step: int, keep: dict[str, Tensor], reason: str, scores: Scores) -> Decision:
-        fallen = torch.cat([scores[name][~kept] for name, kept in keep.items()])
-        threshold = float(fallen.max()) if len(fallen) else None
+        pruned = torch.cat([scores[name][~kept] for name, kept in keep.items()])
+        threshold = float(pruned.max()) if len(pruned) else None
         return self.record(step, {name: int(kept.sum()) for name, kept in keep.items()}, reason, threshold, scores)
 
     def _check_limit(self) -> None:
-        """Refuse a limit that has no room for a single slice, so that all would be pruned."""
+        """Refuse a limit without room for a single slice, by which all would be pruned."""
         costs = [adapter.update.slice_cost for adapter in self.run.adapters.values() if adapter.rank]
         if self.run.limit is None or not self.target or not costs:
             return
@@ -134,6 +127,6 @@ class ImportancePruner(Allocator):
         if needed > self.run.limit:
             raise AllocationError(
                 f"{self.run.limit:,} trainable parameters at the end cannot be met: {self.run.unsliced():,} belong to "
-                f"no slice and stay whatever is pruned, and one slice makes it {needed:,}; start with a lower rank, or "
-                f"allow {needed:,}"
+                f"no slice and are never pruned, and one slice makes it {needed:,}; start with a lower rank, or allow "
+                f"{needed:,}"
             )

@@ -1,7 +1,7 @@
 """Running a model again from the middle: what comes before a changed layer is replayed, not computed again.
 
-A module whose call was over before the changed layer is called cannot depend on it, so its recorded output replaces the
-call. All that is assumed of the model is that a module's output follows from its inputs and parameters.
+A module whose call ended before the changed layer is called cannot depend on it, so its recorded output replaces the
+call. The only assumption about the model is that a module's output follows from its inputs and parameters.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 
 class Tape:
-    """Wraps the `forward` of every module of a model, and returns recorded outputs instead of calling.
+    """Wraps the `forward` of every module of a model, and returns recorded outputs instead of calling it.
 
-    It records the outputs of calls that were over when an adapted layer was first called, and what that layer computes
-    there without its adapter. A call is identified by the calls around it and its number within them, so modules may be
-    shared and called repeatedly.
+    Recorded are the outputs of calls that had ended when an adapted layer was first called, and what that layer
+    computes there without its adapter. A call is identified by the calls around it and its number within them, so
+    modules may be shared and called repeatedly.
     """
 
     def __init__(self, model: nn.Module):
@@ -36,45 +36,47 @@ class Tape:
         self.order: dict[str, None] = {}
         """Modules in the order in which they were first called since the tape was made."""
         self._outputs: dict[str, Any] = {}
-        self._layer: tuple[str, Tensor] | None = None  # the call that was wound to, and its output
-        self._within: list[_Call] = []
+        self._layer: tuple[str, Tensor] | None = None  # the call that was wound to, and its output without an adapter
+        self._within: list[_Call] = []  # calls in progress, the outermost first
         self._stop_at: str | None = None
 
     def run(self, compute: Callable[[], T]) -> T:
         """Compute something with the model, replaying recorded calls."""
         self._within = [_Call("")]
-        with self._in_front():
+        with self._wrapped():
             return compute()
 
     def wind_to(self, path: str, compute: Callable[[], Any]) -> None:
-        """Compute until a layer is first called, and record the calls that were over by then; layers must come in
-        `order`."""
+        """Compute until a layer is first called, and record the calls that have ended by then; layers must be wound to
+        in `order`."""
         self._stop_at, self._layer = path, None
         try:
             self.run(compute)
         except _Reached:
-            self._outputs = {key: output for call in self._within for key, output in call.over.items()}
+            self._outputs = {key: output for call in self._within for key, output in call.ended.items()}
         finally:
             self._stop_at, self._within = None, []
 
     @property
     def bytes(self) -> int:
-        """Size of the recorded outputs."""
+        """Bytes of the recorded outputs."""
         return sum(leaf.nbytes for leaf in tree_leaves([self._outputs, self._layer]) if isinstance(leaf, Tensor))
 
     @contextmanager
-    def _in_front(self) -> Iterator[None]:
-        modules = dict(_own_modules(self.model))
-        before = {path: vars(module).get("forward") for path, module in modules.items()}
-        for path, module in modules.items():
+    def _wrapped(self) -> Iterator[None]:
+        adapters = {id(inner) for _, site in sites_in(self.model) for inner in site.modules()}
+        # Not modules of adapters, inside which an ablation happens.
+        modules = [(path, module) for path, module in self.model.named_modules() if id(module) not in adapters]
+        before = [vars(module).get("forward") for _, module in modules]
+        for path, module in modules:
             vars(module)["forward"] = partial(self._call, path, module, module.forward)
         try:
             yield
         finally:
-            for path, module in modules.items():
+            for (_, module), forward in zip(modules, before, strict=True):
                 del vars(module)["forward"]
-                if before[path] is not None:
-                    vars(module)["forward"] = before[path]
+                if forward is not None:
+                    vars(module)["forward"] = forward
 
     def _call(self, path: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         caller = self._within[-1]
@@ -83,7 +85,7 @@ class Tape:
         if key in self._outputs:
             recorded = self._outputs[key]
             if self._stop_at is not None:
-                caller.over[key] = recorded
+                caller.ended[key] = recorded
             return _copied(recorded)  # the model may write into it
         site = module._modules.get(NAME)
         if isinstance(site, Site):
@@ -98,27 +100,21 @@ class Tape:
         output = forward(*args, **kwargs)
         self._within.pop()  # with what was recorded inside it, which the whole call replaces
         if self._stop_at is not None:
-            caller.over[key] = _copied(output)
+            caller.ended[key] = _copied(output)
         return output
 
 
 @dataclass
 class _Call:
-    """A call in progress: how often it called each module, and the outputs of calls that are over."""
+    """A call in progress: how often it has called each module, and the outputs of those calls that have ended."""
 
     key: str
     calls: Counter[str] = field(default_factory=Counter)
-    over: dict[str, Any] = field(default_factory=dict)
+    ended: dict[str, Any] = field(default_factory=dict)
 
 
 class _Reached(BaseException):
-    """Raised to leave the model at the layer that was asked for; no `except Exception` in a model catches it."""
-
-
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules without those of adapters, inside which an ablation happens."""
-    adapters = {id(inner) for _, site in sites_in(model) for inner in site.modules()}
-    return ((path, module) for path, module in model.named_modules() if id(module) not in adapters)
+    """Raised to leave the model at the layer wound to; a BaseException, so that no `except Exception` catches it."""
 
 
 def _copied(output: Any) -> Any:
@@ -126,7 +122,7 @@ def _copied(output: Any) -> Any:
 
 
 class PeakActivations(TorchDispatchMode):
-    """Measures the most bytes of new tensors alive at once in a `with` block, as `peak`."""
+    """In a `with` block, measures the most bytes of new tensors alive at once, as `peak`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The run that an allocator and its scorer work on."""
+"""The training run, as an allocator and its scorer see it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lorafamily.allocation.surgery import follow_resize
 class Run:
     """What an allocator may look at and change.
 
-    `adapters`: by name of their layer in `model`. `steps`: optimiser steps of the whole run. `limit`, `rank_limit`: the
-    most trainable adapter parameters and slices at any step; None: no such limit. `validation_loss(rows)`: the task
-    loss on the first so many rows of the validation data, always the same ones, in eval mode, with the gates' gradients
-    if gradients are on; None without validation data. `task_gradient(parameter)`: `parameter.grad` of the step just
-    made without the penalty's share; None if the loop does not keep it apart. `agreed(value)`: the first process's
+    `adapters`: by the name of their layer in `model`. `steps`: optimizer steps of the whole run. `limit`, `rank_limit`:
+    the most trainable adapter parameters and slices at any step; None: no limit. `validation_loss(rows)`: the task loss
+    on the first `rows` rows of the validation data, always the same ones, in eval mode, with the gates' gradients if
+    gradients are on; None without validation data. `task_gradient(parameter)`: `parameter.grad` of the step just made
+    without the penalty's share; None if the loop does not keep the two apart. `agreed(value)`: the first process's
     value. `reached(name)`: whether the task had a gradient for that adapter at the step just made. `start`: ranks by
-    module when the run began, if the adapters have others by now. `again`: whether ranks that an earlier run settled
-    may move once more.
+    module when the run began, if the adapters have other ranks by now. `again`: whether ranks that an earlier run
+    settled may move once more.
     """
 
     model: nn.Module
@@ -44,18 +44,18 @@ class Run:
 
     @property
     def settled(self) -> bool:
-        """Whether an earlier run settled the ranks, and nobody asked to let them move again."""
+        """Whether an earlier run settled the ranks, and they may not move again."""
         return not self.again and bool(self.adapters) and all(adapter.settled for adapter in self.adapters.values())
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
-        """Change one adapter's slices, and the optimiser's state with them."""
+        """Keep the slices with these indices and add `add` new ones to one adapter; the optimizer's state follows."""
         adapter = self.adapters[name]
         for change in adapter.resize(keep.to(adapter.device), add, generator=self.generator):
             if self.optimizer is not None:
                 follow_resize(self.optimizer, change)
 
     def has_room(self, name: str) -> bool:
-        """Whether a module may get one more slice, within the limits and up to the largest rank of its ΔW."""
+        """Whether a module may get one more slice, by the limits and the largest rank of its ΔW."""
         update = self.adapters[name].update
         slices = sum(adapter.rank for adapter in self.adapters.values())
         return (
@@ -69,6 +69,5 @@ class Run:
         return sum(adapter.trainable() for adapter in self.adapters.values())
 
     def unsliced(self) -> int:
-        """Trainable adapter parameters that belong to no slice and stay whatever is dropped, such as LoRA²'s outer
-        factors."""
+        """Trainable adapter parameters that belong to no slice and are never dropped, such as LoRA²'s outer factors."""
         return sum(a.trainable() - a.rank * a.update.slice_cost for a in self.adapters.values())

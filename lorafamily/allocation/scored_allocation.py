@@ -1,4 +1,4 @@
-"""Allocations that decide by a scorer, which is an option."""
+"""Allocations that decide by the scores of a scorer, whose name is an option."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lorafamily.registry import find_scorer
 
 @dataclass(frozen=True)
 class ScoredAllocation(Allocation):
-    """An allocation that decides by scores. `scorer` is a name of `lorafamily.scorers()`. Other fields are options of
+    """An allocation that decides by scores. `scorer` is a name from `lorafamily.scorers()`. Other fields are options of
     scorers: `beta1`, `beta2`, `gradient_of` of "sensitivity", `scoring_rows` of "exact" and "first-order",
-    `scoring_memory` of "exact"; `scorer_options` are those of any other scorer, by name."""
+    `scoring_memory` of "exact", and `scorer_options`, by name, of any other scorer."""
 
     scorer: str
     beta1: float = 0.85
@@ -30,11 +30,7 @@ class ScoredAllocation(Allocation):
     scorer_options: Mapping[str, Any] = field(default_factory=dict)
 
     def make_scorer(self, run: Run) -> Scorer:
-        """The scorer, with the options that were set.
-
-        Raises:
-            AllocationError: no such scorer, it needs something that the run lacks, or it does not take an option.
-        """
+        """The scorer with those options that differ from their defaults. Raises as `scorer_named` does."""
         defaults = {f.name: f.default for f in fields(ScoredAllocation) if f.name not in ("scorer", "scorer_options")}
         changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return scorer_named(self.scorer, run, **changed, **self.scorer_options)
@@ -44,7 +40,7 @@ def scorer_named(name: str, run: Run, **options: Any) -> Scorer:
     """The scorer of that name for a run.
 
     Raises:
-        AllocationError: no such scorer, it needs something that the run lacks, or it does not take an option.
+        AllocationError: no such scorer, it does not take an option, or it needs something that the run lacks.
     """
     made = find_scorer(name)
     taken = [option for option in inspect.signature(made).parameters if option != "run"]

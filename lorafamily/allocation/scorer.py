@@ -1,4 +1,4 @@
-"""The contract of a scorer, which says what every slice is worth."""
+"""The contract of a scorer, which gives every slice a number by which an allocation drops and adds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafamily.allocation.run import Run
 
 Scores = dict[str, Float[Tensor, " r"]]
-"""By module name one score a slice, float64 on the CPU; higher is better."""
+"""By module name, one score per slice, float64 on the CPU; a higher score means that the slice is worth more."""
 
 
 class Scorer(ABC):
@@ -24,27 +24,27 @@ class Scorer(ABC):
         self.run = run
 
     def observe(self) -> None:
-        """Called after every optimiser step, before the gradients are cleared."""
+        """Called after every optimizer step, before the gradients are cleared."""
 
     @property
     def observes(self) -> bool:
-        """Whether it learns from steps, and so has no scores before the first."""
+        """Whether it observes steps, and so has no scores before the first one."""
         return type(self).observe is not Scorer.observe
 
     @abstractmethod
     def scores(self) -> Scores:
-        """What every slice is worth now."""
+        """The current score of every slice."""
 
     def why_not_finite(self) -> str:
-        """The likely reason why scores are not finite, for the message of an error."""
-        return "its weights, or gradients that were observed, are not finite; lower lr or look at the data"
+        """The likely reason why scores are not finite, for an error message."""
+        return "its weights, or the gradients that it observed, are not finite; lower lr, or check the data"
 
     def state(self) -> Any:
         """What was observed, as plain data and tensors, for `restore`."""
         return None
 
     def restore(self, state: Any) -> None:
-        """Continue from what another scorer of the same class had observed."""
+        """Continue from the `state` of another scorer of the same class."""
 
     def follow(self, name: str, keep: Int[Tensor, " n"], add: int) -> None:
-        """Make averages follow a module that kept the given slices and got `add` new ones."""
+        """Adjust averages to a module that kept the slices with indices `keep` and got `add` new ones."""

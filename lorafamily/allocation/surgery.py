@@ -1,8 +1,8 @@
-"""Changing an optimiser whose parameters change size, so that its state follows.
+"""Changing an optimizer whose parameters change size, so that its state follows.
 
-It does in whatever shape: moments as large as the parameter, sums over rows or columns (Adafactor, SM3), flat copies
-(Prodigy), 8- and 4-bit moments of torchao. State that cannot follow (bitsandbytes' blocks, the matrices of Shampoo and
-SOAP) begins anew, with a warning.
+State of many shapes can follow: moments as large as the parameter, sums over rows or columns (Adafactor, SM3), flat
+copies (Prodigy), 8- and 4-bit moments of torchao. State that cannot follow (bitsandbytes' blocks, the matrices of
+Shampoo and SOAP) begins anew, with a warning.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from lorafamily.adapter import Resize
 
 Axes = tuple[int | None, ...]
-"""For every axis of a state tensor the axis of the parameter that it runs along; None if it has a single entry."""
+"""For every axis of a state tensor, the axis of the parameter that it runs along; None if it has a single entry."""
 FLAT: Axes = (-1,)
 """All entries of the parameter in one row."""
 
-# State that an optimiser does not initialise with zeros: part of the class's name, key, and a function from the new
+# State that an optimizer does not initialise with zeros: part of the class's name, key, and a function from the new
 # parameter and its group's options to initial entries. All other state of new slices is zero.
 _INITIAL: list[tuple[str, str, Callable[[Tensor, dict[str, Any]], Tensor]]] = [
     ("ScheduleFree", "z", lambda new, options: new),
@@ -38,7 +38,7 @@ class _CannotFollowError(Exception):
 
 
 def levels(optimizer: Any) -> Iterator[Any]:
-    """The optimiser and those that it wraps (accelerate, SAM, schedule-free wrappers), with shared groups or not."""
+    """The optimizer and those that it wraps (accelerate, SAM, schedule-free wrappers), with shared groups or not."""
     seen, waiting = set(), [optimizer]
     while waiting:
         level = waiting.pop()
@@ -52,14 +52,14 @@ def levels(optimizer: Any) -> Iterator[Any]:
 
 
 def replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Let the optimiser train another parameter in place of the old one, without its state."""
+    """Let the optimizer train the new parameter in place of the old one, without its state."""
     for level in levels(optimizer):
         for group in level.param_groups:
             group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
 
 
 def forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
-    """Remove the parameters with these ids, and their state, from the optimiser."""
+    """Remove the parameters with these ids (Python's `id`), and their state, from the optimizer."""
     for level in levels(optimizer):
         for group in level.param_groups:
             for parameter in group["params"]:
@@ -70,12 +70,12 @@ def forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
 
 @torch.no_grad()
 def follow_resize(optimizer: torch.optim.Optimizer, change: Resize) -> None:
-    """Let the optimiser train the new parameter in place of the old one, with its state.
+    """Let the optimizer train the new parameter in place of the old one, with its state.
 
     State along the slices follows them: entries of kept slices keep their bits (quantised ones are rounded again),
-    those of new slices are what the optimiser would begin with, which is zero for moments. State along the other axis,
+    those of new slices are what the optimizer would begin with, which is zero for moments. State along the other axis,
     and scalars such as the step count, stay. If some of a parameter's state cannot follow, all of it begins anew, with
-    a warning that names the optimiser and the state.
+    a warning that names the optimizer and the state.
     """
     replace_parameter(optimizer, change.old, change.new)
     for level in levels(optimizer):
@@ -88,8 +88,8 @@ def follow_resize(optimizer: torch.optim.Optimizer, change: Resize) -> None:
             followed = {key: _followed(level, key, value, change, options) for key, value in state.items()}
         except _CannotFollowError as error:
             warnings.warn(
-                f'{type(level).__name__} keeps "{error}" in a form that cannot follow a change of rank: its state of '
-                "the tensors that changed begins anew",
+                f'{type(level).__name__} keeps "{error}" in a form that cannot follow a change of rank, so its state '
+                "of the tensors that changed begins anew",
                 stacklevel=2,
             )
         else:
@@ -97,11 +97,7 @@ def follow_resize(optimizer: torch.optim.Optimizer, change: Resize) -> None:
 
 
 def _followed(optimizer: Any, key: Any, value: Any, change: Resize, options: dict[str, Any]) -> Any:
-    """One entry of a parameter's state after the change.
-
-    Raises:
-        _CannotFollowError: it is not known which entries belong to which slice; its message is the key.
-    """
+    """One entry of a parameter's state after the change; the message of a _CannotFollowError is the key."""
     if value is None or isinstance(value, bool | int | float | complex | str):
         return value
     if not isinstance(value, Tensor):
@@ -125,7 +121,7 @@ def _followed(optimizer: Any, key: Any, value: Any, change: Resize, options: dic
 
 
 def _cut(value: Tensor, axis: int, change: Resize, initial: Tensor | None = None) -> Tensor:
-    """The kept entries of `value` along its `axis`, then those of `initial`, or zeros, for new slices."""
+    """The kept entries of `value` along its `axis`; for new slices, then those of `initial`, or zeros."""
     kept = value.index_select(axis, change.keep.to(value.device))
     shape, n = list(kept.shape), len(change.keep)
     shape[axis] = change.new.shape[change.axis] - n
@@ -135,7 +131,7 @@ def _cut(value: Tensor, axis: int, change: Resize, initial: Tensor | None = None
 
 def _in_blocks(value: Tensor) -> Callable[[Tensor], Tensor] | None:
     """For state that torchao quantises in blocks, the function that quantises other values the same way; None for other
-    state. Tensors that are small, or no whole number of blocks, stay floats, as in torchao's optimisers."""
+    state. Tensors that are small, or not a whole number of blocks, stay floats, as in torchao's optimizers."""
     cls, size = type(value), getattr(value, "block_size", None)
     if size is None or not hasattr(cls, "zeros"):
         return None
@@ -153,7 +149,7 @@ def _in_blocks(value: Tensor) -> Callable[[Tensor], Tensor] | None:
 def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes | None:
     """Along which axes of the parameter a state tensor runs; None if that is not known.
 
-    Shapes do not decide it for square parameters and those of one slice. Then the state's name does, or its shape for
+    For square parameters and those of one slice shapes do not decide it. Then the state's name does, or its shape for
     other parameters.
     """
     found = _possible(key, value, old)
@@ -164,13 +160,13 @@ def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes | None:
                 found &= _possible(key, other, parameter)
                 if len(found) <= 1:
                     break
-    if len(found) > 1:  # state that is no mean by its name most often has all axes
+    if len(found) > 1:  # state whose name does not say that it is a mean most often has all axes
         found = found & {tuple(range(old.ndim))} or found & {FLAT}
     return found.pop() if found else None
 
 
 def _possible(key: Any, value: Tensor, parameter: Tensor) -> set[Axes]:
-    """All axes that a state tensor's shape allows."""
+    """All readings of a state tensor's axes that its shape allows."""
     shape, n = tuple(parameter.shape), parameter.ndim
     full = tuple(range(n))
     readings: dict[Axes, tuple[int, ...]] = {full: shape, (None,) * value.ndim: (1,) * value.ndim}
@@ -180,7 +176,7 @@ def _possible(key: Any, value: Tensor, parameter: Tensor) -> set[Axes]:
         readings[full[:axis] + full[axis + 1 :]] = shape[:axis] + shape[axis + 1 :]
         readings[(*full[:axis], None, *full[axis + 1 :])] = (*shape[:axis], 1, *shape[axis + 1 :])
     found = {axes for axes, of in readings.items() if of == tuple(value.shape)}
-    if n > 1 and ("row" in str(key) or "col" in str(key)):  # every Adafactor: means over the last axis, the one before
+    if n > 1 and ("row" in str(key) or "col" in str(key)):  # in every Adafactor: means over the last axis, or before
         left, summed = (n - 2, n - 1) if "row" in str(key) else (n - 1, n - 2)
         return {axes for axes in found if left in axes and summed not in axes} or found
     return found

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from lorafamily.chat import exporting
 from lorafamily.chat.generating import RUN
+from lorafamily.chat.options import grouped
 from lorafamily.chat.settings import Train
 from lorafamily.errors import DataError, StateError
 
@@ -16,9 +15,11 @@ def check(options: Train) -> None:
     """Check the options and the folder.
 
     Raises:
-        DataError, StateError: an option makes no sense, or the folder has something else.
+        DataError: an option makes no sense.
+        StateError: the folder holds something else, or an export is not possible.
     """
     data, batches, evaluation, result = options.data, options.batches, options.evaluation, options.result
+    epochs = options.optimisation.epochs
     at_least(
         ("--length", data.length, 2),
         ("--batch", batches.batch, 1),
@@ -32,9 +33,9 @@ def check(options: Train) -> None:
     )
     if not 0 <= data.eval_share < 1:
         raise DataError(f"--eval-share {data.eval_share:g}: must be a share of the rows in [0, 1)")
-    if options.optimisation.epochs is not None and not options.optimisation.epochs > 0:
-        raise DataError(f"--epochs {options.optimisation.epochs:g}: must be more than 0")
-    if options.optimisation.epochs is not None and options.optimisation.steps is not None:
+    if epochs is not None and not epochs > 0:
+        raise DataError(f"--epochs {epochs:g}: must be more than 0")
+    if epochs is not None and options.optimisation.steps is not None:
         raise DataError("--steps and --epochs: give one of them")
     if not data.data:
         raise DataError("--data needs at least one file, folder or name on the hub")
@@ -46,44 +47,35 @@ def check(options: Train) -> None:
     if data.preview is None and not result.dry_run:
         if result.out is None:
             raise DataError("needs --out, a folder for the result (or --preview or --dry-run)")
-        check_folder(options)
+        _check_folder(options)
 
 
-def check_folder(options: Train) -> None:
-    """Check that the folder is new, or of a run with the same options.
-
-    Raises:
-        StateError: it has something else.
-    """
-    out = options.result.out
-    assert out is not None
+def _check_folder(options: Train) -> None:
+    """Refuse a folder that is neither new nor of a run with the same options."""
+    out = options.out
     if out.is_file():
         raise StateError(f"--out {out}: is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / RUN).is_file():
-        raise StateError(f"--out {out}: the folder is not empty and not of a run; give another")
+        raise StateError(f"--out {out}: the folder is not empty and not of a run; give another folder")
     try:
         then = yaml.safe_load((out / RUN).read_text(encoding="utf-8"))
-        groups = {name: dict(then[name]) for name in ("model", "data", "method", "batches", "optimisation")}
+        before = {name: dict(then[name]) for name in ("model", "data", "method", "batches", "optimisation")}
     except (yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError):
         raise StateError(f"--out {out}: its {RUN} is damaged; remove the folder or give another") from None
-    now = {name: vars(getattr(options, name)) for name in groups}
+    now = grouped(options)
     differing = [
-        f"--{key.replace('_', '-')} was {was}, is {_as_yaml(now[name].get(key))}"
-        for name, group in groups.items()
+        f"--{key.replace('_', '-')} was {was}, is {now[name].get(key)}"
+        for name, group in before.items()
         for key, was in group.items()
-        if was != _as_yaml(now[name].get(key)) and key != "preview"
+        if was != now[name].get(key) and key != "preview"
     ]
     if differing and options.result.resume != "anyway":
         raise StateError(
-            f"--out {out}: is of a run with other options: {'; '.join(differing)}. Give another folder, or go on "
-            "with the new ones by --resume anyway"
+            f"--out {out}: is of a run with other options: {'; '.join(differing)}. Give another folder, or continue "
+            "that run with the new options by --resume anyway"
         )
-
-
-def _as_yaml(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def at_least(*given: tuple[str, int | None, int]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import Any
 
 from lorafamily.chat import evaluating, generating, settings, training
-from lorafamily.chat.generating import as_json
 from lorafamily.chat.model import quiet
 from lorafamily.chat.options import parsed
 from lorafamily.errors import LoraFamilyError
@@ -20,7 +20,7 @@ COMMANDS: dict[str, type] = {"train": settings.Train, "generate": settings.Gener
 
 def run(command: str, arguments: Sequence[str]) -> int:
     """Run one of the commands; returns the exit code."""
-    warnings.showwarning = _warned
+    warnings.showwarning = _print_warning
     try:
         options: Any = parsed(COMMANDS[command], arguments, command, settings.EXAMPLES[command])
         quiet()
@@ -32,37 +32,28 @@ def run(command: str, arguments: Sequence[str]) -> int:
         print(f'lorafamily {command}: needs {error.name}: pip install "lorafamily[chat]"', file=sys.stderr)
         return 2
     except Interrupted:
-        print("lorafamily train: the same command goes on from there", file=sys.stderr)
+        print("lorafamily train: the same command continues from there", file=sys.stderr)
         raise
     except KeyboardInterrupt:
         print(f"lorafamily {command}: stopped; nothing was changed", file=sys.stderr)
         return 130
     if result or text:
-        print(as_json(result) if options.json else text)
+        print(json.dumps(result, indent=1, ensure_ascii=False) if options.json else text)
     return 0
 
 
 def _result(options: Any) -> tuple[dict[str, Any], str]:
+    def say(line: str) -> None:
+        if not options.json and os.environ.get("RANK", "0") == "0":  # of several processes the first
+            print(line, flush=True)
+
     if isinstance(options, settings.Train):
-        return training.train_command(options, _say(options.result.json))
+        return training.train_command(options, say)
     if isinstance(options, settings.Evaluate):
-        return evaluating.evaluate_command(options, _say(options.json))
+        return evaluating.evaluate_command(options, say)
     return generating.generate_command(options)
 
 
-def _say(silent: bool) -> Callable[[str], None]:
-    """What prints a line, in the first of several processes."""
-    silent = silent or os.environ.get("RANK", "0") != "0"
-    return (lambda line: None) if silent else (lambda line: print(line, flush=True))
-
-
-def _warned(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning as one line, without the place in our code."""
+def _print_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """Print a warning as one line, without its place in our code."""
     print(f"lorafamily: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,8 +1,7 @@
-"""What a run would take: the table of `plan` for the longest batch, and whether it fits on this device."""
+"""What a run would take: the table of `plan` for the longest batch, and whether that fits on this device."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -37,16 +36,16 @@ def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[st
     height, length = batch["input_ids"].shape
     fits = None if free is None else peak <= free
     verdict = "an unknown amount" if free is None else f"{in_units(free)} free: it {'fits' if fits else 'DOES NOT FIT'}"
-    every = len(ChatBatches(rows, given.batch, pad_of(base.tokenizer), pack))
-    record = dataclasses.asdict(plan) | {"free": free, "fits": fits, "batch": [height, length]}
+    count = len(ChatBatches(rows, given.batch, pad_of(base.tokenizer), pack))
+    record = plan.record() | {"free": free, "fits": fits, "batch": [height, length]}
     return record, (
         f"{plan}\nthe longest batch is {height} × {length} tokens; {device.type} has {verdict}\n"
-        f"{every} batches an epoch; nothing was trained or written"
+        f"{count} batches an epoch; nothing was trained or written"
     )
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes, including those that the base's weights take already."""
+    """Free bytes; on a GPU including those that the base's weights take already. None: unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_allocated(device))

@@ -20,11 +20,10 @@ CONVERTER = "convert_hf_to_gguf.py"
 
 def converter() -> Path | None:
     """llama.cpp's converter, on the path or in the folder LLAMA_CPP; None if it is in neither."""
-    found = shutil.which(CONVERTER)
-    if found is not None:
+    if found := shutil.which(CONVERTER):
         return Path(found)
-    named = os.environ.get("LLAMA_CPP")
-    return Path(named) / CONVERTER if named and (Path(named) / CONVERTER).is_file() else None
+    folder = os.environ.get("LLAMA_CPP")
+    return Path(folder) / CONVERTER if folder and (Path(folder) / CONVERTER).is_file() else None
 
 
 def check(exports: Sequence[str]) -> None:
@@ -35,30 +34,30 @@ def check(exports: Sequence[str]) -> None:
     """
     if "gguf" in exports and converter() is None:
         raise StateError(
-            f"--export gguf needs llama.cpp's {CONVERTER} on the path, or LLAMA_CPP=FOLDER that has it; leave gguf out "
-            "and convert the merged checkpoint later"
+            f"--export gguf needs llama.cpp's {CONVERTER} on the path, or LLAMA_CPP=FOLDER with that file; or leave "
+            "gguf out and convert the merged checkpoint later"
         )
 
 
 def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[str, Path]:
-    """Write the exports of the adapter in `out`, into that folder; returns their paths.
+    """Export the adapter in `out` into that folder; returns the paths written.
 
     Raises:
-        StateError: the layout cannot hold something.
+        StateError: a layout cannot represent the adapter.
         FileError: a file cannot be written, or the converter fails.
     """
     written: dict[str, Path] = {}
     path = Path(model).expanduser()
-    found_at = str(path.resolve()) if path.is_dir() else model
+    name = str(path.resolve()) if path.is_dir() else model
     for layout in ("peft", "serving"):
         if layout in exports:
             folder = _new(out / layout)
-            export_peft(base.model, folder, layout=layout, base=found_at)
+            export_peft(base.model, folder, layout=layout, base=name)
             _tokenizer(base, folder)
             written[layout] = folder
     if "merged" in exports or "gguf" in exports:
         merged = _new(out / "merged")
-        merge_checkpoint(checkpoint_of(model), read(out), merged)
+        merge_checkpoint(_checkpoint_of(model), read(out), merged)
         _tokenizer(base, merged)
         written["merged"] = merged
     if "gguf" in exports:
@@ -66,12 +65,8 @@ def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[st
     return written
 
 
-def checkpoint_of(model: str) -> Path:
-    """The folder of a checkpoint; for a name on the hub the one it was downloaded to.
-
-    Raises:
-        FileError: it cannot be found.
-    """
+def _checkpoint_of(model: str) -> Path:
+    """The folder of a checkpoint; for a name on the hub, the one it was downloaded to."""
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     from huggingface_hub import snapshot_download
@@ -89,7 +84,7 @@ def _tokenizer(base: Base, folder: Path) -> None:
 
 
 def _new(folder: Path) -> Path:
-    """The path, after removing what an earlier end of the same run left there."""
+    """The path, after removing what an earlier export of the same run left there."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 

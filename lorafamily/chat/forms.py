@@ -1,4 +1,4 @@
-"""Rows of every form, told by their keys, as conversations or plain texts."""
+"""Rows as conversations or plain texts; the form of a row follows from its keys."""
 
 from __future__ import annotations
 
@@ -17,34 +17,23 @@ KEYS = ("messages", "prompt", "completion", "instruction", "input", "output", "t
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row. `messages`: with `role` and `content`, as chat templates take them; None for a plain text; `tools`:
-    descriptions of functions that the template may show."""
+    """One row. `place`: such as "chats.jsonl, line 3"; `messages`: with `role` and `content`, as chat templates take
+    them; None for a plain text; `tools`: descriptions of functions that the template may show."""
 
     place: str
     messages: list[dict[str, Any]] | None
     text: str = ""
     tools: list[Any] | None = None
 
-    @property
-    def question(self) -> list[dict[str, Any]]:
-        """The messages before the assistant's last one."""
+    def last_answer(self) -> tuple[list[dict[str, Any]], str]:
+        """The messages before the assistant's last one, and its content."""
         assert self.messages is not None
         last = max(at for at, message in enumerate(self.messages) if message["role"] == "assistant")
-        return self.messages[:last]
-
-    @property
-    def answer(self) -> str:
-        """The content of the assistant's last message."""
-        assert self.messages is not None
-        return str([message for message in self.messages if message["role"] == "assistant"][-1]["content"])
+        return self.messages[:last], str(self.messages[last]["content"])
 
 
 def conversations(rows: Iterable[Row]) -> list[Conversation]:
-    """Every row as a conversation or a text.
-
-    Raises:
-        DataError: some rows are neither; the message has the place and reason of the first.
-    """
+    """Every row as a conversation or a text. If some are neither, DataError gives the place and reason of the first."""
     found, complaints = [], Complaints()
     for row in rows:
         try:
@@ -85,7 +74,7 @@ def _text(values: dict[str, Any], key: str) -> str:
 
 def _two_messages(user: str, assistant: str) -> list[dict[str, Any]]:
     if not assistant.strip():
-        raise RowError("the answer is empty: there is nothing to learn")
+        raise RowError("the answer is empty, so there is nothing to learn")
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
@@ -98,17 +87,13 @@ def _pair(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:
-    if isinstance(given, str):  # a column of a CSV file
-        try:
-            given = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise RowError(f"messages is a text that is no JSON ({error.msg}, column {error.colno})") from None
+    given = _parsed(given, "messages")
     if not isinstance(given, list) or not given:
         raise RowError("messages must be a list of at least one message")
     messages = [_message(message, number) for number, message in enumerate(given, 1)]
     spoken = [m for m in messages if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
     if not spoken:
-        raise RowError("no message of the assistant says anything: there is nothing to learn")
+        raise RowError("no message of the assistant says anything, so there is nothing to learn")
     return messages
 
 
@@ -124,23 +109,25 @@ def _message(given: Any, number: int) -> dict[str, Any]:
     if content is None:
         raise RowError(f"message {number} has no content{nearest('content', [str(key) for key in message])}")
     if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if not all(isinstance(part, str) for part in parts):
-            raise RowError(f"message {number} has parts that are no text; only text is trained here")
-        content = "".join(map(str, parts))
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(parts) < len(content) or not all(isinstance(part.get("text"), str) for part in parts):
+            raise RowError(f"message {number} has parts that are no text; only text can be trained on")
+        content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise RowError(f"content of message {number} must be a text, and is of type {type(content).__name__}")
     return {**message, "role": role, "content": content}
 
 
 def _tools(given: Any) -> list[Any] | None:
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise RowError(f"tools is a text that is no JSON ({error.msg}, column {error.colno})") from None
+    given = _parsed(given, "tools")
     if given is not None and not isinstance(given, list):
         raise RowError("tools must be a list of function descriptions")
     return given or None
+
+
+def _parsed(given: Any, key: str) -> Any:
+    """A list is JSON text in a column of a CSV file."""
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise RowError(f"{key} is a text that is no JSON ({error.msg}, column {error.colno})") from None

@@ -1,19 +1,20 @@
-"""Answers of a model, in batches; and the command `lorafamily generate`."""
+"""Answers of a model, in batches, and the command `lorafamily generate`."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from lorafamily.chat.model import Base, device_of, pad_of, read_base, read_template
+from lorafamily.chat.forms import Conversation
+from lorafamily.chat.model import device_of, pad_of, read_base, read_template
 from lorafamily.chat.rows import RowError
 from lorafamily.chat.settings import Generate
-from lorafamily.chat.templates import Messages, Template
+from lorafamily.chat.templates import Template
 from lorafamily.deploy.files import load
 from lorafamily.deploy.saved import RECORD
 from lorafamily.errors import DataError, FileError
@@ -31,10 +32,10 @@ def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
     """
     if options.max_new < 1:
         raise DataError(f"--max-new {options.max_new}: must be at least 1 token")
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
-        raise DataError(
-            f"--temperature {options.temperature:g} --top-p {options.top_p:g}: must be at least 0, and in (0, 1]"
-        )
+    if options.temperature < 0:
+        raise DataError(f"--temperature {options.temperature:g}: must be at least 0")
+    if not 0 < options.top_p <= 1:
+        raise DataError(f"--top-p {options.top_p:g}: must be in (0, 1]")
     asked = list(options.prompt)
     if not asked and not sys.stdin.isatty():
         asked = [sys.stdin.read().rstrip("\n")]
@@ -46,29 +47,24 @@ def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
     base = read_base(name, options.dtype, options.quantise, device, template)
     if options.adapter is not None:
         load(base.model, options.adapter)
-    before = [{"role": "system", "content": options.system}] if options.system else []
+    system = [{"role": "system", "content": options.system}] if options.system else []
     torch.manual_seed(options.seed)
     try:
-        prompts = [template.render([*before, {"role": "user", "content": question}], prompt=True) for question in asked]
+        prompts = [template.render([*system, {"role": "user", "content": question}], prompt=True) for question in asked]
     except RowError as error:
         raise DataError(str(error)) from None
-    written = answers_to(
-        base.model, template, prompts, options.max_new, temperature=options.temperature, top_p=options.top_p
-    )
-    answers = list(written)
-    if len(answers) == 1:
-        text = answers[0]
-    else:
-        text = "\n\n".join(f"> {question}\n{answer}" for question, answer in zip(asked, answers, strict=True))
-    return {"model": name, "answers": answers}, text
+    temperature, top_p = options.temperature, options.top_p
+    answers = list(answers_to(base.model, template, prompts, options.max_new, temperature=temperature, top_p=top_p))
+    text = "\n\n".join(f"> {question}\n{answer}" for question, answer in zip(asked, answers, strict=True))
+    return {"model": name, "answers": answers}, answers[0] if len(answers) == 1 else text
 
 
 def model_name(given: str | None, adapters: Sequence[Path]) -> str:
     """The base: the given one, or that of the first adapter's run.
 
     Raises:
-        FileError: a folder has no adapter.
-        DataError: neither says which.
+        FileError: a folder holds no adapter, or damaged options.
+        DataError: no base is given, and the adapter does not come from a run.
     """
     for adapter in adapters:
         if not (adapter / RECORD).is_file():
@@ -78,13 +74,11 @@ def model_name(given: str | None, adapters: Sequence[Path]) -> str:
     if given is not None:
         return given
     if adapters and (adapters[0] / RUN).is_file():
-        import yaml
-
         try:
             return str(yaml.safe_load((adapters[0] / RUN).read_text(encoding="utf-8"))["model"]["model"])
         except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-            raise FileError(f"{adapters[0] / RUN}: not a run's options; give --model") from None
-    raise DataError("needs --model: the folder or name of the base")
+            raise FileError(f"{adapters[0] / RUN}: not the options of a run; give --model") from None
+    raise DataError("needs --model, the folder or name of the base")
 
 
 @torch.no_grad()
@@ -98,10 +92,9 @@ def answers_to(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Iterator[str]:
-    """What the model writes after each prompt (a text from the template), at most `max_new` tokens.
+    """What the model writes after each prompt (a text from the template), at most `max_new` tokens; see `end_tokens`.
 
-    An answer ends with a token that the generation config or the tokenizer calls an end, or that ends the template's
-    turn.
+    `temperature`: 0 takes the likeliest token each time. `batch`: prompts at a time.
     """
     tokenizer = template.tokenizer
     ends = end_tokens(model, template)
@@ -110,17 +103,15 @@ def answers_to(
     for begin in range(0, len(prompts), batch):
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts[begin : begin + batch]]
         length = max(map(len, rows))
-        ids = torch.full((len(rows), length), pad_of(tokenizer))
-        there = torch.zeros_like(ids)
-        for at, row in enumerate(rows):  # padding comes first, so that new tokens follow the text
-            ids[at, length - len(row) :] = torch.tensor(row)
-            there[at, length - len(row) :] = 1
+        pad = pad_of(tokenizer)  # padding comes first, so that new tokens follow the text
+        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         written = model.generate(
             input_ids=ids.to(device),
-            attention_mask=there.to(device),
+            attention_mask=mask.to(device),
             max_new_tokens=max_new,
             eos_token_id=ends,
-            pad_token_id=pad_of(tokenizer),
+            pad_token_id=pad,
             **sampling,
         )
         for row in written[:, length:].tolist():
@@ -129,26 +120,21 @@ def answers_to(
 
 
 def end_tokens(model: Any, template: Template) -> list[int]:
-    """The tokens that end an answer."""
-    config = getattr(model, "generation_config", None)
-    given = getattr(config, "eos_token_id", None)
+    """Ids of the tokens that end an answer, by the generation config, the tokenizer or the template's end of a turn."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {template.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
     try:
-        short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text, spans = template.spans(short)
+        text, spans = template.spans([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         ids = template.tokenizer(text[slice(*spans[-1])], add_special_tokens=False)["input_ids"]
         if ids[-1] in template.tokenizer.added_tokens_decoder:
             found.add(ids[-1])
     except (RowError, IndexError):
-        pass  # a template that refuses so short a conversation: the other ends will do
+        pass  # the template refuses so short a conversation; the other ends will do
     return sorted(token for token in found if token is not None)
 
 
-def question_of(base: Base, messages: Messages, tools: list[Any] | None) -> str:
-    """The text that asks for the next answer."""
-    return base.template.render(messages, prompt=True, tools=tools)
-
-
-def as_json(result: dict[str, Any]) -> str:
-    """For `--json`."""
-    return json.dumps(result, indent=1, ensure_ascii=False)
+def questions_of(conversations: Iterable[Conversation], template: Template, most: int) -> list[tuple[str, str]]:
+    """Of the first `most` conversations, the prompt for the assistant's last answer, and that answer."""
+    talks = [talk for talk in conversations if talk.messages is not None][:most]
+    asked = [(*talk.last_answer(), talk.tools) for talk in talks]
+    return [(template.render(before, prompt=True, tools=tools), answer) for before, answer, tools in asked]

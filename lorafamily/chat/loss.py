@@ -1,7 +1,7 @@
 """Cross-entropy over chunks of tokens, so that the logits of a large vocabulary do not fill the memory.
 
 Only positions with a label get logits. Those of a chunk are freed before the next is computed, and the backward
-computes them again. The loss is the same mean over tokens as the model's own.
+computes them again. The loss is the same mean over tokens as the model computes itself.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lorafamily.batch import IGNORED
+from lorafamily.training.execution import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 SAME = 1e-3  # relative difference allowed between the two ways to compute a loss, in any precision
 
 
 def loss_of(chunk: int, model: nn.Module, vocabulary: int) -> Loss:
-    """The chunked loss, or the model's own if `chunk` is 0 or the model does more between its head and its loss."""
-    if not chunk:
-        return own_loss
-    if difference(model, vocabulary) > SAME:
-        return own_loss  # such as capping logits; `Reporter` tells the user
-    return ChunkedLoss(chunk)
+    """The chunked loss, or the model's own if `chunk` is 0 or the model does more between its head and its loss, such
+    as capping logits (`Reporter` tells the user)."""
+    return ChunkedLoss(chunk) if chunk and difference(model, vocabulary) <= SAME else own_loss
 
 
 class ChunkedLoss:
@@ -75,13 +73,9 @@ def difference(model: Any, vocabulary: int) -> float:
     do more between head and loss, such as capping logits, and infinite for those without a separate head."""
     if getattr(model, "base_model", model) is model or model.get_output_embeddings() is None:
         return float("inf")
-    ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(next(model.parameters()).device)
-    was_training = model.training
-    model.eval()
-    try:
+    device = next(model.parameters()).device
+    ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
+    with evaluating(model, device):
         expected = own_loss(model, {"input_ids": ids, "labels": ids})
         chunked = ChunkedLoss(5)(model, {"input_ids": ids, "labels": ids})
-    finally:
-        model.train(was_training)
     return float((chunked - expected).abs() / expected.abs())

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from lorafamily.chat.settings import Dtype
 from lorafamily.chat.templates import PLAIN, Template
 from lorafamily.errors import DataError, FileError
 from lorafamily.terminal import nearest
+from lorafamily.training.execution import chosen_precision
 
 TEMPLATE = "chat_template.jinja"
-"""File in an adapter's folder: the template of its training, so that `generate` renders conversations the same way."""
+"""File in an adapter's folder: the template it was trained with, so that `generate` renders prompts the same way."""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Base:
 
     @property
     def vocabulary(self) -> int:
-        """The rows of the embedding."""
+        """Rows of the embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
 
@@ -51,8 +53,10 @@ def quiet() -> None:
 
 
 def device_of(asked: str) -> torch.device:
-    """Raises:
-    DataError: this machine has no such device.
+    """The device; auto: the GPU, if there is one.
+
+    Raises:
+        DataError: this machine has no such device.
     """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,24 +64,15 @@ def device_of(asked: str) -> torch.device:
         device = torch.device(asked)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DataError(f"--device {asked}: not here ({str(error).splitlines()[0]})") from None
+        raise DataError(f"--device {asked}: not on this machine ({str(error).splitlines()[0]})") from None
     return device
 
 
-def dtype_of(asked: str, device: torch.device) -> torch.dtype:
-    """The dtype of the base's weights."""
-    if asked == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    found: torch.dtype = getattr(torch, asked)
-    return found
-
-
 def read_template(name: str, template: str | None, adapter: Path | None = None) -> Template:
-    """The tokenizer of a model, with a template: from a file, "plain", from an adapter's folder, or the tokenizer's
-    own.
+    """The tokenizer of a model, with a template: a file, "plain", that of an adapter's folder, or the tokenizer's own.
 
     Raises:
-        FileError: no tokenizer, or no such file.
+        FileError: there is no tokenizer that can be used, or no such file.
     """
     import transformers
 
@@ -87,7 +82,7 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
     except Exception as error:  # a folder without files, no network, a name that is not on the hub, a damaged file
         raise FileError(f"--model {name}: no tokenizer can be read ({_first_line(error)})") from None
     if not getattr(tokenizer, "is_fast", False):
-        raise FileError(f"--model {name}: its tokenizer does not say where tokens are in a text (no tokenizer.json)")
+        raise FileError(f"--model {name}: its tokenizer has no tokenizer.json, which tells where tokens are in a text")
     if tokenizer.eos_token is None:
         raise FileError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), so no answer would end")
     native = tokenizer.chat_template
@@ -100,8 +95,8 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
     try:
         return Template(tokenizer, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        plain = nearest(template, ["plain"])
-        raise FileError(f'--template {template}: cannot be read ({error}); a Jinja file, or "plain"{plain}') from None
+        hint = f'give a Jinja file, or "plain"{nearest(template, ["plain"])}'
+        raise FileError(f"--template {template}: cannot be read ({error}); {hint}") from None
 
 
 def _check_folder(name: str) -> None:
@@ -113,21 +108,20 @@ def _check_folder(name: str) -> None:
         raise FileError(f"--model {name}: no such folder{nearest(path.name, around)}")
 
 
-def read_model(name: str, dtype: str, quantise: str | None, device: torch.device) -> Any:
-    """The model, in eval mode, on the device.
+def read_base(name: str, dtype: Dtype, quantise: str | None, device: torch.device, template: Template) -> Base:
+    """The model in eval mode on the device. `template` is read earlier: most mistakes show there and in the data.
 
     Raises:
-        FileError: it cannot be read, or is no causal language model.
+        FileError: it cannot be read, is no causal language model, or has fewer embeddings than the tokenizer tokens.
         DataError: quantisation without bitsandbytes.
     """
     import transformers
 
-    _check_folder(name)
-    weights = dtype_of(dtype, device)
+    weights: torch.dtype = getattr(torch, chosen_precision(dtype, device))
     options: dict[str, Any] = {"dtype": weights, "device_map": {"": device}}
     if quantise == "nf4":
         try:
-            import bitsandbytes  # noqa: F401  only whether it is there
+            import bitsandbytes  # noqa: F401  only to see whether it is there
         except ImportError:
             raise DataError("--quantise nf4 needs bitsandbytes: pip install bitsandbytes") from None
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -143,24 +137,9 @@ def read_model(name: str, dtype: str, quantise: str | None, device: torch.device
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such CPUs bitsandbytes repacks a layer in its first evaluation: scales are rounded for good, and rows
-            # of other than multiples of 64 entries fail or come out wrong.
+            # whose length is no multiple of 64 fail or come out wrong.
             module.support_avx512bf16_for_cpu = False
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-
-
-def read_base(name: str, dtype: str, quantise: str | None, device: torch.device, template: Template) -> Base:
-    """The model, for a tokenizer that was read before, since most mistakes show there and in the data.
-
-    Raises:
-        FileError: it cannot be read, or the tokenizer has tokens that it has no embedding for.
-    """
-    model = read_model(name, dtype, quantise, device)
-    base = Base(name, model, template)
+    base = Base(name, model.eval(), template)
     if len(template.tokenizer) > base.vocabulary:
         raise FileError(
             f"--model {name}: the tokenizer has {len(template.tokenizer)} tokens and the model {base.vocabulary} "
@@ -169,6 +148,11 @@ def read_base(name: str, dtype: str, quantise: str | None, device: torch.device,
     return base
 
 
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
 def pad_of(tokenizer: Any) -> int:
-    """The token to pad with. It is masked everywhere, so any will do."""
+    """Id of the token to pad with. Padding is masked everywhere, so any token will do."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

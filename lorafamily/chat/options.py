@@ -1,4 +1,4 @@
-"""From the command line and a config file to typed options, and back to the file; errors in one line."""
+"""From the command line and a config file to typed options, and back to a file; errors in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from lorafamily.terminal import nearest
 T = TypeVar("T")
 
 INSTEAD = (("budget", "rank", "rank_budget"), ("steps", "epochs"))
-"""Options that replace each other: one on the command line replaces the others in a config file."""
+"""Options that exclude each other: one on the command line replaces the others in a config file."""
 
 
 def parsed(of: type[T], arguments: Sequence[str], command: str, examples: str) -> T:
@@ -27,8 +28,8 @@ def parsed(of: type[T], arguments: Sequence[str], command: str, examples: str) -
 
     Raises:
         DataError: no such option or value; the message is one line, with the nearest name.
-        FileError: the config file cannot be read, or is no mapping of options.
-        SystemExit: help was asked for, and printed.
+        FileError: the config file cannot be read, or is not a mapping of options.
+        SystemExit: help was asked for and printed.
     """
     arguments, config = _config(list(arguments))
     names = dict(_fields(of))
@@ -67,19 +68,16 @@ def _name(argument: str) -> str:
 
 
 def _fields(of: Any) -> Iterator[tuple[str, Any]]:
-    """Names and types of all options, also those inside groups."""
-    import typing
-
-    hints = typing.get_type_hints(of)
-    for one in dataclasses.fields(of):
-        if dataclasses.is_dataclass(hints[one.name]):
-            yield from _fields(hints[one.name])
+    """Names and types of all options, including those inside groups."""
+    for name, hint in typing.get_type_hints(of).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _fields(hint)
         else:
-            yield one.name, hints[one.name]
+            yield name, hint
 
 
 def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> list[str]:
-    """The options of a config file as arguments, without those given on the command line."""
+    """The options of a config file as arguments, except those that the command line gives or replaces."""
     if path is None:
         return []
     try:
@@ -89,17 +87,17 @@ def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> 
     except yaml.YAMLError as error:
         raise FileError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(read, dict):
-        raise FileError(f"--config {path}: must have options by name, as the run.yaml of a run has")
+        raise FileError(f"--config {path}: must map options to values, as the run.yaml of a run does")
     flat: dict[str, Any] = {}
     for key, value in read.items():
         flat |= value if isinstance(value, dict) else {key: value}
-    hidden = {name for group in INSTEAD if given & set(group) for name in group}
+    replaced = {name for group in INSTEAD if given & set(group) for name in group}
     arguments: list[str] = []
     for key, value in flat.items():
         name = str(key).replace("-", "_")
         if name not in names:
             raise FileError(f"--config {path}: no option {key}{nearest(name, names)}")
-        if value is None or name in given | hidden:
+        if value is None or name in given | replaced:
             continue
         option = name.replace("_", "-")
         if isinstance(value, bool):
@@ -112,7 +110,7 @@ def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> 
 
 
 def _one_line(text: str, names: Mapping[str, Any]) -> str:
-    """The first part of tyro's message, which says what is wrong, without its box and in one line."""
+    """The first paragraph of tyro's message, which says what is wrong, in one line and without the box around it."""
     lines = [re.sub(r"[│╭╮╰╯|+]|─{3,}|-{3,}", " ", line).strip() for line in text.splitlines()[1:]]
     first: list[str] = []
     for line in lines[not lines[:1] or not lines[0] :]:  # without a box there is a rule below the title
@@ -123,10 +121,9 @@ def _one_line(text: str, names: Mapping[str, Any]) -> str:
     if found := re.match(r"Unrecognized options: (--[^\s,=]+)", message):
         option = found[1]
         return f"no option {option}{nearest(option, ['--' + name.replace('_', '-') for name in names])}"
-    if found := re.match(r"Error parsing (\S+): .* instantiated from \[(.*)\]", message):
-        return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
-    if found := re.match(r"Error parsing (\S+): .*: ('.*')$", message):
-        return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
+    for value in (r" instantiated from \[(.*)\]", r": ('.*')$"):
+        if found := re.match(r"Error parsing (\S+): .*" + value, message):
+            return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
     if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", message):
         choices = [choice.strip(" '") for choice in found[3].split(",") if choice.strip(" '") not in ("", "None")]
         return f"{found[2]} {found[1]}: must be one of {', '.join(choices)}{nearest(found[1], choices)}"
@@ -137,20 +134,20 @@ def _one_line(text: str, names: Mapping[str, Any]) -> str:
 
 
 def _wanted(names: Mapping[str, Any], option: str) -> str:
-    kind = str(names.get(option.lstrip("-").replace("-", "_"), ""))
-    return "must be a number" if "float" in kind else "must be a whole number" if "int" in kind else "is no such value"
+    hint = str(names.get(_name(option), ""))
+    return "must be a number" if "float" in hint else "must be a whole number" if "int" in hint else "is no such value"
 
 
 def write(options: Any, path: Path) -> None:
-    """Write all options into a config file, with which `--config FILE` runs the same again."""
-    groups = {
-        group.name: {key: _plain(value) for key, value in vars(getattr(options, group.name)).items()}
-        for group in dataclasses.fields(options)
-    }
-    path.write_text(yaml.safe_dump(groups, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write all options into a config file, so that `--config FILE` runs the same again."""
+    path.write_text(yaml.safe_dump(grouped(options), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+def grouped(options: Any) -> dict[str, dict[str, Any]]:
+    """The options by group, as a config file holds them."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+    groups = {group.name: vars(getattr(options, group.name)) for group in dataclasses.fields(options)}
+    return {name: {key: plain(value) for key, value in group.items()} for name, group in groups.items()}

@@ -1,4 +1,4 @@
-"""Reports on a run: evaluations, lines of progress, samples, and its result in words."""
+"""Reports on a run: evaluations, lines of progress, samples of answers, and the result in words."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from lorafamily.batch import LossFn, weigher
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.forms import Conversation
-from lorafamily.chat.generating import answers_to, question_of
+from lorafamily.chat.generating import answers_to, questions_of
 from lorafamily.chat.loss import ChunkedLoss
 from lorafamily.chat.model import Base
 from lorafamily.chat.settings import Train
@@ -26,9 +27,9 @@ from lorafamily.training.batches import mean_loss
 from lorafamily.training.processes import Processes
 from lorafamily.training.schedule import total_steps
 
-LINES = 20  # of progress in a run, if there is no terminal for a bar
+LINES = 20  # lines of progress in a run, where there is no terminal for a bar
 SAMPLE = 64  # the most tokens of a sample
-EPOCHS = 3.0
+EPOCHS = 3.0  # unless --steps or --epochs is given
 
 
 class Reporter:
@@ -38,7 +39,7 @@ class Reporter:
         self,
         options: Train,
         base: Base,
-        asked: Sequence[Conversation],
+        evaluated: Sequence[Conversation],
         batches: ChatBatches,
         validation: ChatBatches | None,
         loss_fn: LossFn,
@@ -54,17 +55,15 @@ class Reporter:
         quiet = options.result.json
         self.bar = sys.stderr.isatty() and not quiet
         self.lines = not self.bar and not quiet and processes.first
-        talks = [talk for talk in asked if talk.messages is not None][: options.evaluation.samples]
-        self.questions = [question_of(base, talk.question, talk.tools) for talk in talks]
-        self.answers = [talk.answer for talk in talks]
+        self.asked = questions_of(evaluated, base.template, options.evaluation.samples)
         self.weigh = weigher("tokens", base.model, loss_fn)
         self.board: SummaryWriter | None = None
-        self.at = 0
-        self.first: tuple[float, int, int] | None = None
-        self.last = (0.0, 0, 0)
-        self.away = 0.0  # seconds in evaluations
+        self.at = 0  # steps made
+        self.first: tuple[float, int] | None = None  # after the first step: time without evaluations, tokens
+        self.last = (0.0, 0)  # the same after the last step
+        self.evaluating = 0.0  # seconds in evaluations
         if options.batches.chunk and not isinstance(loss_fn, ChunkedLoss):
-            say(f"{type(base.model).__name__} does more than a linear head before its loss: logits are not chunked")
+            say(f"{type(base.model).__name__} has more than a linear head before its loss, so logits are not chunked")
 
     def __enter__(self) -> Reporter:
         return self
@@ -76,7 +75,7 @@ class Reporter:
     def step(self, step: Step) -> None:
         """Called after every step, in the first process."""
         self.at = step.step
-        self.last = (time.perf_counter() - self.away, self.batches.count.tokens, self.batches.count.places)
+        self.last = (time.perf_counter() - self.evaluating, self.batches.count.tokens)
         self.first = self.first or self.last
         every = max(1, self.total // LINES)
         if self.lines and (step.step % every == 0 or step.step in (1, self.total)):
@@ -88,8 +87,7 @@ class Reporter:
         """Tokens per second of all processes together; 0 after a single step."""
         if self.first is None or self.last[0] <= self.first[0]:
             return 0.0
-        mine = (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
-        return mine * self.processes.world
+        return self.processes.world * (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """Loss in nats per token, and perplexity; writes samples to TensorBoard."""
@@ -97,31 +95,25 @@ class Reporter:
         begun = time.perf_counter()
         value = mean_loss(model, self.validation, self.loss_fn, self.weigh, self.processes)
         if self.processes.first:
-            self._samples(model)
-            self._print_loss(value)
-        self.away += time.perf_counter() - begun
+            self._write_samples(model)
+            line = f"evaluation at step {self.at}: loss {value:.4f}, perplexity {perplexity(value):.2f}"
+            if self.bar:
+                tqdm.write(line, file=sys.stderr)
+            elif self.lines:
+                self.say(line)
+        self.evaluating += time.perf_counter() - begun
         return {"loss": value, "perplexity": perplexity(value)}
 
-    def _print_loss(self, value: float) -> None:
-        line = f"evaluation at step {self.at}: loss {value:.4f}, perplexity {perplexity(value):.2f}"
-        if self.bar:
-            from tqdm import tqdm
-
-            tqdm.write(line, file=sys.stderr)
-        elif self.lines:
-            self.say(line)
-
-    def _samples(self, model: Any) -> None:
-        if not self.questions:
-            return
-        if self.board is None:
-            assert self.options.result.out is not None
-            self.board = SummaryWriter(str(self.options.result.out / "log"), filename_suffix=".samples")
-        written = answers_to(getattr(model, "_orig_mod", model), self.base.template, self.questions, SAMPLE)
-        for number, answer in enumerate(written):
-            texts = {"asked": self.questions[number], "written": answer, "given": self.answers[number]}
+    def _write_samples(self, model: Any) -> None:
+        if self.asked and self.board is None:
+            self.board = SummaryWriter(str(self.options.out / "log"), filename_suffix=".samples")
+        questions = [question for question, _ in self.asked]
+        written = answers_to(getattr(model, "_orig_mod", model), self.base.template, questions, SAMPLE)
+        for number, (answer, (question, given)) in enumerate(zip(written, self.asked, strict=True), 1):
+            assert self.board is not None
+            texts = {"asked": question, "written": answer, "given": given}
             text = "\n\n".join(f"**{name}**\n\n{_code(value)}" for name, value in texts.items())
-            self.board.add_text(f"samples/{number + 1}", text, self.at)
+            self.board.add_text(f"samples/{number}", text, self.at)
 
     def result(self, history: History) -> dict[str, Any]:
         """The result as data, for --json."""
@@ -142,25 +134,25 @@ class Reporter:
     def text(self, history: History, out: Path, written: Mapping[str, Path]) -> str:
         """The result in words."""
         found = self.result(history)
-        lines = [f"{found['stopped']}: loss {found['loss']['first']:.4f} → {found['loss']['last']:.4f}"]
+        loss, rank, memory = found["loss"], found["rank"], found["peak memory"]
+        lines = [f"{found['stopped']}: loss {loss['first']:.4f} → {loss['last']:.4f} (smoothed)"]
         if history.evaluations:
             first, last = history.evaluations[0], history.evaluations[-1]
             lines[0] += f"; on held-out rows {first.metrics['loss']:.4f} → {last.metrics['loss']:.4f}"
             lines[0] += f", perplexity {last.metrics['perplexity']:.2f}"
         speed = f"{self.rate:,.0f} tokens/s, " if self.rate else ""
-        peak = f", peak memory {in_units(found['peak memory'])}" if found["peak memory"] else ""
+        peak = f", peak memory {in_units(memory)}" if memory else ""
         lines.append(f"{speed}{found['padding']:.1%} padding, {found['seconds']:.1f} s in steps{peak}")
-        start, end = found["rank"]["start"], found["rank"]["end"]
-        ranks = f"{start} slices" if start == end else f"{start} → {end} slices"
-        lines.append(f"{out}: adapter ({ranks}), run.yaml, log/" + "".join(f", {p.name}" for p in written.values()))
-        adapter = f"--model {self.options.model.model} --adapter {out}"
-        lines.append(f'try it:   lorafamily generate {adapter} "Hello"')
+        before = "" if rank["start"] == rank["end"] else f"{rank['start']} → "
+        exports = "".join(f", {path.name}" for path in written.values())
+        lines.append(f"{out}: adapter ({before}{rank['end']} slices), run.yaml, log/{exports}")
+        lines.append(f'try it:   lorafamily generate --model {self.options.model.model} --adapter {out} "Hello"')
         lines.append(f"watch it: tensorboard --logdir {out}")
         return "\n".join(lines)
 
 
 def perplexity(loss: float) -> float:
-    """e to the loss; infinite if that is too large for a float."""
+    """e to the loss in nats; infinite if that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -177,5 +169,5 @@ def _peak() -> int | None:
 
 
 def _code(text: str) -> str:
-    """As a code block in Markdown, which leaves the text as it is."""
+    """The text as a code block in Markdown, in which nothing is formatted."""
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])

@@ -1,4 +1,4 @@
-"""Rows from files and from the hub, each with its place, so that an error can name it."""
+"""Rows from files and from the hub. Each keeps its place (file and line), so that an error can name it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".parq
 
 
 class RowError(Exception):
-    """Something is wrong with a row; `read` and `conversations` add its place."""
+    """Something is wrong with a row; whoever catches it adds the row's place."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Row:
 
 
 class Complaints:
-    """Collects what is wrong with rows, for a message with the first place and the number of others."""
+    """Collects what is wrong with rows, for one message with the first place and reason and the number of others."""
 
     def __init__(self) -> None:
         self.first, self.count = "", 0
@@ -40,7 +40,8 @@ class Complaints:
         self.count += 1
 
     def raise_if_any(self) -> None:
-        """
+        """Report what was added.
+
         Raises:
             DataError: something was added.
         """
@@ -58,8 +59,8 @@ def read(source: str, split: str = "train") -> list[Row]:
         split: of a data set on the hub.
 
     Raises:
-        DataError: no such file, an unknown type of file, or rows that cannot be read; the message has the first place
-            and the reason.
+        DataError: no such file, an unknown type of file, or rows that cannot be read; the message has the place and
+            reason of the first.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -85,7 +86,7 @@ def read(source: str, split: str = "train") -> list[Row]:
 
 
 def _suffix(path: Path) -> str:
-    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), "")
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
 def _from_file(path: Path, complaints: Complaints) -> list[Row]:
@@ -113,11 +114,7 @@ def _json_lines(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    """A line of a JSON lines file.
-
-    Raises:
-        RowError: it is empty, not UTF-8, not JSON, or no object.
-    """
+    """A line of a JSON lines file. RowError if it is empty, not UTF-8, not JSON, or no object."""
     if not line.strip():
         raise RowError("the line is empty")
     try:
@@ -162,9 +159,8 @@ def _csv(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); nothing was trained"
-        ) from None
+        byte = data[error.start]
+        raise DataError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}); nothing was trained") from None
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for values in reader:
@@ -195,17 +191,14 @@ def _from_hub(name: str, split: str) -> list[Row]:
     try:
         import datasets
     except ImportError:
-        raise DataError(
-            f'{name}: no such file, and the hub is read with datasets: pip install "lorafamily[chat]"'
-        ) from None
+        hint = 'reading the hub needs datasets: pip install "lorafamily[chat]"'
+        raise DataError(f"{name}: no such file or folder, and {hint}") from None
     datasets.logging.set_verbosity_error()
     try:
         found = datasets.load_dataset(name, split=split)
     except Exception as error:  # whatever the hub, the network or a script in the data set raises
-        raise DataError(
-            f"{name}: no such file or folder, and not a data set on the hub either "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        ) from None
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise DataError(f"{name}: no such file or folder, and no data set on the hub either ({reason})") from None
     return [Row(f"{name}[{split}], row {number}", _without_nulls(dict(row))) for number, row in enumerate(found, 1)]
 
 

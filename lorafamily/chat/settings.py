@@ -1,8 +1,7 @@
-"""The options of the three commands; the classes are the groups of `--help` and of a config file."""
+"""The options of the three commands. The classes are the groups in `--help` and in a config file."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,18 +22,18 @@ class ModelOptions:
     model: str
     """Folder of a transformers checkpoint, or a name on the hub."""
     dtype: Dtype = "auto"
-    """Of the base's weights; auto: bfloat16 on a GPU, float32 elsewhere. Adapters are float32."""
+    """Of the base's weights; auto: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are float32."""
     quantise: Literal["nf4"] | None = None
-    """Hold the base in 4 bits (bitsandbytes)."""
+    """Quantise the base to 4 bits (bitsandbytes)."""
     device: str = "auto"
     """Such as cuda:1 or cpu; auto: the GPU, if there is one."""
     template: str | None = None
-    """File with a chat template (Jinja), or "plain"; otherwise the model's own, and the plain one where it has none."""
+    """File with a chat template (Jinja), or "plain"; None: the model's own, and "plain" where it has none."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The data."""
+    """Rows to train and evaluate on."""
 
     data: tuple[str, ...]
     """Files (.jsonl, .json, .csv, each also .gz, .parquet), folders of such files, or names on the hub."""
@@ -43,15 +42,15 @@ class DataOptions:
     validation_data: str | None = None
     """Rows to evaluate on, instead of a share of the data."""
     eval_share: float = 0.05
-    """Share of the rows kept for evaluation, drawn by the seed; 0: none."""
+    """Share of the rows kept for evaluation, drawn at random by --seed; 0: none."""
     loss_on: Literal["assistant", "everything"] = "assistant"
     """Which tokens count in the loss: the assistant's, with end-of-turn tokens, or all."""
     length: int = 1024
-    """The most tokens of a row; the tokens of a packed row."""
+    """The most tokens of a row, and of a packed row."""
     too_long: Literal["cut", "drop"] = "cut"
-    """What happens to longer rows."""
+    """Cut longer rows to --length tokens, or leave them out."""
     preview: int | None = None
-    """Print so many rows with the tokens that count coloured, and stop."""
+    """Print this many rows, with the tokens that count in the loss in colour, and stop."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,21 @@ class MethodOptions:
     method: str = "lora"
     """Such as alora, or "lora2+olora"."""
     budget: float | None = None
-    """Trainable adapter parameters in all, such as 2e6; never exceeded."""
+    """The most trainable adapter parameters, such as 2e6."""
     rank: int | None = None
-    """Of every layer, instead of a budget."""
+    """Rank of every adapter, instead of a budget."""
     rank_budget: int | None = None
-    """Slices of all layers together, instead of a budget."""
+    """Rank slices of all layers together, instead of a budget."""
     budget_at: Literal["peak", "end"] = "peak"
-    """Whether the budget holds at every step, or at the end of a method that prunes."""
+    """Whether the budget is kept at every step, or only at the end by a method that prunes."""
     targets: tuple[str, ...] = ()
     """Regular expressions for the layers to adapt, or "attention"; none: all linear layers but the head."""
     exclude: tuple[str, ...] = ()
     """Regular expressions for layers to leave out."""
     also_train: tuple[str, ...] = ()
-    """Regular expressions for parameters that train too."""
+    """Regular expressions for parameters of the base to train too, such as a head."""
     dropout: float = 0.0
-    """Probability with which an entry of an adapter's input is dropped."""
+    """Probability that an entry of an adapter's input is set to zero in training."""
     dropout_kind: Literal["entries", "features"] = "entries"
     """Drop single entries, or whole features of the batch."""
     method_options: tuple[str, ...] = ()
@@ -87,22 +86,16 @@ class MethodOptions:
         Raises:
             DataError: an option of the method has no value.
         """
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        options = dict(map(_method_option, given.pop("method_options")))
+        given: dict[str, Any] = {**vars(self)}
+        for option in given.pop("method_options"):
+            name, equals, value = option.partition("=")
+            if not equals:
+                raise DataError(f"--method-options {option}: must be name=value, such as alpha=32")
+            given[name.replace("-", "_")] = yaml.safe_load(value)
         for name in ("targets", "exclude", "also_train"):
-            given[name] = given[name] or None
-            if given[name] in (("attention",), ("all-linear",)):
-                given[name] = given[name][0]
-            elif given[name]:
-                given[name] = list(given[name])
-        return given | options
-
-
-def _method_option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise DataError(f"--method-options {text}: must be name=value, such as alpha=32")
-    return name.replace("-", "_"), yaml.safe_load(value)
+            words = given[name] in (("attention",), ("all-linear",))  # that `apply` takes as a string
+            given[name] = given[name][0] if words else list(given[name]) or None
+        return given
 
 
 @dataclass(frozen=True)
@@ -112,11 +105,11 @@ class BatchOptions:
     batch: int = 8
     """Rows of a batch; with --pack, packed rows."""
     pack: bool = False
-    """Put several rows into one of --length tokens; they do not see each other."""
+    """Put several rows into one of --length tokens, without attention between them."""
     accumulate: int = 1
-    """Batches per optimiser step."""
+    """Batches per optimizer step."""
     chunk: int = 256
-    """Tokens whose logits are in memory at a time; 0: all, with the model's own loss."""
+    """Tokens whose logits are in memory at a time; 0: all at once, with the model's own loss."""
 
 
 @dataclass(frozen=True)
@@ -124,25 +117,25 @@ class OptimisationOptions:
     """How long and how fast; see lorafamily.train."""
 
     steps: int | None = None
-    """Optimiser steps, instead of --epochs."""
+    """Optimizer steps, instead of --epochs."""
     epochs: float | None = None
-    """Passes through the data; 3 by default."""
+    """Passes through the data; None: 3."""
     lr: float | Literal["auto"] | None = None
-    """Peak learning rate; 0.001 by default. LoRA² and AdaLoRA want more, OLoRA less. auto: lorafamily.suggest_lr's."""
+    """Peak learning rate; None: 0.001. LoRA² and AdaLoRA need more, OLoRA less. auto: as lorafamily.suggest_lr."""
     head_lr: float | None = None
-    """Of what --also-train names; ten times --lr by default."""
+    """Learning rate of what --also-train names; None: ten times --lr."""
     up_lr: float | None = None
-    """Of the up factors (LoRA+)."""
+    """Learning rate of the up factors (LoRA+)."""
     weight_decay: float | None = None
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     warmup: int | float = 0.06
-    """Share of the run, or whole number of steps, in which the rate rises."""
+    """Share of the run, or whole number of steps, in which the learning rate rises."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Of the rate after the warm-up."""
+    """Of the learning rate after the warm-up."""
     floor: float = 0.0
-    """Share of the peak below which it does not fall."""
+    """Share of its peak below which the learning rate does not fall."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0: they are not."""
+    """Scale gradients down to this norm; 0: leave them as they are."""
     seed: int = 0
     """Of initialisation, shuffling, dropout and the choice of evaluation rows."""
 
@@ -152,9 +145,9 @@ class EvaluationOptions:
     """Evaluation during the run."""
 
     evaluate_every: int | None = None
-    """Steps between evaluations; by default there are ten."""
+    """Steps between evaluations; None: ten evaluations in the run."""
     patience: int | None = None
-    """Stop after so many evaluations without a lower loss."""
+    """Stop after this many evaluations in a row without a lower loss."""
     restore_best: bool = False
     """Save the adapter of the best evaluation instead of the last."""
     samples: int = 2
@@ -166,15 +159,15 @@ class ExecutionOptions:
     """How a step is computed."""
 
     precision: Dtype = "auto"
-    """Of the computation (autocast); auto: bfloat16 on a GPU that has it."""
+    """Of the computation (autocast); auto: bfloat16 on a GPU that has it, float32 elsewhere."""
     compile: bool = False
     """Run the model through torch.compile."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward instead of keeping them."""
     skip_nonfinite: int = 0
-    """Steps in a row that may be skipped because the loss or a gradient is not finite."""
+    """How many steps in a row may be skipped because the loss or a gradient is not finite."""
     check_gradients: bool = True
-    """Refuse to go on if adapters get no gradient."""
+    """Stop with an error if adapters get no gradient."""
 
 
 @dataclass(frozen=True)
@@ -184,15 +177,15 @@ class ResultOptions:
     out: Path | None = None
     """Folder of the result; the same command resumes an interrupted run there."""
     save_every: int | None = None
-    """Steps between checkpoints; by default there are ten."""
+    """Steps between checkpoints; None: ten checkpoints in the run."""
     keep: int = 2
-    """Checkpoints to keep, besides the best."""
+    """How many of the last checkpoints to keep, besides the best."""
     resume: Literal["auto", "anyway"] = "auto"
-    """anyway: resume even with other settings, such as more steps."""
+    """Whether to resume only with the same options, or anyway, for example with more steps."""
     export: tuple[Export, ...] = ()
     """Besides the adapter: a folder for peft, one for inference servers, a merged checkpoint, a GGUF file."""
     dry_run: bool = False
-    """Print what the run would take, and stop."""
+    """Print the memory that the run would need, and stop."""
     json: bool = False
     """Print a JSON object at the end, and no progress."""
 
@@ -212,26 +205,32 @@ class Train:
 
     @property
     def json(self) -> bool:
-        """Whether a JSON object is printed."""
+        """As for the other commands."""
         return self.result.json
+
+    @property
+    def out(self) -> Path:
+        """The folder of the result, which `check` makes sure of unless nothing is to be written."""
+        assert self.result.out is not None
+        return self.result.out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
-    """What `generate` and `evaluate` have in common."""
+    """Options that `generate` and `evaluate` have in common."""
 
     model: str | None = None
-    """The base; by default that of the first adapter's run."""
+    """Folder or name of the base; None: that of the first adapter's run."""
     max_new: int = 256
     """The most tokens of an answer."""
     dtype: Dtype = "auto"
-    """Of the base's weights."""
+    """Of the base's weights; auto: bfloat16 on a GPU that has it, float32 elsewhere."""
     quantise: Literal["nf4"] | None = None
-    """Hold the base in 4 bits."""
+    """Quantise the base to 4 bits (bitsandbytes)."""
     device: str = "auto"
-    """Such as cuda:1 or cpu."""
+    """Such as cuda:1 or cpu; auto: the GPU, if there is one."""
     template: str | None = None
-    """File with a chat template, or "plain"; by default that of the first adapter's run, or the model's own."""
+    """File with a chat template, or "plain"; None: that of the first adapter's run, or the model's own."""
     json: bool = False
     """Print a JSON object."""
 
@@ -241,15 +240,15 @@ class Generate(Inference):
     """Let a model with an adapter answer."""
 
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
-    """What the user says, each in a conversation of its own; none: from standard input."""
+    """What the user says, each in a conversation of its own; none: standard input is read."""
     adapter: Path | None = None
     """Folder that lorafamily train or lorafamily.save wrote; none: the base alone."""
     system: str | None = None
     """The system message."""
     temperature: float = 0.0
-    """0: take the likeliest token each time."""
+    """Temperature of the sampling; 0: take the likeliest token each time."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens that together have this probability."""
     seed: int = 0
     """Of the sampling."""
 
@@ -259,21 +258,21 @@ class Evaluate(Inference):
     """Loss, perplexity and exact match on a file of conversations, for the base and for each adapter."""
 
     data: tuple[str, ...]
-    """As lorafamily train takes it."""
+    """Files, folders of files or names on the hub, as lorafamily train takes them."""
     adapter: tuple[Path, ...] = ()
     """Folders that lorafamily train or lorafamily.save wrote."""
     split: str = "test"
     """Split of data sets on the hub."""
     loss_on: Literal["assistant", "everything"] = "assistant"
-    """Which tokens count."""
+    """Which tokens count in the loss: the assistant's, with end-of-turn tokens, or all."""
     length: int = 1024
     """The most tokens of a row; longer ones are cut."""
     batch: int = 8
-    """Rows at a time."""
+    """Rows of a batch."""
     generate: int = 50
-    """Rows whose last answer is generated and compared with the one given; 0: none."""
+    """Rows whose last answer is generated and compared with the one in the data; 0: none."""
     chunk: int = 256
-    """Tokens whose logits are in memory at a time; 0: all."""
+    """Tokens whose logits are in memory at a time; 0: all at once."""
 
 
 EXAMPLES = {

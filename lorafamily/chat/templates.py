@@ -1,9 +1,9 @@
 """Chat templates: the text of a conversation, and which of its characters are the assistant's.
 
-Templates with generation marks ({% generation %}) say so. For all others the conversation is rendered again with two
-characters of Unicode's private use area around each content of the assistant, which shows where the content is,
-whatever the template writes around it. A turn begins where the generation prompt for the conversation so far ends,
-since the model writes what follows, and it ends with the end-of-turn token, which the model must learn to write.
+Templates with generation marks ({% generation %}) say so. For all others the conversation is rendered a second time
+with a character of Unicode's private use area before and after each content of the assistant, which shows where the
+content is, whatever the template writes around it. A turn begins where the generation prompt for the conversation so
+far ends, since the model writes what follows, and ends with the end-of-turn token, which the model must learn to write.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ class Template:
         self.marked = bool(MARK.search(text))
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-        self._special = (
-            re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
-        )
+        nothing = "(?!)"  # matches nowhere
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or nothing)
 
     def render(self, messages: Messages, *, prompt: bool = False, tools: list[Any] | None = None) -> str:
         """The conversation as text. `prompt`: with the generation prompt for the assistant's next answer.
@@ -67,66 +66,62 @@ class Template:
             text, spans = self._rendered(messages, False, tools, marks=True)
             return text, [(begin, self._through_end(text, begin, end)) for begin, end in spans if end > begin]
         text = self.render(messages, tools=tools)
-        ends = self._ends(messages, text, tools)
-        spans = []
-        for at, message in enumerate(messages):
-            if message["role"] == "assistant":
-                spans.append(self._span(messages, at, text, ends.get(at), tools))
+        contents = self._contents(messages, text, tools)
+        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [self._span(messages, at, text, contents.get(at), tools) for at in turns]
         return text, [(begin, end) for begin, end in spans if end > begin]
 
     def _span(self, messages: Messages, at: int, text: str, content: Span | None, tools: list[Any] | None) -> Span:
-        """The span of message `at`. `content`: that of its content, if known."""
-        floor = self._begin(messages, at, text, tools)
+        """The span of the turn of message `at`. `content`: the span of its content, None if it was not found."""
+        begin = self._begin(messages, at, text, tools)
         if content is not None:
-            begin = min(floor, content[0])
             tail = self._tail(messages, at, text, content[1], tools)
-            return begin, content[1] + self._length_of_end(tail, last=bool(messages[at].get("tool_calls")))
+            end = content[1] + self._length_of_end(tail, last=bool(messages[at].get("tool_calls")))
+            return min(begin, content[0]), end
         until = self.render(messages[: at + 1], tools=tools)
         shared = _shared(until, text)
-        if floor == len(text) or (len(shared) < len(until.rstrip()) and at + 1 < len(messages)):
+        if begin == len(text) or (len(shared) < len(until.rstrip()) and at + 1 < len(messages)):
             raise RowError(
                 f"the chat template changes message {at + 1} so that what the assistant says cannot be found; use a "
                 "template with generation marks, or --loss-on everything"
             )
-        return floor, floor + self._length_of_end(shared[floor:], last=True)
+        return begin, begin + self._length_of_end(shared[begin:], last=True)
 
     def _begin(self, messages: Messages, at: int, text: str, tools: list[Any] | None) -> int:
-        """Where the model begins to write message `at`: at the end of the generation prompt, as far as it is in the
-        text."""
+        """Where the model begins to write message `at`: where the text stops agreeing with the generation prompt. The
+        end of the text means that this is not known, and the content decides."""
         try:
             prompt = self.render(messages[:at], prompt=True, tools=tools)
         except RowError:
             if at:
                 raise
-            return len(text)  # a template may refuse an empty conversation; the content decides
+            return len(text)  # a template may refuse an empty conversation
         content = messages[at]["content"].strip()[:20]
         unprompted = prompt == self.render(messages[:at], tools=tools)  # the template has no generation prompt
         if unprompted and not text[len(prompt) :].lstrip(" ").startswith(content):
-            return len(text)  # but a heading, after which the content comes
+            return len(text)  # but it writes a heading before the content
         return len(_shared(prompt, text))
 
-    def _ends(self, messages: Messages, text: str, tools: list[Any] | None) -> dict[int, Span]:
+    def _contents(self, messages: Messages, text: str, tools: list[Any] | None) -> dict[int, Span]:
         """The span of the content of each message of the assistant, from a rendering with unused characters around it.
-        Contents that the template changes or leaves out are not in the result."""
-        before, after = _unused(text + "".join(str(message["content"]) for message in messages))
-        contents = [
-            at for at, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()
-        ]
-        marked = [_around(m, before, after) if at in contents else m for at, m in enumerate(messages)]
+        The result is empty if the template changes or leaves out a content."""
+        before, after = _unused(text, messages)
+        answers = [at for at, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
+        marked = [_around(m, before, after) if at in answers else m for at, m in enumerate(messages)]
         try:
             rendered = self.render(marked, tools=tools)
         except RowError:
             return {}
-        if rendered.replace(before, "").replace(after, "") != text or rendered.count(after) != len(contents):
+        if rendered.replace(before, "").replace(after, "") != text or rendered.count(after) != len(answers):
             return {}
         found: dict[int, Span] = {}
-        position, begin, ended = 0, None, iter(contents)
+        position, begin, remaining = 0, None, iter(answers)
         for character in rendered:
             if character == before:
                 begin = position
             elif character == after:
                 # begin is None if the template cut the start of the content, such as a train of thought
-                found[next(ended)] = (len(text) if begin is None else begin, position)
+                found[next(remaining)] = (len(text) if begin is None else begin, position)
                 begin = None
             else:
                 position += 1
@@ -137,24 +132,24 @@ class Template:
         rest = text[end:]
         if at + 1 == len(messages):
             return rest
-        before, after = _unused(text + "".join(str(message["content"]) for message in messages))
+        before, after = _unused(text, messages)
         until = self.render([*messages[:at], _around(messages[at], before, after)], tools=tools)
         return _shared(rest, until.rpartition(after)[2])
 
     def _length_of_end(self, tail: str, last: bool) -> int:
-        """How much of what follows belongs to the turn: up to and including its first (or last) special token; without
-        any, all except white space at the end."""
-        found = list(self._special.finditer(tail)) if self._special else []
+        """How many characters after the content belong to the turn: up to and including the first (or `last`) special
+        token; without any, all except white space at the end."""
+        found = list(self._special.finditer(tail))
         return found[-1 if last else 0].end() if found else len(tail.rstrip())
 
     def _through_end(self, text: str, begin: int, end: int) -> int:
         """The end of a marked span, moved behind the token that ends the turn, which marks often leave out. White space
-        at the end is cut off: the model writes nothing after that token."""
+        after that token is cut off, since the model writes nothing there."""
         inside = text[begin:end]
-        found = list(self._special.finditer(inside)) if self._special else []
+        found = list(self._special.finditer(inside))
         if found and not inside[found[-1].end() :].strip():
             return begin + found[-1].end()
-        following = self._special.match(text, end) if self._special else None
+        following = self._special.match(text, end)
         return following.end() if following else end
 
     def _rendered(
@@ -179,20 +174,20 @@ class Template:
 
 
 def _around(message: dict[str, Any], before: str, after: str) -> dict[str, Any]:
-    """The message with a character before and after its content, inside of white space, which templates strip."""
+    """The message with a character before and after its content, within outer white space, which templates strip."""
     content = message["content"]
     core = content.strip()
     lead = content[: len(content) - len(content.lstrip())]
     return {**message, "content": f"{lead}{before}{core}{after}{content[len(lead) + len(core) :]}"}
 
 
-def _unused(text: str) -> tuple[str, str]:
-    """Two characters of the private use area that are not in the text."""
-    found = [chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text]
-    return found[0], found[1]
+def _unused(text: str, messages: Messages) -> tuple[str, str]:
+    """Two characters of the private use area that are neither in the text nor in the messages."""
+    used = set(text).union(*(str(message["content"]) for message in messages))
+    found = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+    return next(found), next(found)
 
 
 def _shared(one: str, other: str) -> str:
     """The longest common beginning of two texts."""
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(character for character, _ in pairs)
+    return "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -21,7 +21,7 @@ TooLong = Literal["cut", "drop"]
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row. `ids`: of its tokens; `learnt`: which of them count in the loss. The first never does, since nothing
+    """One row. `ids`: its token ids; `learnt`: which of them count in the loss. The first never does, since nothing
     predicts it."""
 
     ids: NDArray[np.int32]
@@ -60,10 +60,10 @@ def tokenised(
     loss_on: LossOn = "assistant",
     too_long: TooLong = "cut",
 ) -> Tokenised:
-    """Every conversation as tokens of at most `length`.
+    """Every conversation as at most `length` tokens.
 
     Raises:
-        DataError: the template refuses rows (the message has the first place and the reason), or no row is left.
+        DataError: the template refuses rows (the message has the place and reason of the first), or no row is left.
     """
     rows, kept, complaints = list[Tokens](), list[Conversation](), Complaints()
     cut = dropped = 0
@@ -83,18 +83,14 @@ def tokenised(
     complaints.raise_if_any()
     if not rows:
         raise DataError(
-            f"all {dropped} rows are longer than --length {length} tokens, or nothing learnt is in its first "
-            f"{length}; raise --length"
+            f"all {dropped} rows are longer than --length {length} tokens, or none of their first {length} tokens "
+            "counts in the loss; raise --length"
         )
     return Tokenised(rows, kept, cut, dropped)
 
 
 def tokens_of(conversation: Conversation, template: Template, loss_on: LossOn = "assistant") -> Tokens:
-    """One conversation as tokens, of any length.
-
-    Raises:
-        RowError: the template refuses it.
-    """
+    """One conversation as tokens, however many. RowError if the template refuses it."""
     tokenizer = template.tokenizer
     if conversation.messages is None:
         ids = list(tokenizer(conversation.text)["input_ids"])
@@ -110,14 +106,9 @@ def tokens_of(conversation: Conversation, template: Template, loss_on: LossOn = 
 
 
 def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens end within a span. A token that begins before it, such as a space with the first word, counts: the
+    """Which tokens end within a span. One that begins before the span, such as a space with the first word, counts: the
     prompt ends where the span begins, so the model writes the whole token."""
-    learnt = [False] * len(offsets)
-    for begin, end in spans:
-        for at, (first, last) in enumerate(offsets):
-            if first < last and begin < last <= end:
-                learnt[at] = True
-    return learnt
+    return [first < last and any(begin < last <= end for begin, end in spans) for first, last in offsets]
 
 
 def _row(ids: Sequence[int], learnt: Sequence[bool]) -> Tokens:
@@ -126,13 +117,11 @@ def _row(ids: Sequence[int], learnt: Sequence[bool]) -> Tokens:
     return Tokens(np.array(ids, dtype=np.int32), marks)
 
 
-def pieces(row: Tokens, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The text of a row in pieces, and whether each is learnt."""
-    for learnt, group in groupby(zip(row.ids.tolist(), row.learnt.tolist(), strict=True), key=lambda pair: pair[1]):
-        yield tokenizer.decode([token for token, _ in group], skip_special_tokens=False), learnt
-
-
 def preview(row: Tokens, tokenizer: Any, colour: bool) -> str:
     """The text of a row, with what is learnt in green or, without colours, between « and »."""
     before, after = ("\x1b[1;32m", "\x1b[0m") if colour else ("«", "»")
-    return "".join(f"{before}{text}{after}" if learnt else text for text, learnt in pieces(row, tokenizer))
+    texts = []
+    for learnt, group in groupby(zip(row.ids.tolist(), row.learnt.tolist(), strict=True), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
+        texts.append(f"{before}{text}{after}" if learnt else text)
+    return "".join(texts)

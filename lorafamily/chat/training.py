@@ -1,10 +1,11 @@
 """The command `lorafamily train`: from a file of conversations to a folder with an adapter.
 
 OUT/adapter.safetensors, adapter.json   the adapter, as lorafamily.save writes it
+OUT/README.md                           its model card
 OUT/run.yaml                            all options
 OUT/chat_template.jinja                 the template it was trained with
 OUT/log/                                TensorBoard's events, steps, allocation, pictures, checkpoints
-OUT/peft, serving, merged, model.gguf   if asked for
+OUT/peft, serving, merged, model.gguf   if --export asks for them
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,14 +50,12 @@ LEAK = 0.1  # rounding in half precision changes logits by 1e-2, seeing another 
 
 @dataclass
 class Data:
-    """Rows to train on and to evaluate on."""
+    """Rows to train on and to evaluate on. `evaluated`: conversations of the latter; `line`: what was read."""
 
     train: list[Tokens]
     validation: list[Tokens]
-    asked: list[Conversation]
-    """Conversations of the rows to evaluate on."""
+    evaluated: list[Conversation]
     line: str
-    """What was read, in one line."""
 
 
 def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
@@ -64,12 +64,12 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
     Raises:
         DataError: rows cannot be read or packed; nothing was trained or written.
         LoraFamilyError: options, model and folder do not fit, or what `lorafamily.train` raises.
-        Interrupted: a signal stopped the run, and it is saved.
+        Interrupted: a signal stopped the run after it was saved.
     """
     quiet()
     check(options)
     template = read_template(options.model.model, options.model.template)
-    data = read_data(options, template)
+    data = _read_data(options, template)
     if options.data.preview is not None:
         return _preview(options, data, template)
     say(data.line)
@@ -77,37 +77,38 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
     base = read_base(options.model.model, options.model.dtype, options.model.quantise, device, template)
     if options.result.dry_run:
         return dry_run(options, base, data.train)
-    assert options.result.out is not None
     processes = Processes(device)
-    batches, validation = batches_of(options, base, data, processes)
+    batches, validation = _batches(options, base, data, processes)
     loss_fn = loss_of(options.batches.chunk, base.model, base.vocabulary)
     if options.batches.pack and (leak := sees_other_rows(base.model, base.vocabulary)) > LEAK:
         raise DataError(
             f"--pack: {type(base.model).__name__} lets packed rows see each other (a logit changes by {leak:.0%}); "
-            "train without it"
+            "train without --pack"
         )
-    adapted(options, base, batches, loss_fn)
-    say(adapters_line(options, base))
+    _apply(options, base, batches, loss_fn)
+    trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    ranks = [adapter.rank for adapter in placement_of(base.model).adapters.values()]
+    say(f"{options.method.method}: {trained:,} trainable parameters, {sum(ranks):,} slices on {len(ranks)} layers")
     optimisation = options.optimisation
     if optimisation.lr == "auto":
         suggestion = lorafamily.suggest_lr(base.model, seed=optimisation.seed)
         say(str(suggestion))
         optimisation = dataclasses.replace(optimisation, lr=processes.agreed(suggestion.lr))
-    with Reporter(options, base, data.asked, batches, validation, loss_fn, processes, say) as reporter:
-        new = processes.first and begin_folder(options, template.text)
+    with Reporter(options, base, data.evaluated, batches, validation, loss_fn, processes, say) as reporter:
+        new = processes.first and _begin_folder(options, template.text)
         try:
             history = _run(options, optimisation, base, batches, validation, loss_fn, reporter)
         except BaseException:
             if new and not reporter.at:  # refused before the first step
-                shutil.rmtree(options.result.out, ignore_errors=True)
+                shutil.rmtree(options.out, ignore_errors=True)
             raise
     if not processes.first:
         return {}, ""
-    return finish(options, base, history, reporter)
+    return _finish(options, base, history, reporter)
 
 
 def _device(options: Train) -> torch.device:
-    """The device of this process; of torchrun's processes each takes a GPU."""
+    """The device of this process; each of torchrun's processes takes another GPU."""
     device = device_of(options.model.device)
     if device.type == "cuda" and device.index is None and (local := os.environ.get("LOCAL_RANK")):
         torch.cuda.set_device(int(local))
@@ -115,26 +116,19 @@ def _device(options: Train) -> torch.device:
     return device
 
 
-def read_data(options: Train, template: Any) -> Data:
-    """Rows as tokens, to train and to evaluate on.
-
-    Raises:
-        DataError: a row is no conversation, or no row is left.
-    """
+def _read_data(options: Train, template: Any) -> Data:
+    """Rows as tokens, to train and to evaluate on."""
     given = options.data
 
-    def taken(sources: tuple[str, ...]) -> Tokenised:
-        rows = [row for source in sources for row in read(source, given.split)]
-        return tokenised(
-            conversations(rows), template, length=given.length, loss_on=given.loss_on, too_long=given.too_long
-        )
+    def tokens(*sources: str) -> Tokenised:
+        talks = conversations(row for source in sources for row in read(source, given.split))
+        return tokenised(talks, template, length=given.length, loss_on=given.loss_on, too_long=given.too_long)
 
-    found = taken(given.data)
+    found = tokens(*given.data)
     if given.validation_data is not None:
-        validation = taken((given.validation_data,))
-        return Data(
-            found.rows, validation.rows, validation.kept, f"{found.line()}; {len(validation.rows):,} for evaluation"
-        )
+        validation = tokens(given.validation_data)
+        line = f"{found.line()}; {len(validation.rows):,} for evaluation"
+        return Data(found.rows, validation.rows, validation.kept, line)
     count = max(1, round(given.eval_share * len(found.rows))) if given.eval_share else 0
     if count and len(found.rows) < 2:
         raise DataError("one row cannot be shared between training and evaluation; add rows, or --eval-share 0")
@@ -149,63 +143,34 @@ def read_data(options: Train, template: Any) -> Data:
 
 
 def _preview(options: Train, data: Data, template: Any) -> tuple[dict[str, Any], str]:
-    import sys
-
     colour = coloured(sys.stdout) and not options.result.json
     texts = [preview(row, template.tokenizer, colour) for row in data.train[: options.data.preview]]
-    marks = "in green" if colour else "between « and »"
-    head = [f"{data.line}", f"learnt tokens are {marks}"]
+    marks = f"learnt tokens are {'in green' if colour else 'between « and »'}"
     parts = [f"── row {at} ──\n{text}" for at, text in enumerate(texts, 1)]
-    return {"rows": texts, "data": data.line}, "\n".join([*head, *parts])
+    return {"rows": texts, "data": data.line}, "\n".join([data.line, marks, *parts])
 
 
-def batches_of(options: Train, base: Base, data: Data, processes: Processes) -> tuple[ChatBatches, ChatBatches | None]:
+def _batches(options: Train, base: Base, data: Data, processes: Processes) -> tuple[ChatBatches, ChatBatches | None]:
     """Batches to train on, which are divided among the processes, and to evaluate on, which are the same in all."""
-    given, pad = options.batches, pad_of(base.tokenizer)
-    batches = ChatBatches(
-        data.train,
-        given.batch,
-        pad,
-        options.data.length if given.pack else None,
-        seed=options.optimisation.seed,
-        rank=processes.rank,
-        num_replicas=processes.world,
-    )
-    if not data.validation:
-        return batches, None
+    size, pad, seed = options.batches.batch, pad_of(base.tokenizer), options.optimisation.seed
+    pack = options.data.length if options.batches.pack else None
+    rank, world = processes.rank, processes.world
+    batches = ChatBatches(data.train, size, pad, pack, seed=seed, rank=rank, num_replicas=world)
     ordered = sorted(data.validation, key=len)
-    return batches, ChatBatches(ordered, given.batch, pad, shuffle=False)
+    return batches, ChatBatches(ordered, size, pad, shuffle=False) if ordered else None
 
 
-def adapted(options: Train, base: Base, batches: ChatBatches, loss_fn: LossFn) -> None:
-    """Apply the adapters."""
-    method = options.method
+def _apply(options: Train, base: Base, batches: ChatBatches, loss_fn: LossFn) -> None:
     more: dict[str, Any] = {}
-    if find(method.method).looks_at_data:  # and sees the same in all processes
-        more = {"data": _of_all_processes(batches), "loss_fn": loss_fn}
-    lorafamily.apply(base.model, seed=options.optimisation.seed, **method.arguments(), **more)
+    if find(options.method.method).looks_at_data:  # undivided, so that all processes see the same
+        undivided = dataclasses.replace(batches, rank=0, num_replicas=1, count=Count())
+        more = {"data": undivided, "loss_fn": loss_fn}
+    lorafamily.apply(base.model, seed=options.optimisation.seed, **options.method.arguments(), **more)
 
 
-def _of_all_processes(batches: ChatBatches) -> ChatBatches:
-    """The same batches, undivided."""
-    return dataclasses.replace(batches, rank=0, num_replicas=1, count=Count())
-
-
-def adapters_line(options: Train, base: Base) -> str:
-    """What was adapted, in one line."""
-    trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
-    ranks = [adapter.rank for adapter in placement_of(base.model).adapters.values()]
-    return f"{options.method.method}: {trained:,} trainable parameters, {sum(ranks):,} slices on {len(ranks)} layers"
-
-
-def begin_folder(options: Train, template: str) -> bool:
-    """Write the options and the template into the folder; returns whether it was new.
-
-    Raises:
-        FileError: they cannot be written.
-    """
-    out = options.result.out
-    assert out is not None
+def _begin_folder(options: Train, template: str) -> bool:
+    """Write the options and the template into the folder; returns whether it was new."""
+    out = options.out
     if (out / RUN).is_file():
         return False
     try:
@@ -226,9 +191,7 @@ def _run(
     loss_fn: LossFn,
     reporter: Reporter,
 ) -> History:
-    evaluation, execution = options.evaluation, options.execution
-    assert options.result.out is not None
-    settings = dataclasses.asdict(optimisation) | {"epochs": None, "steps": reporter.total}
+    settings = vars(optimisation) | vars(options.execution) | {"epochs": None, "steps": reporter.total}
     return lorafamily.train(
         base.model,
         batches,
@@ -238,33 +201,26 @@ def _run(
         validation=validation,
         evaluate=reporter.evaluate if validation else None,
         evaluate_every=reporter.evaluate_every if validation else None,
-        patience=evaluation.patience,
-        restore_best=evaluation.restore_best,
+        patience=options.evaluation.patience,
+        restore_best=options.evaluation.restore_best,
         progress=reporter.bar,
         on_step=reporter.step,
-        log_dir=options.result.out / LOG,
+        log_dir=options.out / LOG,
         save_every=options.result.save_every or max(1, math.ceil(reporter.total / 10)),
         keep=options.result.keep,
         resume=options.result.resume,
         **settings,
-        **dataclasses.asdict(execution),
     )
 
 
-def finish(options: Train, base: Base, history: History, reporter: Reporter) -> tuple[dict[str, Any], str]:
-    """Save and export the adapter; returns the result as data and as text.
-
-    Raises:
-        TrainingError: no step was made.
-        StateError, FileError: an export cannot be written.
-    """
-    out = options.result.out
-    assert out is not None
+def _finish(options: Train, base: Base, history: History, reporter: Reporter) -> tuple[dict[str, Any], str]:
+    """Save and export the adapter; returns the result as data and as text."""
+    out = options.out
     if not history.steps:
         raise TrainingError("no step was made")
     lorafamily.save(base.model, out)
     write_card(out, base.model, placement_of(base.model), NATIVE, options.model.model)
-    write(options, out / RUN)  # a resumed run may have been given others
+    write(options, out / RUN)  # a resumed run may have got other options
     for picture in (out / LOG).glob("*.png"):
         shutil.copyfile(picture, out / picture.name)
     written = exporting.export(options.result.export, options.model.model, base, out)

@@ -8,32 +8,33 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lorafamily.insight.drawing import COLOURS
-from lorafamily.planner.costs import Memory
+from lorafamily.planner.costs import MEMORY, Memory
 from lorafamily.terminal import BYTES, in_units
 
 
 def memory_bars(ways: Mapping[str, Memory], title: str) -> Figure:
-    """Memory by part, one bar for each way to train; a mark at the peak, where that is less than the sum."""
+    """Memory by part, one bar for each way to train; a mark at the peak where that is less than the sum."""
     top = max(memory.peak for memory in ways.values())
-    unit, of = next((unit, of) for unit, of in [*BYTES, ("B", 1)] if top >= of)
+    unit, size = next((unit, size) for unit, size in [*BYTES, ("B", 1)] if top >= size)
     figure = Figure(figsize=(9.0, 1.5 + 0.42 * len(ways)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     names = list(ways)
     ends = np.zeros(len(ways))
-    for part, colour in zip(("weights", "gradients", "optimiser", "activations"), COLOURS, strict=False):
-        widths = np.array([getattr(memory, part) or 0 for memory in ways.values()]) / of
+    parts = ("weights", "gradients", "optimiser", "activations")
+    for part, label, colour in zip(parts, MEMORY, COLOURS, strict=False):
+        widths = np.array([getattr(memory, part) or 0 for memory in ways.values()]) / size
         if widths.any():
-            axes.barh(names, widths, left=ends, color=colour, label=part, height=0.7)
+            axes.barh(names, widths, left=ends, color=colour, label=label, height=0.7)
         ends += widths
-    peaks = np.array([memory.peak for memory in ways.values()]) / of
-    earlier = peaks < 0.995 * ends  # where one sees the difference
-    if earlier.any():
-        at = [name for name, is_earlier in zip(names, earlier, strict=True) if is_earlier]
-        axes.plot(peaks[earlier], at, linestyle="", marker="|", markersize=17, markeredgewidth=2, color="black",
+    peaks = np.array([memory.peak for memory in ways.values()]) / size
+    below = peaks < 0.995 * ends  # where one sees the difference
+    if below.any():
+        at = [name for name, is_below in zip(names, below, strict=True) if is_below]
+        axes.plot(peaks[below], at, linestyle="", marker="|", markersize=17, markeredgewidth=2, color="black",
                   label="peak: gradients come\nas activations go")  # fmt: skip
     for name, end, memory in zip(names, np.maximum(ends, peaks), ways.values(), strict=True):
-        peak = in_units(memory.peak) if memory.peak / of > 0.995 * end else f"peak {in_units(memory.peak)}"
-        axes.annotate(peak, (end, name), (5, 0), textcoords="offset points", va="center", fontsize=9)
+        text = in_units(memory.peak) if memory.peak / size > 0.995 * end else f"peak {in_units(memory.peak)}"
+        axes.annotate(text, (end, name), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_xlim(0, 1.2 * max(ends.max(), peaks.max()))
     axes.invert_yaxis()
     axes.set_xlabel(f"memory of a training step ({unit})")

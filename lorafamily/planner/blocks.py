@@ -16,7 +16,7 @@ from lorafamily.layers.quantised import quantised_layers
 
 @dataclass(frozen=True)
 class Blocks:
-    """The `count` entries of the `nn.ModuleList` at `path`, all of one kind but perhaps the first."""
+    """The `count` entries of the `nn.ModuleList` at `path`, all built alike except perhaps the first."""
 
     path: str
     count: int
@@ -26,16 +26,17 @@ class Blocks:
 
 
 def repeated_blocks(model: nn.Module, marked: Iterable[str] = ()) -> Blocks | None:
-    """The longest outermost `nn.ModuleList` whose entries are of one kind; None if there is none of more than two.
+    """The longest outermost `nn.ModuleList` whose entries are built alike; None if there is none of more than two.
 
-    Entries are of one kind if their classes, shapes and settings are equal, and the same modules and parameters in them
+    Entries are built alike if their classes, shapes and settings are equal, and the same modules and parameters in them
     are `marked` (by full name). The first entry may differ.
     """
     marked = list(marked)
     lists = [(path, blocks) for path, blocks in _outermost_lists(model) if len(blocks) > 2]
     for path, blocks in sorted(lists, key=lambda found: -len(found[1])):
-        inside = [{name[len(at) :] for name in marked if name.startswith(at)} for at in _prefixes(path, len(blocks))]
-        if all(inside[i] == inside[1] and _same_kind(blocks[1], blocks[i], i) for i in range(2, len(blocks))):
+        prefixes = [f"{path}.{i}." for i in range(len(blocks))]
+        inside = [{name.removeprefix(at) for name in marked if name.startswith(at)} for at in prefixes]
+        if all(inside[i] == inside[1] and _built_alike(blocks[1], blocks[i], i) for i in range(2, len(blocks))):
             return Blocks(path, len(blocks))
     return None
 
@@ -45,17 +46,18 @@ def copy_on_meta(
 ) -> nn.Module:
     """A copy on the meta device, which allocates nothing; with floating-point tensors in `dtype`, if given, and only
     the first `count` of the `blocks`, if given."""
-    kept = [*blocks.of(model)][:count] if blocks is not None else []
-    left_out = {id(m) for block in [*blocks.of(model)][count:] for m in block.modules()} if blocks is not None else ()
+    found = [] if blocks is None else [*blocks.of(model)]
+    left_out = {id(module) for block in found[count:] for module in block.modules()}
     memo: dict[int, Any] = {}
     for module in model.modules():
         if id(module) not in left_out:
-            memo |= {id(tensor): on_meta(tensor, dtype) for tensor in _tensors(module) if id(tensor) not in memo}
+            tensors = [tensor for _, _, tensor in _tensors(module)]
+            memo |= {id(tensor): on_meta(tensor, dtype) for tensor in tensors if id(tensor) not in memo}
     for _, layer, kind in quantised_layers(model):
         if id(layer) not in left_out:
             memo[id(layer)] = stand_in(kind, layer, dtype)
     if blocks is not None:
-        memo[id(blocks.of(model))] = nn.ModuleList(copy.deepcopy(block, memo) for block in kept)
+        memo[id(blocks.of(model))] = nn.ModuleList(copy.deepcopy(block, memo) for block in found[:count])
     return copy.deepcopy(model, memo)
 
 
@@ -63,31 +65,30 @@ def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Non
     """Replace a model's parameters, buffers and tensors in plain attributes by `change` of them; shared ones stay
     shared."""
     changed: dict[int, Tensor] = {}
-    alive: list[Tensor] = []  # so that no id is used twice
+    alive: list[Tensor] = []  # the old tensors, so that no id is used twice
     for module in model.modules():
-        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-        for place in places:
-            for name, tensor in list(place.items()):
-                if not isinstance(tensor, Tensor):
-                    continue
-                if id(tensor) not in changed:
-                    alive.append(tensor)
-                    new = change(tensor)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    changed[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                place[name] = changed[id(tensor)]
+        for place, name, tensor in _tensors(module):
+            if id(tensor) not in changed:
+                alive.append(tensor)
+                changed[id(tensor)] = _as_parameter(change(tensor), tensor)
+            place[name] = changed[id(tensor)]
 
 
 def on_meta(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of the same shape on the meta device; a floating-point one in `dtype`, if given."""
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device="meta")
-    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return _as_parameter(torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device="meta"), tensor)
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    for place in (module._parameters, module._buffers, vars(module)):
-        yield from (tensor for tensor in place.values() if isinstance(tensor, Tensor))
+def _as_parameter(new: Tensor, old: Tensor) -> Tensor:
+    """A parameter if the old tensor was one."""
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """A module's own tensors, each with the dict that holds it and its name there."""
+    places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+    return [(place, name, tensor) for place in places for name, tensor in place.items() if isinstance(tensor, Tensor)]
 
 
 def _outermost_lists(module: nn.Module, at: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
@@ -98,30 +99,17 @@ def _outermost_lists(module: nn.Module, at: str = "") -> Iterator[tuple[str, nn.
             yield from _outermost_lists(child, f"{at}{name}.")
 
 
-def _prefixes(path: str, count: int) -> list[str]:
-    return [f"{path}.{i}." for i in range(count)]
-
-
-def _same_kind(second: nn.Module, other: nn.Module, index: int) -> bool:
+def _built_alike(second: nn.Module, other: nn.Module, index: int) -> bool:
     """Whether block `index` is built like block 1; a setting may be the block's own index."""
-    modules, others = (list(block.named_modules()) for block in (second, other))
-    if len(modules) != len(others):
+    built, other_built = ([_built(name, module) for name, module in block.named_modules()] for block in (second, other))
+    if [structure for structure, _ in built] != [structure for structure, _ in other_built]:
         return False
-    for (name, a), (other_name, b) in zip(modules, others, strict=True):
-        if name != other_name or type(a) is not type(b) or _shapes(a) != _shapes(b):
-            return False
-        settings, other_settings = _settings(a), _settings(b)
-        if settings.keys() != other_settings.keys():
-            return False
-        pairs = [(settings[key], other_settings[key]) for key in settings]
-        if any(one != two and (one, two) != (1, index) for one, two in pairs):
-            return False
-    return True
+    values = [pair for (_, a), (_, b) in zip(built, other_built, strict=True) for pair in zip(a, b, strict=True)]
+    return all(one == two or (one, two) == (1, index) for one, two in values)
 
 
-def _shapes(module: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
-    return [(name, p.shape, p.dtype) for name, p in module._parameters.items() if p is not None]
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+def _built(name: str, module: nn.Module) -> tuple[tuple[Any, ...], list[Any]]:
+    """What must be equal in two modules that are built alike, and the values of the module's settings."""
+    shapes = [(name, p.shape, p.dtype) for name, p in module._parameters.items() if p is not None]
+    settings = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    return (name, type(module), shapes, sorted(settings)), [settings[key] for key in sorted(settings)]

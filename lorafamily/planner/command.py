@@ -1,4 +1,4 @@
-"""The command `lorafamily plan`: what each method will take, on a model that need not be downloaded."""
+"""The command `lorafamily plan`: what training with each method will need, of a model that need not be downloaded."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What training will take, for each method: trainable parameters, file, memory; nothing is allocated."""
+    """What training with each method will need: trainable parameters, file size, memory; nothing is allocated."""
     with _uncollected():
         model = model_of(given.model, given.architecture)
-    _quiet()
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # about configs
     batch = None if given.batch is None else example_batch(model, given.batch, given.length)
     targets, fused = targets_of(model, given.targets)
-    if given.fused:
-        fused = _fused(given.fused)
+    fused = _fused(given.fused) if given.fused else fused
     planner = Planner(
         model,
         batch,
@@ -37,23 +38,13 @@ def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         states=_dtype(given.states),
         checkpoint_activations=given.recompute,
     )
+    arguments = {name: getattr(given, name) for name in ("budget", "rank", "rank_budget", "budget_at", "also_train")}
     plans: list[Plan] = []
     refused: list[str] = []
     asked = given.method or sorted(methods())
     for method in asked:
         try:
-            plans.append(
-                planner.plan(
-                    method,
-                    budget=given.budget,
-                    rank=given.rank,
-                    rank_budget=given.rank_budget,
-                    budget_at=given.budget_at,
-                    targets=targets,
-                    fused=fused,
-                    also_train=given.also_train,
-                )
-            )
+            plans.append(planner.plan(method, targets=targets, fused=fused, **arguments))
         except BudgetError as error:
             refused.append(f"{method}: {error}")
             if given.method or len(refused) == len(asked):
@@ -69,15 +60,15 @@ def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the command's arguments."""
     add = parser.add_argument
     add("model", help=f"folder of a transformers checkpoint, its config.json, or one of {', '.join(SHAPES)}")
     add("--method", nargs="+", metavar="NAME", help='such as lora2, or "lora2+olora"; default: every method')
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--budget", type=float, help="trainable adapter parameters, such as 0.17e6")
-    size.add_argument("--rank", type=int, help="of every layer; default: the method's own")
+    size.add_argument("--budget", type=float, help="the most trainable adapter parameters, such as 0.17e6")
+    size.add_argument("--rank", type=int, help="rank of every layer; default: the method's own")
     size.add_argument("--rank-budget", type=int, help="rank slices of all layers together")
-    add("--budget-at", choices=("peak", "end"), default="peak", help="see lorafamily.apply")
+    add("--budget-at", choices=("peak", "end"), default="peak", help="at which steps the budget must not be exceeded")
     add(
         "--targets",
         nargs="+",
@@ -86,21 +77,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "attention; default: all linear layers without head and pooler",
     )
     add("--fused", nargs="+", metavar="LAYER=PARTS", help="projections to adapt by parts, such as c_attn$=q,k,v")
-    add("--also-train", nargs="+", metavar="WHICH", help="regular expressions for parameters that train too")
+    add("--also-train", nargs="+", metavar="WHICH", help="regular expressions for parameters of the base to train too")
     add("--batch", type=int, help="rows of a batch; without it activations are not counted")
     add("--length", type=int, default=128, help="tokens of a row")
-    add("--dtype", choices=DTYPES, help="of the base's weights and of activations; default: float32")
+    add("--dtype", choices=DTYPES, help="of the base's weights and the activations; default: float32")
     add("--factors", choices=DTYPES, help="of adapters; default: float32, as lorafamily.apply makes them")
-    add("--states", choices=DTYPES, help="of AdamW's two states of a parameter; default: the parameter's")
-    add("--recompute", action="store_true", help="compute activations again in the backward, block by block")
-    add("--architecture", help="class of transformers, where another than the config names")
+    add("--states", choices=DTYPES, help="of AdamW's two states of each parameter; default: the parameter's")
+    add("--recompute", action="store_true", help="recompute activations in the backward, block by block")
+    add("--architecture", help="class of transformers, instead of the one that the config names")
     add("--png", type=Path, help="draw the memory by part into this file")
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection: importing a library and building a model only makes objects that stay, and looking
-    for garbage among them takes a third of the command's time."""
+    """Without garbage collection: importing a library and building a model makes only objects that stay, and searching
+    them for garbage takes a third of the command's time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -109,13 +100,6 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _quiet() -> None:
-    """Silence what transformers says about configs."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -134,7 +118,7 @@ def _fused(given: list[str]) -> dict[str, list[str]]:
 
 def _title(given: argparse.Namespace, plan: Plan) -> str:
     name = given.model if given.model in SHAPES else plan.model
-    size = f"budget {given.budget:,.0f}" if given.budget is not None else ""
-    size = f"rank {given.rank}" if given.rank is not None else size
+    size = "" if given.budget is None else f"budget {given.budget:,.0f}"
+    size = size if given.rank is None else f"rank {given.rank}"
     batch = "activations not counted" if given.batch is None else f"batch {given.batch} × {given.length} tokens"
     return ", ".join(part for part in (f"Training {name}", size, batch, given.dtype or "float32") if part)

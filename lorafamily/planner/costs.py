@@ -16,8 +16,8 @@ FULL, FLOOR = "full fine-tuning", "frozen floor"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device. `activations`: the most bytes of other tensors alive at once, None if not counted; `peak`:
-    the most of everything together, which is at most the sum, since gradients come as activations go."""
+    """Bytes on the device. `optimiser`: its states; `activations`: the most bytes of other tensors alive at once,
+    None if not counted; `peak`: the most of all together, at most the sum, since gradients come as activations go."""
 
     weights: int
     gradients: int
@@ -28,7 +28,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Use:
-    """One way to train a model. Parameters that train: `adapters`; `extra` ones, such as a head; of the `base`, in full
+    """One way to train a model. Trained parameters: of `adapters`; `extra` ones, such as a head; of the `base`, in full
     fine-tuning. `files`: bytes of each file that is saved."""
 
     way: str
@@ -40,12 +40,12 @@ class Use:
 
     @property
     def trainable(self) -> int:
-        """All parameters that train."""
+        """All trained parameters."""
         return self.adapters + self.extra + self.base
 
     @property
     def file_bytes(self) -> int:
-        """Of all files together."""
+        """Bytes of all files together."""
         return sum(self.files.values())
 
 
@@ -86,43 +86,43 @@ class Plan:
 
 
 SIZES = ["rank", "slices", "adapters", "extra", "file"]
-MEMORY = ["weights", "gradients", "optimiser", "activations", "peak", "of full"]
+MEMORY = ["weights", "gradients", "optimizer", "activations", "peak", "of full"]
 
 
 def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
-    """Plans for one model with their references below; `refused`: methods that have no plan, and why."""
+    """Plans for one model with their references below; `refused`: methods without a plan, each with the reason."""
     first = plans[0]
     rows = [["", *SIZES, *MEMORY]]
-    for plan in plans:
-        rows.append(_row(plan.use, first.full, _rank(plan.sizing), f"{plan.rank:,}"))
-    rows.append(_row(first.full, first.full))
-    rows.append(_row(first.floor, first.full))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        f"{row[0]:<{widths[0]}}"
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    rows += [_row(plan.use, first.full, _rank(plan.sizing), f"{plan.rank:,}") for plan in plans]
+    rows += [_row(use, first.full) for use in (first.full, first.floor)]
+    lines = aligned(rows)
     rule = "─" * len(lines[0])
     head = [f"{first.model}: {first.base_parameters:,} parameters; adapted: {_layers(first)}"]
     notes = [f"  {note}" for note in first.assumptions]
     return "\n".join([*head, lines[0], rule, *lines[1:-2], rule, *lines[-2:], rule, *refused, *notes])
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines: the first column to the left, the others to the right."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True)] for row in rows]
+    return ["  ".join([f"{row[0]:<{first}}", *others]) for row, others in zip(rows, cells, strict=True)]
+
+
 def _rank(sizing: Sizing) -> str:
-    """Of every layer; the smallest and the largest if they differ."""
+    """The rank of every layer; the smallest and the largest if they differ."""
     return f"{sizing.rank}" if sizing.ranks is None else f"{min(sizing.ranks.values())}–{sizing.rank}"
 
 
 def _layers(plan: Plan) -> str:
-    """What is adapted: for every stack the kinds of matrix, and how many of each."""
+    """What is adapted: for every stack the names of its matrices, and how many there are of each."""
     stacks = []
     for stack, names in by_stack(plan.ranks).items():
         by_count: dict[int, list[str]] = {}
-        for kind, count in Counter(place_of((expert_of(name) or (name,))[0]).kind for name in names).items():
-            by_count.setdefault(count, []).append(kind)
-        kinds = "; ".join(f"{count} × {', '.join(kinds)}" for count, kinds in by_count.items())
-        stacks.append(f"{stack}: {kinds}" if stack else kinds)
+        for matrix, count in Counter(place_of((expert_of(name) or (name,))[0]).kind for name in names).items():
+            by_count.setdefault(count, []).append(matrix)
+        matrices = "; ".join(f"{count} × {', '.join(found)}" for count, found in by_count.items())
+        stacks.append(f"{stack}: {matrices}" if stack else matrices)
     return "; ".join(stacks)
 
 

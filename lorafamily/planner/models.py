@@ -1,8 +1,8 @@
-"""The model to plan for: from a config or a published shape, on the meta device; and a batch for it.
+"""The model to plan for, from a config or a published shape, on the meta device; and a batch for it.
 
-`lorafamily/zoo/shapes.json` has the published shapes: by name what a config.json says, as far as it decides about
-shapes. `matrices.json` has by model type the short names of a layer's matrices as regular expressions for `targets`.
-`transformers` is imported where a model is asked for, not before.
+`lorafamily/zoo/shapes.json` maps names to published shapes: those entries of config.json that decide about shapes.
+`matrices.json` maps model types to short names of a layer's matrices, with regular expressions for `targets`.
+`transformers` is imported only when a model is asked for.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SHAPES = _zoo("shapes.json")
 def model_of(given: str, architecture: str | None = None) -> nn.Module:
     """The model of a name in `SHAPES`, of a config.json or of a folder with one, on the meta device.
 
-    `architecture`: a class of transformers, if another than the config names.
+    `architecture`: a class of transformers, instead of the one that the config names.
 
     Raises:
         StateError: transformers is not installed, or has no such architecture.
-        FileError: neither a known name nor a config that can be read.
+        FileError: `given` is neither a known name nor a config that can be read.
     """
     try:
         import transformers
@@ -52,22 +52,21 @@ def model_of(given: str, architecture: str | None = None) -> nn.Module:
     wanted = architecture or next(iter(getattr(config, "architectures", None) or []), None)
     cls = getattr(transformers, wanted, None) if wanted else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise StateError(
-            f"{given}: {wanted or 'no architecture'} in its config is no model of this transformers "
-            f"{transformers.__version__}; name one that is, such as BertForSequenceClassification (--architecture)"
-        )
+        lacks = f"transformers {transformers.__version__} has no model {wanted}"
+        reason = lacks if wanted else "its config names no architecture"
+        raise StateError(f"{given}: {reason}; name one by --architecture, such as BertForSequenceClassification")
     if "SequenceClassification" in cls.__name__ and config.problem_type is None:
-        config.problem_type = "single_label_classification"  # some models find it out from the labels
+        config.problem_type = "single_label_classification"  # some models derive it from the labels' values
     with torch.device("meta"):
         model: nn.Module = cls(config)
     return model
 
 
 def example_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Token ids and labels as the model's task wants them, on the meta device; no padding, so no attention mask.
+    """Token ids of shape (rows, tokens) and labels for the model's task, on the meta device; no padding, so no mask.
 
     Raises:
-        DataError: rows or tokens are not positive, or more tokens than the model has positions.
+        DataError: rows or tokens are not positive, or the model has fewer positions than tokens.
     """
     for name, value in (("batch", rows), ("length", tokens)):
         if value < 1:
@@ -95,9 +94,9 @@ def targets_of(model: nn.Module, given: Sequence[str] | None) -> tuple[str | lis
     if len(given) == 1 and given[0] in ("attention", "all-linear"):
         return given[0], None
     known = _zoo("matrices.json").get(getattr(getattr(model, "config", None), "model_type", ""), {})
-    asks_for_parts = any(name in ("q", "k", "v") for name in given)
     short = known.get("matrices", {})
-    return [short.get(name, name) for name in given], known.get("fused") if asks_for_parts else None
+    parts = {"q", "k", "v"} & {*given}
+    return [short.get(name, name) for name in given], known.get("fused") if parts else None
 
 
 def _config(path: Path, transformers: Any) -> Any:

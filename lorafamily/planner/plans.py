@@ -1,4 +1,4 @@
-"""What training will take, before anything is allocated: parameters, files and memory, against full fine-tuning."""
+"""What training will need, before anything is allocated: parameters, files and memory, beside full fine-tuning."""
 
 from __future__ import annotations
 
@@ -43,30 +43,29 @@ def plan(
     checkpoint_activations: bool = False,
     **arguments: Any,
 ) -> Plan:
-    """What `apply` with the same arguments, then training and `save`, will take. Nothing is allocated or changed.
+    """What `apply` with the same arguments, then training and `save`, will need. Nothing is allocated or changed.
 
     Args:
-        model: best on the meta device (`with torch.device("meta")`); a model on another device is left as it is.
-        method, **arguments: as `apply` takes them: budget, rank, rank_budget, budget_at, targets, exclude, fused,
-            also_train, and the method's options.
-        batch: an example of what `train` will get, on the meta device too; None: activations are not counted.
-        loss_fn: as `train` takes it.
-        dtype: of the base's weights, if not the one they have; activations follow.
+        model: best on the meta device (`with torch.device("meta")`); it is not changed.
+        method, **arguments: as for `apply`: budget, rank, rank_budget, budget_at, targets, exclude, fused, also_train,
+            and the method's options.
+        batch: an example of what `train` will get, on any device; None: activations are not counted.
+        loss_fn: as for `train`.
+        dtype: of the base's weights, and so of activations; None: the one they have.
         factors: dtype of the adapters; None: float32 or higher, as `apply` makes them.
         states: dtype of AdamW's two states of a parameter; None: the parameter's, as in torch.
-        checkpoint_activations: as `train` takes it: activations inside blocks are computed again in the backward.
+        checkpoint_activations: as for `train`: activations inside blocks are recomputed in the backward.
 
     Raises:
         MethodError, TargetError, BudgetError, StateError: as `apply`.
         DataError: the model does not take such a batch.
     """
-    planner = Planner(model, batch, loss_fn, dtype, factors, states, checkpoint_activations)
-    return planner.plan(method, **arguments)
+    return Planner(model, batch, loss_fn, dtype, factors, states, checkpoint_activations).plan(method, **arguments)
 
 
 @dataclass
 class Planner:
-    """Plans several methods for one model, against the same references. Fields: the arguments of `plan`."""
+    """Plans several methods for one model, with the same references. The fields are arguments of `plan`."""
 
     model: nn.Module
     batch: Any = None
@@ -127,7 +126,6 @@ class Planner:
     @cached_property
     def full(self) -> Use:
         """Full fine-tuning: everything trains."""
-
         packed = packed_parameters(self.model)
         names = {name for name, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in packed}
 
@@ -142,7 +140,7 @@ class Planner:
 
     @cached_property
     def floor(self) -> Use:
-        """Gradients pass through the frozen model and nothing trains: no adapter takes less."""
+        """Gradients pass through the frozen model and nothing trains: no adapter needs less."""
 
         def ready(model: nn.Module) -> None:
             model.requires_grad_(False)
@@ -163,7 +161,7 @@ class Planner:
         return on_meta(tensor, self.dtype)
 
     def _memory(self, added: Sequence[Tensor], trained: Sequence[Tensor], peak: PeakBytes | None) -> Memory:
-        """`added`: tensors that the base does not have; `trained`: those with a gradient and optimizer states."""
+        """`added`: tensors besides the base's; `trained`: those with a gradient and optimizer states."""
         base = [*self._base(), *(self._as_planned(buffer) for buffer in self.model.buffers())]
         weights = sum(tensor.nbytes for tensor in [*base, *added])
         gradients = sum(tensor.nbytes for tensor in trained)
@@ -197,21 +195,21 @@ class Planner:
             f"{states}; no second copy of weights in another precision"
         ]
         if self.batch is None:
-            notes.append("activations: not counted, no batch was given; peak is weights + gradients + optimiser")
+            notes.append("activations: not counted, no batch was given; peak is weights + gradients + optimizer")
         elif self._not_traced is not None:
             notes.append(
                 f"activations: not counted, a step of this {type(self.model).__name__} depends on tensors' values, "
-                f"which a plan does not have ({self._not_traced}); peak is weights + gradients + optimiser"
+                f"which a plan does not have ({self._not_traced}); peak is weights + gradients + optimizer"
             )
         else:
-            kept = "computed again in the backward, block by block" if self.checkpoint_activations else "kept"
+            kept = "recomputed in the backward, block by block" if self.checkpoint_activations else "kept"
             notes.append(
-                f"activations: counted, of a batch of {_batch(self.batch)}, {kept}; the most alive at once of what the "
-                "CPU's kernels make, without autocast"
+                f"activations: counted, of a batch of {_batch(self.batch)}, {kept}; the most alive at once with the "
+                "CPU's kernels, without autocast"
             )
             notes.append("peak: may be less than the sum, since gradients come as activations go")
         notes.append(
-            "file: all that lorafamily.save writes after apply; of full fine-tuning the weights; MB 10⁶, GB 10⁹ bytes"
+            "file: all that lorafamily.save writes after apply; for full fine-tuning the weights; MB 10⁶, GB 10⁹ bytes"
         )
         return tuple(notes)
 

@@ -1,8 +1,8 @@
-"""What a training step holds in memory, found by running the real step on fake tensors.
+"""What a training step keeps in memory, found by running the real step on fake tensors.
 
-Fake tensors know shape, dtype and device and have no storage. Forward, backward and penalty run on them as they are:
-every kernel is chosen and every tensor kept or freed as on the CPU, and nothing is computed or allocated. Of repeated
-blocks only two and then three are run: what the third adds, every further one adds.
+Fake tensors have a shape, a dtype and a device, but no storage. Forward, backward and penalty run on them unchanged:
+every kernel is chosen and every tensor kept or freed as on the CPU, but nothing is computed or allocated. Of repeated
+blocks only two are run, and then three: what the third adds, every further one adds.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from lorafamily.training.execution import recomputing
 
 Penalty = Callable[[], Tensor]
 Ready = Callable[[nn.Module], Penalty | None]
-"""Makes a model train what it should; returns the function that computes the penalty, None if there is none."""
-FEW, MORE = 2, 3  # blocks that are run: the first may differ from the others, so one would not do
+"""Prepares a model for training; returns the function that computes the penalty, None if there is none."""
+FEW, MORE = 2, 3  # blocks that are run: the first may differ from the others, so one would not be enough
 
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """Bytes at their highest. `activations`: what the backward needs and what is computed on the way, so everything a
-    step makes but parameters' gradients and optimizer states; `with_gradients`: activations and gradients."""
+    """Bytes at their highest. `activations`: what the backward needs and what is computed on the way, which is all that
+    a step makes except gradients of parameters and optimizer states; `with_gradients`: activations and gradients."""
 
     activations: int
     with_gradients: int
 
 
 class NotTracedError(Exception):
-    """The step cannot run on fake tensors, since it depends on values; the message says why."""
+    """The step cannot run on fake tensors, since it depends on their values; the message says where."""
 
 
 class _UnlikeError(Exception):
@@ -58,31 +58,30 @@ def peak_of_step(
     checkpoint_activations: bool = False,
     blocks: Blocks | None = None,
 ) -> PeakBytes:
-    """What a training step holds besides weights and optimizer states. The model itself is not changed.
+    """What a training step keeps in memory besides weights and optimizer states. The model is not changed.
 
     Args:
         ready: called with copies of the model on the meta device.
-        dtype: of the floating-point weights, if not the model's.
-        blocks: repeated blocks, of which a few stand for all; None runs every one.
+        dtype: of the floating-point weights; None: the model's.
+        blocks: repeated blocks, of which a few are run to stand for all; None: all are run.
 
     Raises:
         NotTracedError: forward or backward depend on values of tensors.
     """
 
-    def run(shown: Blocks | None, count: int) -> list[tuple[str, PeakBytes]]:
-        shorter = copy_on_meta(model, dtype, shown, count)
+    def run(blocks: Blocks | None, count: int) -> list[tuple[str, PeakBytes]]:
+        shorter = copy_on_meta(model, dtype, blocks, count)
         penalty = ready(shorter)
-        return _run(shorter.train(), batch, penalty, loss_fn, checkpoint_activations, shown)
+        return _run(shorter.train(), batch, penalty, loss_fn, checkpoint_activations, blocks)
 
     if blocks is not None and blocks.count > FEW + MORE:  # otherwise running all of them is no more work
         try:
             few, more = (_by_place(run(blocks, count), count) for count in (FEW, MORE))
-        except (NotTracedError, _UnlikeError):
-            pass  # run all its blocks
-        else:
             return _extended(few, more, blocks.count)
-    whole = [held for _, held in run(None, 0)]
-    return PeakBytes(max(held.activations for held in whole), max(held.with_gradients for held in whole))
+        except (NotTracedError, _UnlikeError):
+            pass  # run all blocks
+    parts = [peak for _, peak in run(None, 0)]
+    return PeakBytes(max(peak.activations for peak in parts), max(peak.with_gradients for peak in parts))
 
 
 def _run(
@@ -93,7 +92,7 @@ def _run(
     checkpoint_activations: bool,
     blocks: Blocks | None,
 ) -> list[tuple[str, PeakBytes]]:
-    """One step on fake tensors: what is held in each part of the step, in order."""
+    """One step on fake tensors: each part of the step with its peak, in order."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _not_packed():
             replace_tensors(model, _fake)
@@ -117,7 +116,7 @@ def _run(
 
 
 class Timeline(PeakActivations):
-    """In a `with` block, notes what is held in each part of a step: "before" the blocks, in the "forward" of each,
+    """In a `with` block, records the peak of each part of a step: "before" the blocks, in the "forward" of each,
     between them ("head"), in the "backward" of each, and "after"."""
 
     def __init__(self, model: nn.Module, blocks: Blocks | None):
@@ -135,7 +134,7 @@ class Timeline(PeakActivations):
                 block.register_forward_hook(partial(self._leave, i))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # every second call, and it allocates nothing
+        if func is torch.ops.prim.device.default:  # half of all calls, which allocate nothing
             return func(*args)
         output = super().__torch_dispatch__(func, types, args, kwargs)
         self._note()
@@ -159,7 +158,7 @@ class Timeline(PeakActivations):
             self._gradients += storage.nbytes()
 
     def _enter(self, i: int, block: nn.Module, inputs: Any) -> None:
-        if not self.in_backward:  # where a checkpointed block is run again
+        if not self.in_backward:  # in which checkpointed blocks run again
             self.mark(f"forward {i}")
 
     def _leave(self, i: int, block: nn.Module, inputs: Any, output: Any) -> None:
@@ -172,27 +171,26 @@ class Timeline(PeakActivations):
 
 
 def _by_place(parts: list[tuple[str, PeakBytes]], count: int) -> list[PeakBytes]:
-    """What is held in those parts that every step has, whatever its number of blocks, from one with `count` blocks."""
+    """Of a step with `count` blocks, the peaks of those parts that every step has, however many blocks there are."""
     order = [name for name, _ in parts]
-    # What happens between two blocks is hardly anything, and happens after the last one, too.
+    # What happens between two blocks is negligible, and happens after the last one too.
     forward = [name for i in range(count) for name in (f"forward {i}", "head")]
     if order != ["before", *forward, *(f"backward {i}" for i in reversed(range(count))), "after"]:
         raise _UnlikeError
-    held = [held for _, held in parts]
-    first, last, head = held[1], held[2 * count - 1], held[2 * count]
-    return [held[0], first, last, head, held[2 * count + 1], held[-2], held[-1]]
+    at = (0, 1, 2 * count - 1, 2 * count, 2 * count + 1, -2, -1)  # first and last forward, head, backwards, after
+    return [parts[i][1] for i in at]
 
 
 def _extended(few: list[PeakBytes], more: list[PeakBytes], count: int) -> PeakBytes:
-    """What is held with `count` blocks. In each part it grows by the same with every block, so the highest is in the
-    first or the last part of its kind."""
+    """The peak with `count` blocks. In each part the bytes grow by the same with every block, so the highest forward or
+    backward is the first or the last."""
 
-    def at(a: int, b: int) -> int:
-        return b + (b - a) * (count - MORE)
+    def highest(few: list[int], more: list[int]) -> int:
+        return max(b + (b - a) * (count - MORE) for a, b in zip(few, more, strict=True))
 
     return PeakBytes(
-        max(at(a.activations, b.activations) for a, b in zip(few, more, strict=True)),
-        max(at(a.with_gradients, b.with_gradients) for a, b in zip(few, more, strict=True)),
+        highest([part.activations for part in few], [part.activations for part in more]),
+        highest([part.with_gradients for part in few], [part.with_gradients for part in more]),
     )
 
 
@@ -203,8 +201,8 @@ def _fake(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _not_packed() -> Iterator[None]:
-    """Keep decoders of transformers from looking for several texts in one row: they assume them in a fake tensor, so
-    that every layer would get a mask that it does not get in training."""
+    """Keep decoders of transformers from looking for several texts in one row. In a fake tensor they would assume some,
+    and every layer would get a mask that it does not get in training."""
     masks, name = sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices"
     before = getattr(masks, name, None)
     if before is None:
@@ -218,7 +216,7 @@ def _not_packed() -> Iterator[None]:
 
 
 def _let_inputs_learn(model: nn.Module, batch: Any) -> None:
-    """Let gradients flow down to the input, in a model that trains nothing."""
+    """Let gradients flow down to the input of a model that trains nothing."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
