@@ -176,8 +176,8 @@ class Tests:
         return [*sorted(found, key=lambda lines: lines[1] - lines[0]), (1, 10**6)]
 
 
-def attempt(mutant: Mutant, tests: list[str]) -> str:
-    """Killed, survived, or untested where nothing runs the line."""
+def attempt(mutant: Mutant, tests: list[str], failures: Path) -> str:
+    """Killed, survived, or untested where nothing runs the line. `failures`: gets the names of tests that fail."""
     from cosmic_ray.mutating import use_mutation
     from cosmic_ray.plugins import get_operator
 
@@ -185,14 +185,31 @@ def attempt(mutant: Mutant, tests: list[str]) -> str:
         return "untested"
     operator = get_operator(mutant.operator)(**mutant.arguments)
     with use_mutation(ROOT / mutant.path, operator, mutant.occurrence):
-        child = os.fork()
-        if not child:
-            _in_child(tests)
-        ended = _waited(child, 300)
-    return "survived" if ended == 0 else "killed"
+        return "survived" if passed(tests, failures, "-x") else "killed"
 
 
-def _in_child(tests: list[str]) -> None:
+def passed(tests: list[str], failures: Path, *options: str) -> bool:
+    """Run tests in a process of their own."""
+    failures.write_text("")
+    child = os.fork()
+    if not child:
+        _in_child([*options, *tests], failures)
+    return _waited(child, 300 + len(tests)) == 0
+
+
+class Noted:
+    """A plugin that writes down which tests fail, at import too."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            with open(self.path, "a") as file:
+                file.write(f"{report.nodeid}\n")
+
+
+def _in_child(arguments: list[str], failures: Path) -> None:
     import pytest
 
     os.setsid()
@@ -203,7 +220,9 @@ def _in_child(tests: list[str]) -> None:
     os.dup2(silent, 2)
     code = 1
     try:
-        code = int(pytest.main(["-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *tests]))
+        # What the parent has imported cannot be rewritten by pytest, which warns; warnings fail our tests.
+        options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = int(pytest.main([*options, *arguments], plugins=[Noted(failures)]))
     finally:
         os._exit(code)
 
@@ -228,7 +247,7 @@ def run(given: Run) -> None:
     path = given.out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     outcome = {row["key"]: row["outcome"] for row in rows}
-    tests = Tests(given.out)
+    tests, failures = Tests(given.out), (given.out / "failures.txt").absolute()
     for count, mutant in enumerate(mutants(given.sample, given.seed), 1):
         known = outcome.get(mutant.key)
         if known is None if given.again else known is not None:
@@ -236,11 +255,16 @@ def run(given: Run) -> None:
         if given.again and known == "killed":
             continue
         chosen = tests.of(mutant.path, mutant.line, given.seconds)
-        row = {"key": mutant.key, "path": mutant.path, "tests": len(chosen), "outcome": attempt(mutant, chosen)}
-        row["mutant"] = vars(mutant)
+        row = {"key": mutant.key, "path": mutant.path, "tests": len(chosen)}
+        row |= {"outcome": attempt(mutant, chosen, failures), "mutant": vars(mutant)}
+        row["killers"] = failures.read_text().splitlines()
+        rows.append(row)
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"[{count}] {mutant.key}: {row['outcome']} ({len(chosen)} tests)", flush=True)
+    killers = sorted({test for row in rows for test in row["killers"]})
+    if not passed(killers, failures):
+        raise SystemExit(f"fail without any change, so that what they killed does not count:\n{failures.read_text()}")
 
 
 def survivors(given: Survivors) -> None:
