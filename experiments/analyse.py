@@ -36,7 +36,7 @@ import lorafamily
 from lorafamily.deploy.saved import read
 from lorafamily.insight import analysis
 from lorafamily.insight.drawing import COLOURS, pixels, save
-from lorafamily.names import kind_labels
+from lorafamily.names import matrix_labels
 from pages.report import as_text
 
 DRAWN_PAIRS = 6  # at most; the JSON has all pairs
@@ -147,7 +147,7 @@ def _table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
     for name, rows in results["norms"].items():
         by_matrix: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-        matrices = kind_labels(row["module"] for row in rows)
+        matrices = matrix_labels(row["module"] for row in rows)
         for row in rows:
             by_matrix[matrices[row["module"]]].append((row, results["amplification"][name][row["module"]]))
         for matrix, pairs in by_matrix.items():
@@ -204,7 +204,7 @@ def _spectra(spectra: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 def _norms(norms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """‖ΔW‖ / ‖W‖ over blocks, a line for every matrix of a block."""
     figure = Figure(figsize=(2 + 3 * len(norms), 3.2), layout="constrained")
-    matrices = kind_labels(row["module"] for rows in norms.values() for row in rows)
+    matrices = matrix_labels(row["module"] for rows in norms.values() for row in rows)
     for axes, rows in zip(figure.subplots(1, len(norms), squeeze=False, sharey=True)[0], norms.values(), strict=True):
         looks = itertools.cycle(itertools.product(("-", "--", ":"), COLOURS))  # a new line style when colours run out
         for matrix, (line, colour) in zip(dict.fromkeys(matrices.values()), looks, strict=False):
@@ -226,7 +226,7 @@ def _heatmaps(similarities: Similarities, layers: Mapping[str, Layers], side: an
     """φ(i, j), mean over blocks, a column for every matrix of a block; a row for every pair and one for random ones."""
     pairs = list(similarities.items())[:DRAWN_PAIRS]
     by_matrix: dict[str, list[str]] = defaultdict(list)
-    for at, matrix in kind_labels(at for _, by_layer in pairs for at in by_layer).items():
+    for at, matrix in matrix_labels(at for _, by_layer in pairs for at in by_layer).items():
         by_matrix[matrix].append(at)
     matrices = [*by_matrix]
     rows: list[tuple[str, dict[str, np.ndarray]]] = []

@@ -13,12 +13,12 @@ OUTSIDE = "outside blocks"
 
 
 class Place(NamedTuple):
-    """`stack`: the name before the block's number; `layer`: that number, None outside blocks; `kind`: the rest, which
+    """`stack`: the name before the block's number; `layer`: that number, None outside blocks; `matrix`: the rest, which
     says which matrix of the block it is. No two names have the same place."""
 
     stack: str
     layer: int | None
-    kind: str
+    matrix: str
 
 
 def place_of(name: str) -> Place:
@@ -28,7 +28,7 @@ def place_of(name: str) -> Place:
 
     - If blocks form stages (Swin's `layers.0.blocks.1.mlp.fc1`, ConvNeXt's `stages.0.layers.1.pwconv1`), every stage is
       a stack. A list right below an entry of a list holds blocks if its name ends in `blocks` or `layers`; T5's
-      `block.0.layer.1.DenseReluDense.wi` is sublayer 1 of block 0, and the number of an expert belongs to `kind`.
+      `block.0.layer.1.DenseReluDense.wi` is sublayer 1 of block 0, and the number of an expert belongs to `matrix`.
     - A number at the very beginning picks one of several models, if a list of blocks follows: the transformer in a
       `SentenceTransformer`, `0.auto_model.encoder.layer.3.output.dense`.
     """
@@ -85,10 +85,10 @@ def by_stack(names: Iterable[str]) -> dict[str, list[str]]:
     return {stack: group for stack, group in groups.items() if group}
 
 
-def kind_labels(names: Iterable[str]) -> dict[str, str]:
+def matrix_labels(names: Iterable[str]) -> dict[str, str]:
     """Which matrix every module is: `attention.query`, or `encoder, attention.query` if there are several stacks."""
     return {
-        name: place_of(name).kind if stack in ("", OUTSIDE) else f"{stack}, {place_of(name).kind}"
+        name: place_of(name).matrix if stack in ("", OUTSIDE) else f"{stack}, {place_of(name).matrix}"
         for stack, group in by_stack(names).items()
         for name in group
     }

@@ -7,7 +7,7 @@ import torch
 
 import lorafamily
 from lorafamily.layers.placement import placement_of
-from lorafamily.names import OUTSIDE, Place, by_stack, kind_labels, modules_per_block, place_of
+from lorafamily.names import OUTSIDE, Place, by_stack, matrix_labels, modules_per_block, place_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra; nothing to test without it")
 
@@ -119,8 +119,8 @@ def test_stacks_have_short_names_that_tell_them_apart(stacks, short):
 
 def test_one_stack_needs_no_name():
     assert by_stack(["h.0.q", "lm_head", "h.1.q"]) == {"": ["h.0.q", "lm_head", "h.1.q"]}
-    assert kind_labels(["h.0.q", "lm_head"]) == {"h.0.q": "q", "lm_head": "lm_head"}
-    labels = kind_labels(["encoder.h.0.q", "decoder.h.0.q", "lm_head"])
+    assert matrix_labels(["h.0.q", "lm_head"]) == {"h.0.q": "q", "lm_head": "lm_head"}
+    labels = matrix_labels(["encoder.h.0.q", "decoder.h.0.q", "lm_head"])
     assert [*labels.values()] == ["encoder, q", "decoder, q", "lm_head"]
     assert by_stack([]) == {}
 

@@ -290,7 +290,7 @@ def test_a_plan_for_more_than_there_is_takes_next_to_nothing():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB: Python's objects alone
 
 
-def test_optimiser_gradients_and_weights_are_counted_by_hand():
+def test_optimizer_gradients_and_weights_are_counted_by_hand():
     model = tiny()
     numbers = sum(parameter.numel() for parameter in model.parameters())
     planned = lorafamily.plan(model, "olora", rank=2, also_train=r"^norm\.")
@@ -299,17 +299,17 @@ def test_optimiser_gradients_and_weights_are_counted_by_hand():
     # OLoRA's start is a frozen copy of its factors; of the norm the base's values are kept beside those that train.
     assert memory.weights == 4 * (numbers + 2 * planned.use.adapters + 16)
     assert memory.gradients == 4 * trained
-    assert memory.optimiser == 2 * 4 * trained + 4 * (12 * 2 + 1)  # states, and a step count for each tensor
-    assert (memory.activations, memory.peak) == (None, memory.weights + memory.gradients + memory.optimiser)
+    assert memory.optimizer == 2 * 4 * trained + 4 * (12 * 2 + 1)  # states, and a step count for each tensor
+    assert (memory.activations, memory.peak) == (None, memory.weights + memory.gradients + memory.optimizer)
     wide = lorafamily.plan(model, "lora", rank=2, dtype=torch.bfloat16, states=torch.float32).full.memory
     assert (wide.weights, wide.gradients) == (2 * numbers, 2 * numbers)
-    assert wide.optimiser == 8 * numbers + 4 * len(list(model.parameters()))
+    assert wide.optimizer == 8 * numbers + 4 * len(list(model.parameters()))
 
 
 def test_parts_add_up_to_at_least_the_peak():
     memory = lorafamily.plan(tiny(), "lora", rank=2, batch=data(1)[0]).full.memory
     assert memory.activations is not None
-    assert memory.peak <= memory.weights + memory.gradients + memory.optimiser + memory.activations
+    assert memory.peak <= memory.weights + memory.gradients + memory.optimizer + memory.activations
 
 
 @pytest.mark.parametrize(

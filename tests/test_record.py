@@ -18,7 +18,7 @@ from lorafamily import cli
 from lorafamily.history import Decision, History, Step
 from lorafamily.insight.curves import POINTS
 from lorafamily.insight.drawing import pixels
-from lorafamily.insight.grids import COLUMNS, ROWS, STACKS, rank_by_kind, small_grids
+from lorafamily.insight.grids import COLUMNS, ROWS, STACKS, slices_by_matrix, small_grids
 from lorafamily.insight.heatmaps import rank_heatmap
 from lorafamily.insight.pictures import pictures_of
 from lorafamily.insight.record import read_decisions, read_steps
@@ -102,8 +102,8 @@ def test_tensorboard_shows_the_run(tmp_path, monkeypatch):
     tags = [tag for kind in ("scalars", "images", "histograms") for tag in shown.Tags()[kind]]
     assert len(tags) == len(set(tags))  # of two things under one tag TensorBoard shows one
     assert [event.step for event in shown.Histograms("rank/scores")] == [d.step for d in history.decisions]
-    for kind, start in rank_by_kind(history.ranks_start).items():
-        assert curve(f"slices by kind/{kind}") == [start, *(rank_by_kind(d.after)[kind] for d in changes)]
+    for kind, start in slices_by_matrix(history.ranks_start).items():
+        assert curve(f"slices by matrix/{kind}") == [start, *(slices_by_matrix(d.after)[kind] for d in changes)]
 
 
 def test_runs_sort_by_their_final_metrics_in_the_hparams_tab(tmp_path):
@@ -172,7 +172,7 @@ def test_what_is_outside_the_blocks_of_two_stacks_has_its_own_panel():
         "decoder, start: 4 in all": {("q", 0): 4},
         "outside blocks, start: 5 in all": {("lm_head", 0): 5},
     }
-    assert rank_by_kind(ranks) == {"encoder, q": 3, "decoder, q": 4, "lm_head": 5}
+    assert slices_by_matrix(ranks) == {"encoder, q": 3, "decoder, q": 4, "lm_head": 5}
     start = Decision(step=0, reason="start", threshold=None, before=ranks, after=ranks, scores={})
     legend = pictures_of([start], [])["rank-history"].axes[0].get_legend()
     said = [text.get_text() for text in legend.get_texts()]
@@ -208,7 +208,7 @@ def test_a_picture_of_very_many_modules_has_some_hundred_rows(kind):
     start, now = {name: 2 + i % 7 for i, name in enumerate(names)}, {name: i % 5 for i, name in enumerate(names)}
     grids = small_grids(names, [start, now])
     rows, columns = (
-        sum(len(own[0].kinds) for own in grids.values()),
+        sum(len(own[0].matrices) for own in grids.values()),
         max(len(own[0].layers) for own in grids.values()),
     )
     assert rows <= ROWS
@@ -235,7 +235,7 @@ def test_a_cell_is_the_mean_of_the_modules_it_stands_for():
     names = [f"layers.{i}.experts.{e}.{k}" for i in range(130) for e in range(50) for k in ("up", "down")]
     ranks = {name: i % 11 for i, name in enumerate(names)}
     (grid,) = small_grids(names, [ranks])[""]
-    assert grid.kinds == ["experts.*.up", "experts.*.down"]
+    assert grid.matrices == ["experts.*.up", "experts.*.down"]
     assert (grid.layers[0], grid.layers[-1]) == ("0–2", "128–129")
     own = [rank for name, rank in ranks.items() if name.endswith("down") and name.split(".")[1] in ("0", "1", "2")]
     assert grid.ranks[1, 0] == pytest.approx(sum(own) / len(own))
@@ -283,7 +283,7 @@ def test_pictures_take_at_most_two_hundredths_of_a_run(slow, tmp_path, monkeypat
     shown.close(History(), {}, {"rank-by-layer": Figure()})
     assert len(drawn) == expected
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0}).Reload()
-    assert [event.step for event in events.Scalars("slices by kind/q")] == list(range(3001))
+    assert [event.step for event in events.Scalars("slices by matrix/q")] == list(range(3001))
     assert [event.step for event in events.Images("rank/slices by layer")][-1] == 3000
 
 

@@ -19,7 +19,7 @@ class Arm:
     `method`, `options`: as `lorafamily.apply` takes them. `size`: budget at the end, in units of the study's;
     `budget_at`: when it holds. `up_ratio`: rate of U over that of V (LoRA+). `cut_from`: trained with so many times
     `size`, then cut to it through all layers. `pattern`: ranks by layer are those another arm of the same seed ended
-    with; `shuffle`: permuted among layers of equal shape, by this number. `dropped`: what the optimiser loses whenever
+    with; `shuffle`: permuted among layers of equal shape, by this number. `dropped`: what the optimizer loses whenever
     ranks change. `start`: log10 of the rate around which tuning begins.
     """
 
@@ -94,7 +94,7 @@ EMBEDDED: tuple[Arm, ...] = (
     Arm("ALoRA first-order", "alora", (("scorer", "first-order"),)),
     Arm("ALoRA, random scores", "alora", (("scorer", "random"),)),
     Arm(
-        "ALoRA, optimiser state dropped",
+        "ALoRA, optimizer state dropped",
         "alora",
         (("scorer", "first-order"),),
         dropped="state",

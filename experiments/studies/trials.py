@@ -42,7 +42,7 @@ class Trial:
 
 class Forgetful(torch.optim.AdamW):
     """AdamW that loses its state whenever parameters change their size; and, as where released code makes a new
-    optimiser that the schedule does not know, from then on keeps the peak rate."""
+    optimizer that the schedule does not know, from then on keeps the peak rate."""
 
     def __init__(self, parameters: Any, lr: float, dropped: Dropped):
         super().__init__(parameters, lr=lr, weight_decay=0.0)
@@ -100,7 +100,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     """The trial's row, in plain data. A run that diverged is a row too: `failed` says at which step.
 
     `curve`: the metric on the split to tune on, by step; `metric`: on the split to judge on, at the end. `forgetting`:
-    what the loss on the source text rose by, in bits per byte. `moved`: times that the optimiser lost its state.
+    what the loss on the source text rose by, in bits per byte. `moved`: times that the optimizer lost its state.
     """
     problem, arm = PROBLEMS[trial.problem], trial.arm
     begun = time.perf_counter()

@@ -168,13 +168,13 @@ def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
 
 @dataclass(frozen=True)
 class Norm:
-    """The update of one layer. `delta`: ‖ΔW‖_F; `relative`: ‖ΔW‖_F / ‖W‖_F; `stack`, `layer`, `kind`: where the layer
+    """The update of one layer. `delta`: ‖ΔW‖_F; `relative`: ‖ΔW‖_F / ‖W‖_F; `stack`, `layer`, `matrix`: where the layer
     is, see `lorafamily.names.Place`."""
 
     module: str
     stack: str
     layer: int | None
-    kind: str
+    matrix: str
     rank: int
     delta: float
     relative: float

@@ -1,4 +1,4 @@
-"""A run against its steps: slices by kind of matrix, scores of slices, and totals of slices and parameters."""
+"""A run against its steps: slices by matrix, scores of slices, and totals of slices and parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lorafamily.history import Decision, Step
 from lorafamily.insight.drawing import COLOURS
-from lorafamily.insight.grids import area_labels, rank_by_kind
+from lorafamily.insight.grids import area_labels, slices_by_matrix
 
 T = TypeVar("T")
 KEPT, DROPPED, MARK = "#0072B2", "#D55E00", "#444444"
@@ -21,36 +21,36 @@ POINTS = 400
 
 
 def rank_history(decisions: Sequence[Decision], last_step: int) -> Figure:
-    """Slices by kind of matrix against step as stacked areas, with a mark above every decision that changed ranks. The
-    first decision is the start. Of more than `POINTS` decisions an even selection is shown; of more than `AREAS` kinds,
+    """Slices by matrix against step as stacked areas, with a mark above every decision that changed ranks. The first
+    decision is the start. Of more than `POINTS` decisions an even selection is shown; of more than `AREAS` matrices,
     similar ones share an area."""
     changed = [d for d in decisions[1:] if d.before != d.after]
     label = f"decision that changed ranks ({len(changed)} in all)"
     changed, decisions = thinned(changed), thinned(decisions)
     shown_as = area_labels(decisions[0].after)
-    ranks = [rank_by_kind(decision.after, shown_as) for decision in decisions]
-    kinds = list(ranks[0])
-    figure = Figure(figsize=(8.4, max(4.6, 1.0 + 0.18 * len(kinds))), dpi=100, layout="constrained")
+    ranks = [slices_by_matrix(decision.after, shown_as) for decision in decisions]
+    matrices = list(ranks[0])
+    figure = Figure(figsize=(8.4, max(4.6, 1.0 + 0.18 * len(matrices))), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     steps = [decision.step for decision in decisions] + [last_step]
-    by_kind = np.array([[at[kind] for at in [*ranks, ranks[-1]]] for kind in kinds])
+    by_matrix = np.array([[at[matrix] for at in [*ranks, ranks[-1]]] for matrix in matrices])
     colours, hatches = cycle(COLOURS), [""] * len(COLOURS) + ["//"] * len(COLOURS) + [".."] * len(COLOURS)
     areas = axes.stackplot(
         steps,
-        by_kind,
-        labels=[f"{kind}: {slices[0]} → {slices[-1]}" for kind, slices in zip(kinds, by_kind, strict=True)],
-        colors=[next(colours) for _ in kinds],
+        by_matrix,
+        labels=[f"{matrix}: {slices[0]} → {slices[-1]}" for matrix, slices in zip(matrices, by_matrix, strict=True)],
+        colors=[next(colours) for _ in matrices],
         step="post",
         edgecolor="white",
         linewidth=0.4,
     )
     for area, hatch in zip(areas, cycle(hatches)):
         area.set_hatch(hatch)
-    total = by_kind.sum(0)
+    total = by_matrix.sum(0)
     axes.plot([d.step for d in changed], [d.total for d in changed], "v", color=MARK, markersize=4, label=label)
     axes.set(xlim=(0, max(last_step, 1)), ylim=(0, 1.08 * max(1, int(total.max()))))
     axes.set(xlabel="optimizer step", ylabel="rank slices in use")
-    title = f"Slices by kind of matrix during training: {total[0]} at the start, {total[-1]} at the end"
+    title = f"Slices by matrix during training: {total[0]} at the start, {total[-1]} at the end"
     figure.suptitle(title, fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -1,4 +1,4 @@
-"""Slices of every module as grids, layers by kinds of matrix or by experts, made smaller for large models."""
+"""Slices of every module as grids, layers by matrices or by experts, made smaller for large models."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorafamily.names import Place, by_stack, expert_of, kind_labels, place_of
+from lorafamily.names import Place, by_stack, expert_of, matrix_labels, place_of
 
 ROWS, COLUMNS, STACKS = 96, 64, 6
 """The most rows (of all panels at one time together), columns and stacks of a picture. In a picture of a larger model a
 cell stands for several modules."""
 AREAS = 32
-"""The most areas in a picture of stacked areas, one for each kind of matrix."""
+"""The most areas in a picture of stacked areas, one for each matrix."""
 
 
 def rank_grid(ranks: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray]:
-    """Kinds of matrix, labels of layers, and ranks as (kinds, layers), nan if a layer has no such matrix, for the
+    """Matrices, labels of layers, and ranks as (matrices, layers), nan if a layer has no such matrix, for the
     modules of one stack (`by_stack`)."""
     places = {name: place_of(name) for name in ranks}
-    kinds = list(dict.fromkeys(place.kind for place in places.values()))
+    matrices = list(dict.fromkeys(place.matrix for place in places.values()))
     layers = sorted({place.layer for place in places.values()}, key=lambda layer: (layer is None, layer))
-    grid = np.full((len(kinds), len(layers)), np.nan)
+    grid = np.full((len(matrices), len(layers)), np.nan)
     for name, rank in ranks.items():
-        cell = kinds.index(places[name].kind), layers.index(places[name].layer)
-        assert np.isnan(grid[cell]), f"{name}: two matrices of the same kind and layer must be in two stacks"
+        cell = matrices.index(places[name].matrix), layers.index(places[name].layer)
+        assert np.isnan(grid[cell]), f"{name}: two modules of the same matrix and layer must be in two stacks"
         grid[cell] = rank
-    return kinds, ["–" if layer is None else str(layer) for layer in layers], grid
+    return matrices, ["–" if layer is None else str(layer) for layer in layers], grid
 
 
-def rank_by_kind(ranks: Mapping[str, int], labels: Mapping[str, str] | None = None) -> dict[str, int]:
-    """Slices of each kind of matrix in all layers of its stack. `labels`: the kind of every module; None computes them
-    (`kind_labels`), which takes longer."""
+def slices_by_matrix(ranks: Mapping[str, int], labels: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Slices of each matrix in all layers of its stack. `labels`: the matrix of every module; None computes them
+    (`matrix_labels`), which takes longer."""
     totals: dict[str, int] = {}
-    for name, kind in (kind_labels(ranks) if labels is None else labels).items():
-        totals[kind] = totals.get(kind, 0) + ranks[name]
+    for name, matrix in (matrix_labels(ranks) if labels is None else labels).items():
+        totals[matrix] = totals.get(matrix, 0) + ranks[name]
     return totals
 
 
 def area_labels(names: Iterable[str]) -> dict[str, str]:
-    """`kind_labels` with at most `AREAS` different labels: if there are more kinds, similar ones share a label."""
-    labels = kind_labels(names)
+    """`matrix_labels` with at most `AREAS` different labels: if there are more matrices, similar ones share a label."""
+    labels = matrix_labels(names)
     together = merged(list(dict.fromkeys(labels.values())), AREAS)
-    return {name: together[kind] for name, kind in labels.items()}
+    return {name: together[matrix] for name, matrix in labels.items()}
 
 
 def merged(labels: Sequence[str], most: int) -> dict[str, str]:
@@ -53,20 +53,20 @@ def merged(labels: Sequence[str], most: int) -> dict[str, str]:
     if len(labels) <= most:
         return {label: label for label in labels}
     shown = {label: re.sub(r"\d+", "*", label) for label in labels}
-    kinds = list(dict.fromkeys(shown.values()))
-    if 1 < len(kinds) <= most:
+    matrices = list(dict.fromkeys(shown.values()))
+    if 1 < len(matrices) <= most:
         return shown
-    if len(kinds) == 1:
-        shown, kinds = {label: label for label in labels}, list(labels)
-    runs = [kinds[i * len(kinds) // most : (i + 1) * len(kinds) // most] for i in range(most)]
-    name = {kind: run[0] if len(run) == 1 else f"{run[0]} … {run[-1]}" for run in runs for kind in run}
-    return {label: name[kind] for label, kind in shown.items()}
+    if len(matrices) == 1:
+        shown, matrices = {label: label for label in labels}, list(labels)
+    runs = [matrices[i * len(matrices) // most : (i + 1) * len(matrices) // most] for i in range(most)]
+    name = {matrix: run[0] if len(run) == 1 else f"{run[0]} … {run[-1]}" for run in runs for matrix in run}
+    return {label: name[matrix] for label, matrix in shown.items()}
 
 
 class Grid(NamedTuple):
-    """`ranks`: (kinds, layers), nan where there is no module; `total`: the slices of all modules."""
+    """`ranks`: (matrices, layers), nan where there is no module; `total`: the slices of all modules."""
 
-    kinds: list[str]
+    matrices: list[str]
     layers: list[str]
     ranks: np.ndarray
     total: int
@@ -83,17 +83,17 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
             places.setdefault(shown_as[stack], {})[name] = place_of(name)
     grids: dict[str, list[Grid]] = {}
     for stack, modules_at in places.items():
-        kinds = list(dict.fromkeys(kind for _, _, kind in modules_at.values()))
-        rows = merged(kinds, max(4, ROWS // len(places)))
+        matrices = list(dict.fromkeys(matrix for _, _, matrix in modules_at.values()))
+        rows = merged(matrices, max(4, ROWS // len(places)))
         layers = sorted({layer for _, layer, _ in modules_at.values()}, key=lambda layer: (layer is None, layer))
         labels = ["–" if layer is None else str(layer) for layer in layers]
         wide = min(COLUMNS, len(layers))
         column = {layer: i * wide // len(layers) for i, layer in enumerate(layers)}
         chunks = [[labels[i] for i, layer in enumerate(layers) if column[layer] == at] for at in range(wide)]
         heads = [chunk[0] if len(chunk) == 1 else f"{chunk[0]}–{chunk[-1]}" for chunk in chunks]
-        named = list(dict.fromkeys(rows[kind] for kind in kinds))
-        index = {kind: named.index(rows[kind]) for kind in kinds}
-        cells = np.array([(index[kind], column[layer]) for _, layer, kind in modules_at.values()])
+        named = list(dict.fromkeys(rows[matrix] for matrix in matrices))
+        index = {matrix: named.index(rows[matrix]) for matrix in matrices}
+        cells = np.array([(index[matrix], column[layer]) for _, layer, matrix in modules_at.values()])
         modules = np.zeros((len(named), wide))
         np.add.at(modules, tuple(cells.T), 1)
         grids[stack] = []
@@ -106,21 +106,21 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
 
 
 def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
-    """By kind of matrix (`mlp.experts.*.up_proj`): labels of layers, labels of experts, and ranks as (layers, experts),
+    """By matrix (`mlp.experts.*.up_proj`): labels of layers, labels of experts, and ranks as (layers, experts),
     nan if a layer has no such expert. Empty for a model without experts."""
     cells_of: dict[str, list[tuple[int | None, int, float]]] = {}
     experts = {name: found for name in ranks if (found := expert_of(name)) is not None}
-    labels = kind_labels(dict.fromkeys(of_all for of_all, _ in experts.values()))
+    labels = matrix_labels(dict.fromkeys(of_all for of_all, _ in experts.values()))
     for name, (of_all, index) in experts.items():
         cells_of.setdefault(labels[of_all], []).append((place_of(of_all).layer, index, ranks[name]))
     grids = {}
-    for kind, cells in cells_of.items():
+    for matrix, cells in cells_of.items():
         layers = sorted({layer for layer, _, _ in cells}, key=lambda layer: (layer is None, layer))
         wide = 1 + max(index for _, index, _ in cells)
         grid = np.full((len(layers), wide), np.nan)
         for layer, index, rank in cells:
             grid[layers.index(layer), index] = rank
-        grids[kind] = ["–" if layer is None else str(layer) for layer in layers], [str(i) for i in range(wide)], grid
+        grids[matrix] = ["–" if layer is None else str(layer) for layer in layers], [str(i) for i in range(wide)], grid
     return grids
 
 

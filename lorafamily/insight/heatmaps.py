@@ -21,10 +21,10 @@ NUMBERED = 1200
 def rank_heatmap(
     start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
 ) -> Figure:
-    """Layers × kinds of matrix with the slices of each module, at the start and now, on one colour scale.
+    """Layers × matrices with the slices of each module, at the start and now, on one colour scale.
 
-    A model with several stacks, such as an encoder and a decoder, has a panel for each, with its own kinds and layers.
-    If there are more than `ROWS` kinds or `COLUMNS` layers, a cell shows the mean of several modules, and the title
+    A model with several stacks, such as an encoder and a decoder, has a panel for each, with its matrices and layers.
+    If there are more than `ROWS` matrices or `COLUMNS` layers, a cell shows the mean of several modules, and the title
     says so. `now`: None shows the start only. `highest`: top of the colour scale; None: the most slices of any module.
     """
     shown = {"start": start} if now is None else {"start": start, "now": now}
@@ -36,18 +36,20 @@ def rank_heatmap(
     top = max(1.0, largest) if highest is None else max(1, highest)
     longest = max(len(layers) for of_stack in grids.values() for _, layers, _, _ in of_stack)
     side_by_side = longest <= SIDE_BY_SIDE
-    tall = [len(of_stack[0].kinds) for of_stack in grids.values() for _ in (shown if not side_by_side else ["start"])]
+    tall = [
+        len(of_stack[0].matrices) for of_stack in grids.values() for _ in (shown if not side_by_side else ["start"])
+    ]
     wide = len(shown) if side_by_side else 1
     numbered = cells * len(shown) <= NUMBERED
     row, column = (0.32, 0.45) if numbered else (0.18, 0.2)
     room = 2.2 if len(grids) == 1 else max(2.2, 0.08 * len(f"{max(grids, key=len)}, start: 1234 in all"))
-    size = (3.0 + wide * max(room, column * longest), 1.3 + sum(0.7 + row * kinds for kinds in tall))
+    size = (3.0 + wide * max(room, column * longest), 1.3 + sum(0.7 + row * matrices for matrices in tall))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     panels = figure.subplots(len(tall), wide, squeeze=False, gridspec_kw={"height_ratios": tall}).flat
     for stack, of_stack in grids.items():
-        for number, (when, (kinds, layers, grid, total)) in enumerate(zip(shown, of_stack, strict=True)):
+        for number, (when, (matrices, layers, grid, total)) in enumerate(zip(shown, of_stack, strict=True)):
             axes = next(panels)
-            named = kinds if number == 0 or not side_by_side else [""] * len(kinds)
+            named = matrices if number == 0 or not side_by_side else [""] * len(matrices)
             image = draw_grid(axes, named, layers, grid, top, longest, numbered)
             total_at = f"{when}: {total} in all"
             axes.set_title(f"{stack}, {total_at}" if stack else total_at, fontsize=9, loc="left" if stack else "center")
@@ -62,22 +64,22 @@ def rank_heatmap(
 def expert_heatmap(
     start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
 ) -> Figure | None:
-    """Layers × experts with the slices of each expert, a panel for each kind of matrix, at the start and now, on one
+    """Layers × experts with the slices of each expert, a panel for each matrix, at the start and now, on one
     colour scale; None for a model without experts. If there are many layers or experts, a cell is the mean of
     neighbours. Arguments as in `rank_heatmap`."""
     shown = {"start": start} if now is None else {"start": start, "now": now}
     grids = {when: expert_grids(ranks) for when, ranks in shown.items()}
-    kinds = list(grids["start"])[:STACKS]
-    if not kinds:
+    matrices = list(grids["start"])[:STACKS]
+    if not matrices:
         return None
-    if left := len(grids["start"]) - len(kinds):
-        title += f"\n{left} more kinds of matrix are not shown"
+    if left := len(grids["start"]) - len(matrices):
+        title += f"\n{left} more matrices are not shown"
     panels = []
-    for kind in kinds:
-        for when, by_kind in grids.items():
-            layers, experts, grid = by_kind[kind]
-            panel = f"{kind}, {when}: {int(np.nansum(grid))} in all"
-            layers, grid = in_chunks(layers, grid, max(4, ROWS // len(kinds)))
+    for matrix in matrices:
+        for when, by_matrix in grids.items():
+            layers, experts, grid = by_matrix[matrix]
+            panel = f"{matrix}, {when}: {int(np.nansum(grid))} in all"
+            layers, grid = in_chunks(layers, grid, max(4, ROWS // len(matrices)))
             experts, turned = in_chunks(experts, grid.T, 2 * COLUMNS)
             panels.append((panel, layers, experts, turned.T))
     largest = max(float(np.nanmax(grid)) for *_, grid in panels)
@@ -100,7 +102,13 @@ def expert_heatmap(
 
 
 def draw_grid(
-    axes: Axes, kinds: list[str], layers: list[str], grid: np.ndarray, top: float, room: int = 0, numbered: bool = True
+    axes: Axes,
+    matrices: list[str],
+    layers: list[str],
+    grid: np.ndarray,
+    top: float,
+    room: int = 0,
+    numbered: bool = True,
 ) -> AxesImage:
     """Draw a grid into axes, each number in its cell, on a colour scale from 0 to `top`.
 
@@ -118,7 +126,7 @@ def draw_grid(
     longest = max(map(len, layers))
     stride = (1 if longest < 5 else 2) if numbered else max(1, longest // 2)
     axes.set_xticks(range(0, len(layers), stride), layers[::stride], fontsize=8)
-    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes.set_yticks(range(len(matrices)), matrices, fontsize=8)
     for (row, column), rank in np.ndenumerate(grid) if numbered else ():
         if not np.isnan(rank):
             shade = "black" if rank > 0.55 * top else "white"

@@ -20,7 +20,7 @@ def memory_bars(ways: Mapping[str, Memory], title: str) -> Figure:
     axes = figure.add_subplot()
     names = list(ways)
     ends = np.zeros(len(ways))
-    parts = ("weights", "gradients", "optimiser", "activations")
+    parts = ("weights", "gradients", "optimizer", "activations")
     for part, label, colour in zip(parts, MEMORY, COLOURS, strict=False):
         widths = np.array([getattr(memory, part) or 0 for memory in ways.values()]) / size
         if widths.any():

@@ -16,12 +16,12 @@ FULL, FLOOR = "full fine-tuning", "frozen floor"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device. `optimiser`: its states; `activations`: the most bytes of other tensors alive at once,
+    """Bytes on the device. `optimizer`: its states; `activations`: the most bytes of other tensors alive at once,
     None if not counted; `peak`: the most of all together, at most the sum, since gradients come as activations go."""
 
     weights: int
     gradients: int
-    optimiser: int
+    optimizer: int
     activations: int | None
     peak: int
 
@@ -119,7 +119,7 @@ def _layers(plan: Plan) -> str:
     stacks = []
     for stack, names in by_stack(plan.ranks).items():
         by_count: dict[int, list[str]] = {}
-        for matrix, count in Counter(place_of((expert_of(name) or (name,))[0]).kind for name in names).items():
+        for matrix, count in Counter(place_of((expert_of(name) or (name,))[0]).matrix for name in names).items():
             by_count.setdefault(count, []).append(matrix)
         matrices = "; ".join(f"{count} × {', '.join(found)}" for count, found in by_count.items())
         stacks.append(f"{stack}: {matrices}" if stack else matrices)
@@ -128,7 +128,7 @@ def _layers(plan: Plan) -> str:
 
 def _row(use: Use, full: Use, rank: str = "–", slices: str = "–") -> list[str]:
     memory = use.memory
-    parts = (memory.weights, memory.gradients, memory.optimiser, memory.activations, memory.peak)
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.peak)
     return [
         use.way,
         rank,

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lorafamily.history import Decision, Evaluation, History, Step
 from lorafamily.insight.drawing import pixels
-from lorafamily.insight.grids import area_labels, rank_by_kind
+from lorafamily.insight.grids import area_labels, slices_by_matrix
 from lorafamily.insight.heatmaps import rank_heatmap
 from lorafamily.training.settings import Setting
 
@@ -120,8 +120,8 @@ class Board:
         self.shown = True
 
     def _slices_by_area(self, decision: Decision) -> None:
-        for area, slices in rank_by_kind(decision.after, self.area_of).items():
-            self.writer.add_scalar(f"slices by kind/{area}", slices, decision.step)
+        for area, slices in slices_by_matrix(decision.after, self.area_of).items():
+            self.writer.add_scalar(f"slices by matrix/{area}", slices, decision.step)
 
     def _score_histogram(self, decision: Decision) -> None:
         scores = np.array([score for slices in decision.scores.values() for score in slices])
