@@ -19,7 +19,7 @@ from lorafamily.allocation.run import Run
 from lorafamily.batch import loss_of
 from lorafamily.layers.placement import placement_of
 
-LAYERS, RANK = 6, 5
+LAYERS, RANK = 8, 2
 
 
 def pretended(architecture: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -90,9 +90,8 @@ class Counter:
         return output
 
 
-@pytest.mark.parametrize("memory", [None, 64.0], ids=["one by one", "in batches"])
 @pytest.mark.parametrize("architecture", ["bert", "llama", "gpt2"])
-def test_exact_ablation_is_the_definition_at_three_fifths_of_its_price(architecture, memory):
+def test_exact_ablation_is_the_definition_at_three_fifths_of_its_price(architecture):
     model, batch = pretended(architecture)
     perturb_(lorafamily.apply(model, "alora", rank=RANK, seed=0), size=0.3)
     labels = batch.pop("labels")
@@ -102,15 +101,17 @@ def test_exact_ablation_is_the_definition_at_three_fifths_of_its_price(architect
 
     blocks = Counter(next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList)))
     expected = brute_force(model, loss)
-    of_definition, blocks.passes = blocks.passes, 0
-    scores = scored(model, loss, memory)
+    of_definition = blocks.passes
     assert max(float(value.abs().max()) for value in expected.values()) > 0.1
-    for name, value in expected.items():
-        # float64: a score is a difference of losses near 4, whose sums run in another order in a batch.
-        assert_close(scores[name], value, rtol=1e-9, atol=1e-12)
     slices = sum(adapter.rank for adapter in placement_of(model).adapters.values())
     assert of_definition == LAYERS * (2 * slices + 1)
-    assert blocks.passes <= 0.6 * of_definition
+    for memory in (None, 64.0):  # one by one, and in batches
+        blocks.passes = 0
+        scores = scored(model, loss, memory)
+        for name, value in expected.items():
+            # float64: a score is a difference of losses near 4, whose sums run in another order in a batch.
+            assert_close(scores[name], value, rtol=1e-9, atol=1e-12)
+        assert 0 < blocks.passes <= 0.6 * of_definition
 
 
 def test_ablations_in_a_batch_stay_within_the_memory_given():

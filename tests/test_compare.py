@@ -192,7 +192,7 @@ def test_cells_of_other_settings_are_not_mixed_in(tmp_path):
 
 
 def test_several_learning_rates_are_said_in_the_report(tmp_path):
-    compare.main(small(tmp_path, seeds=1, budgets=("10e3",), methods=("none", "lora"), lr=("1e-3", "1e-2")))
+    compare.main(small(tmp_path, seeds=1, budgets=("10e3",), methods=("none", "lora"), lr=("1e-3", "1e-2"), steps=3))
     text = (tmp_path / "embedded" / "report.md").read_text()
     assert "2 learning rates were tried for every method (0.001, 0.01)" in text
     assert "lora @ 10,000 0.001" in text

@@ -27,8 +27,19 @@ EMBEDDED = ("embedded", "which-weights", "rank-sweep", "budget-sweep", "scorers"
 EVERY = [(name, task) for name in presets.names() for task in (None, *presets.find(name).by_task)]
 
 
+FEW = {"steps": 3, "evaluations": 1}  # where what a run leaves is looked at, and not how far it came
+
+
 def small(tmp_path, **changes) -> Compare:
     return replace(Compare(out=tmp_path, **TINY), **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a comparison that is only read."""
+    out = tmp_path_factory.mktemp("finished")
+    compare.main(small(out, methods=("none", "lora"), budgets=("10e3",), seeds=1, name="one", **FEW))
+    return out / "one"
 
 
 def test_all_presets_are_known_and_mentioned_where_one_looks():
@@ -115,12 +126,11 @@ def test_letters_name_the_matrices_of_every_architecture():
 
 
 def test_targets_and_ranks_are_axes_of_the_grid(tmp_path):
-    settings = small(
-        tmp_path, methods=("none", "lora"), budgets=(), ranks=(1, 2), targets=("q", "all"), seeds=1, name="axes"
-    )
-    compare.main(settings)
+    settings = small(tmp_path, methods=("none", "lora"), budgets=(), ranks=(1, 2), targets=("q", "all"), seeds=1)
+    compare.main(replace(settings, name="axes", lr=("1e-2",), **FEW))
     found = {(row["targets"], row["rank"]): row for row in rows(tmp_path / "axes")}
     assert list(found) == [(None, None), ("q", 1), ("q", 2), ("all", 1), ("all", 2)]
+    assert len({f"{row['metric']:.4f}" for row in found.values()}) == 5  # so that none can stand in another's place
     assert found["q", 2]["trainable"] == 4 * 2 * 256
     assert set(found["q", 2]["ranks_end"]) == {f"blocks.{i}.attention.query" for i in range(4)}
     text = (tmp_path / "axes" / "report.md").read_text()
@@ -149,22 +159,25 @@ def test_options_and_budgets_of_one_method_are_its_own(tmp_path):
 def test_learning_rates_are_chosen_with_a_seed_of_their_own(tmp_path):
     settings = small(
         tmp_path,
-        methods=("lora", "olora"),
+        methods=("full", "lora"),
         budgets=("10e3",),
-        lr=("1e-4", "1e-2"),
+        lr=("full=1e-4", "full=1e-2", "lora=1e-7", "lora=1e-4"),
         tuning_seed=9,
         seeds=2,
         name="tuned",
+        **FEW,
     )
     compare.main(settings)
     done = rows(tmp_path / "tuned")
     assert [row["seed"] for row in done] == [9, 9, 9, 9, 0, 1, 0, 1]
+    # Of full's two rates the smaller one is better, of lora's the larger.
+    assert {(row["method"], row["lr"]) for row in done if row["seed"] != 9} == {("full", 1e-4), ("lora", 1e-4)}
     for method in settings.methods:
         tried = {row["lr"]: row["metric"] for row in done if row["method"] == method and row["seed"] == 9}
         run = {row["lr"] for row in done if row["method"] == method and row["seed"] != 9}
         assert run == {min(tried, key=lambda lr: tried[lr])}
     text = (tmp_path / "tuned" / "report.md").read_text()
-    assert "tried at 0.0001, 0.01 with seed 9" in text
+    assert "tried at 1e-07, 0.0001, 0.01 with seed 9" in text
     assert "over 2 seeds" in text
     before = (tmp_path / "tuned" / "results.jsonl").read_bytes()
     compare.main(settings)
@@ -172,7 +185,8 @@ def test_learning_rates_are_chosen_with_a_seed_of_their_own(tmp_path):
 
 
 def test_a_run_that_diverges_is_a_row_and_the_others_go_on(tmp_path):
-    settings = small(tmp_path, methods=("full", "lora"), budgets=("10e3",), lr=("1e-3", "1e30"), seeds=1, name="wild")
+    settings = small(tmp_path, methods=("full", "lora"), budgets=("10e3",), lr=("1e-3", "1e30"), seeds=1)
+    settings = replace(settings, name="wild", **FEW)
     compare.main(settings)
     done = rows(tmp_path / "wild")
     assert [bool(row["failed"]) for row in done] == [False, True, False, True]
@@ -193,15 +207,21 @@ def test_parts_of_methods_combine_to_the_methods_of_the_papers():
     assert placement_of(model).method.penalty is not None
 
 
-def test_the_html_report_is_one_file_that_tells_what_the_markdown_tells(tmp_path):
-    compare.main(small(tmp_path, methods=("none", "lora"), seeds=1, name="one"))
-    text = (tmp_path / "one" / "report.html").read_text()
+def test_the_html_report_is_one_file_that_tells_what_the_markdown_tells(finished):
+    text = (finished / "report.html").read_text()
     assert text.count("data:image/png;base64,") == 3
     assert not re.search(r"(src|href)=\"(?!data:)|https?://|@import|url\(", text)
-    for line in (tmp_path / "one" / "report.md").read_text().splitlines():
+    for line in (finished / "report.md").read_text().splitlines():
         for word in line.strip("|# ").split(" | ") if line.startswith("|") and "---" not in line else ():
             assert page.escape(word.strip().replace("\\|", "|")) in text
     assert "<script>alert" not in page.html("t", [page.Table([["a", "b"], ["<script>alert", "&"]])])
+
+
+def test_rows_are_plain_json(finished):
+    lines = (finished / "results.jsonl").read_text().splitlines()
+    _, lora = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
+    assert lora["seed"] == 0
+    assert Cell("lora", Size("budget", 10_000), "all", 2e-3, 0).key == lora["key"]
 
 
 def test_the_e2e_challenge(tmp_path, monkeypatch):
@@ -224,6 +244,7 @@ def test_the_e2e_challenge(tmp_path, monkeypatch):
     settings = presets.defaults("e2e-gpt2", quick=True)
     settings = replace(settings, model=str(tmp_path / "gpt"), data=data, methods=("lora",), budgets=("600",))
     settings = replace(settings, lr=("5e-2",), steps=30, batch=8, dropout=0.0, progress=False, out=tmp_path)
+    settings = replace(settings, held_out=4, evaluations=1)  # every evaluation writes a text for each row
     compare.main(settings)
     (row,) = rows(tmp_path / "e2e-gpt2-quick")
     assert set(row["ranks_end"]) == {"transformer.h.0.attn.c_attn.q", "transformer.h.0.attn.c_attn.v"}
@@ -270,16 +291,9 @@ def test_rates_that_cannot_be_suggested_are_refused(tmp_path, lr, more, message)
 
 def test_a_comparison_at_suggested_rates(tmp_path, capsys):
     settings = small(tmp_path, methods=("lora", "olora"), budgets=("10e3",), seeds=1, name="auto", lr=("auto", "1e-2"))
-    compare.main(settings)
+    compare.main(replace(settings, **FEW))
     rates = {row["method"]: row["lr"] for row in rows(tmp_path / "auto")}
     assert rates["lora"] == pytest.approx(1e-2, rel=1e-3)
     assert rates["olora"] < 8e-3
     assert f"olora at 10,000: lr {rates['olora']:.2g}: " in capsys.readouterr().out
     assert "by lorafamily.suggest_lr, untried" in (tmp_path / "auto" / "report.md").read_text()
-
-
-def test_rows_are_plain_json(tmp_path):
-    compare.main(small(tmp_path, methods=("lora",), budgets=("10e3",), seeds=1, name="j"))
-    (line,) = (tmp_path / "j" / "results.jsonl").read_text().splitlines()
-    assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["seed"] == 0
-    assert Cell("lora", Size("budget", 10_000), "all", 2e-3, 0).key == json.loads(line)["key"]

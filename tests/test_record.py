@@ -69,7 +69,7 @@ def test_a_damaged_record_is_refused_with_its_line(tmp_path):
     with pytest.raises(lorafamily.FileError, match=r"allocation\.jsonl does not exist; train\(\.\.\., log_dir"):
         lorafamily.ranks_at(tmp_path, 3)
     model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
-    lorafamily.train(model, data(), steps=40, log_dir=tmp_path, progress=False)
+    lorafamily.train(model, data(), steps=12, log_dir=tmp_path, progress=False)
     lines = (tmp_path / "allocation.jsonl").read_text().splitlines()
     (tmp_path / "allocation.jsonl").write_text("\n".join([*lines[:2], lines[2][:40]]))
     with pytest.raises(lorafamily.FileError, match=r"allocation\.jsonl, line 3: not a record of a decision"):
