@@ -34,7 +34,7 @@ class Entry:
 
 
 def refuse_used(out: Path) -> None:
-    """Refuse to write a merged checkpoint over a file or into a folder that is not empty."""
+    """Raise FileError if a merged checkpoint would be written over a file or into a folder that is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(f"{out}: is there and not empty; a merged checkpoint goes into a folder of its own")
 
@@ -98,6 +98,7 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 def read_entry(entry: Entry) -> Tensor:
+    """The tensor, on the CPU, read from its place in the file."""
     with open(entry.file, "rb") as file:
         file.seek(entry.begin)
         data = bytearray(file.read(entry.end - entry.begin))

@@ -70,7 +70,7 @@ def _header_size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def read_record(path: Path, what: str, format: int) -> dict[str, Any]:
-    """The record of a sealed folder, which must be of this format and hash to what it notes."""
+    """The record of a sealed folder; FileError unless it is of this format and hashes to what it notes."""
     record = read_json(path, what)
     found = record.get("format") if isinstance(record, dict) else None
     if found != format:
@@ -82,7 +82,7 @@ def read_record(path: Path, what: str, format: int) -> dict[str, Any]:
 
 
 def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a sealed folder, on the CPU; they must hash to what the record notes."""
+    """The tensors of a sealed folder, on the CPU; FileError unless they hash to what the record notes."""
     check_there(path, what)
     with open(path, "rb") as file:
         if record[SEAL].get(path.name) != hashlib.file_digest(file, "sha256").hexdigest():
@@ -96,10 +96,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a file that is there whole or not at all."""
     _write(path, _text_of(record))
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
     _write(path, text.encode())
 
 
@@ -119,7 +121,7 @@ def _hash_of(record: Mapping[str, Any]) -> str:
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """The tensors of a safetensors file, on the CPU; FileError if it is missing or damaged.
 
     Each is copied into memory of its own: in the file they lie at any address, and on some processors the product of a
     matrix that is not aligned differs in its last bit.
@@ -132,7 +134,7 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """What a JSON file holds. Two entries of one name count as damage."""
+    """What a JSON file holds; FileError if it is missing or damaged, such as by two entries of one name."""
     check_there(path, what)
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_twins)
@@ -160,6 +162,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def check_there(path: Path, what: str) -> None:
+    """Raise FileError if there is no such file."""
     if not path.is_file():
         raise FileError(f"{path.parent}: no {path.name} there; {what}")
 

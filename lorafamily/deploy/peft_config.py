@@ -57,7 +57,7 @@ def target_settings(model: nn.Module, names: Sequence[str], experts: Sequence[st
 
 
 def refuse_kernels(model: nn.Module, names: Collection[str]) -> None:
-    """Refuse layers that peft does not adapt, since fused kernels read their weights directly."""
+    """Raise StateError for layers that peft does not adapt, since fused kernels read their weights directly."""
     models, layers = MAMBA
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in models and (found := sorted(at for at in names if at.rpartition(".")[2] in layers)):

@@ -77,7 +77,7 @@ def plain_adapters(
 
 
 def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
-    """The dropout that a file records; if it is invalid, the error names the file, `where`."""
+    """The dropout that a file records; if it is invalid, FileError names the file, `where`."""
     try:
         return Dropout(p, kind)
     except MethodError as error:

@@ -22,7 +22,7 @@ _EXPERTS = re.compile(r"(.*experts)\.\d+\..+")
 
 
 def served_rank(needed: int, ranks: Sequence[int]) -> int:
-    """The lowest of the server's ranks that is high enough; refused if none is."""
+    """The lowest of the server's ranks that is high enough; StateError if none is."""
     enough = min((rank for rank in ranks if rank >= needed), default=None)
     if enough is None:
         raise StateError(

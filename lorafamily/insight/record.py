@@ -57,7 +57,8 @@ def recorded(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move an earlier run's record, events and pictures to the first free of `earlier-1`, `earlier-2`, …"""
+    """Move an earlier run's record, events and pictures to the first free of `earlier-1`, `earlier-2`, …; FileError if
+    they cannot be moved."""
     number = next(number for number in count(1) if not (folder / f"earlier-{number}").exists())
     place = folder / f"earlier-{number}"
     pictures = [folder / f"{name}.png" for name in PICTURES]
@@ -108,7 +109,7 @@ def redraw(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
-    """The decisions of a recorded run. The first holds the ranks at the start."""
+    """The decisions of a recorded run, FileError if it has none. The first holds the ranks at the start."""
     decisions: list[Decision] = _read(Path(folder) / DECISIONS, Decision)
     if not decisions:
         raise FileError(f"{Path(folder) / DECISIONS}: empty; a record begins with the ranks at the start")
@@ -116,6 +117,7 @@ def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
 
 
 def read_steps(folder: str | os.PathLike[str]) -> list[Step]:
+    """The steps of a recorded run."""
     return _read(Path(folder) / STEPS, Step)
 
 

@@ -165,7 +165,8 @@ class Session:
         self.add_penalty()
 
     def task_backward(self, loss: Tensor) -> None:
-        """`backward` without the penalty, for a loop that does something else before it is added."""
+        """`backward` without the penalty, for a loop that does something else before it is added; TrainingError if
+        the loss has no gradient although adapters train."""
         if loss.requires_grad:
             self.loop.scaled(loss).backward()
         elif not self.adapters or self._extra_trained() or any(a.rank for a in self.adapters.values()):
