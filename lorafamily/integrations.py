@@ -83,8 +83,11 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         return [] if self.session is None else self.session.decisions
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Raise StateError if DDP, which the Trainer will put around the model, would wait for the gradient of a tensor
-        that a decision replaced."""
+        """Check how the Trainer will wrap the model.
+
+        Raises:
+            StateError: DDP would wait for the gradient of a tensor that a decision replaced.
+        """
         finds = args.ddp_find_unused_parameters
         finds = not args.gradient_checkpointing if finds is None else finds  # the Trainer's default
         if _under_ddp(args) and self._ddp_may_lose_some and not finds:

@@ -51,7 +51,11 @@ def fingerprint(batch: Any) -> str:
 
 
 def refuse_one_batch(data: Any, name: str = "data") -> None:
-    """Raise DataError if `data` is a single batch instead of batches: iterating over it would give keys or rows."""
+    """Tell a single batch from batches: iterating over it would give keys or rows.
+
+    Raises:
+        DataError: `data` is a single batch.
+    """
     if isinstance(data, Mapping):
         details = f" with the keys {', '.join(map(str, data))}"
     elif is_array(data):

@@ -34,7 +34,11 @@ class Entry:
 
 
 def refuse_used(out: Path) -> None:
-    """Raise FileError if a merged checkpoint would be written over a file or into a folder that is not empty."""
+    """Check that a merged checkpoint would be written over nothing.
+
+    Raises:
+        FileError: `out` is a file, or a folder that is not empty.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(f"{out}: is there and not empty; a merged checkpoint goes into a folder of its own")
 

@@ -70,7 +70,11 @@ def _header_size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def read_record(path: Path, what: str, format: int) -> dict[str, Any]:
-    """The record of a sealed folder; FileError unless it is of this format and hashes to what it notes."""
+    """The record of a sealed folder.
+
+    Raises:
+        FileError: it is missing, damaged, of another format, or its hash is not the one that it notes.
+    """
     record = read_json(path, what)
     found = record.get("format") if isinstance(record, dict) else None
     if found != format:
@@ -82,7 +86,11 @@ def read_record(path: Path, what: str, format: int) -> dict[str, Any]:
 
 
 def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a sealed folder, on the CPU; FileError unless they hash to what the record notes."""
+    """The tensors of a sealed folder, on the CPU.
+
+    Raises:
+        FileError: the file is missing or damaged, or its hash is not the one that the record notes.
+    """
     check_there(path, what)
     with open(path, "rb") as file:
         if record[SEAL].get(path.name) != hashlib.file_digest(file, "sha256").hexdigest():
@@ -121,10 +129,13 @@ def _hash_of(record: Mapping[str, Any]) -> str:
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; FileError if it is missing or damaged.
+    """The tensors of a safetensors file, on the CPU.
 
     Each is copied into memory of its own: in the file they lie at any address, and on some processors the product of a
     matrix that is not aligned differs in its last bit.
+
+    Raises:
+        FileError: the file is missing or damaged.
     """
     check_there(path, what)
     try:
@@ -134,7 +145,11 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """What a JSON file holds; FileError if it is missing or damaged, such as by two entries of one name."""
+    """What a JSON file holds.
+
+    Raises:
+        FileError: it is missing or damaged; two entries of one name count as damage.
+    """
     check_there(path, what)
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_twins)
@@ -162,7 +177,11 @@ def in_one_line(error: Exception) -> str:
 
 
 def check_there(path: Path, what: str) -> None:
-    """Raise FileError if there is no such file."""
+    """Look for a file; `what` says in the message what belongs there.
+
+    Raises:
+        FileError: there is no such file.
+    """
     if not path.is_file():
         raise FileError(f"{path.parent}: no {path.name} there; {what}")
 

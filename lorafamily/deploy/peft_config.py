@@ -57,7 +57,11 @@ def target_settings(model: nn.Module, names: Sequence[str], experts: Sequence[st
 
 
 def refuse_kernels(model: nn.Module, names: Collection[str]) -> None:
-    """Raise StateError for layers that peft does not adapt, since fused kernels read their weights directly."""
+    """Keep layers out of the file whose weights fused kernels read directly, since peft does not adapt these.
+
+    Raises:
+        StateError: `names` has such a layer.
+    """
     models, layers = MAMBA
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in models and (found := sorted(at for at in names if at.rpartition(".")[2] in layers)):

@@ -77,7 +77,11 @@ def plain_adapters(
 
 
 def noted_dropout(p: Any, kind: Any, where: Path) -> Dropout:
-    """The dropout that a file records; if it is invalid, FileError names the file, `where`."""
+    """The dropout that a file records; `where`: the file, for the message.
+
+    Raises:
+        FileError: it is invalid.
+    """
     try:
         return Dropout(p, kind)
     except MethodError as error:

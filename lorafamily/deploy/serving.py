@@ -22,7 +22,11 @@ _EXPERTS = re.compile(r"(.*experts)\.\d+\..+")
 
 
 def served_rank(needed: int, ranks: Sequence[int]) -> int:
-    """The lowest of the server's ranks that is high enough; StateError if none is."""
+    """The lowest of the server's ranks that is high enough.
+
+    Raises:
+        StateError: none is.
+    """
     enough = min((rank for rank in ranks if rank >= needed), default=None)
     if enough is None:
         raise StateError(

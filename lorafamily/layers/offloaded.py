@@ -28,7 +28,11 @@ def offloaded_value(model: nn.Module, name: str) -> Tensor | None:
 
 
 def refuse_whole_blocks(model: nn.Module) -> None:
-    """Raise StateError if accelerate onloads whole blocks, by lists of weights that were made before adapters came."""
+    """Check that accelerate onloads layer by layer, if at all.
+
+    Raises:
+        StateError: accelerate onloads whole blocks, by lists of weights that were made before adapters came.
+    """
     for at, module in model.named_modules():
         if any(getattr(h, "offload", False) and getattr(h, "place_submodules", False) for h in _hooks_on(module)):
             raise StateError(
@@ -39,7 +43,11 @@ def refuse_whole_blocks(model: nn.Module) -> None:
 
 
 def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
-    """Raise StateError if adapters are offloaded, since they were in the model when accelerate offloaded it."""
+    """Check that adapters are where they train.
+
+    Raises:
+        StateError: adapters are offloaded, since they were in the model when accelerate offloaded it.
+    """
     for at, adapter in adapters.items():
         hooked = any(_hooks_on(module) for module in adapter.modules())
         if hooked and any(parameter.is_meta for parameter in adapter.parameters()):
@@ -50,8 +58,11 @@ def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
 
 
 def refuse_absent(tensors: Mapping[str, Tensor], names: Iterable[str], what: str) -> None:
-    """Raise StateError if a named tensor is offloaded or sharded: new values for it would be lost. `what` says in the
-    message why it should get values."""
+    """Look whether tensors can get new values; `what` says in the message why they should.
+
+    Raises:
+        StateError: a named tensor is offloaded or sharded, so that new values would be lost.
+    """
     for name in names:
         if name in tensors and tensors[name].is_meta:
             raise StateError(

@@ -22,8 +22,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
-    """The model that `apply` was given, inside whatever wraps it, and its state, None where it has no adapters. Raises
-    StateError if this model is only a part of that one, or holds several such models."""
+    """The model that `apply` was given, inside whatever wraps it, and its state, None if it has no adapters.
+
+    Raises:
+        StateError: this model is only a part of that one, or holds several such models.
+    """
     found = list(sites_in(model))
     states = {id(site.state): (at, site) for at, site in found}
     if len(states) > 1:
@@ -55,7 +58,11 @@ def state_of(model: nn.Module) -> ModelState | None:
 
 
 def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
-    """As `noted`, but raise StateError where the model has no adapters."""
+    """As `noted`, for a model that must have adapters.
+
+    Raises:
+        StateError: it has none; or as `noted`.
+    """
     owner, state = noted(model)
     if state is None:
         raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
@@ -63,7 +70,11 @@ def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def placement_of(model: nn.Module, name: str | None = None) -> Placement:
-    """The placement of that name, or the active one. Raises StateError where there is none."""
+    """The placement of that name, or the active one.
+
+    Raises:
+        StateError: there is none.
+    """
     _, state = adapted(model)
     name = state.active if name is None else name
     if name is None:
@@ -80,8 +91,11 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """The model to place adapters in: this one, or the one that torch.compile wrapped. Raises StateError if the name is
-    taken or not valid, an adapter is merged, or the model cannot have adapters."""
+    """The model to place adapters in: this one, or the one that torch.compile wrapped.
+
+    Raises:
+        StateError: the name is taken or not valid, an adapter is merged, or the model cannot have adapters.
+    """
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
@@ -106,13 +120,21 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
 
 
 def refuse_merged(state: ModelState | None) -> None:
-    """Raise StateError if an adapter is merged: what follows needs the base weights."""
+    """Check that no adapter is merged, for what needs the base weights.
+
+    Raises:
+        StateError: an adapter is merged.
+    """
     if state is not None and state.merged:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 
 
 def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
-    """Raise StateError if somebody unfroze parameters of the base: no file of the active adapter would hold them."""
+    """Check that a file of the active adapter would hold all that trains.
+
+    Raises:
+        StateError: somebody unfroze other parameters of the base, which no file would hold.
+    """
     owner, state = noted(model)
     saved = {id(owner.get_parameter(path)) for path in placement.inactive_values}
     names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in saved]

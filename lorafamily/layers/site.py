@@ -125,7 +125,11 @@ def site_on(layer: nn.Module) -> Site | None:
 
 
 def site_for(layer: nn.Module, kind: LayerKind, at: str, state: ModelState) -> Site:
-    """The site of a layer, or a new one. Raises TargetError if the layer has another attribute of the site's name."""
+    """The site of a layer, or a new one.
+
+    Raises:
+        TargetError: the layer has another attribute of the site's name.
+    """
     site = site_on(layer)
     if site is None and hasattr(layer, NAME):
         raise TargetError(f'{at} ({type(layer).__name__}) has an attribute "{NAME}" of its own; rename it')

@@ -120,7 +120,11 @@ def leave_out(
 
 
 def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None:
-    """Warn that targets without effect are left out; raise TargetError unless they may be."""
+    """Warn of targets without effect, which are left out.
+
+    Raises:
+        TargetError: they may not be left out.
+    """
     if names:
         few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         why = f"{type(model).__name__} reads the weight of {few} and never calls the layer: an adapter has no effect"

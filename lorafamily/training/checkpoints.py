@@ -82,7 +82,11 @@ class Checkpoints:
         return self.newest()
 
     def newest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint; damaged ones are skipped with a warning, and FileError says that all are."""
+        """The newest undamaged checkpoint; damaged ones are skipped with a warning.
+
+        Raises:
+            FileError: all are damaged.
+        """
         damaged = []
         for folder in reversed(self._folders()):
             try:
@@ -100,8 +104,10 @@ class Checkpoints:
     def write(self, step: int, model: nn.Module, adapters: str | None, state: Mapping[str, Any], best: int) -> None:
         """Write a checkpoint; then remove those that are neither among the last nor of the step `best`.
 
-        `adapters`: name of the adapters that train. FileError says that it cannot be written; the earlier ones are
-        unchanged then.
+        `adapters`: name of the adapters that train.
+
+        Raises:
+            FileError: it cannot be written; the earlier ones are unchanged.
         """
         if self.folder is None:
             return
@@ -138,7 +144,11 @@ def name_of(step: int) -> str:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read a checkpoint; FileError says that it is missing or damaged."""
+    """Read a checkpoint.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
     record = read_record(folder / STATE, FOLDER, FORMAT)
     tensors = read_sealed_tensors(folder / TENSORS, FOLDER, record)
     try:

@@ -69,7 +69,11 @@ class ScoringLoss:
 
 
 def check_evaluation(evaluates: bool, every: int | None, patience: int | None, restore_best: bool) -> None:
-    """Raise TrainingError if a setting has no effect or is no whole number."""
+    """Check the settings of evaluations.
+
+    Raises:
+        TrainingError: one has no effect or is no whole number.
+    """
     for name, value in (("evaluate_every", every), ("patience", patience)):
         if value is None:
             continue

@@ -65,7 +65,11 @@ class NonFiniteGuard:
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
 
     def check(self, step: int, loss: float, norm: float, accumulate: int, adapters: Mapping[str, nn.Module]) -> bool:
-        """Whether the step can be made; False skips it. NonFiniteError says that no more may be skipped."""
+        """Whether the step can be made; False skips it.
+
+        Raises:
+            NonFiniteError: no more steps may be skipped.
+        """
         if math.isfinite(loss) and math.isfinite(norm):
             self.in_a_row = 0
             return True
@@ -84,7 +88,11 @@ class NonFiniteGuard:
 
 
 def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Raise TrainingError if the fingerprint of a frozen weight changed since the run began."""
+    """Compare the fingerprints of frozen weights with those at the beginning of the run.
+
+    Raises:
+        TrainingError: a frozen weight changed.
+    """
     changed = [name for name in before if now.get(name) != before[name]]
     if changed:
         raise TrainingError(
@@ -94,7 +102,11 @@ def check_base(before: Mapping[str, int], now: Mapping[str, int]) -> None:
 
 
 def check_keys(model: nn.Module, batch: Any) -> None:
-    """Raise DataError if the model's `forward` cannot be called with the batch, a mapping, as keywords."""
+    """Compare a batch, if it is a mapping, with the arguments of the model.
+
+    Raises:
+        DataError: the model's `forward` cannot be called with it as keywords.
+    """
     if not isinstance(batch, Mapping):
         return
     takes = inspect.signature(model.forward).parameters

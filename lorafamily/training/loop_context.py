@@ -39,7 +39,11 @@ class LoopContext:
 
 
 def check_optimizer_has(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> None:
-    """Raise TrainingError if the optimizer lacks something that trains."""
+    """Compare what trains with what the optimizer has.
+
+    Raises:
+        TrainingError: the optimizer lacks something that trains.
+    """
     present = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [at for at, p in trained.items() if p.requires_grad and p.numel() and id(p) not in present]
     if missing:
@@ -50,7 +54,11 @@ def check_optimizer_has(optimizer: torch.optim.Optimizer, trained: Mapping[str, 
 
 
 def refuse_holding_engine(model: nn.Module, optimizer: Any, loop: LoopContext) -> None:
-    """Raise StateError if an engine would go on with the old tensors when ranks change."""
+    """Check that nothing holds on to the tensors that change with the ranks.
+
+    Raises:
+        StateError: an engine would go on with the old tensors.
+    """
     engine = _holding_engine(model, optimizer)
     if engine is not None and (engine != "DDP" or loop.last_backward is None):
         raise StateError(

@@ -113,8 +113,11 @@ def made(
     up_lr: float | None,
     weight_decay: float | None,
 ) -> torch.optim.Optimizer:
-    """AdamW, or the optimizer that was given, or that the given function makes. TrainingError refuses rates next to an
-    optimizer, negative rates, and what is no optimizer."""
+    """AdamW, or the optimizer that was given, or that the given function makes.
+
+    Raises:
+        TrainingError: rates next to an optimizer, a negative rate, or something that is no optimizer.
+    """
     for name, value in (("lr", lr), ("head_lr", head_lr), ("up_lr", up_lr), ("weight_decay", weight_decay)):
         if value is not None and optimizer is not None:
             raise TrainingError(f"{name}={value!r} and optimizer=...: the optimizer has its own; set it there")

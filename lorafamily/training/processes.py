@@ -50,7 +50,11 @@ class Processes:
         self.device, self.first = device, self.rank == 0
 
     def rows(self, batch: Any) -> list[Any]:
-        """A batch cut into the rows of each process, in order. DataError: fewer rows than processes."""
+        """A batch cut into the rows of each process, in order.
+
+        Raises:
+            DataError: it has fewer rows than there are processes.
+        """
         rows, places = batch_axes(batch)
         if rows < self.world:
             raise DataError(f"a batch of {rows} rows cannot be shared by {self.world} processes")
@@ -134,7 +138,11 @@ class Processes:
         return values
 
     def check_same(self, fingerprints: Mapping[str, int], step: int) -> None:
-        """Raise TrainingError if the weights that train are not the same in every process."""
+        """Compare the weights that train among processes.
+
+        Raises:
+            TrainingError: they are not the same in every process.
+        """
         everybody = self.gathered(dict(fingerprints))
         for rank, other in enumerate(everybody):
             differing = [name for name in other if other[name] != everybody[0].get(name)]

@@ -89,8 +89,12 @@ class RunState:
             self.history.decisions.append(decision)
 
     def check_end(self) -> None:
-        """Record the ranks and weights at the end. Raise TrainingError if the frozen base changed, and AllocationError
-        if the schedule never made a decision."""
+        """Record the ranks and weights at the end.
+
+        Raises:
+            TrainingError: the frozen base changed.
+            AllocationError: the schedule never made a decision.
+        """
         self.history.ranks_end = dict(self.session.allocator.ranks)
         check_base(self.base, self.base_now())
         if not self.session.allocator.settled and not self.history.decisions:

@@ -17,7 +17,11 @@ Schedule = Named | Callable[[int], float] | LRScheduler
 
 
 def total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, accumulate: int) -> int:
-    """Optimizer steps of a run. DataError refuses values that make no sense, and epochs of data without a length."""
+    """Optimizer steps of a run.
+
+    Raises:
+        DataError: a value that makes no sense, or epochs of data without a length.
+    """
     if isinstance(accumulate, bool) or not isinstance(accumulate, Integral) or accumulate < 1:
         raise DataError(f"accumulate={accumulate!r}: must be a whole number of batches, at least 1")
     if (steps is None) == (epochs is None):
@@ -35,8 +39,11 @@ def total_steps(data: Iterable[Any], steps: int | None, epochs: float | None, ac
 
 
 def warmup_steps(warmup: float, total: int) -> float:
-    """The steps in which the rate rises: a whole number is steps, a fraction is of the run's `total`. TrainingError
-    refuses anything else."""
+    """The steps in which the rate rises: a whole number is steps, a fraction is of the run's `total`.
+
+    Raises:
+        TrainingError: it is neither.
+    """
     if isinstance(warmup, Integral) and not isinstance(warmup, bool) and 0 <= warmup <= total:
         return float(warmup)
     if isinstance(warmup, Real) and not isinstance(warmup, (bool, Integral)) and 0 <= warmup < 1:
@@ -49,7 +56,10 @@ def warmup_steps(warmup: float, total: int) -> float:
 
 def lr_factor(step: int, total: int, rising: float, schedule: Schedule) -> float:
     """The share of the peak learning rate at step `step` (from 1) of `total`, of which the first `rising` are warm-up.
-    TrainingError refuses an unknown schedule."""
+
+    Raises:
+        TrainingError: an unknown schedule.
+    """
     if not callable(schedule) and schedule not in get_args(Named):  # checked during the warm-up, too
         raise TrainingError(
             f'schedule={schedule!r}: must be "linear", "cosine", "constant", a function of the step, or an LRScheduler'

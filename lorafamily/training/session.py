@@ -165,8 +165,11 @@ class Session:
         self.add_penalty()
 
     def task_backward(self, loss: Tensor) -> None:
-        """`backward` without the penalty, for a loop that does something else before it is added; TrainingError if
-        the loss has no gradient although adapters train."""
+        """`backward` without the penalty, for a loop that does something else before it is added.
+
+        Raises:
+            TrainingError: the loss has no gradient, although something trains.
+        """
         if loss.requires_grad:
             self.loop.scaled(loss).backward()
         elif not self.adapters or self._extra_trained() or any(a.rank for a in self.adapters.values()):

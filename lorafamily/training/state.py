@@ -19,7 +19,10 @@ _TENSOR, _TUPLE, _PAIRS = "tensor", "tuple", "pairs"
 def pack(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
     """Nested data in a form that JSON can hold. Tensors go into `tensors`, named by their position in the tree.
 
-    `unpack` restores dicts, lists, tuples, tensors, strings, numbers, booleans and None; FileError refuses all else.
+    `unpack` restores dicts, lists, tuples, tensors, strings, numbers, booleans and None.
+
+    Raises:
+        FileError: there is something else in it.
     """
     if isinstance(tree, Tensor):
         tensors[at] = tree

@@ -25,8 +25,11 @@ _HOOKED: weakref.WeakKeyDictionary[torch.optim.Optimizer, StepHooks] = weakref.W
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Raise TrainingError for an optimizer that cannot train adapters: one that needs a closure (LBFGS) or sparse
-    gradients, or is no `torch.optim.Optimizer` and wraps none."""
+    """Check that an optimizer can train adapters.
+
+    Raises:
+        TrainingError: it needs a closure (LBFGS) or sparse gradients, or is no `torch.optim.Optimizer` and wraps none.
+    """
     name = type(optimizer).__name__
     if not steppers(optimizer):
         raise TrainingError(f"optimizer is a {name}; it must be a torch.optim.Optimizer, or wrap one")

@@ -132,8 +132,12 @@ class TaskGradients:
         return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
     def check(self, step: int, last: bool) -> None:
-        """Raise TrainingError if of the layers whose names differ only in digits none got a gradient in the first
-        `PATIENCE` steps, and warn at the end of adapters that no batch reached."""
+        """Check that gradients reach the adapters, and warn at the end of adapters that no batch reached.
+
+        Raises:
+            TrainingError: of the layers whose names differ only in digits none got a gradient in the first `PATIENCE`
+                steps.
+        """
         if not self.guard:
             return
         if self._hooks:
