@@ -82,7 +82,9 @@ class ChatBatches:
         return -(-rows // self.size) // self.num_replicas
 
     def __iter__(self) -> Iterator[Batch]:
-        for groups in self._order()[self.rank :: self.num_replicas][: len(self)]:
+        batches = self._order()
+        whole = len(batches) - len(batches) % self.num_replicas
+        for groups in batches[self.rank : whole : self.num_replicas]:
             batch = self._batch(groups)
             self.count.tokens += sum(len(self.rows[at]) for group in groups for at in group)
             self.count.places += batch["input_ids"].numel()
