@@ -20,7 +20,11 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def chosen_precision(precision: Precision, device: torch.device) -> Precision:
-    """ "auto" is bfloat16 on a GPU that has it and float32 elsewhere. TrainingError refuses unknown names."""
+    """ "auto" is bfloat16 on a GPU that has it and float32 elsewhere.
+
+    Raises:
+        TrainingError: an unknown name.
+    """
     if precision == "auto":
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
     if precision not in ("float32", "bfloat16", "float16"):
@@ -35,8 +39,10 @@ def autocast(precision: Precision, device: torch.device) -> Callable[[], context
     return lambda: torch.autocast(device.type, getattr(torch, precision))
 
 
-def recompiling(times: int) -> contextlib.AbstractContextManager[Any]:
+def recompiling(times: int, compiled: bool) -> contextlib.AbstractContextManager[Any]:
     """Let torch.compile recompile at every change of ranks: by default it silently gives up after eight shapes."""
+    if not compiled:
+        return contextlib.nullcontext()
     import torch._dynamo.config as dynamo  # slow to import, so only where something is compiled
 
     return dynamo.patch(recompile_limit=max(dynamo.recompile_limit, times))
@@ -70,8 +76,8 @@ def start_training(model: nn.Module, base_is_frozen: bool) -> None:
     if not model.training:
         model.train()
     for module in model.modules() if base_is_frozen else ():
-        frozen = not any(parameter.requires_grad for parameter in module.parameters())
-        if frozen and isinstance(module, _NormBase) and module.track_running_stats:
+        tracks = isinstance(module, _NormBase) and module.track_running_stats
+        if tracks and not any(parameter.requires_grad for parameter in module.parameters()):
             module.eval()
 
 
@@ -80,7 +86,10 @@ def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
     """Activation checkpointing (non-reentrant): blocks keep no activations but compute them again in the backward.
 
     Models of `transformers` have their own switch; in others the blocks are the entries of the outermost
-    `nn.ModuleList`s. TrainingError refuses a model that has neither.
+    `nn.ModuleList`s.
+
+    Raises:
+        TrainingError: the model has neither.
     """
     if not active:
         yield

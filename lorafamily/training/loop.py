@@ -202,8 +202,7 @@ def train(
         best = Best(model, session, monitor, mode, patience, restore_best)
         state = RunState(model, session, settings, rates, scaler, batches, finite, processes, seed, best)
         state.seed_by_process()
-        write_folder = checkpoints.log_folder if processes.first else None
-        around.enter_context(FolderLock(write_folder))
+        around.enter_context(FolderLock(folder := checkpoints.log_folder if processes.first else None))
         found = checkpoints.to_go_on_from(resume)
         if found is not None:
             state.resume(found, resume)
@@ -213,13 +212,12 @@ def train(
             return history
         begun = len(history.steps)
         around.enter_context(modes_kept(model))
-        if compile:
-            around.enter_context(recompiling(total))
+        around.enter_context(recompiling(total, compile))
         around.enter_context(recomputing(model, checkpoint_activations))
         around.callback(optim.zero_grad, set_to_none=True)
         signals = around.enter_context(StopSignals(checkpoints.folder is not None))
         bar = around.enter_context(tqdm(total=total, initial=begun, disable=not shown, unit="step", dynamic_ncols=True))
-        log = around.enter_context(Log(write_folder, history, session, settings))
+        log = around.enter_context(Log(folder, history, session, settings))
         start_training(model, base_is_frozen=session.placement is not None)
         for step in range(begun + 1, total + 1):
             started = time.perf_counter()
