@@ -39,6 +39,7 @@ import tyro
 ROOT = Path(__file__).parents[2]
 MODULES = ("adapter.py", "budget.py", "layers/site.py", "allocation", "deploy/merge.py", "deploy/merge_quantised.py")
 """In lorafamily/: where a fault would be silent."""
+ANNOTATIONS = ("annotation", "returns")
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,14 @@ def mutants(sample: int, seed: int) -> list[Mutant]:
     with use_db(":memory:") as known:
         init(files, known, {})
         specs = [item.mutations[0] for item in known.work_items]
+    annotations = {file: _annotations(file) for file in files}
     for found in specs:
+        if any(begin <= found.start_pos < end for begin, end in annotations[found.module_path]):
+            continue
         path = found.module_path.relative_to(ROOT).as_posix()
         family = found.operator_name.split("_")[0]
         mutant = Mutant(path, found.start_pos[0], found.operator_name, found.occurrence, dict(found.operator_args))
-        if not _annotates(found.module_path, found.start_pos):
-            places.setdefault((path, found.start_pos, family), []).append(mutant)
+        places.setdefault((path, found.start_pos, family), []).append(mutant)
     draw = random.Random(seed)
     chosen = [draw.choice(places[place]) for place in sorted(places)]
     print(f"{len(chosen)} places in {len(files)} files; {min(sample, len(chosen))} are tried")
@@ -119,16 +122,11 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.glob("*.py")) if path.is_dir() else [path]
 
 
-def _annotates(path: Path, place: tuple[int, int]) -> bool:
-    for node in ast.walk(ast.parse(path.read_text())):
-        for name in ("annotation", "returns"):
-            found = getattr(node, name, None)
-            if isinstance(found, ast.expr) and (found.lineno, found.col_offset) <= place < (
-                found.end_lineno or 0,
-                found.end_col_offset or 0,
-            ):
-                return True
-    return False
+def _annotations(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where annotations begin and end, as (line, column)."""
+    nodes = [getattr(node, name, None) for node in ast.walk(ast.parse(path.read_text())) for name in ANNOTATIONS]
+    found = [node for node in nodes if isinstance(node, ast.expr)]
+    return [((node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)) for node in found]
 
 
 class Tests:
@@ -250,9 +248,7 @@ def run(given: Run) -> None:
     tests, failures = Tests(given.out), (given.out / "failures.txt").absolute()
     for count, mutant in enumerate(mutants(given.sample, given.seed), 1):
         known = outcome.get(mutant.key)
-        if known is None if given.again else known is not None:
-            continue
-        if given.again and known == "killed":
+        if known not in (("survived", "untested") if given.again else (None,)):
             continue
         chosen = tests.of(mutant.path, mutant.line, given.seconds)
         row = {"key": mutant.key, "path": mutant.path, "tests": len(chosen)}
@@ -278,8 +274,7 @@ def survivors(given: Survivors) -> None:
         mutant = Mutant(**row["mutant"])
         source = (ROOT / mutant.path).read_text()
         operator = get_operator(mutant.operator)(**mutant.arguments)
-        changed = mutate_code(source.encode(), operator, mutant.occurrence) or source
-        changed = changed.decode() if isinstance(changed, bytes) else changed
+        changed = mutate_code(source, operator, mutant.occurrence) or source
         print(f"{row['outcome']}: {mutant.key} ({row['tests']} tests)")
         for old, new in zip(source.splitlines(), changed.splitlines(), strict=False):
             if old != new:
