@@ -381,8 +381,8 @@ def test_what_does_not_begin_at_zero_begins_as_it_does():
         assert torch.equal(new, expected(update.A.detach()).view(4, 6)[2:]), name
 
 
-@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
-def test_quantised_moments_of_torchao_are_cut(kind):
+@pytest.mark.parametrize(("kind", "rounding"), [("AdamW8bit", 1 / 128), ("AdamW4bit", 1 / 8), ("AdamWFp8", 1 / 16)])
+def test_quantised_moments_of_torchao_are_cut(kind, rounding):
     module = pytest.importorskip("torchao.optim", reason="torchao is not installed", exc_type=ImportError)
     make = getattr(module, kind)
     update, optimizer = stepped(lambda p: make(p, lr=1e-2), 512, 512, 16)
@@ -393,8 +393,9 @@ def test_quantised_moments_of_torchao_are_cut(kind):
     assert type(after) is type(before)
     assert after.shape == update.A.shape
     kept = before.dequantize()[::2]
-    # Blocks are other ones now: a value is rounded by what codes leave of its block's largest, an eighth in 4 bits.
-    assert_close(after.dequantize()[:8], kept, rtol=0, atol=0.15 * kept.abs().max().item())
+    # Blocks are other ones now, so values are rounded again, by at most half the widest gap between two codes: as a
+    # share of a block's largest value 1/128 in 8 bits and 1/8 in 4; of a value 1/16 in float8 with 3 bits of mantissa.
+    assert_close(after.dequantize()[:8], kept, rtol=0, atol=rounding * kept.abs().max().item())
     assert (after.dequantize()[:8] * kept).sum() > 0.9 * kept.square().sum()
     one_step(update, optimizer)
     resized(optimizer, update, [0, 1, 2])  # too small for blocks

@@ -116,7 +116,7 @@ ON_HALVES = [*product(["linear", "convolution"], ["autocast", "half base"]), ("e
 def test_small_updates_are_kept_in_half_precision(layer_in, dtype, fast):
     kind, half_base = layer_in[0], layer_in[1] == "half base"
     for method in STARTS:
-        for size in (1e-5, 1e-3):
+        for size in (1e-5, 1e-4, 1e-3):
             layer, x = layer_and_input(kind)
             if half_base:
                 layer = layer.to(dtype)

@@ -271,3 +271,29 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     refused = pytest.raises(lorafamily.StateError, match=r"self_attn.q \(read rows\); only layers called with samples")
     with refused, lorafamily.routing(attention, ["default"]):
         pass
+
+
+def test_half_of_an_attention_s_update_in_a_file_of_peft_is_refused(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is an extra; nothing to test without it")
+    config = peft.LoraConfig(target_modules=["attention"], r=2)
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    peft.get_peft_model(copy.deepcopy(attention), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    assert len(placement_of(lorafamily.import_peft(copy.deepcopy(attention), tmp_path)).adapters) == 3
+    for half in ("A", "B"):
+        left_out = f"base_model.model.attention.lora_{half}.weight"
+        safetensors.torch.save_file({key: value for key, value in tensors.items() if key != left_out}, file)
+        with pytest.raises(lorafamily.FileError, match="attention needs lora_A and a lora_B of 24 rows"):
+            lorafamily.import_peft(copy.deepcopy(attention), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # which the untouched model uses
+def test_a_second_adapter_leaves_padded_batches_padded():
+    model, x = encoder()
+    lorafamily.apply(model, "lora", rank=2, seed=0)
+    perturb_(lorafamily.apply(model, "lora", rank=2, seed=1, name="second"), size=0.3)
+    with torch.no_grad():
+        together, alone = model(x), model(x[1:2, :4])
+    # float64: rows of another batch, without the padding; only the order of sums differs.
+    assert_close(together[1:2], alone, rtol=1e-9, atol=1e-9)
