@@ -159,6 +159,8 @@ def test_two_hundred_resizings_leave_nothing_behind():
     def alive() -> tuple[int, int]:
         gc.collect()
         tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+        # Tests that compile with sizes as symbols leave such tensors in torch's caches; they have no bytes to ask for.
+        tensors = [found for found in tensors if not found._has_symbolic_sizes_strides]
         return len(tensors), sum(tensor.nbytes for tensor in tensors)
 
     for number in range(4):
