@@ -290,6 +290,7 @@ def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
         right.axvline(0, color="#bbbbbb", linewidth=0.8)
         right.set_ylim(len(names) - 0.5, -0.5)
         right.set_yticks([])
+        right.xaxis.set_major_locator(MaxNLocator(4))  # five labels of three decimals run into each other
         right.set_title("better than uniform to the right", fontsize=9)
     return figure
 
