@@ -446,6 +446,12 @@ def test_a_rank_budget_for_the_end_lets_pruning_start_larger():
     assert lorafamily.summary(model).slices == 24
 
 
+@pytest.mark.parametrize("method", ["lora", "alora", "elalora"])
+def test_where_nothing_is_pruned_a_budget_for_the_end_is_one_for_the_peak(method):
+    sizes = [lorafamily.plan(tiny(), method, budget=4_000, budget_at=at).sizing.rank for at in ("peak", "end")]
+    assert sizes[0] == sizes[1] > 1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_budget_for_the_end_holds_at_the_end(seed):
     model = lorafamily.apply(tiny(), "adalora", budget=3_000, budget_at="end", seed=seed)

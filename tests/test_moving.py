@@ -75,6 +75,16 @@ def test_elalora_takes_the_lowest_of_all_and_gives_to_those_whose_lowest_is_high
     assert sum(after.values()) == 2 * len(names)
 
 
+def test_a_module_gets_at_most_one_slice_an_exchange():
+    model = lorafamily.apply(tiny(), "elalora", rank=4, targets=r"blocks\.0.*(query|key)", seed=0, moved=3, **MOVES)
+    low, high = placement_of(model).adapters
+    allocator = allocator_of(model)
+    allocator.scorer.scores = lambda: {low: torch.arange(4.0).double(), high: torch.arange(4.0).double() + 9}
+    allocator.observed = 1
+    assert allocator.slices_at(3) == 3  # though only one module is left that could get them
+    assert allocator.decide(3).after == {low: 3, high: 5}
+
+
 @pytest.mark.parametrize("method", ["elalora", "flexlora"])
 def test_the_total_stays_and_the_run_settles(method, tmp_path):
     model = lorafamily.apply(tiny(), method, rank=2, seed=0, **MOVES)

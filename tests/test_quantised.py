@@ -289,13 +289,18 @@ def test_quantising_again_says_what_it_loses(base, scheme, keep):
     rows = lorafamily.summary(model).rows
     assert all(row.lost is None and 0 < row.step < 5 for row in rows)
     assert "step" in str(lorafamily.summary(model))
-    with pytest.warns(UserWarning, match=r"left an error of \d+% to \d+% of ‖ΔW‖ .*layers.*dequantise"):
+    with pytest.warns(UserWarning, match=r"left an error of .* of ‖ΔW‖ .*; .* dequantise") as warned:
         lorafamily.merge(model, requantise=True, keep=keep)
     assert len(list(quantised_layers(model))) == 14
     for row in lorafamily.summary(model).rows:
         found = reference(model.get_submodule(row.module))
         torch.testing.assert_close(row.lost, float((found - wanted[row.module]).norm()), rtol=1e-3, atol=1e-6)
         assert 0.3 * row.step < row.lost < 3 * row.step if keep != "none" else row.step is None
+    shares = {row.module: row.lost / float(deltas[row.module].norm()) for row in lorafamily.summary(model).rows}
+    said = re.search(r"error of (\d+)% to (\d+)% of ‖ΔW‖ \(the most in (.*?)\)", str(warned[0].message))
+    percent = [100 * min(shares.values()), 100 * max(shares.values())]
+    assert [int(said[1]), int(said[2])] == pytest.approx(percent, abs=0.6)
+    assert said[3] == max(shares, key=shares.get)
     assert (outputs(model) - adapted).norm() < 0.3 * adapted.norm()
     if keep == "none":
         with pytest.raises(lorafamily.StateError, match="the original weights are gone"):
@@ -313,8 +318,14 @@ def test_a_dequantised_model_is_an_ordinary_one(base, architecture, scheme, tmp_
     lorafamily.apply(model, "lora", rank=4, seed=0, targets=r"query|q_proj|attn\.c_proj")
     perturb_(model, size=0.1)
     adapted, kind = outputs(model), type(model)
+    hooked = next(layer for _, layer, _ in quantised_layers(model))
+    calls = []
+    hooked.register_forward_pre_hook(lambda module, args, kwargs: calls.append("before"), with_kwargs=True)
+    hooked.register_forward_hook(lambda module, args, output: calls.append("after"), always_call=True)
+    outputs(model)
     lorafamily.merge(model, dequantise=torch.float32, keep="cpu")
     merged = outputs(model)
+    assert calls == ["before", "after"] * 2  # also of the layer that takes its place
     assert_near(merged, adapted)
     model.save_pretrained(tmp_path)
     again = kind.from_pretrained(tmp_path).train()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -104,6 +106,19 @@ def test_tensorboard_shows_the_run(tmp_path, monkeypatch):
     assert [event.step for event in shown.Histograms("rank/scores")] == [d.step for d in history.decisions]
     for kind, start in slices_by_matrix(history.ranks_start).items():
         assert curve(f"slices by matrix/{kind}") == [start, *(slices_by_matrix(d.after)[kind] for d in changes)]
+
+
+@pytest.mark.parametrize(("method", "room"), [("adalora", 1), ("elalora", 2)])
+def test_the_colour_scale_has_room_for_ranks_that_grow(method, room, tmp_path, monkeypatch):
+    monkeypatch.setattr(board, "SHARE", 1e9)  # as in a long run
+    model = lorafamily.apply(tiny(), method, rank=3, seed=0)
+    history = lorafamily.train(model, data(), steps=40, log_dir=tmp_path, progress=False)
+    first = next(decision for decision in history.decisions if decision.before != decision.after)
+    title = f"Slices by layer and matrix, step {first.step}: {first.reason}"
+    wanted = pixels(rank_heatmap(history.ranks_start, first.after, title, room * 3))
+    shown = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload().Images("rank/slices by layer")
+    found = imread(io.BytesIO(shown[0].encoded_image_string))[..., :3]
+    assert np.array_equal(np.round(found * 255), wanted[..., :3])
 
 
 def test_runs_sort_by_their_final_metrics_in_the_hparams_tab(tmp_path):
