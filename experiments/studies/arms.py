@@ -127,23 +127,21 @@ EMBEDDED: tuple[Arm, ...] = (
 """On the embedded model; the budget is LoRA's at rank 8."""
 
 PRETRAINED: tuple[Arm, ...] = (
-    replace(UNIFORM, start=-2.5),
-    Arm("uniform at the peak size", size=1.5, start=-2.5),
-    Arm("ALoRA first-order", "alora", (("scorer", "first-order"),), start=-2.5),
-    replace(ADALORA, start=-2.0),
-    Arm("LoRA²", "lora2", start=-2.0),
-    Arm("EVA", "eva", start=-2.75),
-    Arm("LoRA then cut", cut_from=1.5, start=-2.5),
+    replace(UNIFORM, start=-3.25),
+    Arm("uniform at the peak size", size=1.5, start=-3.25),
+    Arm("ALoRA first-order", "alora", (("scorer", "first-order"),), start=-3.25),
+    replace(ADALORA, start=-2.75),
+    Arm("LoRA²", "lora2", start=-2.75),
+    Arm("EVA", "eva", start=-3.5),
+    Arm("LoRA then cut", cut_from=1.5, start=-3.25),
     *_found("ALoRA first-order"),
     *_found("AdaLoRA"),
     *_found("EVA"),
 )
-"""On sentences; the budget is LoRA's at rank 4."""
-LANGUAGE = tuple(replace(arm, start=arm.start - 0.75) for arm in PRETRAINED)
-"""On language models; the budget is LoRA's at rank 8."""
+"""On sentences, where the budget is LoRA's at rank 4, and on language models, where it is that at rank 8."""
 
 ARMS = {
     **{"planted": PLANTED, "misleading": PLANTED, "embedded": EMBEDDED},
-    **{"sst2": PRETRAINED, "mrpc": PRETRAINED, "llm-gsm8k": LANGUAGE, "llm-text": LANGUAGE},
+    **{"sst2": PRETRAINED, "mrpc": PRETRAINED, "llm-gsm8k": PRETRAINED, "llm-text": PRETRAINED},
 }
 """By problem."""
