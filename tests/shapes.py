@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
+import numpy as np
 from beartype import beartype
+from torch import Tensor
 
 ARRAYS = ("Float[", "Int[", "UInt8[", "Bool[", "Factors")
 
@@ -38,9 +42,59 @@ def only_where_arrays_are(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def chosen(*, typechecker: Any) -> Callable[[Any], Any]:
-        return lambda thing: jaxtyped(thing, typechecker=typechecker) if _speaks_of_arrays(thing) else thing
+        checked = functools.partial(jaxtyped, typechecker=typechecker)
+
+        def choose(thing: Any) -> Any:
+            if not _speaks_of_arrays(thing):
+                return thing
+            return once_a_shape(checked, thing) if inspect.isfunction(thing) else checked(thing)
+
+        return choose
 
     return chosen
+
+
+def once_a_shape(jaxtyped: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its shapes checked, once for every combination of types, shapes and dtypes that comes in and goes
+    out. The same combination passes again, and checking takes longer than a small model's layer."""
+    seen: set[Any] = set()
+    returned: list[Any] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return returned.pop() if returned else function(*args, **kwargs)
+
+    # Annotations are strings, and are looked up where the function is from.
+    there = types.FunctionType(run.__code__, function.__globals__, closure=run.__closure__)
+    checked = jaxtyped(functools.wraps(function)(there))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = described((args, kwargs))
+        new = given not in seen
+        result = checked(*args, **kwargs) if new else function(*args, **kwargs)
+        seen.add(given)
+        if (given, described(result)) not in seen:
+            if not new:
+                returned[:] = [result]
+                try:
+                    checked(*args, **kwargs)
+                finally:
+                    returned.clear()
+            seen.add((given, described(result)))
+        return result
+
+    return call
+
+
+def described(value: Any) -> Any:
+    """What a check of shapes looks at, and can be compared."""
+    if isinstance(value, Tensor | np.ndarray):
+        return type(value), tuple(value.shape), value.dtype
+    if isinstance(value, tuple | list):
+        return type(value), *map(described, value)
+    if isinstance(value, dict):
+        return type(value), *map(described, value.values())
+    return type(value)
 
 
 jaxtyping.jaxtyped = only_where_arrays_are(jaxtyping.jaxtyped)  # before lorafamily is imported, in conftest.py

@@ -7,11 +7,14 @@ from itertools import combinations, product
 import jaxtyping
 import pytest
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import lorafamily
 from conftest import in_turn, pairwise
 from lorafamily.evidence import LayerEvidence
 from lorafamily.principal import Principal
+from shapes import shapes
 
 
 def test_shapes_in_signatures_are_checked_and_functions_without_are_left_alone():
@@ -20,6 +23,25 @@ def test_shapes_in_signatures_are_checked_and_functions_without_are_left_alone()
     with pytest.raises(jaxtyping.TypeCheckError, match="gradient"):
         LayerEvidence(gradient=torch.zeros(3))
     assert not hasattr(lorafamily.apply, "__wrapped__")
+
+
+def test_shapes_that_passed_are_checked_again_only_if_what_is_returned_has_others():
+    calls = []
+
+    def half(x: Float[Tensor, "n m"], rows: int) -> Float[Tensor, "_ m"]:
+        calls.append(rows)
+        return x[:rows] if rows else x[0]
+
+    checked = jaxtyping.jaxtyped(typechecker=shapes)(half)
+    for rows in (1, 2, 2):
+        assert checked(torch.zeros(4, 3), rows).shape == (rows, 3)
+    with pytest.raises(jaxtyping.TypeCheckError, match="return value"):
+        checked(torch.zeros(4, 3), 0)
+    for wrong in (torch.zeros(4), torch.zeros(4, 3, dtype=torch.int)):
+        with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'x'"):
+            checked(wrong, 1)
+    assert checked(torch.zeros(4, 3), 3).shape == (3, 3)
+    assert calls == [1, 2, 2, 0, 3]  # each ran once, those with wrong arguments never
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (4, 3, 2), (2, 5, 3, 3), (2, 2, 2, 2, 2), (9, 1, 4)])

@@ -32,7 +32,9 @@ class Tape:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        adapters = {id(inner) for _, site in sites_in(model) for inner in site.modules()}
+        # Not modules of adapters, inside which an ablation happens.
+        self._modules = [(path, module) for path, module in model.named_modules() if id(module) not in adapters]
         self.order: dict[str, None] = {}
         """Modules in the order in which they were first called since the tape was made."""
         self._outputs: dict[str, Any] = {}
@@ -64,16 +66,13 @@ class Tape:
 
     @contextmanager
     def _wrapped(self) -> Iterator[None]:
-        adapters = {id(inner) for _, site in sites_in(self.model) for inner in site.modules()}
-        # Not modules of adapters, inside which an ablation happens.
-        modules = [(path, module) for path, module in self.model.named_modules() if id(module) not in adapters]
-        before = [vars(module).get("forward") for _, module in modules]
-        for path, module in modules:
+        before = [vars(module).get("forward") for _, module in self._modules]
+        for path, module in self._modules:
             vars(module)["forward"] = partial(self._call, path, module, module.forward)
         try:
             yield
         finally:
-            for (_, module), forward in zip(modules, before, strict=True):
+            for (_, module), forward in zip(self._modules, before, strict=True):
                 del vars(module)["forward"]
                 if forward is not None:
                     vars(module)["forward"] = forward
