@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
-from importlib.metadata import entry_points
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from lorafamily.allocation.scorer import Scorer
@@ -54,13 +56,25 @@ def scorers() -> dict[str, type[Scorer]]:
 def _installed(group: str, what: str, error: type[LoraFamilyError]) -> dict[str, tuple[str, Any]]:
     """The address ("module:name") and the object of every entry point of a group, by name."""
     targets: dict[str, str] = {}
-    for point in sorted(entry_points(group=group), key=lambda point: point.name):
+    for point in _points(group, _folders()):
         if targets.setdefault(point.name, point.value) != point.value:
             raise error(
                 f'two packages register the {what} "{point.name}": {targets[point.name]} and {point.value}; '
                 "uninstall one of them"
             )
     return {name: (target, _load(group, name, target)) for name, target in targets.items()}
+
+
+@functools.cache
+def _points(group: str, folders: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """Entry points by name, read once for each state of `folders`: reading them takes as long as a small model's step."""
+    return tuple(sorted(entry_points(group=group), key=lambda point: point.name))
+
+
+def _folders() -> tuple[tuple[str, int], ...]:
+    """Where packages are, and when each place last changed: what is installed meanwhile is found."""
+    places = map(Path, sys.path)
+    return tuple((str(place), place.stat().st_mtime_ns if place.exists() else 0) for place in places)
 
 
 @functools.cache

@@ -131,17 +131,23 @@ def test_an_option_that_would_mean_two_things_is_refused():
         find("alora").but(initialisation=Clash())
 
 
-def test_an_entry_point_must_be_a_method(monkeypatch):
-    from importlib.metadata import EntryPoint
+def install(folder: Path, package: str, entry: str) -> None:
+    """As pip does, for a package of nothing but one entry point."""
+    information = folder / f"{package}-1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Name: {package}\nVersion: 1\n")
+    (information / "entry_points.txt").write_text(f"[lorafamily.variants]\n{entry}\n")
 
-    from lorafamily import registry
 
-    points = [EntryPoint("broken", "math:pi", registry.GROUP)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    with pytest.raises(lorafamily.MethodError, match="math:pi is a float, not a"):
+def test_methods_of_packages_are_found_once_they_are_installed_and_must_be_methods(monkeypatch, tmp_path):
+    built_in = lorafamily.methods()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert lorafamily.methods() == built_in
+    install(tmp_path, "own", "mine = lorafamily.variants.lora:lora")
+    assert lorafamily.methods() == built_in | {"mine": lora}
+    install(tmp_path, "broken", "broken = math:pi")
+    with pytest.raises(lorafamily.MethodError, match='"broken" = math:pi is a float, not a'):
         lorafamily.methods()
-    points[:] = [EntryPoint("lora", "one:lora", registry.GROUP), EntryPoint("lora", "two:lora", registry.GROUP)]
-    with pytest.raises(lorafamily.MethodError, match="two packages register the method"):
+    install(tmp_path, "other", "mine = other:lora")
+    with pytest.raises(lorafamily.MethodError, match=r'two packages register the method "mine": .*uninstall one'):
         lorafamily.methods()
-    points[:] = [EntryPoint("mine", "lorafamily.variants.lora:lora", registry.GROUP)]
-    assert lorafamily.methods() == {"mine": lora}
