@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any
 
 from lorafamily.allocation.scorer import Scorer
@@ -67,14 +67,20 @@ def _installed(group: str, what: str, error: type[LoraFamilyError]) -> dict[str,
 
 @functools.cache
 def _points(group: str, folders: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
-    """Entry points by name, read once for each state of `folders`: reading them takes as long as a small model's step."""
+    """Entry points by name, read once for each state of `folders`; reading takes as long as a small model's step."""
     return tuple(sorted(entry_points(group=group), key=lambda point: point.name))
 
 
 def _folders() -> tuple[tuple[str, int], ...]:
     """Where packages are, and when each place last changed: what is installed meanwhile is found."""
-    places = map(Path, sys.path)
-    return tuple((str(place), place.stat().st_mtime_ns if place.exists() else 0) for place in places)
+    return tuple((place, _last_changed(place)) for place in sys.path)
+
+
+def _last_changed(path: str) -> int:
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:  # there is nothing, or it may not be read
+        return 0
 
 
 @functools.cache

@@ -114,6 +114,13 @@ EFFECTS = {
     "progress": lambda tmp: f"{STEPS}/{STEPS}" in shown(progress=True) and shown(progress=False) == "",
     "on_step": lambda tmp: called_with_every_step(),
     "log_dir": lambda tmp: trained(log_dir=tmp / "log") and (tmp / "log" / "steps.jsonl").exists(),
+    "pictures": lambda tmp: (
+        (
+            trained(log_dir=tmp / "drawn") and (tmp / "drawn" / "rank-by-layer.png").exists(),
+            trained(log_dir=tmp / "not", pictures=False) and not [*(tmp / "not").glob("*.png")],
+        )
+        == (True, True)
+    ),
     "save_every": lambda tmp: trained(log_dir=tmp / "save", save_every=5) and (tmp / "save" / "checkpoints").is_dir(),
     "keep": lambda tmp: (
         trained(log_dir=tmp / "keep", save_every=2, keep=3) and len([*(tmp / "keep" / "checkpoints").iterdir()]) == 3

@@ -28,7 +28,8 @@ from pages import report
 from pages.groups import Group
 
 ROOT = Path(__file__).parents[1]
-TINY = {"steps": 12, "evaluations": 2, "batch": 4, "held_out": 8, "progress": False, "lr": ("2e-3",), "workers": 1}
+TINY = {"steps": 12, "evaluations": 2, "batch": 4, "held_out": 8, "lr": ("2e-3",), "workers": 1}
+TINY |= {"progress": False, "pictures": False}
 
 
 def small(tmp_path, **changes) -> Compare:
@@ -42,10 +43,12 @@ def rows(folder: Path) -> list[dict]:
 
 def test_a_small_grid_gives_table_plots_and_logs(tmp_path, capsys):
     methods = ("none", "full", "lora", "lora2", "alora")
-    compare.main(small(tmp_path, seeds=1, budgets=("10e3",), methods=methods))
+    compare.main(small(tmp_path, seeds=1, budgets=("10e3",), methods=methods, pictures=True))
     folder = tmp_path / "embedded"
     done = rows(folder)
     assert [row["method"] for row in done] == list(methods)
+    drawn = {path.parent.name for path in folder.glob("cells/*/rank-by-layer.png")}
+    assert drawn == {row["key"] for row in done if row["budget"]}
     for name in ("quality-by-step.png", "quality-by-size.png", "allocation.png"):
         assert (folder / name).stat().st_size > 10_000
     text = (folder / "report.md").read_text()

@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 
 from checks import faults, fuzz
-from lorafamily.training.board import Board
-from lorafamily.training.log import Log
 
 
 @pytest.mark.parametrize("method", ["alora", "adalora"])  # what is saved of every method: tests/test_resume.py
-def test_killed_processes_go_on_and_end_as_if_nothing_had_been(method, tmp_path, monkeypatch):
-    # Pictures take most of the time, and nothing here looks at them; the forked processes inherit this.
-    monkeypatch.setattr(Log, "_pictures", lambda log, folder: {})
-    monkeypatch.setattr(Board, "_ranks", lambda board: None)
+def test_killed_processes_go_on_and_end_as_if_nothing_had_been(method, tmp_path):
     outcome = faults.outcome(method, faults.Faults(kills=3, steps=25), tmp_path)
     assert outcome.kills >= 3
     assert outcome.identical == outcome.runs > 0

@@ -767,12 +767,9 @@ def test_an_example_shows_what_is_read():
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "alora", "lora2+olora"])
-def test_a_first_batch_shows_what_is_read(method, tmp_path, monkeypatch):
-    if method != "adalora":
-        monkeypatch.setattr("lorafamily.training.log.Log._pictures", lambda log, folder: {})  # takes seconds
-        monkeypatch.setattr("lorafamily.training.board.Board._ranks", lambda board: None)
+def test_a_first_batch_shows_what_is_read(method, tmp_path):
     batches = rows(8, 5)
-    options = {"validation": batches, "log_dir": tmp_path, "save_every": 10, "keep": 9}
+    options = {"validation": batches, "log_dir": tmp_path, "pictures": method == "adalora", "save_every": 10, "keep": 9}
 
     def fresh(**targets):
         return lorafamily.apply(Reader(), method, budget=600, seed=0, **targets, **scheduled(method))

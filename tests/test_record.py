@@ -111,8 +111,8 @@ def test_tensorboard_shows_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("method", "room"), [("adalora", 1), ("elalora", 2)])
 def test_the_colour_scale_has_room_for_ranks_that_grow(method, room, tmp_path, monkeypatch):
     monkeypatch.setattr(board, "SHARE", 1e9)  # as in a long run
-    model = lorafamily.apply(tiny(), method, rank=3, seed=0)
-    history = lorafamily.train(model, data(), steps=40, log_dir=tmp_path, progress=False)
+    model = lorafamily.apply(tiny(), method, rank=3, seed=0, warmup=2, final=10, interval=5)
+    history = lorafamily.train(model, data(), steps=20, log_dir=tmp_path, progress=False)
     first = next(decision for decision in history.decisions if decision.before != decision.after)
     title = f"Slices by layer and matrix, step {first.step}: {first.reason}"
     wanted = pixels(rank_heatmap(history.ranks_start, first.after, title, room * 3))

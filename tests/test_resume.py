@@ -30,22 +30,10 @@ from lorafamily.layers.placement import placement_of
 from lorafamily.training.board import Board
 from lorafamily.training.folder_lock import FolderLock
 from lorafamily.training.interrupt import EXIT_CODE, Interrupted
-from lorafamily.training.log import Log
 from lorafamily.training.schedule import lr_factor
 from lorafamily.training.state import random_state, set_random_state
 
 STEPS = 20
-
-
-def no_pictures(monkeypatch) -> None:
-    monkeypatch.setattr(Log, "_pictures", lambda log, folder: {})
-    monkeypatch.setattr(Board, "_ranks", lambda board: None)
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """They take most of the time, and nothing here looks at them."""
-    no_pictures(monkeypatch)
 
 
 def loader() -> DataLoader:
@@ -78,7 +66,9 @@ def train(
 
     arguments = {"steps": STEPS, "validation": data(1), "evaluate_every": 5, "save_every": 100}
     arguments |= {} if "optimizer" in options else {"lr": 1e-2, "head_lr": 1e-2}
-    arguments |= {"log_dir": folder, "resume": "auto", "progress": False, "loss_fn": loss_fn, **options}
+    # Pictures take most of the time, and nothing here looks at them.
+    arguments |= {"log_dir": folder, "pictures": False, "resume": "auto", "progress": False, "loss_fn": loss_fn}
+    arguments |= options
     return lorafamily.train(model, arguments.pop("loader", None) or loader(), **arguments)
 
 
@@ -168,16 +158,12 @@ DAMAGE = {
 def uninterrupted(tmp_path_factory) -> tuple:
     """AdaLoRA's run to the end: the model, its history and its folder, which nothing here changes."""
     model, folder = model_of("adalora"), tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        no_pictures(monkeypatch)
-        return model, train(model, folder), folder
+    return model, train(model, folder), folder
 
 
 def stopped_run(folder: Path, method: str, step: int, **options) -> Path:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        no_pictures(monkeypatch)
-        with pytest.raises(Interrupted):
-            train(model_of(method), folder, step, **options)
+    with pytest.raises(Interrupted):
+        train(model_of(method), folder, step, **options)
     return folder
 
 
@@ -275,7 +261,7 @@ def points(batches: int = 3, seed: int = 1) -> list[dict[str, torch.Tensor]]:
 
 
 def run_small(model, folder=None, *, batches=None, **options):
-    settings = {"steps": 12, "progress": False, "log_dir": folder, **options}
+    settings = {"steps": 12, "progress": False, "log_dir": folder, "pictures": False, **options}
     settings |= {} if "optimizer" in options else {"lr": options.get("lr", 1e-2)}
     return lorafamily.train(model, points() if batches is None else batches, **settings)
 

@@ -96,6 +96,7 @@ class Training:
     dropout: float
     device: str
     options: dict[str, dict[str, Any]]
+    pictures: bool
 
     def options_of(self, method: str) -> dict[str, Any]:
         """Options of a method: those of the methods that it combines, overridden by its own."""
@@ -167,6 +168,7 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
                 evaluate_every=training.evaluate_every,
                 seed=cell.seed,
                 log_dir=folder,
+                pictures=training.pictures,
                 save_every=training.evaluate_every,
                 resume="auto",
                 progress=progress,

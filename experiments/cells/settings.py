@@ -115,6 +115,8 @@ class Compare:
     """folder for all runs"""
     progress: bool = True
     """show a progress bar for every cell"""
+    pictures: bool = True
+    """draw the allocation of every cell"""
 
     @property
     def folder(self) -> Path:
@@ -286,6 +288,7 @@ def training_of(settings: Compare, rows: int) -> Training:
         dropout=settings.dropout,
         device=device,
         options=options,
+        pictures=settings.pictures,
     )
 
 

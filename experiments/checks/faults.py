@@ -124,6 +124,7 @@ def train(method: str, steps: int, folder: Path) -> None:
         validation=[{"bytes": rows[:8]}],
         evaluate_every=10,
         log_dir=folder,
+        pictures=False,
         save_every=1,
         resume="auto",
         progress=False,

@@ -48,7 +48,7 @@ class Problem(ABC):
     """A regular expression for the new task head, which trains with every arm at `head_lr`; known once read."""
     head_lr: float | None = None
     logs: bool = True
-    """Whether a run writes logs and checkpoints; one of some seconds is sooner done again than its pictures drawn."""
+    """Whether a run writes logs and checkpoints; one of some seconds is sooner done again."""
 
     def read(self, model: str | None, data: Path | None) -> None:
         """Take the model and the data from there.

@@ -125,7 +125,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     before = problem.tuned(model, trial.seed)
     every = problem.steps // problem.evaluations
     failed, history = None, lorafamily.History()
-    logs: dict[str, Any] = {"log_dir": folder, "save_every": every, "resume": "auto"} if problem.logs else {}
+    logged: dict[str, Any] = {"log_dir": folder, "pictures": False, "save_every": every, "resume": "auto"}
     try:
         history = lorafamily.train(
             model,
@@ -137,7 +137,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
             evaluate_every=every,
             seed=trial.seed,
             progress=False,
-            **logs,
+            **(logged if problem.logs else {}),
         )
     except lorafamily.NonFiniteError as error:
         failed = str(error)

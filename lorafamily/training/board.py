@@ -47,16 +47,25 @@ class Board:
     a heat-map of slices and a histogram of scores; at the end the last heat-map, the history of slices, and a line in
     the HParams tab.
 
-    `highest`: top of the colour scale of all heat-maps, so that they can be compared; `done`: steps made before.
+    `highest`: top of the colour scale of all heat-maps, so that they can be compared; `done`: steps made before;
+    `pictures`: whether heat-maps and histograms are shown.
 
     TensorBoard keeps one plugin per tag: never use a tag for both a histogram and an image.
     """
 
-    def __init__(self, folder: Path, start: Decision, highest: int, done: int = 0, allowance: Allowance | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        start: Decision,
+        highest: int,
+        done: int = 0,
+        pictures: bool = True,
+        allowance: Allowance | None = None,
+    ):
         # An interrupted run repeats the steps after its last checkpoint: hide those that it made before.
         self.writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
         self.start, self.highest, self.area_of = start, highest, area_labels(start.after)
-        self.allowance = allowance or Allowance()
+        self.pictures, self.allowance = pictures, allowance or Allowance()
         self.last, self.shown = start, True  # every heat-map shows the start, too
         if not done:
             self._slices_by_area(start)
@@ -78,7 +87,7 @@ class Board:
             if decision.before != decision.after:
                 self.last, self.shown = decision, False
                 self._slices_by_area(decision)
-            if self.allowance.has_room():
+            if self.pictures and self.allowance.has_room():
                 with self.allowance.spending():
                     self._score_histogram(decision)
                     self._ranks()

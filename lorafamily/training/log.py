@@ -23,12 +23,15 @@ class Log:
 
     The log begins with the first step, because the first batch may show that some adapters have no effect; a run
     without a step leaves no files. The record of an earlier run, which died before its first checkpoint or had its
-    checkpoints removed, is moved aside. At the end of the block pictures are drawn, unless a signal ended the run:
+    checkpoints removed, is moved aside. At the end of the block `pictures` are drawn, unless a signal ended the run:
     whoever asks a process to stop does not wait for long.
     """
 
-    def __init__(self, folder: Path | None, history: History, session: Session, settings: Mapping[str, Setting]):
+    def __init__(
+        self, folder: Path | None, history: History, session: Session, settings: Mapping[str, Setting], pictures: bool
+    ):
         self.folder, self.history, self.session, self.settings = folder, history, session, settings
+        self.pictures = pictures
         self.record: Record | None = None
 
     def step(self, step: Step, decision: Decision | None) -> None:
@@ -55,7 +58,7 @@ class Log:
         with contextlib.suppress(*(() if error is None or interrupted else (OSError, LoraFamilyError))):
             if self.folder is not None and self.record is not None:
                 self.record.close()
-                drawn = {} if interrupted else self._pictures(self.folder)
+                drawn = self._drawn(self.folder) if self.pictures and not interrupted else {}
                 with _naming(self.folder):
                     self.board.close(self.history, self.settings, drawn)
 
@@ -69,9 +72,9 @@ class Log:
             self.record = Record(self.folder, [self.start, *self.history.decisions], self.history.steps)
             grows = self.session.allocator.grows
             highest = (2 if grows else 1) * max(self.start.after.values(), default=0)
-            self.board = Board(self.folder, self.start, highest, len(self.history.steps))
+            self.board = Board(self.folder, self.start, highest, len(self.history.steps), self.pictures)
 
-    def _pictures(self, folder: Path) -> dict[str, Figure]:
+    def _drawn(self, folder: Path) -> dict[str, Figure]:
         from lorafamily.insight.pictures import draw, pictures_of
 
         drawn = pictures_of([self.start, *self.history.decisions], self.history.steps)

@@ -80,6 +80,7 @@ def train(
     progress: bool = True,
     on_step: Callable[[Step], None] | None = None,
     log_dir: str | os.PathLike[str] | None = None,
+    pictures: bool = True,
     save_every: int | None = None,
     keep: int = 2,
     resume: Resume = "never",
@@ -135,6 +136,7 @@ def train(
     Persistence:
         log_dir: folder of the run, for TensorBoard, pictures of the allocation, the record (see `ranks_at`, `redraw`)
             and checkpoints.
+        pictures: whether they are drawn, which takes a second or two; `redraw` can do it later.
         save_every: steps between checkpoints. One is also written after the best evaluation, at the end, and when
             SIGTERM or Ctrl-C asks the run to stop: it finishes its step, saves, and ends the process with code 75.
         keep: how many of the last checkpoints are kept; the best is kept, too.
@@ -217,7 +219,7 @@ def train(
         around.callback(optim.zero_grad, set_to_none=True)
         signals = around.enter_context(StopSignals(checkpoints.folder is not None))
         bar = around.enter_context(tqdm(total=total, initial=begun, disable=not shown, unit="step", dynamic_ncols=True))
-        log = around.enter_context(Log(folder, history, session, settings))
+        log = around.enter_context(Log(folder, history, session, settings, pictures))
         start_training(model, base_is_frozen=session.placement is not None)
         for step in range(begun + 1, total + 1):
             started = time.perf_counter()
