@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is there that a test needs; without a network each try takes a minute
 
 import shapes  # noqa: F401 - before lorafamily, whose functions it checks
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jaxtyping
 import numpy as np
+import torch
 from beartype import beartype
 from torch import Tensor
 
@@ -69,6 +70,8 @@ def once_a_shape(jaxtyped: Callable[..., Any], function: Callable[..., Any]) -> 
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         given = described((args, kwargs))
         new = given not in seen
         result = checked(*args, **kwargs) if new else function(*args, **kwargs)

@@ -40,7 +40,6 @@ def here(folder, tmp_path, monkeypatch) -> Path:
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("warnings.showwarning", lambda *args, **kwargs: None)
     return tmp_path
 

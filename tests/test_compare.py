@@ -141,7 +141,18 @@ def test_two_processes_give_the_table_of_one(tmp_path):
     given = {"steps": 6, "seeds": 1, "budgets": ("10e3",), "methods": ("none", "lora2"), "evaluations": 1}
     compare.main(small(tmp_path / "one", **given, options=("lora2.warmup=1",)))
     arguments = ["--steps", "6", "--seeds", "1", "--budgets", "10e3", "--methods", "none", "lora2", "--held-out", "8"]
-    arguments += ["--lr", "2e-3", "--evaluations", "1", "--options", "lora2.warmup=1", "--no-progress", "--batch", "4"]
+    arguments += [
+        "--lr",
+        "2e-3",
+        "--evaluations",
+        "1",
+        "--options",
+        "lora2.warmup=1",
+        "--no-progress",
+        "--no-pictures",
+        "--batch",
+        "4",
+    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, compare.__file__, *arguments, "--out", str(tmp_path / "two")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -439,7 +450,7 @@ def test_a_method_of_another_package_is_found_and_trains(tmp_path):
     command = [
         sys.executable, ROOT / "experiments" / "compare.py", "--methods", "none", "ones", "--budgets", "10e3",
         "--seeds", "1", "--steps", "12", "--evaluations", "1", "--held-out", "8", "--workers", "1", "--no-progress",
-        "--out", tmp_path / "runs", "--options", "ones.value=0.2", "--lr", "2e-3",
+        "--no-pictures", "--out", tmp_path / "runs", "--options", "ones.value=0.2", "--lr", "2e-3",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

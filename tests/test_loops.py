@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,6 @@ from lorafamily.layers.placement import placement_of
 from lorafamily.layers.state import Placement
 from test_docs import ROOT, blocks
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="the page adapts models of transformers")
 
 PAGE = "docs/loops.md"

@@ -6,7 +6,6 @@ import functools
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,31 +14,9 @@ import compare
 from cells import sweep
 from cells.settings import Compare, where_of
 from cells.sweep import Where
+from jobs import always_dying, doubling
 from lorafamily.training.interrupt import Interrupted
 from tasks import TaskError
-
-
-def doubling(folder: Path):
-    """A worker's function: doubles a number, and dies on 3 the first time."""
-
-    def work(job: int) -> dict:
-        mark = folder / "died"
-        if job == 3 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if job < 0:
-            raise ValueError(f"{job} is negative")
-        return {"twice": 2 * job, "threads": torch.get_num_threads()}
-
-    return work
-
-
-def always_dying():
-    def work(job: int) -> dict:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return {}
-
-    return work
 
 
 def test_a_worker_that_is_killed_costs_no_row(tmp_path):
@@ -80,8 +57,8 @@ def test_rows_of_two_workers_are_those_of_one_to_the_bit(tmp_path):
     import json
 
     settings = {
-        **{"steps": 6, "evaluations": 2, "batch": 4, "held_out": 8, "progress": False, "lr": ("2e-3",), "seeds": 1},
-        **{"methods": ("lora", "adalora"), "budgets": ("10e3",)},
+        **{"steps": 6, "evaluations": 2, "batch": 4, "held_out": 8, "lr": ("2e-3",), "seeds": 1},
+        **{"methods": ("lora", "adalora"), "budgets": ("10e3",), "progress": False, "pictures": False},
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
+from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats takes a millisecond a call
 
 CONFIDENCE = 0.95
 
@@ -41,9 +41,10 @@ def paired(differences: Sequence[float], bound: float = 0.0, confidence: float =
     mean, deviation = float(values.mean()), float(values.std(ddof=1))
     if deviation == 0.0:
         return Paired(n, mean, mean, mean, math.nan, 1.0 if mean == bound else 0.5 ** (n - 1))
-    half = float(scipy.stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
+    error = deviation / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * error
     corrected = 1 - 3 / (4 * (n - 1) - 1)  # Hedges' correction of Cohen's d for few samples
-    p = float(scipy.stats.ttest_1samp(values, bound).pvalue)
+    p = float(2 * stdtr(n - 1, -abs(mean - bound) / error))
     return Paired(n, mean, mean - half, mean + half, (mean - bound) / deviation * corrected, p)
 
 
@@ -67,9 +68,10 @@ def above(differences: Sequence[float], bound: float) -> float:
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < 2:
         raise ValueError(f"{len(values)} differences: a test needs at least two")
-    if values.std(ddof=1) == 0.0:
-        return 0.5 ** len(values) if values.mean() > bound else 1.0
-    return float(scipy.stats.ttest_1samp(values, bound, alternative="greater").pvalue)
+    n, mean, deviation = len(values), values.mean(), values.std(ddof=1)
+    if deviation == 0.0:
+        return 0.5**n if mean > bound else 1.0
+    return float(stdtr(n - 1, (bound - mean) / (deviation / math.sqrt(n))))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +45,8 @@ def glue_score(metric: str, predicted: np.ndarray, true: np.ndarray) -> float:
     if "correlation" in metric:
         if np.ptp(predicted) == 0:
             return 0.0
+        import scipy.stats  # takes a second, which every process of a sweep would wait for
+
         pearson = float(scipy.stats.pearsonr(predicted, true).statistic)
         if "Spearman" not in metric:
             return pearson
