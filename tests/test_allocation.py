@@ -141,6 +141,18 @@ def test_surgery_keeps_the_survivors_moments_bit_for_bit(make):
     optimizer.step()
 
 
+def test_a_count_of_steps_stays_one_whatever_its_shape():
+    """As a tensor of one entry it could be the mean over a factor of rank 1."""
+    update = plain(6, 5, 1)
+    optimizer = torch.optim.Adam(update.parameters())
+    for parameter in update.parameters():
+        optimizer.state[parameter] = {"step": torch.ones(1), "exp_avg": torch.ones_like(parameter)}
+    for change in update.resize(torch.tensor([0]), update.fresh(2, torch.Generator())):
+        follow_resize(optimizer, change)
+        assert optimizer.state[change.new]["step"].tolist() == [1]
+        assert optimizer.state[change.new]["exp_avg"].shape == change.new.shape
+
+
 def test_two_hundred_resizings_leave_nothing_behind():
     model = lorafamily.apply(tiny(), "olora+alora", rank=3, seed=0)
     adapters = placement_of(model).adapters
