@@ -102,7 +102,7 @@ def _followed(optimizer: Any, key: Any, value: Any, change: Resize, options: dic
         return value
     if not isinstance(value, Tensor):
         raise _CannotFollowError(key)
-    if value.ndim == 0 or key == "step":
+    if value.ndim == 0:
         return value
     if quantised := _in_blocks(value):
         return quantised(_cut(value.dequantize(), change.axis, change))
