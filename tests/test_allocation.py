@@ -289,6 +289,17 @@ def run_to_end(allocator):
     return [decision for step in range(1, 11) if (decision := allocator.step(step)) is not None]
 
 
+def test_slices_fall_by_the_cubic_schedule():
+    """b(t) = b_T + (b0 − b_T) (1 − (t − t_i) / (T − t_f − t_i))³, truncated: from 20 to 8 between steps 2 and 8."""
+    scores = [[float(i) for i in range(10)], [i + 0.5 for i in range(10)]]
+    allocator, _ = pruner(scores, target=0.4, warmup=2, final=2, interval=1)
+    decisions = run_to_end(allocator)
+    assert [(decision.step, decision.total) for decision in decisions] == [
+        *((3, 14), (4, 11), (5, 9), (6, 8), (7, 8), (8, 8)),
+        (9, 8),  # masked until here, then removed
+    ]
+
+
 def test_ties_prune_no_more_than_asked():
     allocator, adapters = pruner([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], target=2 / 3, warmup=1, final=3, interval=2)
     decisions = run_to_end(allocator)
