@@ -1,12 +1,4 @@
-"""What a method does during training, as one object for any loop: its penalty, its rank allocation, and its checks.
-
-session = lorafamily.session(model, optimizer, steps=1000, validation=batches)
-for batch in loader:
-    session.backward(model(**batch).loss)
-    optimizer.step()
-    session.step()
-    optimizer.zero_grad()
-"""
+"""What a method does during training, as one object for any loop: its penalty, its rank allocation, and its checks."""
 
 from __future__ import annotations
 
