@@ -254,6 +254,7 @@ def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_title(f"{study.problem.name}: better than uniform LoRA to the right", fontsize=9)
         axes.set_xlabel(f"difference in {study.problem.metric}", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles = [figure.axes[0].plot([], [], "o-", color=colour)[0] for colour in COLOUR.values()]
