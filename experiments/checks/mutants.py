@@ -174,8 +174,9 @@ class Tests:
         return [*sorted(found, key=lambda lines: lines[1] - lines[0]), (1, 10**6)]
 
 
-def attempt(mutant: Mutant, tests: list[str], failures: Path) -> str:
-    """Killed, survived, or untested where nothing runs the line. `failures`: gets the names of tests that fail."""
+def attempt(mutant: Mutant, tests: list[str], failures: Path, seconds: float) -> str:
+    """Killed, survived, or untested where nothing runs the line. `failures`: gets the names of tests that fail;
+    `seconds`: that the tests take."""
     from cosmic_ray.mutating import use_mutation
     from cosmic_ray.plugins import get_operator
 
@@ -183,16 +184,16 @@ def attempt(mutant: Mutant, tests: list[str], failures: Path) -> str:
         return "untested"
     operator = get_operator(mutant.operator)(**mutant.arguments)
     with use_mutation(ROOT / mutant.path, operator, mutant.occurrence):
-        return "survived" if passed(tests, failures, "-x") else "killed"
+        return "survived" if passed(tests, failures, 60 + 4 * seconds, "-x") else "killed"
 
 
-def passed(tests: list[str], failures: Path, *options: str) -> bool:
-    """Run tests in a process of their own."""
+def passed(tests: list[str], failures: Path, limit: float, *options: str) -> bool:
+    """Run tests in a process of their own, for so many seconds at most: a change can make an endless loop."""
     failures.write_text("")
     child = os.fork()
     if not child:
         _in_child([*options, *tests], failures)
-    return _waited(child, 300 + len(tests)) == 0
+    return _waited(child, limit) == 0
 
 
 class Noted:
@@ -226,7 +227,7 @@ def _in_child(arguments: list[str], failures: Path) -> None:
 
 
 def _waited(child: int, seconds: float) -> int:
-    """Exit status; 124 where it takes longer, as endless loops do."""
+    """Exit status; 124 where it takes longer."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -252,14 +253,14 @@ def run(given: Run) -> None:
             continue
         chosen = tests.of(mutant.path, mutant.line, given.seconds)
         row = {"key": mutant.key, "path": mutant.path, "tests": len(chosen)}
-        row |= {"outcome": attempt(mutant, chosen, failures), "mutant": vars(mutant)}
+        row |= {"outcome": attempt(mutant, chosen, failures, given.seconds), "mutant": vars(mutant)}
         row["killers"] = failures.read_text().splitlines()
         rows.append(row)
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"[{count}] {mutant.key}: {row['outcome']} ({len(chosen)} tests)", flush=True)
     killers = sorted({test for row in rows for test in row["killers"]})
-    if not passed(killers, failures):
+    if not passed(killers, failures, 3600):
         raise SystemExit(f"fail without any change, so that what they killed does not count:\n{failures.read_text()}")
 
 
