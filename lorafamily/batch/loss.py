@@ -113,11 +113,11 @@ def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
     """The number of labels that count; None where there are no labels, or where the loss is no mean over them."""
     given = dict(items_of(batch) or ())
     labels, shifted = given.get("labels"), given.get("shift_labels")
-    head = _head(model)
     if isinstance(shifted, Tensor):
         labels = shifted
     if not isinstance(labels, Tensor) or not labels.ndim or labels.is_floating_point() or labels.dtype == torch.bool:
         return None
+    head = _head(model)
     if getattr(head, "loss_type", None) == "ForCTC":  # a mean over rows
         return None
     if labels.ndim > 1 and shifted is None and _predicts_next(head):
