@@ -520,6 +520,14 @@ def test_a_budget_that_cannot_be_met_at_the_end_is_refused_at_apply(at):
         lorafamily.plan(Layers(6, 64, 64), "lora2", budget=least - 1, budget_at=at, targets="layers")
 
 
+@pytest.mark.parametrize(("target", "least"), [(3 / 8, 822), (0.001, 771), (0.0, 768)])
+def test_at_the_end_at_least_one_slice_is_left_unless_none_is_wanted(target, least):
+    given = {"budget_at": "end", "targets": "layers", "target": target}
+    with pytest.raises(lorafamily.BudgetError, match=f"the smallest budget that works is {least}"):
+        lorafamily.plan(Layers(6, 64, 64), "lora2", budget=least - 1, **given)
+    lorafamily.plan(Layers(6, 64, 64), "lora2", budget=least, **given)
+
+
 def test_a_limit_that_would_take_every_slice_is_refused():
     model = lorafamily.apply(Layers(2, 8, 8), "lora2", rank=2, targets="layers")
     run = Run(model, placement_of(model).adapters, steps=20, limit=64)  # the outer factors alone
