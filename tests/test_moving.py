@@ -113,7 +113,7 @@ def test_they_combine_where_axes_differ(method):
     ("options", "message"),
     [
         ({"moved": 0}, "moved=0: must be at least 1"),
-        ({"warmup": 10, "final": 10}, "no rank would ever move: of 20 steps"),
+        ({"warmup": 10, "final": 10}, "no rank would ever move: of 20 steps the first 10 are warm-up, the last 10 "),
         ({"interval": 19, "final": 5}, "no step is a multiple of 19"),
     ],
 )

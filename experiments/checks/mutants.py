@@ -23,6 +23,7 @@ import waiting  # noqa: F401 - before torch
 
 # isort: split
 import ast
+import difflib
 import json
 import os
 import random
@@ -277,9 +278,9 @@ def survivors(given: Survivors) -> None:
         operator = get_operator(mutant.operator)(**mutant.arguments)
         changed = mutate_code(source, operator, mutant.occurrence) or source
         print(f"{row['outcome']}: {mutant.key} ({row['tests']} tests)")
-        for old, new in zip(source.splitlines(), changed.splitlines(), strict=False):
-            if old != new:
-                print(f"    - {old.strip()}\n    + {new.strip()}")
+        for line in [*difflib.unified_diff(source.splitlines(), changed.splitlines(), n=0, lineterm="")][2:]:
+            if not line.startswith("@@"):
+                print(f"    {line[0]} {line[1:].strip()}")
     found: dict[str, Counter[str]] = {}
     for row in rows.values():
         found.setdefault(row["path"], Counter())[row["outcome"]] += 1
