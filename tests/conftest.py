@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,12 @@ MOVING = {"elalora", "flexlora", "loraplus"}  # AdaLoRA and LoRA but for who mov
 METHODS = [*sorted(lorafamily.methods().keys() - PARTS - INFORMED - MOVING), *COMBINATIONS]
 
 every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: a collection of garbage, which Trainers ask for, need not look at it every time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pairwise(

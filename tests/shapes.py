@@ -39,14 +39,15 @@ def _speaks_of_arrays(thing: Any) -> bool:
 def only_where_arrays_are(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
     """`jaxtyped`, which the import hook puts on every function, for those that have something to check.
 
-    It binds the arguments of every call; on functions without arrays that was most of the time of the tests.
+    It binds the arguments of every call; on functions without arrays that was most of the time of the tests. Functions
+    inside others are left alone: they are made at every call, and their checks would be, too.
     """
 
     def chosen(*, typechecker: Any) -> Callable[[Any], Any]:
         checked = functools.partial(jaxtyped, typechecker=typechecker)
 
         def choose(thing: Any) -> Any:
-            if not _speaks_of_arrays(thing):
+            if not _speaks_of_arrays(thing) or "<locals>" in getattr(thing, "__qualname__", ""):
                 return thing
             return once_a_shape(checked, thing) if inspect.isfunction(thing) else checked(thing)
 

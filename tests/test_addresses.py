@@ -56,7 +56,7 @@ def test_an_adapter_of_peft_s(saved, tmp_path):
 
 
 def test_a_run_that_goes_on(tmp_path):
-    settings = {"lr": 1e-2, "log_dir": tmp_path, "save_every": 3, "progress": False}
+    settings = {"lr": 1e-2, "log_dir": tmp_path, "pictures": False, "save_every": 3, "progress": False}
     lorafamily.train(lorafamily.apply(tiny(), "adalora", rank=3, seed=0, **SHORT), data(), steps=3, **settings)
     at = Checkpoints(tmp_path, 3, 2).to_go_on_from("auto")
     assert at is not None

@@ -118,7 +118,7 @@ def test_a_run_goes_on_inside_a_round_of_packed_rows_to_the_bit(method, tmp_path
         lorafamily.apply(model, method, rank=3, seed=0)
         batches = ChatBatches(rows(40), 2, 0, pack=40, seed=3)
         assert len(batches) > 4
-        options = {"log_dir": folder, "save_every": 3, "resume": "auto"} if folder else {}
+        options = {"log_dir": folder, "pictures": False, "save_every": 3, "resume": "auto"} if folder else {}
 
         def on_step(step):
             if step.step == stop:

@@ -143,6 +143,7 @@ def test_the_preset_runs_in_its_short_form(tmp_path, decoder, questions):
     settings = presets.defaults("allocation-llm", quick=True)
     settings = replace(settings, model=str(decoder), data=questions, methods=("lora", "adalora:budget_at=end"))
     settings = replace(settings, budgets=("2e3",), steps=8, length=24, progress=False, workers=1, out=tmp_path)
+    settings = replace(settings, pictures=False)
     compare.main(settings)
     judged = {row["method"]: row for row in rows(tmp_path / "allocation-llm-quick") if row["seed"] == 0}
     assert set(judged) == set(settings.methods)

@@ -42,7 +42,8 @@ def shuffled(ranks: dict[str, int], model) -> dict[str, int]:
 @pytest.mark.parametrize(("method", "anew"), [("alora", "lora"), ("adalora", "svd"), ("lora2", "dual-plane")])
 def test_a_pattern_that_a_run_found_trains_anew(method, anew, tmp_path):
     model = lorafamily.apply(tiny(), method, rank=4, seed=0, **few_rounds(method))
-    lorafamily.train(model, data(), steps=STEPS, lr=1e-2, validation=data(1), log_dir=tmp_path / "run", progress=False)
+    logged = {"log_dir": tmp_path / "run", "pictures": False, "progress": False}
+    lorafamily.train(model, data(), steps=STEPS, lr=1e-2, validation=data(1), **logged)
     lorafamily.save(model, tmp_path / "saved")
     found, recorded = ranks_of(model), lorafamily.summary(model).parameters
     assert len(set(found.values())) > 1
