@@ -19,9 +19,9 @@ import study
 from studies import protocol
 from studies.arms import ARMS, UNIFORM, Arm
 from studies.intervals import equivalence, holm, paired
-from studies.page import write
+from studies.page import missing, write
 from studies.problems import PROBLEMS
-from studies.results import area, steps_to
+from studies.results import Study, area, read, steps_to
 from studies.trials import Forgetful, Trial, shuffled, with_pattern
 from tasks import TaskError
 
@@ -186,6 +186,17 @@ def test_another_row_is_another_page(tmp_path):
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(r) + "\n" for r in rows)
     assert write(folder, tmp_path / "study.md") != STORED.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_rows_that_are_too_few_to_compare_are_said_to_be_there():
+    found = next(s for s in read(STORED) if s.problem.name == "planted")
+    uniform = [r for r in found.rows if r["arm"] == "uniform"]
+    tuning = [r for r in uniform if r["seed"] not in found.problem.seeds]
+    assert tuning
+    four = tuning + [r for r in uniform if r["seed"] in found.problem.seeds[:4]]
+    begins = "On planted nothing is compared yet; "
+    assert f"{begins}judged so far: uniform on 4 seeds." in missing([Study(found.problem, four)])
+    assert f"{begins}rates are still being chosen." in missing([Study(found.problem, tuning)])
 
 
 def test_a_study_runs_what_is_missing_and_nothing_else(tmp_path, capsys):

@@ -222,7 +222,9 @@ def missing(studies: Sequence[Study]) -> str:
         if void := study.void():
             said.append(f"Void on {study.problem.name}, since best at an edge of the rates: {', '.join(void)}.")
         if not study.comparisons():
-            said.append(f"On {study.problem.name} rates are still being chosen, and nothing is judged.")
+            judged = [f"{arm.name} on {len(rows)} seeds" for arm in study.arms if (rows := study.of(arm.name))]
+            so_far = f"judged so far: {listed(judged)}" if judged else "rates are still being chosen"
+            said.append(f"On {study.problem.name} nothing is compared yet; {so_far}.")
         elif absent := study.not_run():
             said.append(f"Not run on {study.problem.name}, or with too few seeds: {', '.join(absent)}.")
     names = {study.problem.name for study in studies}
