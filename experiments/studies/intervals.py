@@ -65,13 +65,10 @@ def above(differences: Sequence[float], bound: float) -> float:
     Raises:
         ValueError: fewer than two differences.
     """
-    values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2:
-        raise ValueError(f"{len(values)} differences: a test needs at least two")
-    n, mean, deviation = len(values), values.mean(), values.std(ddof=1)
-    if deviation == 0.0:
-        return 0.5**n if mean > bound else 1.0
-    return float(stdtr(n - 1, (bound - mean) / (deviation / math.sqrt(n))))
+    found = paired(differences, bound)
+    if found.mean > bound:
+        return found.p / 2
+    return 1.0 if math.isnan(found.effect) else 1 - found.p / 2
 
 
 def holm(p: Sequence[float]) -> list[float]:
