@@ -55,14 +55,14 @@ def scorers() -> dict[str, type[Scorer]]:
 
 def _installed(group: str, what: str, error: type[LoraFamilyError]) -> dict[str, tuple[str, Any]]:
     """The address ("module:name") and the object of every entry point of a group, by name."""
-    targets: dict[str, str] = {}
+    found: dict[str, EntryPoint] = {}
     for point in _points(group, _folders()):
-        if targets.setdefault(point.name, point.value) != point.value:
+        if found.setdefault(point.name, point).value != point.value:
             raise error(
-                f'two packages register the {what} "{point.name}": {targets[point.name]} and {point.value}; '
+                f'two packages register the {what} "{point.name}": {found[point.name].value} and {point.value}; '
                 "uninstall one of them"
             )
-    return {name: (target, _load(group, name, target)) for name, target in targets.items()}
+    return {name: (point.value, _load(point)) for name, point in found.items()}
 
 
 @functools.cache
@@ -84,8 +84,8 @@ def _last_changed(path: str) -> int:
 
 
 @functools.cache
-def _load(group: str, name: str, target: str) -> Any:
-    return next(point for point in entry_points(group=group) if (point.name, point.value) == (name, target)).load()
+def _load(point: EntryPoint) -> Any:
+    return point.load()
 
 
 def find_scorer(name: str) -> type[Scorer]:

@@ -23,8 +23,8 @@ class Log:
 
     The log begins with the first step, because the first batch may show that some adapters have no effect; a run
     without a step leaves no files. The record of an earlier run, which died before its first checkpoint or had its
-    checkpoints removed, is moved aside. At the end of the block `pictures` are drawn, unless a signal ended the run:
-    whoever asks a process to stop does not wait for long.
+    checkpoints removed, is moved aside. At the end of the block pictures are drawn, if `pictures` says so and no signal
+    ended the run: whoever asks a process to stop does not wait for long.
     """
 
     def __init__(
