@@ -39,15 +39,14 @@ def _speaks_of_arrays(thing: Any) -> bool:
 def only_where_arrays_are(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
     """`jaxtyped`, which the import hook puts on every function, for those that have something to check.
 
-    It binds the arguments of every call; on functions without arrays that was most of the time of the tests. Functions
-    inside others are left alone: they are made at every call, and their checks would be, too.
+    It binds the arguments of every call; on functions without arrays that was most of the time of the tests.
     """
 
     def chosen(*, typechecker: Any) -> Callable[[Any], Any]:
         checked = functools.partial(jaxtyped, typechecker=typechecker)
 
         def choose(thing: Any) -> Any:
-            if not _speaks_of_arrays(thing) or "<locals>" in getattr(thing, "__qualname__", ""):
+            if not _speaks_of_arrays(thing):
                 return thing
             return once_a_shape(checked, thing) if inspect.isfunction(thing) else checked(thing)
 
@@ -56,36 +55,54 @@ def only_where_arrays_are(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
-def once_a_shape(jaxtyped: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its shapes checked, once for every combination of types, shapes and dtypes that comes in and goes
+class OnceAShape:
+    """Checks the shapes of a function, once for every combination of types, shapes and dtypes that comes in and goes
     out. The same combination passes again, and checking takes longer than a small model's layer."""
-    seen: set[Any] = set()
-    returned: list[Any] = []
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return returned.pop() if returned else function(*args, **kwargs)
+    def __init__(self, jaxtyped: Callable[..., Any], function: Callable[..., Any]):
+        self.seen: set[Any] = set()
+        self.bodies: list[Callable[..., Any]] = []
 
-    # Annotations are strings, and are looked up where the function is from.
-    there = types.FunctionType(run.__code__, function.__globals__, closure=run.__closure__)
-    checked = jaxtyped(functools.wraps(function)(there))
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self.bodies.pop()(*args, **kwargs)
+
+        # Annotations are strings, and are looked up where the function is from.
+        there = types.FunctionType(run.__code__, function.__globals__, closure=run.__closure__)
+        self.checked = jaxtyped(functools.wraps(function)(there))
+
+    def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = described((args, kwargs))
+        new = given not in self.seen
+        result = self._checking(function, args, kwargs) if new else function(*args, **kwargs)
+        self.seen.add(given)
+        if (given, described(result)) not in self.seen:
+            if not new:
+                self._checking(lambda *args, **kwargs: result, args, kwargs)
+            self.seen.add((given, described(result)))
+        return result
+
+    def _checking(self, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = len(self.bodies)
+        self.bodies.append(body)
+        try:
+            return self.checked(*args, **kwargs)
+        finally:
+            del self.bodies[before:]  # it is there still if an argument was refused
+
+
+CHECKS: dict[types.CodeType, OnceAShape] = {}
+"""A function inside another is made at every call of that one; its checks are not."""
+
+
+def once_a_shape(jaxtyped: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its shapes checked."""
+    if function.__code__ not in CHECKS:
+        CHECKS[function.__code__] = OnceAShape(jaxtyped, function)
+    check = CHECKS[function.__code__]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        given = described((args, kwargs))
-        new = given not in seen
-        result = checked(*args, **kwargs) if new else function(*args, **kwargs)
-        seen.add(given)
-        if (given, described(result)) not in seen:
-            if not new:
-                returned[:] = [result]
-                try:
-                    checked(*args, **kwargs)
-                finally:
-                    returned.clear()
-            seen.add((given, described(result)))
-        return result
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else check(function, args, kwargs)
 
     return call
 

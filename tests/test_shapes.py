@@ -25,16 +25,13 @@ def test_shapes_in_signatures_are_checked_and_functions_without_are_left_alone()
     assert not hasattr(lorafamily.apply, "__wrapped__")
 
 
-calls: list[int] = []
-
-
-def half(x: Float[Tensor, "n m"], rows: int) -> Float[Tensor, "_ m"]:
-    calls.append(rows)
-    return x[:rows] if rows else x[0]
-
-
 def test_shapes_that_passed_are_checked_again_only_if_what_is_returned_has_others():
-    calls.clear()
+    calls = []
+
+    def half(x: Float[Tensor, "n m"], rows: int) -> Float[Tensor, "_ m"]:
+        calls.append(rows)
+        return x[:rows] if rows else x[0]
+
     checked = jaxtyping.jaxtyped(typechecker=shapes)(half)
     for rows in (1, 2, 2):
         assert checked(torch.zeros(4, 3), rows).shape == (rows, 3)
