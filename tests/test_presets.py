@@ -92,7 +92,7 @@ def test_settings_of_the_papers():
 
 
 @pytest.mark.parametrize("name", ["glue-deberta", "glue-roberta"])
-def test_a_preset_without_its_weights_says_so_in_one_line(name, tmp_path, monkeypatch):
+def test_a_preset_without_its_weights_says_so_in_one_line(name, tmp_path):
     settings = presets.defaults(name, quick=True)
     data = write_task(tmp_path, "rte", PAIRS, PAIRS)
     with pytest.raises(tasks.TaskError, match=f"--model {settings.model}: AutoTokenizer cannot load it") as refused:
