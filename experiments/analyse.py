@@ -143,7 +143,7 @@ def _similarity(one: Layers, other: Layers, side: analysis.Side) -> dict[str, Te
 def _table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A line for every adapter and matrix of a block: means over the blocks."""
     lines: list[tuple[str, ...]] = [
-        ("adapter, matrix", "rank", "effective", "‖ΔW‖ / ‖W‖", "factor", "in ΔW", "in W", "in random", "overlap")
+        ("adapter, matrix", "slices", "effective", "‖ΔW‖ / ‖W‖", "factor", "in ΔW", "in W", "in random", "overlap")
     ]
     for name, rows in results["norms"].items():
         by_matrix: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
@@ -151,7 +151,7 @@ def _table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for row in rows:
             by_matrix[matrices[row["module"]]].append((row, results["amplification"][name][row["module"]]))
         for matrix, pairs in by_matrix.items():
-            sizes = [statistics.fmean(row[key] for row, _ in pairs) for key in ("rank", "effective_rank", "relative")]
+            sizes = [statistics.fmean(row[key] for row, _ in pairs) for key in ("slices", "effective_rank", "relative")]
             columns = ("factor", "in_delta", "in_weight", "in_random", "overlap")
             amplified = [_mean_of([found[key] for _, found in pairs]) for key in columns]
             lines.append((f"{name}, {matrix}", *("–" if v is None else f"{v:.3g}" for v in (*sizes, *amplified))))

@@ -41,7 +41,7 @@ from lorafamily.functional import fast_path
 from lorafamily.history import History
 from lorafamily.injection import apply, gather
 from lorafamily.insight import analysis
-from lorafamily.insight.record import ranks_at, redraw
+from lorafamily.insight.record import redraw, slices_at
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers.kinds import LayerKind, register_layer_kind
 from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
@@ -60,7 +60,7 @@ __all__ = ["Evidence", "LayerEvidence", "Sizing", "apply", "disabled", "fast_pat
 __all__ += ["History", "Interrupted", "Session", "Suggestion", "Trained"]
 __all__ += ["parameter_groups", "session", "shard", "suggest_lr", "train"]
 # What a model has, and what it will take
-__all__ += ["Plan", "Summary", "analysis", "plan", "ranks_at", "redraw", "summary"]
+__all__ += ["Plan", "Summary", "analysis", "plan", "redraw", "slices_at", "summary"]
 # Files, merging, serving
 __all__ += ["combine", "compress", "export_peft", "import_loralib", "import_peft", "load"]
 __all__ += ["merge", "merge_difference", "routing", "save", "unmerge"]

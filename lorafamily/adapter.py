@@ -31,14 +31,14 @@ class Parametrisation(nn.Module, ABC):
     """How U and V are computed from trainable tensors. Forward, merge, export and pictures need only `factors`.
 
     A subclass registers its tensors as parameters in `__init__(d_in, d_out, rank, **own_sizes)`, uninitialised; the
-    third argument has the name in `sized_by`. `slices` says which axis of which tensor counts slices, which is all that
-    dropping, adding, masking and scoring slices need.
+    third argument has the name in `sized_by`. `slice_axes` says which axis of which tensor counts slices, which is all
+    that dropping, adding, masking and scoring slices need.
     """
 
-    slices: ClassVar[Mapping[str, int]]
+    slice_axes: ClassVar[Mapping[str, int]]
     """Name of each tensor that has slices -> the axis that counts them."""
     zeroed: ClassVar[str]
-    """The tensor of `slices` whose zeros make a slice contribute nothing, while the slice can still learn."""
+    """The tensor of `slice_axes` whose zeros make a slice contribute nothing, while the slice can still learn."""
     sized_by: ClassVar[str] = "rank"
     """Name of the size that a budget chooses: `rank`, or another where slices are counted apart (LoRA²: `width`)."""
     sliced_by: ClassVar[str] = "rank"
@@ -81,19 +81,19 @@ class Parametrisation(nn.Module, ABC):
         return []
 
     @property
-    def rank(self) -> int:
+    def slices(self) -> int:
         """Number of slices present."""
-        return cast(Tensor, getattr(self, self.zeroed)).shape[self.slices[self.zeroed]]
+        return cast(Tensor, getattr(self, self.zeroed)).shape[self.slice_axes[self.zeroed]]
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank that ΔW can have."""
+        """The largest rank that ΔW can have, whatever the number of slices."""
         return min(self.d_in, self.d_out)
 
     @property
     def capacity(self) -> int:
         """The largest rank of U V that the present tensors can hold."""
-        return self.rank
+        return self.slices
 
     @property
     def slice_cost(self) -> int:
@@ -107,7 +107,7 @@ class Parametrisation(nn.Module, ABC):
         """Check which tensors are parameters.
 
         Raises:
-            MethodError: a parameter is frozen, or `slices` names something that is no parameter.
+            MethodError: a parameter is frozen, or `slice_axes` names something that is no parameter.
         """
         parameters = dict(self.named_parameters())
         if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
@@ -115,15 +115,15 @@ class Parametrisation(nn.Module, ABC):
                 f"{type(self).__name__}: {', '.join(frozen)} has requires_grad=False, but every parameter of an "
                 "adapter trains; register a frozen tensor as a buffer (register_buffer)"
             )
-        if missing := [name for name in {**self.slices, self.zeroed: 0} if name not in parameters]:
+        if missing := [name for name in {**self.slice_axes, self.zeroed: 0} if name not in parameters]:
             raise MethodError(
                 f"{type(self).__name__}: {', '.join(missing)} must be parameters, because only trained slices can be "
-                "dropped, added and scored; leave frozen tensors out of `slices`, so that their rank stays"
+                "dropped, added and scored; leave frozen tensors out of `slice_axes`, so that they keep theirs"
             )
 
     def sliced(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Each tensor that has slices, with their axis."""
-        for name, axis in self.slices.items():
+        for name, axis in self.slice_axes.items():
             yield self.get_parameter(name), axis
 
     def role(self, name: str) -> Literal["down", "up", "gate"]:
@@ -131,14 +131,14 @@ class Parametrisation(nn.Module, ABC):
         shape = self.get_parameter(name).shape
         if len(shape) == 1:
             return "gate"
-        along = self.slices.get(name)
+        along = self.slice_axes.get(name)
         up = shape[0] == self.d_out and shape[-1] != self.d_in if along is None else along == 1
         return "up" if up else "down"
 
     @torch.no_grad()
     def mask(self, off: Int[Tensor, " n"]) -> None:
         """Make the slices with these indices contribute nothing; they keep training and may come back."""
-        self.get_parameter(self.zeroed).index_fill_(self.slices[self.zeroed], off, 0)
+        self.get_parameter(self.zeroed).index_fill_(self.slice_axes[self.zeroed], off, 0)
 
     def resize(self, keep: Int[Tensor, " n"], new: Mapping[str, Tensor]) -> list[Resize]:
         """Keep the slices with these indices, in that order, and append `new` ones, by tensor name.
@@ -147,7 +147,7 @@ class Parametrisation(nn.Module, ABC):
         Returns what the optimizer state needs to follow.
         """
         done = []
-        for name, axis in self.slices.items():
+        for name, axis in self.slice_axes.items():
             old = self.get_parameter(name)
             kept = old.data.index_select(axis, keep)
             data = torch.cat([kept, new[name].to(kept)], axis) if name in new else kept
@@ -171,7 +171,7 @@ class Adapter(nn.Module):
     """The update of one weight. The adapted layer begins as the base layer.
 
     `update`: U V, trained; `initial`: where U V is not zero at first, a frozen copy of its initial values, which is
-    subtracted, else None; `scale`: s; `dropout`: on the update's input, in training; `initial_rank`: slices at first;
+    subtracted, else None; `scale`: s; `dropout`: on the update's input, in training; `initial_slices`: slices at first;
     `settled`: whether a finished allocation chose the present rank.
     """
 
@@ -181,13 +181,13 @@ class Adapter(nn.Module):
         *,
         scale: float,
         dropout: Dropout = Dropout(),
-        initial_rank: int | None = None,
+        initial_slices: int | None = None,
         settled: bool = False,
     ):
         super().__init__()
         update.check()
         self.update = update
-        self.initial_rank = update.rank if initial_rank is None else initial_rank
+        self.initial_slices = update.slices if initial_slices is None else initial_slices
         self.settled = settled
         self.initial: Parametrisation | None = None
         self.scale = scale
@@ -251,9 +251,9 @@ class Adapter(nn.Module):
         return low_rank_linear(F.dropout(x, self.drops("entries")) if self.drops("entries") else x, U, V, self.scale)
 
     @property
-    def rank(self) -> int:
+    def slices(self) -> int:
         """Number of slices present."""
-        return self.update.rank
+        return self.update.slices
 
     @property
     def device(self) -> torch.device:
@@ -294,8 +294,8 @@ class Adapter(nn.Module):
             self.initial.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
         return self.update.resize(keep, new)
 
-    def differs_in_rank(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these tensors, named as in `state_dict()`, are those of this adapter at another rank."""
+    def differs_in_slices(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these tensors, named as in `state_dict()`, are those of this adapter with more or fewer slices."""
         along = {p: axis for update in (self.update, self.initial) if update is not None for p, axis in update.sliced()}
         present, given = set(), set()
         for name, parameter in self.named_parameters():
@@ -309,7 +309,7 @@ class Adapter(nn.Module):
         return len(given) == 1 and given != present
 
     def take(self, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Replace the parameters by tensors of any rank, named as in `state_dict()`; returns pairs (old, new)."""
+        """Replace the parameters by tensors of any number of slices, named as in `state_dict()`: pairs (old, new)."""
         replaced = []
         for name, old in list(self.named_parameters()):
             inside, _, attribute = name.rpartition(".")
@@ -322,7 +322,7 @@ class Adapter(nn.Module):
         """What, besides its tensors, rebuilds the adapter: plain data for a file."""
         return {
             "sizes": self.update.sizes(),
-            "initial_rank": self.initial_rank,
+            "initial_slices": self.initial_slices,
             "settled": self.settled,
             "scale": self.scale,
             "dropout": self.dropout.p,
@@ -331,4 +331,4 @@ class Adapter(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}"
+        return f"slices={self.slices}, scale={self.scale:g}"

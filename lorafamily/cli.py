@@ -73,17 +73,17 @@ def _chat(command: str, arguments: Sequence[str]) -> int:
 def inspect_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Show what an adapter folder has."""
     saved = read(given.path)
-    ranks = {at: entry["rank"] for at, entry in saved.modules.items()}
+    slices = {at: entry["slices"] for at, entry in saved.modules.items()}
     result = {
         "method": saved.record["method"],
         "base": saved.record["base"]["architecture"],
         "written by": saved.record["written by"],
         "parameters": sum(adapter.trainable() for adapter in saved.adapters.values()),
-        "rank": sum(ranks.values()),
+        "slices": sum(slices.values()),
         "bytes": _bytes(file for file in saved.folder.iterdir() if file.is_file()),
         "extra trained": {at: list(value.shape) for at, value in saved.extra_trained.items()},
         "modules": {
-            at: {**{key: entry[key] for key in ("shape", "rank", "scale")}, "norm": saved.adapters[at].norm()}
+            at: {**{key: entry[key] for key in ("shape", "slices", "scale")}, "norm": saved.adapters[at].norm()}
             for at, entry in saved.modules.items()
         },
     }
@@ -91,10 +91,10 @@ def inspect_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from lorafamily.insight.drawing import save  # matplotlib takes long to import
         from lorafamily.insight.heatmaps import rank_heatmap
 
-        initial = {at: entry["initial_rank"] for at, entry in saved.modules.items()}
+        initial = {at: entry["initial_slices"] for at, entry in saved.modules.items()}
         title = f"{saved.record['method']} on {result['base']}: slices by layer and matrix"
-        save(rank_heatmap(initial, ranks, title), given.png)
-    return result, _table(saved, result) + "\n\n" + _heatmap(ranks)
+        save(rank_heatmap(initial, slices, title), given.png)
+    return result, _table(saved, result) + "\n\n" + _heatmap(slices)
 
 
 def merge_into_checkpoint(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -131,12 +131,12 @@ def compress_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     record = saved.record | {"method": PLAIN}
     write(replace(saved, record=record, method=method, sizing=sizing, adapters=adapters), given.out)
     worst = max(report, key=lambda row: row.error)
-    before, after = sum(row.rank_before for row in report), sum(row.rank_after for row in report)
+    before, after = sum(row.slices_before for row in report), sum(row.rank_after for row in report)
     error = f"largest error ‖ΔW − ΔW′‖ / ‖ΔW‖ {worst.error:.1%} ({worst.module})"
     if given.rank is None and given.energy is None:  # a budget chooses the ranks of all layers together
         error += f", {report.error:.1%} in all"
     result = {"out": str(given.out), "modules": [asdict(row) for row in report], "error": report.error}
-    return result, f"{given.out}: total rank {before} → {after}; {error}"
+    return result, f"{given.out}: {before} slices → total rank {after}; {error}"
 
 
 def export_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -234,13 +234,13 @@ def _table(saved: Saved, result: dict[str, Any]) -> str:
     lines = [f"{saved.record['method']} for {result['base']}, {saved.folder}", head, "─" * len(head)]
     for at, entry in saved.modules.items():
         d_out, d_in = entry["shape"]
-        before, now = entry["initial_rank"], entry["rank"]
+        before, now = entry["initial_slices"], entry["slices"]
         slices = f"{now}" if now == before else f"{before} → {now}"
         norm = result["modules"][at]["norm"]
         lines.append(f"{at:<{width}}  {f'{d_out} × {d_in}':>13}  {slices:>9}  {entry['scale']:>6.3g}  {norm:>9.3g}")
     lines.append("─" * len(head))
     size = f"{result['bytes'] / 1024:,.0f} KiB on disk"
-    lines.append(f"{result['parameters']:,} adapter parameters, {result['rank']} slices, {size}")
+    lines.append(f"{result['parameters']:,} adapter parameters, {result['slices']} slices, {size}")
     if saved.extra_trained:
         lines.append(f"also trained: {', '.join(saved.extra_trained)}")
     return "\n".join(lines)

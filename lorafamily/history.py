@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decision:
-    """One change of ranks. Ranks and scores are by module name; `threshold`: the highest score that was dropped."""
+    """One change of ranks. Slices and scores are by module name; `threshold`: the highest score that was dropped."""
 
     step: int
     before: dict[str, int]
@@ -30,7 +30,7 @@ class Decision:
 @dataclass(frozen=True)
 class Step:
     """One optimizer step. `loss`: mean task loss of its batches, without penalty (nats for cross-entropy);
-    `gradient`: norm before clipping; `rank`: slices in use; `trainable`: all parameters that train, a head included;
+    `gradient`: norm before clipping; `slices`: in use; `trainable`: all parameters that train, a head included;
     `orthogonality`: mean ‖F Fᵀ − I‖_F of the adapters' frames, None without frames or where it was not measured."""
 
     step: int
@@ -38,7 +38,7 @@ class Step:
     penalty: float
     lr: float
     gradient: float
-    rank: int
+    slices: int
     trainable: int
     orthogonality: float | None = None
 
@@ -69,7 +69,7 @@ class Weights:
 class History:
     """The record that `train` returns.
 
-    `seconds`: time of the training steps, without evaluation and logging. `ranks_start`, `ranks_end`: slices by module.
+    `seconds`: time of the training steps, without evaluation and logging. `slices_start`, `slices_end`: by module.
     `stopped`: why the run ended; `skipped`: steps left out because a loss or gradient was not finite. `best`: weights
     of the best evaluation since the allocation settled, None without one; `last`: those at the end, in the model.
     """
@@ -77,8 +77,8 @@ class History:
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
-    ranks_start: dict[str, int] = field(default_factory=dict)
-    ranks_end: dict[str, int] = field(default_factory=dict)
+    slices_start: dict[str, int] = field(default_factory=dict)
+    slices_end: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     stopped: str = ""
     skipped: int = 0

@@ -46,7 +46,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         validation: batches, for methods that score ranks on them, such as `trainer.get_eval_dataloader()`.
         seed: for the initialisation of new slices.
         adapters_only: save only what trains in the Trainer's checkpoints, without the frozen base.
-        log: called with the ranks after every decision, as metrics; `trainer.log` passes them to the Trainer's loggers.
+        log: called with the slices after every decision, as metrics; `trainer.log` passes them to its loggers.
         check_gradients: refuse to go on if adapters get no gradient from the task.
 
     `session`: the session of the training, None before it begins.
@@ -69,7 +69,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         self.placement = placement_of(model)
         self.model, self.validation, self.seed = model, validation, seed
         self.log, self.check_gradients, self.adapters_only = log, check_gradients, adapters_only
-        self.start = self._ranks()
+        self.start = self._slices()
         self.session: Session | None = None
         self._hooks: list[RemovableHandle] = []
         self._ddp_may_lose_some = self._resizes and _leave_to_session(model, self.placement.adapters)
@@ -121,8 +121,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
                 "without LoraFamilyCallback; resume from another, or begin anew"
             )
         if begun is None:
-            self.start = self._ranks()
-        elif begun["start"] != {at: rank for at, rank in self.start.items() if at not in begun["left out"]}:
+            self.start = self._slices()
+        elif begun["start"] != {at: n for at, n in self.start.items() if at not in begun["left out"]}:
             raise StateError("the checkpoint is of a run with other adapters than these, or other ranks at the start")
         self.session = Session(
             self.model,
@@ -170,8 +170,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         assert self.session is not None
         decision = self.session.step()
         if decision is not None and self.log is not None:
-            ranks = list(decision.after.values())
-            metrics = {"rank": sum(ranks), "rank/lowest": min(ranks), "rank/highest": max(ranks)}
+            slices = list(decision.after.values())
+            metrics = {"slices": sum(slices), "slices/lowest": min(slices), "slices/highest": max(slices)}
             self.log({name: float(value) for name, value in metrics.items()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **given: Any) -> None:
@@ -184,13 +184,13 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     def _resizes(self) -> bool:
         return not isinstance(self.placement.method.allocation, Fixed)
 
-    def _ranks(self) -> dict[str, int]:
-        return {at: adapter.rank for at, adapter in self.placement.adapters.items()}
+    def _slices(self) -> dict[str, int]:
+        return {at: adapter.slices for at, adapter in self.placement.adapters.items()}
 
     def _check_best(self, state: TrainerState) -> None:
         """Warn if the Trainer ended with the weights of an evaluation from before the ranks settled."""
         assert self.session is not None
-        settled, now = self.session.allocator.ranks, self._ranks()
+        settled, now = self.session.allocator.slices, self._slices()
         if self.session.allocator.settled and now != settled:
             for adapter in self.placement.adapters.values():
                 adapter.settled = False

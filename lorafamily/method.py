@@ -308,7 +308,7 @@ class Method:
         home = torch.device("meta" if weight.is_meta else "cpu")  # drawn on the CPU: the same values for every device
         with home:
             update = self.parametrisation(d_in, d_out, **self.capped(d_in, d_out, rank)).to(dtype)
-        adapter = Adapter(update, scale=self.scale(scaled_as or update.rank), dropout=dropout)
+        adapter = Adapter(update, scale=self.scale(scaled_as or update.slices), dropout=dropout)
         if not weight.is_meta:
             with torch.no_grad(), home:
                 if not update.capacity:

@@ -55,8 +55,8 @@ def scored(model: nn.Module, loss, memory: float | None) -> dict[str, Tensor]:
 def brute_force(model: nn.Module, loss) -> dict[str, Tensor]:
     """The definition: for every slice a forward of the whole network without it and one with it alone."""
     adapters = placement_of(model).adapters
-    everything = {name: torch.ones(a.rank, dtype=torch.float64) for name, a in adapters.items()}
-    nothing = {name: torch.zeros(a.rank, dtype=torch.float64) for name, a in adapters.items()}
+    everything = {name: torch.ones(a.slices, dtype=torch.float64) for name, a in adapters.items()}
+    nothing = {name: torch.zeros(a.slices, dtype=torch.float64) for name, a in adapters.items()}
 
     def loss_with(gates: dict[str, Tensor]) -> Tensor:
         for name, adapter in adapters.items():
@@ -67,10 +67,10 @@ def brute_force(model: nn.Module, loss) -> dict[str, Tensor]:
             for adapter in adapters.values():
                 adapter._gate = None
 
-    scores = {name: torch.zeros(a.rank, dtype=torch.float64) for name, a in adapters.items()}
+    scores = {name: torch.zeros(a.slices, dtype=torch.float64) for name, a in adapters.items()}
     whole = loss_with(everything)
     for name, adapter in adapters.items():
-        for i, only in enumerate(torch.eye(adapter.rank, dtype=torch.float64)):
+        for i, only in enumerate(torch.eye(adapter.slices, dtype=torch.float64)):
             without = loss_with({**everything, name: 1 - only})
             scores[name][i] = without - whole - loss_with({**nothing, name: only})
     return scores
@@ -101,7 +101,7 @@ def adapted(architecture: str, layers: int, rank: int) -> tuple[nn.Module, Calla
 
 
 def passes_of_the_definition(model: nn.Module, layers: int) -> int:
-    return layers * (2 * sum(adapter.rank for adapter in placement_of(model).adapters.values()) + 1)
+    return layers * (2 * sum(adapter.slices for adapter in placement_of(model).adapters.values()) + 1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

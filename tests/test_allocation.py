@@ -41,7 +41,7 @@ def plain(d_in: int, d_out: int, rank: int) -> Plain:
 
 def gated_off(adapter: Adapter, i: int) -> torch.Tensor:
     """ΔW without slice i."""
-    gate = torch.ones(adapter.rank, dtype=torch.float64)
+    gate = torch.ones(adapter.slices, dtype=torch.float64)
     gate[i] = 0
     with adapter.gated(gate):
         return adapter.delta()
@@ -54,7 +54,7 @@ def test_dropping_a_slice_is_gating_it_off(method):
     expected = gated_off(adapter, 1)
     assert (expected - adapter.delta()).abs().max() > 1e-6
     trainable = adapter.trainable()
-    adapter.resize(torch.tensor([i for i in range(adapter.rank) if i != 1]))
+    adapter.resize(torch.tensor([i for i in range(adapter.slices) if i != 1]))
     # The same float64 sum with a zero term left out or kept: rounding in its last bits.
     assert_close(adapter.delta(), expected, rtol=1e-12, atol=1e-15)
     assert adapter.trainable() == trainable - adapter.update.slice_cost
@@ -70,7 +70,7 @@ def test_masking_a_slice_is_gating_it_off_for_now(method):
     assert_close(adapter.delta(), expected, rtol=1e-12, atol=1e-15)
     x = torch.randn(2, adapter.update.d_in, dtype=torch.float64)
     adapter(x).square().sum().backward()
-    switch, axis = adapter.update.get_parameter(adapter.update.zeroed), adapter.update.slices[adapter.update.zeroed]
+    switch, axis = adapter.update.get_parameter(adapter.update.zeroed), adapter.update.slice_axes[adapter.update.zeroed]
     assert switch.grad.select(axis, 0).any()  # it can come back
 
 
@@ -79,9 +79,9 @@ def test_added_slices_leave_the_function_unchanged(method):
     model, adapters = adapters_of(method)
     before = logits(model)
     for adapter in adapters.values():
-        rank = adapter.rank
+        rank = adapter.slices
         adapter.resize(torch.arange(rank), add=2, generator=torch.Generator().manual_seed(0))
-        assert adapter.rank == rank + 2
+        assert adapter.slices == rank + 2
     # float64: sums with zero terms added, so rounding in their last bits.
     assert_close(logits(model), before, rtol=1e-12, atol=1e-12)
 
@@ -111,7 +111,7 @@ def test_training_goes_on_where_some_modules_have_no_rank_left(method):
     for name in list(adapters)[::3]:
         adapters[name].resize(torch.arange(0))
     history = lorafamily.train(model, data(1), steps=40, validation=data(1), progress=False)
-    assert history.ranks_end == {name: adapter.rank for name, adapter in adapters.items()}
+    assert history.slices_end == {name: adapter.slices for name, adapter in adapters.items()}
     assert history.steps[-1].loss < history.steps[0].loss
 
 
@@ -197,9 +197,9 @@ def test_exact_ablation_is_the_definition(method):
     with torch.no_grad():
         whole = loss()
     for name, adapter in adapters.items():
-        for i in range(adapter.rank):
+        for i in range(adapter.slices):
             without, alone = copy.deepcopy(model), copy.deepcopy(model)
-            placement_of(without).adapters[name].resize(torch.tensor([j for j in range(adapter.rank) if j != i]))
+            placement_of(without).adapters[name].resize(torch.tensor([j for j in range(adapter.slices) if j != i]))
             for other, left in placement_of(alone).adapters.items():
                 left.resize(torch.tensor([i] if other == name else [], dtype=torch.long))
             with torch.no_grad():
@@ -239,7 +239,7 @@ def test_any_allocator_takes_any_scorer(method, scores):
     if "alora" not in method.split("+"):
         placement_of(model).method = placement_of(model).method.with_options(interval=15)
     history = lorafamily.train(model, data(1), steps=40, validation=data(1), progress=False)
-    assert history.ranks_end != history.ranks_start
+    assert history.slices_end != history.slices_start
     assert history.steps[-1].loss < history.steps[0].loss
 
 
@@ -303,7 +303,7 @@ def test_slices_fall_by_the_cubic_schedule():
 def test_ties_prune_no_more_than_asked():
     allocator, adapters = pruner([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], target=2 / 3, warmup=1, final=3, interval=2)
     decisions = run_to_end(allocator)
-    assert [sum(adapter.rank for adapter in adapters.values()), decisions[-1].total] == [4, 4]
+    assert [sum(adapter.slices for adapter in adapters.values()), decisions[-1].total] == [4, 4]
 
 
 def test_target_equal_to_the_start_prunes_nothing():
@@ -316,20 +316,20 @@ def test_target_equal_to_the_start_prunes_nothing():
 def test_a_module_may_lose_all_its_slices():
     allocator, adapters = pruner([[0.1, 0.2], [2.0, 4.0]], target=1, warmup=1, final=3, interval=2)
     run_to_end(allocator)
-    assert [adapter.rank for adapter in adapters.values()] == [0, 2]
+    assert [adapter.slices for adapter in adapters.values()] == [0, 2]
 
 
 def test_target_zero_leaves_nothing():
     allocator, adapters = pruner([[0.1, 0.2], [2.0, 4.0]], target=0, warmup=1, final=3, interval=2)
     run_to_end(allocator)
-    assert [adapter.rank for adapter in adapters.values()] == [0, 0]
+    assert [adapter.slices for adapter in adapters.values()] == [0, 0]
 
 
 def test_final_pattern_is_cut_to_the_parameter_budget():
     allocator, adapters = pruner([[1.0, 2.0], [3.0, 4.0]], target=1.0, warmup=1, final=3, interval=2, limit=24)
     run_to_end(allocator)
     assert sum(adapter.trainable() for adapter in adapters.values()) == 24
-    assert [adapter.rank for adapter in adapters.values()] == [1, 2]
+    assert [adapter.slices for adapter in adapters.values()] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_alora_drops_the_lowest_and_shares_new_ranks_evenly():
     allocator, adapters = grower(RANKS, SCORES)
     decision = allocator.step(1)
     assert decision.after == {"h.0.q": 1, "h.0.k": 1, "h.0.v": 3, "h.1.q": 3, "h.1.k": 1, "h.1.v": 3}
-    assert {name: adapter.rank for name, adapter in adapters.items()} == decision.after
+    assert {name: adapter.slices for name, adapter in adapters.items()} == decision.after
     assert decision.threshold == 3.0
     assert allocator.step(2) is None
 
@@ -399,7 +399,7 @@ def test_alora_gives_the_remainder_to_the_highest_mean_score():
 def test_alora_drops_nothing_that_it_cannot_give_elsewhere(ranks, scores, drop, after):
     allocator, adapters = grower(ranks, scores, drop=drop)
     decision = allocator.step(1)
-    assert decision.after == after == {name: adapter.rank for name, adapter in adapters.items()}
+    assert decision.after == after == {name: adapter.slices for name, adapter in adapters.items()}
     assert allocator.settled
 
 
@@ -446,9 +446,9 @@ def test_the_budget_holds_at_every_step(method, seed):
     model = lorafamily.apply(tiny(seed=seed), method, budget=budget, seed=seed, **few_rounds(method))
     history = lorafamily.train(model, data(), steps=40, validation=data(1), progress=False, seed=seed)
     assert max(step.trainable for step in history.steps) <= budget
-    assert history.ranks_end == {n: a.rank for n, a in placement_of(model).adapters.items()}
+    assert history.slices_end == {n: a.slices for n, a in placement_of(model).adapters.items()}
     if history.decisions:
-        assert history.ranks_end != history.ranks_start
+        assert history.slices_end != history.slices_start
 
 
 @methods_and_seeds
@@ -459,9 +459,9 @@ def test_the_rank_budget_holds_at_every_step(method, seed):
     assert (summary.slices, summary.unused, summary.budget) == (96, 4, None)
     assert "rank budget (at the peak): 100 slices, of which 4 unused" in str(summary)
     history = lorafamily.train(model, data(), steps=40, validation=data(1), progress=False, seed=seed)
-    assert max(step.rank for step in history.steps) <= 100
-    assert history.ranks_start == dict.fromkeys(history.ranks_start, 8)
-    assert sum(adapter.rank for adapter in placement_of(model).adapters.values()) <= 100
+    assert max(step.slices for step in history.steps) <= 100
+    assert history.slices_start == dict.fromkeys(history.slices_start, 8)
+    assert sum(adapter.slices for adapter in placement_of(model).adapters.values()) <= 100
 
 
 def test_a_rank_budget_for_the_end_lets_pruning_start_larger():
@@ -506,7 +506,7 @@ def test_a_budget_for_the_end_counts_what_has_no_slices(widths, slices, budget, 
     )
     history = lorafamily.train(model, [torch.ones(2, widths[0])], steps=20, loss_fn=fit_zero, progress=False)
     assert placement.trainable() <= budget
-    assert sum(history.ranks_end.values()) == 3 / 8 * sum(history.ranks_start.values())
+    assert sum(history.slices_end.values()) == 3 / 8 * sum(history.slices_start.values())
 
 
 @pytest.mark.parametrize("at", ["peak", "end"])
@@ -544,7 +544,7 @@ def test_a_slice_that_does_not_fit_makes_place_for_one_that_does():
     )
     allocator.scorer.scores = lambda: {"wide": torch.tensor([9.0]), "small": torch.tensor([1.0, 2.0])}
     run_to_end(allocator)
-    assert {name: adapter.rank for name, adapter in adapters.items()} == {"wide": 0, "small": 1}
+    assert {name: adapter.slices for name, adapter in adapters.items()} == {"wide": 0, "small": 1}
 
 
 class Layers(nn.Module):
@@ -621,11 +621,11 @@ def test_scores_that_are_not_finite_are_refused(scores):
     if not nan:
         next(iter(adapters.values())).update.B.data[0, 0] = torch.inf
     loss_of(model, loss).backward()
-    before = dict(allocator.ranks)
+    before = dict(allocator.slices)
     why = r"loss of the scored rows is nan.*masked \(-100\)" if nan else "gradients that it observed, are not finite"
     with pytest.raises(lorafamily.AllocationError, match=rf"slices of blocks\.0\..* score .* after step 1, .*{why}"):
         allocator.step(1)
-    assert before == allocator.ranks == {name: adapter.rank for name, adapter in adapters.items()}
+    assert before == allocator.slices == {name: adapter.slices for name, adapter in adapters.items()}
     assert not allocator.settled
 
 
@@ -636,11 +636,11 @@ def test_settled_ranks_stay_unless_they_are_to_move_again(method, tmp_path):
     def train(model):
         return lorafamily.train(model, data(1), steps=40, validation=data(1), progress=False)
 
-    settled = train(model).ranks_end
+    settled = train(model).slices_end
     loaded = lorafamily.load(tiny(), lorafamily.save(model, tmp_path))
     for own in (model, loaded):
         second = lorafamily.train(own, data(1), steps=2, progress=False)  # too short for a schedule, no validation
-        assert (second.ranks_start, second.ranks_end, second.decisions) == (settled, settled, [])
+        assert (second.slices_start, second.slices_end, second.decisions) == (settled, settled, [])
     placement = placement_of(loaded)
     run = Run(loaded, placement.adapters, steps=40, validation_loss=lambda rows: loss_of(loaded, data(1)[0]))
     assert placement.method.allocation.begin(run).settled
@@ -648,7 +648,7 @@ def test_settled_ranks_stay_unless_they_are_to_move_again(method, tmp_path):
     assert not again.settled
     assert [again.step(step) is not None for step in range(1, 41)].count(True) > 0
     assert again.settled
-    assert again.ranks != settled
+    assert again.slices != settled
 
 
 def test_a_run_whose_ranks_are_not_settled_does_not_go_on_with_settled_adapters():
@@ -660,7 +660,7 @@ def test_a_run_whose_ranks_are_not_settled_does_not_go_on_with_settled_adapters(
     run = Run(nn.Module(), adapters, steps=10)
     still = ImportancePruning().begin(run)
     still.restore(first.state())
-    assert (still.ranks, still.settled) == (first.ranks, True)
+    assert (still.slices, still.settled) == (first.slices, True)
     with pytest.raises(lorafamily.AllocationError, match="had ranks to settle"):
         still.restore(half_way)
     moving = ImportancePruning(target=1.0, scorer="random").begin(dataclasses.replace(run, again=True))

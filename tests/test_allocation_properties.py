@@ -55,10 +55,10 @@ class Watched(Allocation):
 
         def watched_resize(name: str, keep: Tensor, add: int = 0) -> None:
             update = run.adapters[name].update
-            before = {key: moments_of(run, update.get_parameter(key)) for key in update.slices}
-            output, only_grows = self.output(), len(keep) == update.rank
+            before = {key: moments_of(run, update.get_parameter(key)) for key in update.slice_axes}
+            output, only_grows = self.output(), len(keep) == update.slices
             resize(name, keep, add)
-            for key, axis in update.slices.items():
+            for key, axis in update.slice_axes.items():
                 after = moments_of(run, update.get_parameter(key))
                 for name_of_state, old in before[key].items():
                     survivors = after[name_of_state].narrow(axis, 0, len(keep))
@@ -96,16 +96,16 @@ def moments_of(run: Run, parameter: nn.Parameter) -> dict[str, Tensor]:
 
 def check_decision(model: nn.Module, run: Run, allocator: Allocator, decision: Decision) -> None:
     placement = placement_of(model)
-    assert decision.after == allocator.ranks
+    assert decision.after == allocator.slices
     assert all(rank >= 0 for rank in decision.after.values())
     if allocator.settled:
-        assert decision.after == {name: adapter.rank for name, adapter in run.adapters.items()}
+        assert decision.after == {name: adapter.slices for name, adapter in run.adapters.items()}
     if placement.sizing.budget_at == "peak" or allocator.settled:
         check_budget(placement)
 
 
 def check_budget(placement: Placement) -> None:
-    slices = sum(adapter.rank for adapter in placement.adapters.values())
+    slices = sum(adapter.slices for adapter in placement.adapters.values())
     assert placement.sizing.budget is None or placement.trainable() <= placement.sizing.budget
     assert placement.sizing.rank_budget is None or slices <= placement.sizing.rank_budget
 
@@ -188,7 +188,7 @@ def test_after_every_decision(tmp_path_factory, data):
         assert all(step.trainable <= (placement.sizing.budget or step.trainable) for step in history.steps)
     assert watched.decisions == history.decisions
     assert bool(options) == bool(history.decisions)
-    assert history.ranks_end == {name: adapter.rank for name, adapter in placement.adapters.items()}
+    assert history.slices_end == {name: adapter.slices for name, adapter in placement.adapters.items()}
 
     folder = lorafamily.save(model, tmp_path_factory.mktemp("adapter"))
     file = (folder / "adapter.safetensors").read_bytes()

@@ -118,7 +118,7 @@ def test_norms_by_layer_and_matrix():
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(6, 6)}) for _ in range(2)])}).double()
     perturb_(lorafamily.apply(model, "lora", rank=2, targets="q", seed=0))
     rows = analysis.norms(model)
-    assert [(row.module, row.layer, row.matrix, row.rank) for row in rows] == [
+    assert [(row.module, row.layer, row.matrix, row.slices) for row in rows] == [
         ("blocks.0.q", 0, "q", 2),
         ("blocks.1.q", 1, "q", 2),
     ]

@@ -104,7 +104,7 @@ def test_a_pruning_method_may_start_larger_if_the_budget_is_for_the_end(deberta)
 
 def test_ranks_are_capped_by_the_layer():
     model = lorafamily.apply(tiny(), "lora", rank=50)
-    assert placement_of(model).adapters["blocks.0.attention.query"].rank == 16
+    assert placement_of(model).adapters["blocks.0.attention.query"].slices == 16
     assert placement_of(lorafamily.apply(tiny(), "lora", budget=1e9)).trainable() == sum(
         16 * (a.update.d_in + a.update.d_out) for a in placement_of(model).adapters.values()
     )

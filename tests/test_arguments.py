@@ -180,7 +180,7 @@ def shown(**given) -> str:
 
 def settled_twice(**given) -> bool:
     model, _, _ = trained("adalora")
-    before = {at: adapter.rank for at, adapter in placement_of(model).adapters.items()}
+    before = {at: adapter.slices for at, adapter in placement_of(model).adapters.items()}
     assert sum(before.values()) == 6
     data = [batch(i) for i in range(3)]
     return bool(lorafamily.train(model, data, steps=STEPS, seed=0, progress=False, **given).decisions)
@@ -384,7 +384,7 @@ def applied(method: str = "lora", model=None, **given):
 
 
 def ranks(**given) -> list[int]:
-    return [adapter.rank for adapter in placement_of(applied(**given)).adapters.values()]
+    return [adapter.slices for adapter in placement_of(applied(**given)).adapters.values()]
 
 
 def at(**given) -> list[str]:

@@ -180,7 +180,7 @@ def test_the_command_merges_and_inspects(tmp_path, capsys):
     assert (tmp_path / "ranks.png").read_bytes()[:4] == b"\x89PNG"
     assert cli.main(["inspect", f"{tmp_path}/adapter", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
-    assert described["rank"] == 42
+    assert described["slices"] == 42
     assert described["modules"]["model.layers.0.self_attn.q_proj"]["shape"] == [32, 32]
 
 
@@ -188,7 +188,7 @@ def test_the_command_compresses(tmp_path, capsys):
     model = saved_pair(tmp_path, "llama", "adalora")
     lorafamily.unmerge(model)
     assert cli.main(["compress", "--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/small", "--rank", "1"]) == 0
-    assert "total rank 42 → 14; largest error" in capsys.readouterr().out
+    assert "42 slices → total rank 14; largest error" in capsys.readouterr().out
     lorafamily.compress(model, rank=1)
     assert torch.equal(logits(lorafamily.load(model_of("llama"), tmp_path / "small")), logits(model))
     size = [(tmp_path / name / "adapter.safetensors").stat().st_size for name in ("small", "adapter")]
@@ -203,7 +203,8 @@ def test_the_command_exports(tmp_path, capsys):
     assert cli.main(["export", *arguments, "--layout", "serving"]) == 0
     assert "layout serving" in capsys.readouterr().out
     again = lorafamily.import_peft(model_of("llama"), tmp_path / "peft")
-    assert_merged(logits(again), logits(model))
+    # In float64: what is left is that the factors of the file were rounded once, and not how a processor sums.
+    assert_merged(logits(again.double()), logits(model.double()))
     arguments[1] = f"{tmp_path}/nowhere"
     assert cli.main(["export", *arguments]) == 2
     assert "nowhere: no config.json there; a checkpoint is a folder with" in capsys.readouterr().err

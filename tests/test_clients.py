@@ -145,7 +145,7 @@ def test_a_file_of_kohya_is_read_as_diffusers_reads_it(tmp_path):
     ours = lorafamily.import_peft(copy.deepcopy(base), tmp_path)
     assert (image_of(ours) - image_of(base)).abs().max() > 0.01
     assert_close(image_of(ours), image_of(theirs), **CLOSE)
-    assert {adapter.rank for adapter in placement_of(ours).adapters.values()} == {2, 3}
+    assert {adapter.slices for adapter in placement_of(ours).adapters.values()} == {2, 3}
 
 
 def test_alphas_of_kohya_that_differ(tmp_path):
@@ -396,7 +396,7 @@ def test_target_parameters_of_ranks_and_alphas_that_differ(tmp_path):
     ours = lorafamily.import_peft(copy.deepcopy(base), tmp_path)
     assert (logits(theirs) - logits(base)).abs().max() > 0.01
     assert_close(logits(ours), logits(theirs), **CLOSE)
-    assert {adapter.rank for adapter in placement_of(ours).adapters.values()} == {1, 2, 3, 4}
+    assert {adapter.slices for adapter in placement_of(ours).adapters.values()} == {1, 2, 3, 4}
 
 
 def test_layers_that_a_server_fuses_come_together(tmp_path):

@@ -88,7 +88,7 @@ def test_what_is_cut_after_training_and_what_looks_at_data_first(tmp_path):
     assert done["lora"]["cut_error"] is None
     assert cut["metric"] != cut["curve"][-1][1]  # measured after the cut
     saved = tmp_path / "embedded" / "cells" / cut["key"] / "adapter"
-    assert lorafamily.ranks_at(saved) == cut["ranks_end"]
+    assert lorafamily.slices_at(saved) == cut["ranks_end"]
     for looked in ("eva", "gora"):
         assert done[looked]["ranks_start"] == done[looked]["ranks_end"]
         assert len(set(done[looked]["ranks_end"].values())) > 1

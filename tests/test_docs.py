@@ -161,7 +161,7 @@ def test_what_extending_defines_is_a_method_like_the_others(method, extended, tm
         counted = type(adapter.update).count(adapter.update.d_in, adapter.update.d_out, **adapter.update.sizes())
         assert counted == adapter.trainable()
         whole = adapter.update.d_out if method.startswith(("rescaled", "vera")) else 0  # what has no slices
-        assert adapter.rank * adapter.update.slice_cost + whole == counted
+        assert adapter.slices * adapter.update.slice_cost + whole == counted
     adapted = logits(perturb_(model, size=0.2))
     assert (adapted - base).abs().max() > 0.1
     assert_close(logits(lorafamily.merge(model)), adapted)
@@ -190,14 +190,14 @@ def test_the_start_from_data_has_its_directions_and_ranks(extended):
     assert torch.equal(logits(model), base)
     adapters = placement_of(model).adapters
     values = {name: torch.linalg.svdvals(of.gradient) for name, of in evidence.layers.items()}
-    least = min(float(values[name][a.rank - 1]) for name, a in adapters.items() if a.rank)
+    least = min(float(values[name][a.slices - 1]) for name, a in adapters.items() if a.slices)
     for name, adapter in adapters.items():
         # A slice that did not fit into the rest any more may be worth more than the last that did.
-        assert int((values[name] > least).sum()) - adapter.rank in (0, 1, -1)
+        assert int((values[name] > least).sum()) - adapter.slices in (0, 1, -1)
         _, V = adapter.factors()
         gradient = evidence.layers[name].gradient
-        assert_close((gradient @ V.T).norm(dim=0), values[name][: adapter.rank], rtol=1e-4, atol=1e-5)
-    assert len({adapter.rank for adapter in adapters.values()}) > 2
+        assert_close((gradient @ V.T).norm(dim=0), values[name][: adapter.slices], rtol=1e-4, atol=1e-5)
+    assert len({adapter.slices for adapter in adapters.values()}) > 2
     with pytest.raises(lorafamily.MethodError, match='"steepest" looks at gradients before training'):
         lorafamily.apply(tiny(), "steepest", budget=4_000)
 
@@ -210,7 +210,7 @@ def test_cutting_once_keeps_the_highest_scores_and_the_budgets(extended):
     every = sorted((score for of in decision.scores.values() for score in of), reverse=True)
     for name, kept in decision.after.items():
         assert sum(score >= every[23] for score in decision.scores[name]) == kept
-    assert all(adapter.rank == decision.after[name] for name, adapter in placement_of(model).adapters.items())
+    assert all(adapter.slices == decision.after[name] for name, adapter in placement_of(model).adapters.items())
     assert len(set(decision.after.values())) > 1
 
 
@@ -265,7 +265,7 @@ def test_deployment_as_shown(monkeypatch, tmp_path, capsys):
     assert_close(of("back"), expected, **close)
     assert torch.equal(scope["of_base"], base)
     assert_close(scope["routed"], torch.stack([expected[0], of("back")[1], base[2], expected[3]]), **close)
-    assert {adapter.rank for adapter in placement_of(model, "default").adapters.values()} > {4}
+    assert {adapter.slices for adapter in placement_of(model, "default").adapters.values()} > {4}
     assert max(row.error for row in scope["report"]) < 0.1 + 1e-6  # the root of the 1 % of energy that may go
 
     served = json.loads(Path("for-servers/adapter_config.json").read_text())
@@ -353,7 +353,8 @@ MEASURED = [
     r" → \d+(?= )",  # of a module's rank: where it went; a module that stayed shows its start alone
     r"(?<= ) [\d.e-]+$",  # ‖ΔW‖, the last column
     r"[\d,]+(?= adapter parameters)",
-    r"(?<=total rank )\d+( → \d+)?",
+    r"\d+(?= slices → total rank )",
+    r"(?<= slices → total rank )\d+",
     r"\d+(?= KiB)",
     r"[\d.]+% \(model\.\S+\)$",
     r"(?<=█ = )\d+$",

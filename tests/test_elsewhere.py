@@ -44,7 +44,7 @@ def trained(name, model, x, loss_fn, method="alora", steps=12, **options):
     loader = torch.utils.data.DataLoader(rows, batch_size=8)
     history = lorafamily.train(model, loader, steps=steps, lr=1e-3, loss_fn=loss_fn, seed=0, progress=False,
         validation=[{"bytes": x[:8]}])
-    told[name] = {"losses": [s.loss for s in history.steps], "ranks": history.ranks_end}
+    told[name] = {"losses": [s.loss for s in history.steps], "ranks": history.slices_end}
     if rank == 0:
         lorafamily.save(model, f"{folder}/{name}")
     return model

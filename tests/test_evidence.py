@@ -43,7 +43,7 @@ def padded(rows: int = 6, length: int = 12, seed: int = 0, words: int = 99) -> d
 
 
 def ranks_of(model) -> dict[str, int]:
-    return {at: adapter.rank for at, adapter in placement_of(model).adapters.items()}
+    return {at: adapter.slices for at, adapter in placement_of(model).adapters.items()}
 
 
 @pytest.mark.filterwarnings("ignore")  # peft and transformers warn of each other
@@ -85,7 +85,7 @@ def test_eva_has_the_directions_and_ranks_of_peft(family, tau, monkeypatch):
             at = at.removeprefix("base_model.model.")
             rows[at], scales[at] = module.lora_A["default"].weight.detach(), module.scaling["default"]
     adapters = placement_of(ours).adapters
-    assert len({adapter.rank for adapter in adapters.values()}) > 1
+    assert len({adapter.slices for adapter in adapters.values()}) > 1
     # Layers of one input have one set of shares: which of them gets the last slice is a tie, that each side breaks.
     groups: dict[tuple, list[str]] = {}
     for at in adapters:
@@ -93,16 +93,16 @@ def test_eva_has_the_directions_and_ranks_of_peft(family, tau, monkeypatch):
         alike = last in ("query", "key", "value", "q_proj", "k_proj", "v_proj")
         groups.setdefault((of_block, "qkv" if alike else last), []).append(at)
     for alike in groups.values():
-        assert sorted(adapters[at].rank for at in alike) == sorted(len(rows.get(at, ())) for at in alike)
+        assert sorted(adapters[at].slices for at in alike) == sorted(len(rows.get(at, ())) for at in alike)
     compared = 0
     for at, adapter in adapters.items():
-        n = min(adapter.rank, len(rows.get(at, ())))
+        n = min(adapter.slices, len(rows.get(at, ())))
         if n:
             cosine = nn.functional.cosine_similarity(adapter.factors()[1][:n], rows[at][:n]).abs()
             assert cosine.min() >= 0.999, at
             assert adapter.scale == pytest.approx(scales[at])
             compared += n
-    assert compared > 0.9 * sum(adapter.rank for adapter in adapters.values())
+    assert compared > 0.9 * sum(adapter.slices for adapter in adapters.values())
 
 
 def test_directions_are_those_of_all_inputs_that_count():
@@ -279,7 +279,7 @@ def test_gora_has_the_ranks_and_the_start_of_its_formulas(keep_step):
         m, n = shapes[at]
         share = b * importance[at] / sum(importance.values()) / math.sqrt(m + n)
         r = min(max(round(share), 2), 16)
-        assert adapter.rank == r, at
+        assert adapter.slices == r, at
         assert adapter.scale == 16 / math.sqrt(r)
         A, G = adapter.update.A.detach(), evidence.layers[at].gradient
         assert A.abs().max() <= 1 / math.sqrt(n)

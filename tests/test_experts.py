@@ -94,8 +94,8 @@ def uneven(model: nn.Module) -> nn.Module:
     """Leave the start: factors moved, every expert with a rank of its own, some with none."""
     perturb_(model, size=0.2)
     for i, adapter in enumerate(of_experts(model).values()):
-        adapter.resize(torch.arange(min(i % 4, adapter.rank)))
-    assert {adapter.rank for adapter in of_experts(model).values()} == {0, 1, 2, 3}
+        adapter.resize(torch.arange(min(i % 4, adapter.slices)))
+    assert {adapter.slices for adapter in of_experts(model).values()} == {0, 1, 2, 3}
     return model
 
 
@@ -237,7 +237,8 @@ def test_experts_of_different_ranks_are_saved_and_merged(family, tmp_path):
     lorafamily.save(model, tmp_path / "one")
     again = lorafamily.load(model_of(family), tmp_path / "one")
     assert torch.equal(logits(again), adapted)
-    assert {at: a.rank for at, a in of_experts(again).items()} == {at: a.rank for at, a in of_experts(model).items()}
+    ranks = [{at: adapter.slices for at, adapter in of_experts(one).items()} for one in (again, model)]
+    assert ranks[0] == ranks[1]
     lorafamily.save(again, tmp_path / "two")
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
@@ -306,7 +307,7 @@ SCHEDULES = {
 def test_ranks_of_experts_move_within_the_budget(family, method):
     model, budget = model_of(family), 40_000
     lorafamily.apply(model, method, budget=budget, seed=0, **SCHEDULES[method])
-    start = {at: a.rank for at, a in of_experts(model).items()}
+    start = {at: a.slices for at, a in of_experts(model).items()}
     assert placement_of(model).trainable() <= budget
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     session = lorafamily.session(model, optimizer, steps=6, validation=data())
@@ -316,7 +317,7 @@ def test_ranks_of_experts_move_within_the_budget(family, method):
         session.step()
         optimizer.zero_grad()
         assert placement_of(model).trainable() <= budget
-    now = {at: a.rank for at, a in of_experts(model).items()}
+    now = {at: a.slices for at, a in of_experts(model).items()}
     assert now != start
     assert len(set(now.values())) > 1
     adapted = logits(model.eval())
@@ -391,7 +392,7 @@ def test_a_run_in_which_experts_stay_unvisited_is_not_refused():
 
 def test_the_picture_has_an_axis_for_experts():
     model = uneven(lorafamily.apply(model_of("qwen3"), rank=3, seed=0))
-    ranks = {at: a.rank for at, a in placement_of(model).adapters.items()}
+    ranks = {at: a.slices for at, a in placement_of(model).adapters.items()}
     grids = expert_grids(ranks)
     assert list(grids) == ["mlp.experts.*.gate_up_proj", "mlp.experts.*.down_proj"]
     for kind, (layers, experts, grid) in grids.items():

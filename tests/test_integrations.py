@@ -59,7 +59,7 @@ def test_a_trainer_prunes_and_grows_and_resumes_to_the_same_bytes(method, tmp_pa
     if method != "olora":
         before, after = callback.decisions[0].before, callback.decisions[-1].after
         assert after != before
-        assert after == {at: adapter.rank for at, adapter in placement_of(whole).adapters.items()}
+        assert after == {at: adapter.slices for at, adapter in placement_of(whole).adapters.items()}
         if method == "alora":
             assert any(after[at] > before[at] for at in after)
             assert any(after[at] < before[at] for at in after)
@@ -86,7 +86,7 @@ def test_a_best_checkpoint_from_before_the_ranks_were_settled_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"checkpoint-6, the best checkpoint, is from before the ranks were settled"):
         trainer.train()
     adapters = placement_of(model).adapters
-    assert sum(adapter.rank for adapter in adapters.values()) > sum(callback.decisions[-1].after.values())
+    assert sum(adapter.slices for adapter in adapters.values()) > sum(callback.decisions[-1].after.values())
     assert not any(adapter.settled for adapter in adapters.values())
     late = adapted("adalora")
     trainer, _ = trainer_of(late, tmp_path / "late", **best, eval_delay=18)

@@ -88,7 +88,7 @@ class Watch:
         self.trainable.append(self.placement.trainable())
         for at, adapter in self.placement.adapters.items():
             gates = [p for name, p in adapter.update.named_parameters() if adapter.update.role(name) == "gate"]
-            if adapter.rank and not any(p.grad is not None and p.grad.any() for p in gates):
+            if adapter.slices and not any(p.grad is not None and p.grad.any() for p in gates):
                 self.without_gradient.add((self.steps, at))
         if self.steps == 1 and self.at_start:
             self.compare()
@@ -148,8 +148,8 @@ def test_a_client_allocates_with_the_penalty_and_goes_on_to_the_same_bytes(secti
     adapters = whole.placement.adapters
     assert max(whole.trainable) <= whole.placement.sizing.budget
     assert whole.trainable[-1] < whole.trainable[0]
-    assert sum(a.rank for a in adapters.values()) <= 0.9 * sum(a.initial_rank for a in adapters.values())
-    assert len({adapter.rank for adapter in adapters.values()}) > 1
+    assert sum(a.slices for a in adapters.values()) <= 0.9 * sum(a.initial_slices for a in adapters.values())
+    assert len({adapter.slices for adapter in adapters.values()}) > 1
     assert all(adapter.settled for adapter in adapters.values())
     if "LayerDrop" in section:  # else nothing was dropped, and the guard had nothing to let pass
         assert len({step for step, _ in whole.without_gradient}) > 6
@@ -182,7 +182,7 @@ def test_an_expert_without_tokens_gives_up_its_ranks_first_where_the_task_alone_
     code = script("Experts that no batch visits").replace("interval=3)", 'interval=3, gradient_of="task")')
     scope: dict = {}
     exec(code, scope)
-    ranks = {at: adapter.rank for at, adapter in placement_of(scope["model"]).adapters.items()}
+    ranks = {at: adapter.slices for at, adapter in placement_of(scope["model"]).adapters.items()}
     assert ranks == {"experts.0": 4, "experts.1": 4, "experts.2": 4, "experts.3": 2}
 
 

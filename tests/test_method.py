@@ -79,7 +79,7 @@ def test_dependent_leading_columns_fall_back_to_the_full_qr():
 class Frozen(lorafamily.Parametrisation):
     """LoRA with a frozen A, as a parameter, which would train all the same."""
 
-    slices = {"B": 1, "A": 0}
+    slice_axes = {"B": 1, "A": 0}
     zeroed = "B"
 
     def __init__(self, d_in, d_out, rank):
@@ -92,7 +92,7 @@ class Frozen(lorafamily.Parametrisation):
         return rank * (d_in + d_out)
 
     def sizes(self):
-        return {"rank": self.rank}
+        return {"rank": self.slices}
 
     def factors(self, gate=None):
         return self.B, self.A

@@ -92,7 +92,7 @@ def test_the_total_stays_and_the_run_settles(method, tmp_path):
     history = lorafamily.train(model, data(), steps=20, lr=5e-2, seed=0, progress=False)
     assert [decision.step for decision in history.decisions] == [3, 6, 9, 12, 15]
     assert {sum(decision.after.values()) for decision in history.decisions} == {start}
-    assert len(set(history.ranks_end.values())) > 1
+    assert len(set(history.slices_end.values())) > 1
     assert all(adapter.settled for adapter in placement_of(model).adapters.values())
     adapted = logits(model)
     assert torch.equal(logits(lorafamily.load(tiny(), lorafamily.save(model, tmp_path))), adapted)

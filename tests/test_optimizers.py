@@ -223,7 +223,7 @@ def sliced(adapter: Adapter, optimizer: torch.optim.Optimizer) -> list[tuple[str
     """All state tensors of parameters that have slices; Prodigy's flat ones in the parameter's shape."""
     return [
         (f"{name} {key}", value.view(p.shape) if key in ("s", "p0") and value.ndim else value)
-        for name in adapter.update.slices
+        for name in adapter.update.slice_axes
         for p in [adapter.update.get_parameter(name)]
         for key, value in state_of(optimizer, p).items()
         if isinstance(value, Tensor)
@@ -275,7 +275,7 @@ def test_every_optimiser_follows_ranks_to_zero_and_back(name, method):
     for i in range(2):
         seen = []
         step(model, optimizer, i)
-        assert len({id(p) for p in seen}) == len(trained(model)) - len(adapters["c"].update.slices)
+        assert len({id(p) for p in seen}) == len(trained(model)) - len(adapters["c"].update.slice_axes)
         assert all(p.numel() for p in seen)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in trained(model)}
     run.resize("c", torch.arange(0), add=2)

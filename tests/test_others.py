@@ -556,7 +556,7 @@ def test_penalty_and_allocation_happen_from_outside(method):
     history = train(model, batches, steps=30, validation=batches)
     assert history.decisions[-1].after != history.decisions[0].before
     assert (history.steps[-1].penalty > 0) == (method != "alora")
-    assert history.ranks_end == {at: a.rank for at, a in placement_of(model.encoder).adapters.items()}
+    assert history.slices_end == {at: a.slices for at, a in placement_of(model.encoder).adapters.items()}
 
 
 # 7. Targets
@@ -778,7 +778,7 @@ def test_a_first_batch_shows_what_is_read(method, tmp_path):
     with pytest.warns(UserWarning, match=READS + r".*is left out"):
         history = train(model, batches, 20, **options)
     adapters = placement_of(model).adapters
-    assert list(adapters) == list(history.ranks_start) == list(history.ranks_end) == ["first", "last"]
+    assert list(adapters) == list(history.slices_start) == list(history.slices_end) == ["first", "last"]
     assert max(step.trainable for step in history.steps) <= 600
     # Its class and its names are what they were, and merging is what training was.
     assert not [name for name, _ in model.named_modules() if "proj.lorafamily" in name]
@@ -797,7 +797,7 @@ def test_a_first_batch_shows_what_is_read(method, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         benign = lorafamily.apply(Reader(benign=True), method, rank=2, **scheduled(method))
-        assert list(train(benign, batches, 20, validation=batches).ranks_end) == ["first", "proj", "last"]
+        assert list(train(benign, batches, 20, validation=batches).slices_end) == ["first", "proj", "last"]
 
 
 def wavlm():

@@ -140,7 +140,7 @@ def test_q_and_v_of_a_fused_projection_are_shared_as_one_layer(method, tmp_path)
     perturb_(model, size=0.2)
     first, second, *_ = placed.values()
     first.resize(torch.arange(0))
-    second.resize(torch.arange(second.rank), add=1, generator=torch.Generator().manual_seed(0))
+    second.resize(torch.arange(second.slices), add=1, generator=torch.Generator().manual_seed(0))
     perturb_(model, seed=2, size=0.1)
     adapted = logits(model)
     assert (adapted - before).abs().max() > 0.05

@@ -38,7 +38,7 @@ def uneven(model: nn.Module) -> nn.Module:
     none, fewer, more, *_ = placement_of(model).adapters.values()
     none.resize(torch.arange(0))
     fewer.resize(torch.tensor([1]))
-    more.resize(torch.arange(more.rank), add=2, generator=torch.Generator().manual_seed(0))
+    more.resize(torch.arange(more.slices), add=2, generator=torch.Generator().manual_seed(0))
     return perturb_(model, seed=2, size=0.05)
 
 
@@ -115,7 +115,7 @@ def test_we_compute_the_same_from_peft_s_file(family, options, tmp_path):
     ours = lorafamily.import_peft(copy.deepcopy(base), tmp_path)
     assert (logits(ours) - logits(base)).abs().max() > 0.01
     assert_close(logits(ours), logits(theirs), **CLOSE)
-    ranks = {adapter.rank for adapter in placement_of(ours).adapters.values()}
+    ranks = {adapter.slices for adapter in placement_of(ours).adapters.values()}
     assert ranks == ({3, 5} if "rank_pattern" in options else {4})
     ours.train()
     assert {n for n, p in ours.named_parameters() if p.requires_grad and "adapters" not in n} == (

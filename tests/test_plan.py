@@ -193,7 +193,7 @@ def test_predicted_files_are_those_that_save_writes(method, tmp_path):
     placement = placement_of(model)
     assert planned.use.adapters == placement.trainable()
     assert planned.use.extra == 16
-    assert planned.ranks == {path: adapter.rank for path, adapter in placement.adapters.items()}
+    assert planned.slices == {path: adapter.slices for path, adapter in placement.adapters.items()}
     assert planned.sizing == placement.sizing
 
 

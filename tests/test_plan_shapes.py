@@ -103,12 +103,12 @@ def test_short_names_are_of_every_matrix(name, count):
     every = planned(name, "lora", rank=1)
     short = planned(name, "lora", ["q", "k", "v", "o", "gate", "up", "down"][: 4 if count < 7 else 7], rank=1)
     layers = shape(name).config.num_hidden_layers
-    assert len(short.ranks) == layers * (4 if count < 7 else 7)
+    assert len(short.slices) == layers * (4 if count < 7 else 7)
     ends = planned(name, "lora", ["up", "down"], rank=1)
-    assert len(ends.ranks) == 2 * layers
+    assert len(ends.slices) == 2 * layers
     if name != "gpt2":  # whose q, k and v are one layer
-        assert len(every.ranks) == layers * count
-        assert {*short.ranks, *ends.ranks} == set(every.ranks)
+        assert len(every.slices) == layers * count
+        assert {*short.slices, *ends.slices} == set(every.slices)
 
 
 def test_expressions_go_beside_short_names():

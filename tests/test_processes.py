@@ -58,7 +58,7 @@ history = lorafamily.train(
 assert rank or all(p.grad is None for p in model.parameters())
 if rank == 0:
     lorafamily.save(model, folder + "/adapter")
-    told = {"losses": [s.loss for s in history.steps], "ranks": history.ranks_end, "metrics": history.metrics}
+    told = {"losses": [s.loss for s in history.steps], "ranks": history.slices_end, "metrics": history.metrics}
     told["decisions"] = [[d.step, d.after] for d in history.decisions]
     open(folder + "/told.json", "w").write(json.dumps(told))
 """

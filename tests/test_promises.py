@@ -119,8 +119,8 @@ def test_a_saved_adapter_gives_the_same_bits_in_a_fresh_model(method, tmp_path):
     lorafamily.save(model, tmp_path / "a")
     fresh = lorafamily.load(tiny(), tmp_path / "a")
     assert torch.equal(logits(fresh), logits(model))
-    assert {k: v.rank for k, v in placement_of(fresh).adapters.items()} == {
-        k: v.rank for k, v in placement_of(model).adapters.items()
+    assert {k: v.slices for k, v in placement_of(fresh).adapters.items()} == {
+        k: v.slices for k, v in placement_of(model).adapters.items()
     }
     assert str(lorafamily.summary(fresh)) == str(lorafamily.summary(model))
     lorafamily.save(fresh, tmp_path / "b")

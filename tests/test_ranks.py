@@ -17,7 +17,7 @@ SOME = {"blocks.0.attention.query": 5, r"blocks\.1.*mlp": 2, "attention": 3}
 
 
 def ranks_of(model) -> dict[str, int]:
-    return {at: adapter.rank for at, adapter in placement_of(model).adapters.items()}
+    return {at: adapter.slices for at, adapter in placement_of(model).adapters.items()}
 
 
 def by_size(method: str) -> str:
@@ -47,8 +47,8 @@ def test_a_pattern_that_a_run_found_trains_anew(method, anew, tmp_path):
     lorafamily.save(model, tmp_path / "saved")
     found, recorded = ranks_of(model), lorafamily.summary(model).parameters
     assert len(set(found.values())) > 1
-    assert lorafamily.ranks_at(tmp_path / "run", STEPS) == lorafamily.ranks_at(tmp_path / "run") == found
-    assert lorafamily.ranks_at(tmp_path / "saved") == found
+    assert lorafamily.slices_at(tmp_path / "run", STEPS) == lorafamily.slices_at(tmp_path / "run") == found
+    assert lorafamily.slices_at(tmp_path / "saved") == found
     size = by_size(method)
     width = {"width": 4} if size == "slices" else {}
     again = lorafamily.apply(tiny(), anew, **{size: found}, **width)
@@ -61,7 +61,7 @@ def test_a_pattern_that_a_run_found_trains_anew(method, anew, tmp_path):
     assert ranks_of(moved) == other
     assert lorafamily.summary(moved).parameters == recorded
     history = lorafamily.train(moved, data(), steps=3, progress=False)
-    assert history.ranks_end == other
+    assert history.slices_end == other
 
 
 def test_names_come_before_patterns_and_of_patterns_the_first_counts():
@@ -100,7 +100,7 @@ def test_ranks_by_layer_live_through_everything(method, tmp_path):
     lorafamily.remove(model)
     lorafamily.apply(model, method, **{size: SOME if size == "rank" else {**SOME, ".*": 0}}, **few_rounds(method))
     history = lorafamily.train(model, data(), steps=STEPS, validation=data(1), progress=False)
-    assert history.ranks_start == start
+    assert history.slices_start == start
     assert lorafamily.remove(model) is model
     assert torch.equal(logits(model), base)
 
@@ -108,8 +108,8 @@ def test_ranks_by_layer_live_through_everything(method, tmp_path):
 def test_an_allocation_goes_on_from_the_ranks_given_and_can_grow_a_layer_without():
     model = lorafamily.apply(tiny(), "alora", rank=SOME, seed=0, scorer="random", rounds=2, drop=9)
     history = lorafamily.train(model, data(), steps=STEPS, validation=data(1), seed=0, progress=False)
-    assert sum(history.ranks_end.values()) == sum(history.ranks_start.values())
-    grown = [at for at, rank in history.ranks_end.items() if rank and not history.ranks_start[at]]
+    assert sum(history.slices_end.values()) == sum(history.slices_start.values())
+    grown = [at for at, rank in history.slices_end.items() if rank and not history.slices_start[at]]
     assert grown
     adapter = placement_of(model).adapters[grown[0]]
     assert adapter.scale == 16 / 5  # as the layer with the most slices
@@ -175,15 +175,15 @@ def test_what_cannot_be_by_layer_is_refused_and_nothing_is_changed(given, error,
 
 def test_a_saved_adapter_has_no_steps(tmp_path):
     lorafamily.save(lorafamily.apply(tiny(), "lora", rank=2), tmp_path)
-    with pytest.raises(lorafamily.FileError, match="ranks of its end alone; leave out step=3"):
-        lorafamily.ranks_at(tmp_path, 3)
+    with pytest.raises(lorafamily.FileError, match="slices of its end alone; leave out step=3"):
+        lorafamily.slices_at(tmp_path, 3)
 
 
 # LoRA²'s two sizes
 
 
 def sizes_of(model) -> set[tuple[int, int]]:
-    return {(a.update.width, a.rank) for a in placement_of(model).adapters.values()}
+    return {(a.update.width, a.slices) for a in placement_of(model).adapters.values()}
 
 
 def test_the_rank_of_lora2_is_what_its_update_can_have():

@@ -35,11 +35,11 @@ PICTURES = {"rank-by-layer.png", "rank-history.png", "course.png"}
 def test_ranks_and_pictures_come_back_without_the_model(method, tmp_path):
     model = lorafamily.apply(tiny(), method, rank=3, seed=0, **few_rounds(method))
     history = lorafamily.train(model, data(), steps=40, validation=data(1), log_dir=tmp_path, progress=False)
-    ranks = {0: history.ranks_start} | {decision.step: decision.after for decision in history.decisions}
+    ranks = {0: history.slices_start} | {decision.step: decision.after for decision in history.decisions}
     for step in range(41):
-        assert lorafamily.ranks_at(tmp_path, step) == ranks[max(known for known in ranks if known <= step)]
+        assert lorafamily.slices_at(tmp_path, step) == ranks[max(known for known in ranks if known <= step)]
         if step:
-            assert sum(lorafamily.ranks_at(tmp_path, step).values()) == history.steps[step - 1].rank
+            assert sum(lorafamily.slices_at(tmp_path, step).values()) == history.steps[step - 1].slices
     assert read_decisions(tmp_path)[1:] == history.decisions
     assert read_steps(tmp_path) == history.steps
     drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
@@ -69,7 +69,7 @@ def test_a_plain_model_leaves_steps_and_no_pictures(tmp_path):
 
 def test_a_damaged_record_is_refused_with_its_line(tmp_path):
     with pytest.raises(lorafamily.FileError, match=r"allocation\.jsonl does not exist; train\(\.\.\., log_dir"):
-        lorafamily.ranks_at(tmp_path, 3)
+        lorafamily.slices_at(tmp_path, 3)
     model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
     lorafamily.train(model, data(), steps=12, log_dir=tmp_path, progress=False)
     lines = (tmp_path / "allocation.jsonl").read_text().splitlines()
@@ -78,7 +78,7 @@ def test_a_damaged_record_is_refused_with_its_line(tmp_path):
         lorafamily.redraw(tmp_path)
     (tmp_path / "allocation.jsonl").write_text("")
     with pytest.raises(lorafamily.FileError, match="empty"):
-        lorafamily.ranks_at(tmp_path, 3)
+        lorafamily.slices_at(tmp_path, 3)
 
 
 def test_tensorboard_shows_the_run(tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_tensorboard_shows_the_run(tmp_path, monkeypatch):
     def curve(tag: str) -> list[float]:
         return [event.value for event in shown.Scalars(tag)]
 
-    assert curve("rank/slices") == [step.rank for step in history.steps]
+    assert curve("rank/slices") == [step.slices for step in history.steps]
     assert curve("train/loss (nats)") == pytest.approx([step.loss for step in history.steps])  # stored as float32
     assert curve("train/orthogonality error") == pytest.approx([step.orthogonality for step in history.steps])
     assert {"train/penalty", "train/learning rate", "rank/trainable parameters", "validation/loss"} <= set(
@@ -104,7 +104,7 @@ def test_tensorboard_shows_the_run(tmp_path, monkeypatch):
     tags = [tag for kind in ("scalars", "images", "histograms") for tag in shown.Tags()[kind]]
     assert len(tags) == len(set(tags))  # of two things under one tag TensorBoard shows one
     assert [event.step for event in shown.Histograms("rank/scores")] == [d.step for d in history.decisions]
-    for kind, start in slices_by_matrix(history.ranks_start).items():
+    for kind, start in slices_by_matrix(history.slices_start).items():
         assert curve(f"slices by matrix/{kind}") == [start, *(slices_by_matrix(d.after)[kind] for d in changes)]
 
 
@@ -115,7 +115,7 @@ def test_the_colour_scale_has_room_for_ranks_that_grow(method, room, tmp_path, m
     history = lorafamily.train(model, data(), steps=20, log_dir=tmp_path, progress=False)
     first = next(decision for decision in history.decisions if decision.before != decision.after)
     title = f"Slices by layer and matrix, step {first.step}: {first.reason}"
-    wanted = pixels(rank_heatmap(history.ranks_start, first.after, title, room * 3))
+    wanted = pixels(rank_heatmap(history.slices_start, first.after, title, room * 3))
     shown = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload().Images("rank/slices by layer")
     found = imread(io.BytesIO(shown[0].encoded_image_string))[..., :3]
     assert np.array_equal(np.round(found * 255), wanted[..., :3])
@@ -136,7 +136,7 @@ def test_runs_sort_by_their_final_metrics_in_the_hparams_tab(tmp_path):
             settings = {name: value.number_value or value.string_value for name, value in info.hparams.items()}
     # TensorBoard stores float32.
     assert finals["final/loss"] == pytest.approx(history.metrics["loss"])
-    assert finals["final/slices"] == history.steps[-1].rank
+    assert finals["final/slices"] == history.steps[-1].slices
     assert finals["final/trainable parameters"] == history.steps[-1].trainable
     assert (settings["method"], settings["budget"], settings["lr"]) == ("lora2", 3_000, 0.02)
     assert settings["beta1"] == 0.85

@@ -316,7 +316,7 @@ def test_a_run_that_was_done_can_be_made_longer(method, tmp_path):
     assert (len(history.steps), history.stopped) == (40, "all 40 steps done")
     assert history.steps[:16] == first.steps
     assert history.decisions == first.decisions  # settled, and stays so: ALoRA's later rounds are at other steps now
-    assert history.ranks_end == first.ranks_end
+    assert history.slices_end == first.slices_end
     assert history.steps[16].lr == pytest.approx(1e-2 * lr_factor(17, 40, 0.06 * 40, "linear"))
     assert [evaluation.step for evaluation in history.evaluations] == [16, 40]
     again = run_small(small(method, **options), tmp_path, steps=40, resume="anyway", **settings)
@@ -401,7 +401,7 @@ def test_the_best_weights_come_back_to_the_last_bit(method, where, tmp_path):
     assert any(not torch.equal(value, last[name]) for name, value in restored.items())
     assert json.dumps(history.to_dict())  # plain, without the tensors
     if method != "full":
-        assert history.ranks_end == {at: placement_of(model).adapters[at].rank for at in ("a", "b")}
+        assert history.slices_end == {at: placement_of(model).adapters[at].slices for at in ("a", "b")}
         assert all(
             torch.equal(history.last.tensors[f"head.{name}"], last[f"head.{name}"]) for name in ("weight", "bias")
         )
@@ -520,7 +520,7 @@ def test_a_folder_that_is_read_only_is_named_and_its_checkpoint_loads():
 
 def test_a_record_that_cannot_grow_is_named(tmp_path):
     record = Record(tmp_path, [Decision(0, {}, {"layer": 3}, "start")])
-    step = Step(step=1, loss=1.0, penalty=0.0, lr=0.1, gradient=1.0, rank=3, trainable=9)
+    step = Step(step=1, loss=1.0, penalty=0.0, lr=0.1, gradient=1.0, slices=3, trainable=9)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
     try:
@@ -617,7 +617,7 @@ def test_the_record_is_the_uninterrupted_one_s(tmp_path):
     train(model_of("adalora"), tmp_path)
     steps = [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
-    assert lorafamily.ranks_at(tmp_path, 0) != lorafamily.ranks_at(tmp_path, STEPS)
+    assert lorafamily.slices_at(tmp_path, 0) != lorafamily.slices_at(tmp_path, STEPS)
     assert len(lorafamily.redraw(tmp_path)) == 4
 
 

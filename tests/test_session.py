@@ -210,7 +210,7 @@ def test_a_wrapped_model_and_a_wrapped_optimiser_are_found():
         session.step()
         optimizer.zero_grad()
     assert session.decisions
-    assert sum(session.allocator.ranks.values()) < sum(session.start.values())
+    assert sum(session.allocator.slices.values()) < sum(session.start.values())
 
 
 class Experts(nn.Module):
@@ -237,7 +237,7 @@ def test_an_adapter_that_lost_its_rank_unvisited_is_named_too():
     model = lorafamily.apply(Experts(), "adalora", rank=2, targets="experts", seed=0, **schedule)
     with pytest.warns(UserWarning, match=r"reached 1 of 4 adapters: experts\.3 \(1 of them lost all of their rank\)"):
         history = lorafamily.train(model, [torch.ones(2, 4)], steps=20, loss_fn=lambda m, x: m(x), progress=False)
-    assert history.ranks_end["experts.3"] == 0
+    assert history.slices_end["experts.3"] == 0
 
 
 @pytest.mark.parametrize("method", ["adalora", "lora2"])
@@ -351,7 +351,7 @@ def test_the_models_state_dict_may_be_loaded_first(method):
     """As accelerate does it: the model's, the optimiser's, and what was registered last."""
     whole, _, _ = trained_a_while(method, STEPS)
     half, of_half, session_of_half = trained_a_while(method)
-    assert any(a.rank != a.initial_rank for a in placement_of(half).adapters.values())
+    assert any(a.slices != a.initial_slices for a in placement_of(half).adapters.values())
     saved = copy.deepcopy([half.state_dict(), of_half.state_dict(), session_of_half.state_dict()])
     model, optimizer, session = trained_a_while(method, 0)
     for one, state in zip((nn.Sequential(model)[0], optimizer, session), saved, strict=True):

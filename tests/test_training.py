@@ -159,10 +159,10 @@ def test_penalty_is_in_the_gradient_and_in_the_record():
 def test_history_holds_decisions_and_ranks():
     model = lorafamily.apply(tiny(), "adalora", rank=3, seed=0)
     history = lorafamily.train(model, data(), steps=40, progress=False)
-    assert sum(history.ranks_start.values()) == 36
+    assert sum(history.slices_start.values()) == 36
     assert history.decisions[-1].reason == "final pattern"
-    assert history.ranks_end == {n: a.rank for n, a in placement_of(model).adapters.items()}
-    assert sum(history.ranks_end.values()) == 24
+    assert history.slices_end == {n: a.slices for n, a in placement_of(model).adapters.items()}
+    assert sum(history.slices_end.values()) == 24
     assert history.stopped == "all 40 steps done"
 
 
@@ -187,7 +187,7 @@ def test_early_stopping_waits_for_the_allocation():
         model, data(), steps=40, evaluate=lambda m: {"loss": 1.0}, evaluate_every=2, patience=1, progress=False
     )
     assert len(history.steps) == 24  # the pattern is final at step 21; best at 22, no better at 24
-    assert history.ranks_end == {n: a.rank for n, a in placement_of(model).adapters.items()}
+    assert history.slices_end == {n: a.slices for n, a in placement_of(model).adapters.items()}
 
 
 def test_epochs_become_steps():

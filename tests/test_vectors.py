@@ -98,7 +98,7 @@ def test_ranks_thresholds_and_survivors_of_forty_steps(method):
                 parameter = adapter.update.get_parameter(name)
                 gradient = v[f"alloc_grad_{t:02}_{at}.{released}"]
                 gradient = gradient.squeeze(1) if released_is_column(gradient) else gradient
-                axis = adapter.update.slices.get(name)
+                axis = adapter.update.slice_axes.get(name)
                 if survivors and axis is not None:  # the recorded run keeps pruned slices as zeros
                     gradient = gradient.index_select(axis, survivors[at])
                 parameter.grad = gradient
@@ -117,7 +117,7 @@ def test_ranks_thresholds_and_survivors_of_forty_steps(method):
                     survivors[at] = recorded.nonzero().squeeze(1)
                 recorded = recorded[recorded != 0]
             assert_close(adapter.update.get_parameter(singular).data, recorded, rtol=1e-9, atol=1e-15)
-    assert sum(adapter.rank for adapter in adapters.values()) == 6
+    assert sum(adapter.slices for adapter in adapters.values()) == 6
 
 
 def test_adalora_penalty():

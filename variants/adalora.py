@@ -25,7 +25,7 @@ def gaussian(*shape: int, generator: torch.Generator) -> Tensor:
 class SVD(Parametrisation):
     """ΔW / s as P diag(λ) Q; `singular` is λ."""
 
-    slices = {"P": 1, "singular": 0, "Q": 0}
+    slice_axes = {"P": 1, "singular": 0, "Q": 0}
     zeroed = "singular"
 
     def __init__(self, d_in: int, d_out: int, rank: int):
@@ -39,7 +39,7 @@ class SVD(Parametrisation):
         return rank * (d_in + d_out + 1)
 
     def sizes(self) -> dict[str, int]:
-        return {"rank": self.rank}
+        return {"rank": self.slices}
 
     def factors(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
         singular = self.singular if gate is None else self.singular * gate

@@ -28,7 +28,7 @@ def kaiming_uniform(rows: int, d_in: int, generator: torch.Generator, dtype: tor
 class Plain(Parametrisation):
     """ΔW / s as the product of two matrices, B A."""
 
-    slices = {"B": 1, "A": 0}
+    slice_axes = {"B": 1, "A": 0}
     zeroed = "B"
 
     def __init__(self, d_in: int, d_out: int, rank: int):
@@ -41,7 +41,7 @@ class Plain(Parametrisation):
         return rank * (d_in + d_out)
 
     def sizes(self) -> dict[str, int]:
-        return {"rank": self.rank}
+        return {"rank": self.slices}
 
     def factors(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
         return (self.B if gate is None else self.B * gate), self.A

@@ -24,7 +24,7 @@ from lorafamily.variants.adalora import gaussian
 class DualPlane(Parametrisation):
     """Two planes, B·A on the input's side and bb·aa on the output's, coupled by diag(E)."""
 
-    slices = {"aa": 1, "E": 0, "B": 0}
+    slice_axes = {"aa": 1, "E": 0, "B": 0}
     zeroed = "E"
     sized_by = "width"
     sliced_by = "slices"
@@ -43,7 +43,7 @@ class DualPlane(Parametrisation):
         return width * (d_in + d_out) + 2 * width * slices + slices
 
     def sizes(self) -> dict[str, int]:
-        return {"width": self.width, "slices": self.rank}
+        return {"width": self.width, "slices": self.slices}
 
     @property
     def width(self) -> int:
@@ -57,7 +57,7 @@ class DualPlane(Parametrisation):
 
     @property
     def capacity(self) -> int:
-        return min(self.width, self.rank)
+        return min(self.width, self.slices)
 
     def factors(self, gate: Float[Tensor, " r"] | None = None) -> Factors:
         """The k×k core aa diag(E) B is multiplied into bb, so that the update costs what LoRA of rank k costs."""
@@ -87,7 +87,7 @@ class DualPlane(Parametrisation):
 
     def frames(self) -> list[Float[Tensor, "_ _"]]:
         """A and bb on their side k, B and aa on their smaller side: for r < k, BᵀB = I_k has no solution."""
-        inner = [self.B, self.aa.T] if self.rank <= self.width else [self.B.T, self.aa]
+        inner = [self.B, self.aa.T] if self.slices <= self.width else [self.B.T, self.aa]
         return [self.A, self.bb.T, *inner]
 
 

@@ -147,7 +147,7 @@ def _agreement(exact: Scores, estimate: Scores) -> list[str]:
 def by_definition(run: Run) -> Scores:
     """AB-LoRA by its definition: for every slice one forward without it and one with it alone."""
     assert run.validation_loss is not None
-    gates = {name: torch.ones(adapter.rank) for name, adapter in run.adapters.items()}
+    gates = {name: torch.ones(adapter.slices) for name, adapter in run.adapters.items()}
 
     def loss(value: float, name: str = "", i: int = 0) -> Tensor:
         assert run.validation_loss is not None
@@ -162,7 +162,7 @@ def by_definition(run: Run) -> Scores:
             stack.enter_context(adapter.gated(gates[name]))
         whole = loss(1.0)
         return {
-            name: torch.stack([loss(1.0, name, i) - whole - loss(0.0, name, i) for i in range(adapter.rank)])
+            name: torch.stack([loss(1.0, name, i) - whole - loss(0.0, name, i) for i in range(adapter.slices)])
             for name, adapter in run.adapters.items()
         }
 

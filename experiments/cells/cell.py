@@ -177,10 +177,10 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
             failed = str(error)
     peak = memory.read()
     after = history.metrics or before
-    cut_error, ranks_end = None, history.ranks_end
+    cut_error, slices_end = None, history.slices_end
     if adapts and not failed and training.train_times(cell.method) > 1:
-        report = lorafamily.compress(model, **cell.limit(len(history.ranks_start)))
-        cut_error, ranks_end = report.error, {row.module: row.rank_after for row in report}
+        report = lorafamily.compress(model, **cell.limit(len(history.slices_start)))
+        cut_error, slices_end = report.error, {row.module: row.rank_after for row in report}
         after = task.evaluate(model.eval())
     row: dict[str, Any] = {
         **{"key": cell.key, "method": cell.method, "targets": cell.targets, "lr": cell.lr, "seed": cell.seed},
@@ -195,8 +195,8 @@ def run(cell: Cell, task: Task, training: Training, folder: Path, progress: bool
         "peak_mib": peak if history.steps else None,
         "extra_trained": 0,
         "trainable": trainable,
-        "ranks_start": history.ranks_start,
-        "ranks_end": ranks_end,
+        "ranks_start": history.slices_start,
+        "ranks_end": slices_end,
         "cut_error": cut_error,
         "file_bytes": None,
         "merge_difference": None,

@@ -125,7 +125,7 @@ def moved(model: nn.Module, method: str, client: Client) -> None:
     none, fewer, more, *_ = placement.adapters.values()
     none.resize(torch.arange(0))
     fewer.resize(torch.tensor([1]))
-    more.resize(torch.arange(more.rank), add=2, generator=generator)
+    more.resize(torch.arange(more.slices), add=2, generator=generator)
     more.update.get_parameter(more.update.zeroed).normal_(std=0.1, generator=generator)
     for name in placement.inactive_values:
         model.get_parameter(name).normal_(generator=generator)

@@ -269,7 +269,7 @@ def _change_structure(record: Any, draw: random.Random) -> None:
         elif what < 0.9:
             del at[key]
         elif isinstance(at, dict):
-            at[draw.choice(("x", "", "part", "parts", "of", "kind", "rank"))] = copy.deepcopy(draw.choice(ODD))
+            at[draw.choice(("x", "", "part", "parts", "of", "kind", "slices"))] = copy.deepcopy(draw.choice(ODD))
         else:
             at.append(copy.deepcopy(draw.choice(ODD)))
         return

@@ -108,7 +108,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     source_before = problem.loss(model, problem.source()) if problem.source() else None
     _adapt(model, trial, problem)
     adapters = lorafamily.summary(model)
-    start = {row.module: row.rank for row in adapters.rows}
+    start = {row.module: row.slices for row in adapters.rows}
     head = sum(p.numel() for p in model.parameters() if p.requires_grad) - adapters.parameters
     forgetful: list[Forgetful] = []
 
@@ -141,7 +141,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         )
     except lorafamily.NonFiniteError as error:
         failed = str(error)
-    end, parameters = history.ranks_end, [step.trainable - head for step in history.steps]
+    end, parameters = history.slices_end, [step.trainable - head for step in history.steps]
     if arm.cut_from is not None and not failed:
         report = lorafamily.compress(model, budget=round(problem.budget * arm.size))
         end = {row.module: row.rank_after for row in report}

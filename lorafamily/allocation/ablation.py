@@ -70,7 +70,7 @@ class Ablation(Scorer):
 
     @torch.no_grad()
     def scores(self) -> Scores:
-        ablations = 2 * sum(adapter.rank for adapter in self.run.adapters.values())
+        ablations = 2 * sum(adapter.slices for adapter in self.run.adapters.values())
         quiet = not self.run.progress
         with tqdm(total=ablations, desc="scoring ranks", unit="ablation", leave=False, disable=quiet) as bar:
             whole, without = self._losses(bar)
@@ -84,7 +84,7 @@ class Ablation(Scorer):
         tape = Tape(self.run.model)
         with PeakActivations() as one_pass:
             unchanged = tape.run(self._loss).cpu()
-        losses = {name: unchanged.repeat(adapter.rank) for name, adapter in self.run.adapters.items()}
+        losses = {name: unchanged.repeat(adapter.slices) for name, adapter in self.run.adapters.items()}
         names = {id(module): name for name, module in self.run.model.named_modules()}
         at = {path: names[id(target.layer)] for path, target in targets_of(self.run.model).items()}
         reached = {layer: i for i, layer in enumerate(tape.order)}
@@ -92,7 +92,7 @@ class Ablation(Scorer):
         for name in sorted(called, key=lambda name: reached[at[name]]):
             adapter = self.run.adapters[name]
             tape.wind_to(at[name], self._loss)
-            only = torch.eye(adapter.rank, device=adapter.device)
+            only = torch.eye(adapter.slices, device=adapter.device)
             gates = only if adapter.off else 1 - only
             parts = []
             for batch in gates.split(self._batch_size(adapter.device, tape.bytes, one_pass.peak)):
@@ -146,10 +146,10 @@ class AblationEstimate(Ablation):
 
     @torch.no_grad()
     def scores(self) -> Scores:
-        present = {name: adapter for name, adapter in self.run.adapters.items() if adapter.rank}
-        result = {name: torch.zeros(a.rank, dtype=torch.float64, device="cpu") for name, a in self.run.adapters.items()}
+        present = {name: adapter for name, adapter in self.run.adapters.items() if adapter.slices}
+        result = {at: torch.zeros(a.slices, dtype=torch.float64, device="cpu") for at, a in self.run.adapters.items()}
         for value in (1.0, 0.0):
-            gates = {n: torch.full((a.rank,), value, device=a.device, requires_grad=True) for n, a in present.items()}
+            gates = {n: torch.full((a.slices,), value, device=a.device, requires_grad=True) for n, a in present.items()}
             with ExitStack() as stack, torch.enable_grad():
                 for name, adapter in present.items():
                     stack.enter_context(adapter.gated(gates[name]))

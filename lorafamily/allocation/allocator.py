@@ -30,7 +30,7 @@ class Allocator(ABC):
 
     def __init__(self, run: Run):
         self.run = run
-        self.ranks = dict(run.start or {name: adapter.rank for name, adapter in run.adapters.items()})
+        self.slices = dict(run.start or {name: adapter.slices for name, adapter in run.adapters.items()})
         """Slices in use by module: those that exist and were not masked by the last decision."""
         self.settled = False
         """Whether no further decision will come."""
@@ -83,11 +83,11 @@ class Allocator(ABC):
     def state(self) -> dict[str, Any]:
         """The state as plain data and tensors, for `restore`."""
         scorer = None if self.scorer is None else self.scorer.state()
-        return {"ranks": dict(self.ranks), "settled": self.settled, "scorer": scorer, "observed": self.observed}
+        return {"slices": dict(self.slices), "settled": self.settled, "scorer": scorer, "observed": self.observed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of an allocator with the same settings; the adapters must have its ranks already."""
-        self.ranks, self.settled, self.observed = dict(state["ranks"]), state["settled"], state["observed"]
+        """Continue from the state of an allocator with the same settings; the adapters must have its slices already."""
+        self.slices, self.settled, self.observed = dict(state["slices"]), state["settled"], state["observed"]
         if self.scorer is not None:
             self.scorer.restore(state["scorer"])
         self._note_settled()
@@ -127,8 +127,8 @@ class Allocator(ABC):
         """
         flat = torch.cat(list(scores.values()))
         best = flat.argsort(stable=True).flip(0)
-        if fit and self.run.rank_limit is not None:
-            slices = min(slices, self.run.rank_limit)
+        if fit and self.run.slice_limit is not None:
+            slices = min(slices, self.run.slice_limit)
         if fit and self.run.limit is not None:
             costs = [self.run.adapters[name].update.slice_cost for name, values in scores.items() for _ in values]
             room = self.run.limit - self.run.unsliced()
@@ -145,8 +145,8 @@ class Allocator(ABC):
     def record(
         self, step: int, after: dict[str, int], reason: str, threshold: float | None, scores: Scores
     ) -> Decision:
-        """The decision for a change that was made; `after`: the new ranks by module."""
-        before, self.ranks = self.ranks, after
+        """The decision for a change that was made; `after`: the slices by module now."""
+        before, self.slices = self.slices, after
         by_module = {name: values.tolist() for name, values in scores.items()}
         return Decision(step, before, dict(after), reason, threshold, by_module)
 
@@ -206,7 +206,7 @@ class Still(Allocator):
                 "the run to continue had ranks to settle, but the ranks of these adapters are settled already; give it "
                 "adapters as they were when it began (lorafamily.apply), or let their ranks move once more (again=True)"
             )
-        self.ranks = dict(state["ranks"])
+        self.slices = dict(state["slices"])
 
 
 def in_steps(value: float, steps: int, name: str) -> int:

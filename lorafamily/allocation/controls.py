@@ -14,7 +14,7 @@ class Magnitude(Scorer):
         result = {}
         for name, adapter in self.run.adapters.items():
             norms = []
-            for only in torch.eye(adapter.rank, device=adapter.device):
+            for only in torch.eye(adapter.slices, device=adapter.device):
                 with adapter.gated(only):
                     norms.append(adapter.norm())
             result[name] = torch.tensor(norms, dtype=torch.float64, device="cpu")
@@ -27,7 +27,7 @@ class Random(Scorer):
     def scores(self) -> Scores:
         draw = self.run.generator
         return {
-            name: torch.rand(adapter.rank, dtype=torch.float64, device="cpu", generator=draw)
+            name: torch.rand(adapter.slices, dtype=torch.float64, device="cpu", generator=draw)
             for name, adapter in self.run.adapters.items()
         }
 

@@ -30,14 +30,14 @@ def slices_to_move(
     in turn, so that the first of them get the remainder; with `once` at most one each. Slices differ in cost, and a
     module has a largest rank, so a module without room is skipped. No more slices are dropped than the new ones need.
     """
-    ranks = {name: adapter.rank for name, adapter in run.adapters.items()}
+    before = {name: adapter.slices for name, adapter in run.adapters.items()}
     costs = {name: adapter.update.slice_cost for name, adapter in run.adapters.items()}
     largest = {name: adapter.update.largest_rank for name, adapter in run.adapters.items()}
     spent = run.trainable()
 
     def shared(n: int, lost: Mapping[str, set[int]]) -> list[str]:
-        now = {name: rank - len(lost[name]) for name, rank in ranks.items()}
-        slices = sum(now.values())
+        now = {name: slices - len(lost[name]) for name, slices in before.items()}
+        total = sum(now.values())
         free = math.inf if run.limit is None else run.limit - spent
         free += sum(len(dropped) * costs[name] for name, dropped in lost.items())
         candidates = [name for name in gain if not lost[name]]
@@ -45,20 +45,20 @@ def slices_to_move(
         while candidates:
             gained = []
             for name in candidates:
-                if len(gains) == n or slices == run.rank_limit:
+                if len(gains) == n or total == run.slice_limit:
                     return gains
                 if costs[name] <= free and now[name] < largest[name]:
                     gained.append(name)
-                    now[name], slices, free = now[name] + 1, slices + 1, free - costs[name]
+                    now[name], total, free = now[name] + 1, total + 1, free - costs[name]
                     gains.append(name)
             candidates = [] if once else gained
         return gains
 
-    best: tuple[dict[str, set[int]], list[str]] = ({name: set() for name in ranks}, [])
+    best: tuple[dict[str, set[int]], list[str]] = ({name: set() for name in before}, [])
     for n in range(min(most, len(drop)), 0, -1):
         if len(best[1]) > n:  # dropping fewer slices makes room for no more new ones
             break
-        lost: dict[str, set[int]] = {name: set() for name in ranks}
+        lost: dict[str, set[int]] = {name: set() for name in before}
         for name, i in drop[:n]:
             lost[name].add(i)
         gains = shared(n, lost)
@@ -68,15 +68,15 @@ def slices_to_move(
 
 
 def move_slices(allocator: Allocator, lost: Mapping[str, set[int]], gains: Sequence[str]) -> dict[str, int]:
-    """Drop and add these slices in the model, the optimizer and the scorer; returns the ranks afterwards."""
-    ranks = allocator.ranks
+    """Drop and add these slices in the model, the optimizer and the scorer; returns the slices afterwards."""
+    before = allocator.slices
     for name, dropped in lost.items():
         if dropped:
-            keep = [i for i in range(ranks[name]) if i not in dropped]
+            keep = [i for i in range(before[name]) if i not in dropped]
             allocator.resize(name, torch.tensor(keep, dtype=torch.long, device="cpu"))
     for name in gains:
-        allocator.resize(name, torch.arange(allocator.run.adapters[name].rank, device="cpu"), add=1)
-    return {name: rank - len(lost[name]) + gains.count(name) for name, rank in ranks.items()}
+        allocator.resize(name, torch.arange(allocator.run.adapters[name].slices, device="cpu"), add=1)
+    return {name: slices - len(lost[name]) + gains.count(name) for name, slices in before.items()}
 
 
 @dataclass(frozen=True)

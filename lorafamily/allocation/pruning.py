@@ -51,7 +51,7 @@ class ImportancePruning(ScoredAllocation):
             left = round(self.target * start)
         else:
             raise AllocationError(
-                f"target={self.target!r}: must be a fraction of the initial rank in [0, 1] or a whole number of slices "
+                f"target={self.target!r}: must be a fraction in [0, 1] of the initial slices or a whole number of them "
                 "a module"
             )
         if left > start:
@@ -67,8 +67,8 @@ class ImportancePruner(Allocator):
 
     def __init__(self, settings: ImportancePruning, run: Run):
         super().__init__(run)
-        self.start = sum(self.ranks.values())
-        self.target = settings.slices_left(self.start, len(self.ranks))
+        self.start = sum(self.slices.values())
+        self.target = settings.slices_left(self.start, len(self.slices))
         self.warmup = in_steps(settings.warmup, run.steps, "warmup")
         self.freeze = run.steps - in_steps(settings.final, run.steps, "final")
         self.interval = max(1, in_steps(settings.interval, run.steps, "interval"))
@@ -120,7 +120,7 @@ class ImportancePruner(Allocator):
 
     def _check_limit(self) -> None:
         """Refuse a limit without room for a single slice, by which all would be pruned."""
-        costs = [adapter.update.slice_cost for adapter in self.run.adapters.values() if adapter.rank]
+        costs = [adapter.update.slice_cost for adapter in self.run.adapters.values() if adapter.slices]
         if self.run.limit is None or not self.target or not costs:
             return
         needed = self.run.unsliced() + min(costs)

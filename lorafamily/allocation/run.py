@@ -17,21 +17,21 @@ from lorafamily.allocation.surgery import follow_resize
 class Run:
     """What an allocator may look at and change.
 
-    `adapters`: by the name of their layer in `model`. `steps`: optimizer steps of the whole run. `limit`, `rank_limit`:
-    the most trainable adapter parameters and slices at any step; None: no limit. `validation_loss(rows)`: the task loss
-    on the first `rows` rows of the validation data, always the same ones, in eval mode, with the gates' gradients if
-    gradients are on; None without validation data. `task_gradient(parameter)`: `parameter.grad` of the step just made
-    without the penalty's share; None if the loop does not keep the two apart. `agreed(value)`: the first process's
-    value. `reached(name)`: whether the task had a gradient for that adapter at the step just made. `start`: ranks by
-    module when the run began, if the adapters have other ranks by now. `again`: whether ranks that an earlier run
-    settled may move once more.
+    `adapters`: by the name of their layer in `model`. `steps`: of the optimizer in the whole run. `limit`,
+    `slice_limit`: the most trainable adapter parameters and slices at any step; None: no limit.
+    `validation_loss(rows)`: the task loss on the first `rows` rows of the validation data, always the same ones, in
+    eval mode, with the gates' gradients if gradients are on; None without validation data.
+    `task_gradient(parameter)`: `parameter.grad` of the step just made without the penalty's share; None if the loop
+    does not keep the two apart. `agreed(value)`: the first process's value. `reached(name)`: whether the task had a
+    gradient for that adapter at the step just made. `start`: slices by module when the run began, if the adapters have
+    others by now. `again`: whether ranks that an earlier run settled may move once more.
     """
 
     model: nn.Module
     adapters: Mapping[str, Adapter]
     steps: int
     limit: int | None = None
-    rank_limit: int | None = None
+    slice_limit: int | None = None
     optimizer: torch.optim.Optimizer | None = None
     validation_loss: Callable[[int], Tensor] | None = None
     task_gradient: Callable[[nn.Parameter], Tensor | None] | None = None
@@ -57,11 +57,11 @@ class Run:
     def has_room(self, name: str) -> bool:
         """Whether a module may get one more slice, by the limits and the largest rank of its ΔW."""
         update = self.adapters[name].update
-        slices = sum(adapter.rank for adapter in self.adapters.values())
+        slices = sum(adapter.slices for adapter in self.adapters.values())
         return (
-            update.rank < update.largest_rank
+            update.slices < update.largest_rank
             and (self.limit is None or self.trainable() + update.slice_cost <= self.limit)
-            and (self.rank_limit is None or slices < self.rank_limit)
+            and (self.slice_limit is None or slices < self.slice_limit)
         )
 
     def trainable(self) -> int:
@@ -70,4 +70,4 @@ class Run:
 
     def unsliced(self) -> int:
         """Trainable adapter parameters that belong to no slice and are never dropped, such as LoRA²'s outer factors."""
-        return sum(a.trainable() - a.rank * a.update.slice_cost for a in self.adapters.values())
+        return sum(a.trainable() - a.slices * a.update.slice_cost for a in self.adapters.values())

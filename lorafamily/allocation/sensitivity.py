@@ -48,7 +48,7 @@ class Sensitivity(Scorer):
             if not 0 <= value < 1:
                 raise AllocationError(f"{name}={value!r}: must be in [0, 1)")
         self.beta1, self.beta2 = beta1, beta2
-        ends = accumulate(len(adapter.update.slices) for adapter in run.adapters.values())
+        ends = accumulate(len(adapter.update.slice_axes) for adapter in run.adapters.values())
         self.first = dict(zip(run.adapters, [0, *ends], strict=False))  # module -> index of its first tensor
         self.average = [torch.zeros_like(parameter) for _, parameter, _ in self._tensors()]
         self.uncertainty = [torch.zeros_like(parameter) for _, parameter, _ in self._tensors()]
@@ -75,7 +75,7 @@ class Sensitivity(Scorer):
 
     @torch.no_grad()
     def scores(self) -> Scores:
-        result = {name: torch.zeros(a.rank, dtype=torch.float64, device="cpu") for name, a in self.run.adapters.items()}
+        result = {at: torch.zeros(a.slices, dtype=torch.float64, device="cpu") for at, a in self.run.adapters.items()}
         for (name, _, axis), average, uncertainty in zip(self._tensors(), self.average, self.uncertainty, strict=True):
             entries = average * uncertainty
             result[name] += (entries if entries.ndim == 1 else entries.mean(1 - axis)).cpu().double()

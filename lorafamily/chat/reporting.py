@@ -80,7 +80,8 @@ class Reporter:
         every = max(1, self.total // LINES)
         if self.lines and (step.step % every == 0 or step.step in (1, self.total)):
             rate = f"  {self.rate:,.0f} tokens/s" if self.rate else ""
-            self.say(f"step {step.step}/{self.total}  loss {step.loss:.4f}  lr {step.lr:.2e}  slices {step.rank}{rate}")
+            at = f"step {step.step}/{self.total}"
+            self.say(f"{at}  loss {step.loss:.4f}  lr {step.lr:.2e}  slices {step.slices}{rate}")
 
     @property
     def rate(self) -> float:
@@ -127,14 +128,14 @@ class Reporter:
             "seconds": history.seconds,
             "tokens per second": self.rate,
             "padding": self.batches.count.padding,
-            "rank": {"start": sum(history.ranks_start.values()), "end": sum(history.ranks_end.values())},
+            "slices": {"start": sum(history.slices_start.values()), "end": sum(history.slices_end.values())},
             "peak memory": _peak(),
         }
 
     def text(self, history: History, out: Path, written: Mapping[str, Path]) -> str:
         """The result in words."""
         found = self.result(history)
-        loss, rank, memory = found["loss"], found["rank"], found["peak memory"]
+        loss, slices, memory = found["loss"], found["slices"], found["peak memory"]
         lines = [f"{found['stopped']}: loss {loss['first']:.4f} → {loss['last']:.4f} (smoothed)"]
         if history.evaluations:
             first, last = history.evaluations[0], history.evaluations[-1]
@@ -143,9 +144,9 @@ class Reporter:
         speed = f"{self.rate:,.0f} tokens/s, " if self.rate else ""
         peak = f", peak memory {in_units(memory)}" if memory else ""
         lines.append(f"{speed}{found['padding']:.1%} padding, {found['seconds']:.1f} s in steps{peak}")
-        before = "" if rank["start"] == rank["end"] else f"{rank['start']} → "
+        before = "" if slices["start"] == slices["end"] else f"{slices['start']} → "
         exports = "".join(f", {path.name}" for path in written.values())
-        lines.append(f"{out}: adapter ({before}{rank['end']} slices), run.yaml, log/{exports}")
+        lines.append(f"{out}: adapter ({before}{slices['end']} slices), run.yaml, log/{exports}")
         lines.append(f'try it:   lorafamily generate --model {self.options.model.model} --adapter {out} "Hello"')
         lines.append(f"watch it: tensorboard --logdir {out}")
         return "\n".join(lines)

@@ -87,8 +87,8 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
         )
     _apply(options, base, batches, loss_fn)
     trained = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
-    ranks = [adapter.rank for adapter in placement_of(base.model).adapters.values()]
-    say(f"{options.method.method}: {trained:,} trainable parameters, {sum(ranks):,} slices on {len(ranks)} layers")
+    slices = [adapter.slices for adapter in placement_of(base.model).adapters.values()]
+    say(f"{options.method.method}: {trained:,} trainable parameters, {sum(slices):,} slices on {len(slices)} layers")
     optimisation = options.optimisation
     if optimisation.lr == "auto":
         suggestion = lorafamily.suggest_lr(base.model, seed=optimisation.seed)

@@ -63,7 +63,7 @@ class Compressed:
     """What `compress` did to one layer. `norm`: ‖ΔW‖_F before; `error`: ‖ΔW − ΔW′‖_F / ‖ΔW‖_F, 0 where ΔW is zero."""
 
     module: str
-    rank_before: int
+    slices_before: int
     rank_after: int
     norm: float
     error: float
@@ -176,7 +176,7 @@ def compressed(adapters: Mapping[str, Adapter], cut: Cut) -> tuple[Method, Sizin
         error = float(S[n:].norm()) / norm if norm else 0.0
         root, dtype = S[:n].sqrt(), next(adapter.update.parameters()).dtype
         factors[at] = (left[:, :n] * root).to(dtype), (root[:, None] * right[:n]).to(dtype)
-        report.append(Compressed(at, adapter.rank, n, norm, error))
+        report.append(Compressed(at, adapter.slices, n, norm, error))
     largest = max([1, *(row.rank_after for row in report)])
     dropout = next(iter(adapters.values())).dropout  # the same for all of them
     method, made = plain_adapters(factors, dict.fromkeys(factors, 1.0), dropout=dropout, options={"alpha": largest})

@@ -38,16 +38,16 @@ def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str
     from lorafamily.insight.drawing import save as draw  # matplotlib takes long to import
     from lorafamily.insight.heatmaps import rank_heatmap
 
-    start = {at: adapter.initial_rank for at, adapter in placement.adapters.items()}
-    ranks = {at: adapter.rank for at, adapter in placement.adapters.items()}
-    draw(rank_heatmap(start, ranks, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
+    start = {at: adapter.initial_slices for at, adapter in placement.adapters.items()}
+    slices = {at: adapter.slices for at, adapter in placement.adapters.items()}
+    draw(rank_heatmap(start, slices, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
     write_text(card, _text(model, placement, layout, base or found_at(model)))
 
 
 def _text(model: nn.Module, placement: Placement, layout: str, base: str | None) -> str:
     architecture = type(model).__name__
     trained = [*placement.inactive_values, *placement.inactive_buffers]
-    ranks = [adapter.rank for adapter in placement.adapters.values()]
+    slices = [adapter.slices for adapter in placement.adapters.values()]
     options = ", ".join(f"{key}={value!r}" for key, value in placement.method.options().items())
     rows = {
         "method": placement.spec,
@@ -55,7 +55,7 @@ def _text(model: nn.Module, placement: Placement, layout: str, base: str | None)
         "base": f"{base or 'not noted'} ({architecture})",
         "asked for": _asked(placement),
         "trainable adapter parameters": f"{placement.trainable():,}",
-        "ranks": f"{min(ranks)} to {max(ranks)} in {len(ranks)} modules, {sum(ranks)} in all",
+        "slices": f"{min(slices)} to {max(slices)} in {len(slices)} modules, {sum(slices)} in all",
     }
     rows |= {"also trained": ", ".join(trained)} if trained else {}
     how = "" if layout == NATIVE else " and written as plain LoRA"

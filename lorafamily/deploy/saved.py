@@ -43,7 +43,7 @@ class Saved:
 
     @property
     def modules(self) -> dict[str, dict[str, Any]]:
-        """The record's entry of every adapted layer: layer kind, shape as (d_out, d_in), rank, scale."""
+        """The record's entry of every adapted layer: layer kind, shape as (d_out, d_in), slices, scale."""
         return self.record["modules"]
 
 
@@ -68,7 +68,7 @@ def sizes(saved: Saved) -> dict[str, int]:
 
 def _contents(saved: Saved) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {f"{at}.{key}": value for at, a in saved.adapters.items() for key, value in a.state_dict().items()}
-    modules = {at: {**saved.modules[at], "rank": a.rank, **a.state()} for at, a in saved.adapters.items()}
+    modules = {at: {**saved.modules[at], "slices": a.slices, **a.state()} for at, a in saved.adapters.items()}
     record = saved.record | {
         "options": saved.method.options(),
         # `ranks` is left out if there are none, as in records from before ranks could be given by layer.
@@ -100,8 +100,8 @@ def read(path: str | os.PathLike[str]) -> Saved:
         expected: dict[str, tuple[int, ...]] = {}
         for at, entry in record["modules"].items():
             d_out, d_in = entry["shape"]
-            if not (math.isfinite(entry["scale"]) and _is_count(entry["initial_rank"])):
-                raise ValueError(f"scale {entry['scale']} or initial_rank of {at}")
+            if not (math.isfinite(entry["scale"]) and _is_count(entry["initial_slices"])):
+                raise ValueError(f"scale {entry['scale']} or initial_slices of {at}")
             settled = entry.get("settled", False)  # older records lack it
             if not isinstance(settled, bool):
                 raise TypeError(f"settled of {at}")
@@ -109,7 +109,7 @@ def read(path: str | os.PathLike[str]) -> Saved:
                 update = method.parametrisation(d_in, d_out, **entry["sizes"])
             dropout = noted_dropout(entry["dropout"], entry["dropout_kind"], folder / RECORD)
             adapter = Adapter(
-                update, scale=entry["scale"], dropout=dropout, initial_rank=entry["initial_rank"], settled=settled
+                update, scale=entry["scale"], dropout=dropout, initial_slices=entry["initial_slices"], settled=settled
             )
             if entry["frozen_initial"]:
                 adapter.freeze_initial()

@@ -175,7 +175,7 @@ class Norm:
     stack: str
     layer: int | None
     matrix: str
-    rank: int
+    slices: int
     delta: float
     relative: float
     effective_rank: float
@@ -192,7 +192,7 @@ def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
         values = spectrum(adapter)
         place, delta = place_of(at), values.norm().item()
         relative = delta / W.detach().cpu().double().norm().item()
-        rows.append(Norm(at, *place, adapter.rank, delta, relative, effective_rank(values)))
+        rows.append(Norm(at, *place, adapter.slices, delta, relative, effective_rank(values)))
     return rows
 
 

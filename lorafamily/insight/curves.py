@@ -99,7 +99,7 @@ def course(steps: Sequence[Step]) -> Figure:
     steps = thinned(steps)
     measured = [(step.step, step.orthogonality) for step in steps if step.orthogonality is not None]
     curves: dict[str, tuple[list[int], Sequence[float]]] = {
-        "rank slices in use": ([s.step for s in steps], [s.rank for s in steps]),
+        "rank slices in use": ([s.step for s in steps], [s.slices for s in steps]),
         "trainable parameters": ([s.step for s in steps], [s.trainable for s in steps]),
     }
     if measured:

@@ -75,10 +75,10 @@ def set_aside(folder: Path) -> Path:
     return place
 
 
-def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, int]:
+def slices_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, int]:
     """The slices of every module after `step` optimizer steps of a recorded run, or those of a saved adapter.
 
-    `apply(model, method, rank=ranks_at(folder))` starts with these ranks; for LoRA² use `slices=ranks_at(folder)` and
+    `apply(model, method, rank=slices_at(folder))` starts with these ranks; for LoRA² use `slices=slices_at(folder)` and
     give a `width`.
 
     Args:
@@ -91,13 +91,13 @@ def ranks_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[st
     """
     if (Path(folder) / SAVED).is_file() and not (Path(folder) / DECISIONS).is_file():
         if step is not None:
-            raise FileError(f"{folder} is a saved adapter with the ranks of its end alone; leave out step={step}")
-        return {at: adapter.rank for at, adapter in read(folder).adapters.items()}
-    ranks: dict[str, int] = {}
+            raise FileError(f"{folder} is a saved adapter with the slices of its end alone; leave out step={step}")
+        return {at: adapter.slices for at, adapter in read(folder).adapters.items()}
+    slices: dict[str, int] = {}
     for decision in read_decisions(folder):
         if step is None or decision.step <= step:
-            ranks = decision.after
-    return ranks
+            slices = decision.after
+    return slices
 
 
 def redraw(folder: str | os.PathLike[str]) -> list[Path]:

@@ -215,6 +215,6 @@ def _row(path: str, adapter: Adapter, target: Target, lost: float | None) -> Row
     update, kind, step = adapter.update, target.layer_kind, None
     if isinstance(kind, Quantised) and not target.stored.is_meta:
         step = float(target.kind.matrix(kind.rounding(target.layer)).sum().sqrt())
-    shape, slices = (update.d_out, update.d_in), (adapter.initial_rank, adapter.rank)
+    shape, slices = (update.d_out, update.d_in), (adapter.initial_slices, adapter.slices)
     width, parameters = update.sizes().get("width"), adapter.trainable()
     return Row(path, *shape, *slices, width, parameters, adapter.norm(), step, lost)

@@ -54,7 +54,7 @@ class Site(nn.Module):
         if self.state.active is None:
             return []
         named = [(kind, self.adapters[part]._modules.get(self.state.active)) for part, kind in self.kinds.items()]
-        return [(kind, a) for kind, a in named if isinstance(a, Adapter) and not a.off and a.rank]
+        return [(kind, a) for kind, a in named if isinstance(a, Adapter) and not a.off and a.slices]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its adapters."""

@@ -54,14 +54,14 @@ class Plan:
     """One method on one model; prints as a table.
 
     `full`: full fine-tuning, which saves all the weights; `floor`: gradients pass through the frozen model and nothing
-    trains. `ranks`: slices of every adapted layer at the start. `assumptions`: what was counted, and how.
+    trains. `slices`: of every adapted layer at the start. `assumptions`: what was counted, and how.
     """
 
     model: str
     base_parameters: int
     sizing: Sizing
     options: dict[str, Any]
-    ranks: dict[str, int]
+    slices: dict[str, int]
     use: Use
     full: Use
     floor: Use
@@ -71,11 +71,6 @@ class Plan:
     def method(self) -> str:
         """As `apply` takes it."""
         return self.use.way
-
-    @property
-    def rank(self) -> int:
-        """Slices of all layers together."""
-        return sum(self.ranks.values())
 
     def __str__(self) -> str:
         return table([self])
@@ -93,7 +88,7 @@ def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
     """Plans for one model with their references below; `refused`: methods without a plan, each with the reason."""
     first = plans[0]
     rows = [["", *SIZES, *MEMORY]]
-    rows += [_row(plan.use, first.full, _rank(plan.sizing), f"{plan.rank:,}") for plan in plans]
+    rows += [_row(plan.use, first.full, _rank(plan.sizing), f"{sum(plan.slices.values()):,}") for plan in plans]
     rows += [_row(use, first.full) for use in (first.full, first.floor)]
     lines = aligned(rows)
     rule = "─" * len(lines[0])
@@ -117,7 +112,7 @@ def _rank(sizing: Sizing) -> str:
 def _layers(plan: Plan) -> str:
     """What is adapted: for every stack the names of its matrices, and how many there are of each."""
     stacks = []
-    for stack, names in by_stack(plan.ranks).items():
+    for stack, names in by_stack(plan.slices).items():
         by_count: dict[int, list[str]] = {}
         for matrix, count in Counter(place_of((expert_of(name) or (name,))[0]).matrix for name in names).items():
             by_count.setdefault(count, []).append(matrix)

@@ -116,7 +116,7 @@ class Planner:
             base_parameters=sum(counts_of(self.model).values()),
             sizing=choice.sizing,
             options=choice.method.options(),
-            ranks={path: adapter.rank for path, adapter in adapters.items()},
+            slices={path: adapter.slices for path, adapter in adapters.items()},
             use=use,
             full=self.full,
             floor=self.floor,

@@ -95,5 +95,5 @@ class Best:
         if history.last is not None:
             history.last = dataclasses.replace(history.last, tensors=Snapshot.of(self.model, adapters).tensors)
         self.weights.put_into(self.model, adapters, self.session.optimizer)
-        history.ranks_end = {at: adapter.rank for at, adapter in adapters.items()}
-        self.session.allocator.ranks = dict(history.ranks_end)
+        history.slices_end = {at: adapter.slices for at, adapter in adapters.items()}
+        self.session.allocator.slices = dict(history.slices_end)

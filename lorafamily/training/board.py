@@ -76,7 +76,7 @@ class Board:
             "train/penalty": record.penalty,
             "train/learning rate": record.lr,
             "train/gradient norm": record.gradient,
-            "rank/slices": record.rank,
+            "rank/slices": record.slices,
             "rank/trainable parameters": record.trainable,
         }
         if record.orthogonality is not None:
@@ -114,7 +114,7 @@ class Board:
                 self._image(tag, drawn[name], last.step)
         final = {f"final/{name}": value for name, value in history.metrics.items()}
         if last is not None:
-            final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/slices": last.rank}
+            final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/slices": last.slices}
             final |= {"final/trainable parameters": last.trainable}
             # By default TensorBoard would list this line as another run, named after the time.
             self.writer.add_hparams(dict(settings), final, run_name=".")

@@ -28,7 +28,7 @@ def fit_ranks(
         full_names = {name: names[id(parameter)] for name, parameter in adapter.named_parameters()}
         if all(name in state_dict for name in full_names.values()):
             tensors = {name: state_dict[full_name] for name, full_name in full_names.items()}
-            if adapter.differs_in_rank(tensors):
+            if adapter.differs_in_slices(tensors):
                 replaced += adapter.take(tensors)
     return replaced
 

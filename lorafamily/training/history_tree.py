@@ -25,7 +25,7 @@ def to_tree(history: History) -> dict[str, Any]:
 def from_tree(tree: Mapping[str, Any]) -> History:
     """The history that `to_tree` took apart."""
     columns = {name: column.tolist() for name, column in tree["steps"].items()}
-    for name in ("step", "rank", "trainable"):
+    for name in ("step", "slices", "trainable"):
         columns[name] = [int(value) for value in columns[name]]
     columns["orthogonality"] = [None if math.isnan(value) else value for value in columns["orthogonality"]]
     rows = zip(*columns.values(), strict=True)

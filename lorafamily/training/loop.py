@@ -134,7 +134,7 @@ def train(
         on_step: called with the `Step` of every step, such as by a logger.
 
     Persistence:
-        log_dir: folder of the run, for TensorBoard, pictures of the allocation, the record (see `ranks_at`, `redraw`)
+        log_dir: folder of the run, for TensorBoard, pictures of the allocation, the record (see `slices_at`, `redraw`)
             and checkpoints.
         pictures: whether they are drawn, which takes a second or two; `redraw` can do it later.
         save_every: steps between checkpoints. One is also written after the best evaluation, at the end, and when
@@ -256,7 +256,7 @@ def train(
             state.add(record, decision)
             if on_step is not None and processes.first:
                 on_step(record)
-            bar.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, refresh=False)
+            bar.set_postfix(loss=f"{record.loss:.4f}", slices=record.slices, refresh=False)
             bar.update()
 
             improved = False

@@ -51,7 +51,7 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.optimizer = OptimizerState(self.session.optimizer)
-        self.history.ranks_start = dict(self.session.start)
+        self.history.slices_start = dict(self.session.start)
         self.base = self.base_now()
 
     def base_now(self) -> dict[str, int]:
@@ -76,7 +76,7 @@ class RunState:
         """The step as the history has it. The orthogonality error is measured a hundred times in a run."""
         measured = step % max(1, self.session.run.steps // 100) == 0
         error = orthogonality_error(self.session.adapters.values()) if measured else None
-        slices = sum(self.session.allocator.ranks.values())
+        slices = sum(self.session.allocator.slices.values())
         trainable = sum(parameter.numel() for parameter in parameters_of(self.model))
         return Step(step, loss, penalty, lr, gradient, slices, trainable, None if error is None else error.item())
 
@@ -84,7 +84,7 @@ class RunState:
         """Add a step, and the decision after it, to the history."""
         self.history.steps.append(step)
         self.history.skipped = self.finite.skipped
-        self.history.ranks_start = dict(self.session.start)  # adapters may be left out after the first batch
+        self.history.slices_start = dict(self.session.start)  # adapters may be left out after the first batch
         if decision is not None:
             self.history.decisions.append(decision)
 
@@ -95,7 +95,7 @@ class RunState:
             TrainingError: the frozen base changed.
             AllocationError: the schedule never made a decision.
         """
-        self.history.ranks_end = dict(self.session.allocator.ranks)
+        self.history.slices_end = dict(self.session.allocator.slices)
         check_base(self.base, self.base_now())
         if not self.session.allocator.settled and not self.history.decisions:
             raise AllocationError(
@@ -185,7 +185,7 @@ class RunState:
         if weights is not None:
             self.best.take(weights, self.history)
         if self.history.stopped and session.run.steps > saved["total"]:  # the run was over, and is now made longer
-            self.history.stopped, self.history.ranks_end, self.history.last, self.best.since = "", {}, None, 0
+            self.history.stopped, self.history.slices_end, self.history.last, self.best.since = "", {}, None, 0
         states, processes = saved["random"], self.processes
         same_number = len(states) == processes.world
         set_random_state(states[processes.rank if same_number else 0], processes.device)

@@ -124,7 +124,7 @@ class Session:
             factors = {f"{at}: {name}": p for at, a in self.adapters.items() for name, p in a.update.named_parameters()}
             check_optimizer_has(self.optimizer, factors | self._extra_trained())
             check_up_rate(self.model, self.optimizer)
-        self.start = dict(start or {name: adapter.rank for name, adapter in self.adapters.items()})
+        self.start = dict(start or {name: adapter.slices for name, adapter in self.adapters.items()})
         self._begin_allocation(steps)
         if not self.allocator.settled and not loop.reduces:
             refuse_holding_engine(model, optimizer, loop)
@@ -164,7 +164,7 @@ class Session:
         """
         if loss.requires_grad:
             self.loop.scaled(loss).backward()
-        elif not self.adapters or self._extra_trained() or any(a.rank for a in self.adapters.values()):
+        elif not self.adapters or self._extra_trained() or any(a.slices for a in self.adapters.values()):
             # Without any rank left, which an allocation may come to, nothing trains and nothing is wrong.
             raise TrainingError(f"the loss depends on nothing that trains: it was computed without gradients, or {CUT}")
 
@@ -322,7 +322,7 @@ class Session:
             steps=steps,
             # A budget for the end may be exceeded at the start; the allocator must meet it when it is done.
             limit=None if sizing is None else sizing.budget,
-            rank_limit=None if sizing is None else sizing.rank_budget,
+            slice_limit=None if sizing is None else sizing.rank_budget,
             start=self.start,
             again=self._again,
             task_gradient=lambda parameter: self.gradients.kept.get(parameter),

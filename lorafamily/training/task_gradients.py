@@ -51,7 +51,7 @@ class TaskGradients:
     ):
         self.adapters, self.extra, self.guard, self.wanted = adapters, extra, guard, wanted
         self.loop, self.processes = loop, processes
-        present = [at for at, adapter in adapters.items() if adapter.rank]
+        present = [at for at, adapter in adapters.items() if adapter.slices]
         self.unreached = {*present, *extra()} if guard else set()
         self.reached: set[str] = set()
         self.kept: dict[nn.Parameter, Tensor] = {}
@@ -142,7 +142,7 @@ class TaskGradients:
             return
         if self._hooks:
             self.listen()
-        present = {at for at in self.unreached if at not in self.adapters or self.adapters[at].rank}
+        present = {at for at in self.unreached if at not in self.adapters or self.adapters[at].slices}
         if present and (step == PATIENCE or last):
             reached = {_without_digits(at) for at in {*self.adapters, *self.extra()} - self.unreached}
             silent = sorted(at for at in present if _without_digits(at) not in reached)
