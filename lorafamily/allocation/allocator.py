@@ -101,7 +101,8 @@ class Allocator(ABC):
         """The scores of all slices, the same in every process.
 
         Raises:
-            AllocationError: the scorer has observed no step yet, or a score is not finite.
+            AllocationError: the scorer has observed no step yet, does not give a number for each slice, or one that is
+                not finite.
         """
         assert self.scorer is not None
         if not self.has_scores:
@@ -109,7 +110,9 @@ class Allocator(ABC):
                 f"ranks are to change after step {self.now}, but {type(self.scorer).__name__} has seen no step yet: "
                 "each was skipped because its gradient was not finite; begin later (warmup), or lower lr"
             )
-        scores = self.run.agreed(self.scorer.scores())
+        scores = self.scorer.scores()
+        self._check_shapes(scores)
+        scores = self.run.agreed(scores)
         for name, values in scores.items():
             wrong = values[~values.isfinite()]
             if len(wrong):
@@ -118,6 +121,18 @@ class Allocator(ABC):
                     f"no rank can be moved by them: {self.scorer.why_not_finite()}"
                 )
         return scores
+
+    def _check_shapes(self, scores: Scores) -> None:
+        name = type(self.scorer).__name__
+        if scores.keys() != self.run.adapters.keys():
+            raise AllocationError(f"{name} scores {len(scores)} modules; it must score all {len(self.run.adapters)}")
+        for at, adapter in self.run.adapters.items():
+            found = tuple(scores[at].shape) if isinstance(scores[at], Tensor) else type(scores[at]).__name__
+            if found != (adapter.slices,):
+                raise AllocationError(
+                    f"{name} must give a tensor of {adapter.slices} scores for {at}, one for each slice, and gives "
+                    f"{found} after step {self.now}; its follow() must go along when slices are dropped or added"
+                )
 
     def highest(self, scores: Scores, slices: int, *, fit: bool = True) -> dict[str, Bool[Tensor, " r"]]:
         """Masks by module of the `slices` highest scores in the network; of equal scores, later modules win.
