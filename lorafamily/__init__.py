@@ -18,6 +18,7 @@ from lorafamily.activation import disabled, remove, switch
 from lorafamily.adapter import Adapter, Parametrisation
 from lorafamily.allocation.scorer import Scorer
 from lorafamily.budget import Sizing
+from lorafamily.contract import check_method
 from lorafamily.deploy.combine import combine, compress
 from lorafamily.deploy.files import load, save
 from lorafamily.deploy.merge import merge, merge_difference, unmerge
@@ -66,7 +67,7 @@ __all__ += ["combine", "compress", "export_peft", "import_loralib", "import_peft
 __all__ += ["merge", "merge_difference", "routing", "save", "unmerge"]
 # Methods and layer kinds
 __all__ += ["Adapter", "FromEvidence", "Initialisation", "LayerKind", "Method", "Parametrisation", "Penalty", "Room"]
-__all__ += ["Scorer", "methods", "register_layer_kind", "scorers"]
+__all__ += ["Scorer", "check_method", "methods", "register_layer_kind", "scorers"]
 # Errors
 __all__ += ["AllocationError", "BudgetError", "DataError", "FileError", "LoraFamilyError", "MethodError"]
 __all__ += ["NonFiniteError", "StateError", "TargetError", "TrainingError"]

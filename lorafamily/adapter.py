@@ -107,15 +107,18 @@ class Parametrisation(nn.Module, ABC):
         """Check which tensors are parameters.
 
         Raises:
-            MethodError: a parameter is frozen, or `slice_axes` names something that is no parameter.
+            MethodError: a parameter is frozen, or `slice_axes` or `zeroed` name something that is no parameter.
         """
         parameters = dict(self.named_parameters())
+        if self.zeroed not in self.slice_axes:
+            among = ", ".join(self.slice_axes)
+            raise MethodError(f"{type(self).__name__}: zeroed = {self.zeroed!r} must be one of slice_axes: {among}")
         if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
             raise MethodError(
                 f"{type(self).__name__}: {', '.join(frozen)} has requires_grad=False, but every parameter of an "
                 "adapter trains; register a frozen tensor as a buffer (register_buffer)"
             )
-        if missing := [name for name in {**self.slice_axes, self.zeroed: 0} if name not in parameters]:
+        if missing := [name for name in self.slice_axes if name not in parameters]:
             raise MethodError(
                 f"{type(self).__name__}: {', '.join(missing)} must be parameters, because only trained slices can be "
                 "dropped, added and scored; leave frozen tensors out of `slice_axes`, so that they keep theirs"
@@ -155,6 +158,22 @@ class Parametrisation(nn.Module, ABC):
             setattr(self, name, parameter)
             done.append(Resize(old, parameter, axis, keep))
         return done
+
+    def grown(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`fresh`, checked.
+
+        Raises:
+            MethodError: `fresh` left out a tensor that has slices, or gave one of another shape.
+        """
+        new = self.fresh(n, generator)
+        wanted = {name: [*self.get_parameter(name).shape] for name in self.slice_axes}
+        for name, axis in self.slice_axes.items():
+            wanted[name][axis] = n
+        if (found := {name: [*value.shape] for name, value in new.items()}) != wanted:
+            raise MethodError(
+                f"{type(self).__name__}.fresh({n}) must give tensors of the shapes {wanted}, and gave {found}"
+            )
+        return new
 
 
 @dataclass(frozen=True)
@@ -289,7 +308,7 @@ class Adapter(nn.Module):
             if generator is None:
                 raise TypeError("adding slices draws random numbers: pass a generator")
             with torch.device("cpu"):  # where the generator is, whatever the default device
-                new = self.update.fresh(add, generator)
+                new = self.update.grown(add, generator)
         if self.initial is not None:
             self.initial.resize(keep, {name: torch.zeros_like(value) for name, value in new.items()})
         return self.update.resize(keep, new)

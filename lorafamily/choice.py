@@ -11,6 +11,7 @@ from torch import nn
 
 from lorafamily import targets as targeting
 from lorafamily.adapter import Adapter
+from lorafamily.allocation.scored_allocation import ScoredAllocation
 from lorafamily.batch import call, to_device
 from lorafamily.budget import Shapes, Sizing, ranks_by_module, solve
 from lorafamily.dropout import Dropout, DropoutKind
@@ -24,7 +25,7 @@ from lorafamily.layers.uncalled import WeightReads, check_left_out
 from lorafamily.layers.weights import onloaded, whole_weights
 from lorafamily.method import Method
 from lorafamily.patterns import by_layer
-from lorafamily.registry import find
+from lorafamily.registry import find, find_scorer
 from lorafamily.training.execution import evaluating
 
 
@@ -95,7 +96,7 @@ def choose(
     """What `apply` would do with the same arguments; it refuses what `apply` refuses, and changes nothing.
 
     Raises:
-        MethodError, TargetError, BudgetError, StateError: as `apply`.
+        MethodError, AllocationError, TargetError, BudgetError, StateError: as `apply`.
     """
     model = check_can_place(model, name)
     named = find(method)
@@ -106,6 +107,8 @@ def choose(
             f"rank={rank!r} and {sized_by}={width!r} are both given; a rank r means {sized_by} r: give one"
         )
     chosen = named.with_options(**method_options)
+    if isinstance(chosen.allocation, ScoredAllocation):
+        find_scorer(chosen.allocation.scorer)
     drops = Dropout(dropout, dropout_kind)
     if dropout_kind != "entries" and not dropout:
         raise MethodError(f"dropout_kind={dropout_kind!r} has no effect without dropout, which is {dropout!r}")

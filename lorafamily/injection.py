@@ -79,7 +79,8 @@ def apply(
     without a key have rank 0 and the method's default alpha and sizes; a key without effect is an error.
 
     Raises:
-        MethodError, TargetError, BudgetError, StateError, DataError: see the message; the model is untouched.
+        MethodError, AllocationError, TargetError, BudgetError, StateError, DataError: see the message; the model is
+            untouched.
     """
     choice = choose(
         model,
@@ -124,7 +125,7 @@ def gather(
         **chosen: arguments of `apply` that choose layers and sizes, such as `budget` and `targets`.
 
     Raises:
-        MethodError, TargetError, BudgetError, StateError, DataError: as `apply`.
+        MethodError, AllocationError, TargetError, BudgetError, StateError, DataError: as `apply`.
     """
     return gather_for(choose(model, method, **chosen), data, loss_fn, seed)
 

@@ -39,7 +39,10 @@ class Initialisation(ABC):
     def __call__(
         self, update: Parametrisation, weight: Float[Tensor, "d_out d_in"], generator: torch.Generator
     ) -> None:
-        """Fill `update`, without changing `weight`; `generator` lives on the CPU."""
+        """Set what `update` shall have instead of its parametrisation's own initialisation, which it has already.
+
+        `weight` must not change; `generator` lives on the CPU.
+        """
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class FromEvidence(Initialisation):
         evidence: LayerEvidence,
         scale: float,
     ) -> None:
-        """Fill `update`, without changing `weight`; ΔW will be `scale` times U V."""
+        """As `Initialisation.__call__`; ΔW will be `scale` times U V."""
 
     def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
         raise MethodError(f"{type(self).__name__} needs evidence: apply(..., data=batches)")
@@ -120,7 +123,7 @@ class DefaultInitialisation(Initialisation):
     """The initialisation of the parametrisation's paper, with U V = 0."""
 
     def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
-        update.reset(generator)
+        pass
 
 
 @dataclass(frozen=True)
@@ -308,14 +311,14 @@ class Method:
         home = torch.device("meta" if weight.is_meta else "cpu")  # drawn on the CPU: the same values for every device
         with home:
             update = self.parametrisation(d_in, d_out, **self.capped(d_in, d_out, rank)).to(dtype)
+        update.check()
         adapter = Adapter(update, scale=self.scale(scaled_as or update.slices), dropout=dropout)
         if not weight.is_meta:
             with torch.no_grad(), home:
-                if not update.capacity:
-                    update.reset(generator)
-                elif evidence is not None and isinstance(self.initialisation, FromEvidence):
+                update.reset(generator)  # what the initialisation leaves keeps the parametrisation's own values
+                if evidence is not None and isinstance(self.initialisation, FromEvidence) and update.capacity:
                     self.initialisation.fill(update, weight.detach(), generator, evidence, adapter.scale)
-                else:
+                elif update.capacity:
                     self.initialisation(update, weight.detach(), generator)
         if self.initialisation.freezes():
             adapter.freeze_initial()

@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import sys
+import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -27,6 +28,8 @@ def methods() -> dict[str, Method]:
 
     Raises:
         MethodError: two packages register one name for different objects, or an entry point is no `Method`.
+
+    A plug-in that cannot be imported is left out, with a warning.
     """
     found = _installed(GROUP, "method", MethodError)
     for name, (target, method) in found.items():
@@ -45,6 +48,8 @@ def scorers() -> dict[str, type[Scorer]]:
 
     Raises:
         AllocationError: two packages register one name for different objects, or an entry point is no such class.
+
+    A plug-in that cannot be imported is left out, with a warning.
     """
     found = _installed(SCORERS, "scorer", AllocationError)
     for name, (target, scorer) in found.items():
@@ -62,7 +67,18 @@ def _installed(group: str, what: str, error: type[LoraFamilyError]) -> dict[str,
                 f'two packages register the {what} "{point.name}": {found[point.name].value} and {point.value}; '
                 "uninstall one of them"
             )
-    return {name: (point.value, _load(point)) for name, point in found.items()}
+    objects = {}
+    for name, point in found.items():
+        try:
+            objects[name] = point.value, _load(point)
+        except Exception as reason:  # what is wrong with one package must not stop the use of others
+            whose = f" of {point.dist.name}" if point.dist else ""
+            warnings.warn(
+                f'the {what} "{name}"{whose} is left out: {point.value} cannot be imported '
+                f"({type(reason).__name__}: {reason})",
+                stacklevel=4,
+            )
+    return objects
 
 
 @functools.cache
@@ -106,6 +122,11 @@ def find(spec: str) -> Method:
     Raises:
         MethodError: a name is unknown (the message suggests the nearest), or the methods cannot be combined.
     """
+    if isinstance(spec, Method):
+        raise MethodError(
+            "a saved adapter must name its method, so apply takes names, not objects: register the method by an entry "
+            f'point of the group "{GROUP}", and pass its name'
+        )
     if not isinstance(spec, str):
         raise MethodError(f"method={spec!r}: must be a name or names joined by '+', such as \"lora2+olora\"")
     installed = methods()

@@ -423,7 +423,6 @@ def test_a_method_of_another_package_is_found_and_trains(tmp_path):
         "class Ones(Initialisation):\n"
         "    value: float = 0.1\n"
         "    def __call__(self, update, weight, generator):\n"
-        "        update.reset(generator)\n"
         "        update.A.fill_(self.value)\n\n"
         "ones = lora.but(initialisation=Ones())\n"
     )

@@ -151,3 +151,25 @@ def test_methods_of_packages_are_found_once_they_are_installed_and_must_be_metho
     install(tmp_path, "other", "mine = other:lora")
     with pytest.raises(lorafamily.MethodError, match=r'two packages register the method "mine": .*uninstall one'):
         lorafamily.methods()
+
+
+def test_a_package_that_cannot_be_imported_does_not_stop_the_use_of_others(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "broken", "gone = no_such_module:gone")
+    left_out = r'the method "gone" of broken is left out: no_such_module:gone cannot be imported \(ModuleNotFoundError'
+    with pytest.warns(UserWarning, match=left_out):
+        lorafamily.apply(tiny(), "lora", rank=2)
+    with (
+        pytest.warns(UserWarning, match=left_out),
+        pytest.raises(lorafamily.MethodError, match='no method named "gone"'),
+    ):
+        lorafamily.apply(tiny(), "gone", rank=2)
+
+
+def test_a_method_that_has_no_name_and_a_scorer_that_is_unknown_are_refused_before_anything_is_changed():
+    model = tiny()
+    with pytest.raises(lorafamily.MethodError, match=r'takes names, not objects: register .* "lorafamily\.variants"'):
+        lorafamily.apply(model, lora, rank=2)
+    with pytest.raises(lorafamily.AllocationError, match="scorer='worth': must be one of exact, first-order"):
+        lorafamily.apply(model, "alora", rank=2, scorer="worth")
+    assert not any(isinstance(module, Adapter) for module in model.modules())

@@ -69,7 +69,6 @@ class LeadingInputs(FromEvidence):
         evidence: LayerEvidence,
         scale: float,
     ) -> None:
-        update.reset(generator)  # tensors that the directions do not fill keep the parametrisation's own initialisation
         assert evidence.directions is not None
         V = evidence.directions[: update.capacity].to(torch.promote_types(weight.dtype, torch.float32))
         update.represent(V.new_zeros(update.d_out, len(V)), V)

@@ -123,7 +123,6 @@ class GradientStart(FromEvidence):
         evidence: LayerEvidence,
         scale: float,
     ) -> None:
-        update.reset(generator)
         assert evidence.gradient is not None
         dtype = torch.promote_types(weight.dtype, torch.float32)
         r = update.capacity

@@ -70,7 +70,6 @@ class LoRAStart(Initialisation):
     def __call__(self, update: Parametrisation, weight: Tensor, generator: torch.Generator) -> None:
         if self.init not in ("kaiming", "gaussian"):
             raise MethodError(f'init={self.init!r}: must be "kaiming" or "gaussian"')
-        update.reset(generator)
         if self.init == "gaussian":
             A = update.get_parameter("A")
             A.copy_(torch.empty_like(A).normal_(std=1 / A.shape[0], generator=generator))

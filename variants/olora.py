@@ -42,7 +42,6 @@ class QR(Initialisation):
     def __call__(
         self, update: Parametrisation, weight: Float[Tensor, "d_out d_in"], generator: torch.Generator
     ) -> None:
-        update.reset(generator)  # tensors that the factors do not fill keep the parametrisation's own initialisation
         W = weight.to(torch.promote_types(weight.dtype, torch.float32))
         Q, R = leading_qr(W, update.capacity)
         update.represent(Q.cpu(), R.cpu())
