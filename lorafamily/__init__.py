@@ -15,7 +15,7 @@ if _os.path.basename("".join(_sys.argv[:1])).partition(".")[0] == "lorafamily":
 
 # isort: split
 from lorafamily.activation import disabled, remove, switch
-from lorafamily.adapter import Adapter, Parametrisation
+from lorafamily.adapter import Adapter
 from lorafamily.allocation.scorer import Scorer
 from lorafamily.budget import Sizing
 from lorafamily.contract import check_method
@@ -46,6 +46,7 @@ from lorafamily.insight.record import redraw, slices_at
 from lorafamily.insight.summary import Summary, summary
 from lorafamily.layers.kinds import LayerKind, register_layer_kind
 from lorafamily.method import FromEvidence, Initialisation, Method, Penalty, Room
+from lorafamily.parametrisation import Parametrisation
 from lorafamily.planner import Plan, plan
 from lorafamily.rates import Suggestion, suggest_lr
 from lorafamily.registry import methods, scorers

@@ -8,12 +8,13 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from lorafamily.adapter import Adapter, Parametrisation
+from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
 from lorafamily.dropout import Dropout
 from lorafamily.errors import MethodError
 from lorafamily.evidence import LayerEvidence
 from lorafamily.method import FromEvidence, Method
+from lorafamily.parametrisation import Parametrisation
 from lorafamily.registry import find
 
 SHAPES = ((9, 7), (6, 8))

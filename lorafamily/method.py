@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorafamily.adapter import Adapter, Parametrisation
+from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Allocation, Fixed
 from lorafamily.dropout import Dropout
 from lorafamily.errors import MethodError
 from lorafamily.evidence import LayerEvidence, Wanted
+from lorafamily.parametrisation import Parametrisation
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)", "alpha"]
 """How s follows from alpha and the layer's initial rank r. "alpha/r" is LoRA's, "alpha/sqrt(r)" rsLoRA's (Kalajdzievski

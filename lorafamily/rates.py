@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from lorafamily.activation import remove, switch
-from lorafamily.adapter import Adapter, Factors
+from lorafamily.adapter import Adapter
 from lorafamily.errors import BudgetError, MethodError, StateError
 from lorafamily.injection import apply
 from lorafamily.layers.placement import placement_of
 from lorafamily.layers.state import Placement
+from lorafamily.parametrisation import Factors
 from lorafamily.training.optimisation import LR
 
 REFERENCE = "suggest_lr-reference"

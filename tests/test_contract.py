@@ -7,8 +7,8 @@ import torch
 
 import lorafamily
 from conftest import data, tiny
-from lorafamily.adapter import Parametrisation
 from lorafamily.dropout import Dropout
+from lorafamily.parametrisation import Parametrisation
 from lorafamily.variants.lora import Plain, lora
 
 FEW = {

@@ -10,12 +10,13 @@ from torch.testing import assert_close
 
 import lorafamily
 from conftest import shared
-from lorafamily.adapter import Adapter, Parametrisation
+from lorafamily.adapter import Adapter
 from lorafamily.allocation.pruning import ImportancePruning
 from lorafamily.allocation.run import Run
 from lorafamily.layers.placement import place
 from lorafamily.layers.state import Placement
 from lorafamily.layers.target import possible_targets
+from lorafamily.parametrisation import Parametrisation
 from lorafamily.penalty import Orthogonality
 
 NAMES = {

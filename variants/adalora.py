@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorafamily.adapter import Factors, Parametrisation
 from lorafamily.allocation.pruning import ImportancePruning
 from lorafamily.method import Method
+from lorafamily.parametrisation import Factors, Parametrisation
 from lorafamily.penalty import Orthogonality
 from lorafamily.variants.lora import lora
 

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorafamily.adapter import Parametrisation
 from lorafamily.budget import highest
 from lorafamily.errors import MethodError
 from lorafamily.evidence import LayerEvidence, Wanted
 from lorafamily.method import FromEvidence, Room
+from lorafamily.parametrisation import Parametrisation
 from lorafamily.variants.lora import lora
 
 

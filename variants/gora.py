@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorafamily.adapter import Parametrisation
 from lorafamily.errors import BudgetError, MethodError
 from lorafamily.evidence import LayerEvidence, Wanted
 from lorafamily.method import FromEvidence, Room
+from lorafamily.parametrisation import Parametrisation
 from lorafamily.variants.lora import kaiming_uniform, rslora
 
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorafamily.adapter import Factors, Parametrisation
 from lorafamily.errors import MethodError
 from lorafamily.method import Initialisation, Method
+from lorafamily.parametrisation import Factors, Parametrisation
 
 
 def kaiming_uniform(rows: int, d_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorafamily.adapter import Factors, Parametrisation
 from lorafamily.method import Initialisation
+from lorafamily.parametrisation import Factors, Parametrisation
 from lorafamily.variants.lora import lora
 
 

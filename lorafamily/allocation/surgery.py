@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.adapter import Resize
+from lorafamily.parametrisation import Resize
 
 Axes = tuple[int | None, ...]
 """For every axis of a state tensor, the axis of the parameter that it runs along; None if it has a single entry."""
