@@ -38,8 +38,10 @@ from typing import Annotated, Any
 import tyro
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("adapter.py", "parametrisation.py", "budget.py", "layers/site.py", "allocation", "deploy/merge.py")
-MODULES += ("deploy/merge_quantised.py",)
+MODULES = (
+    *("adapter.py", "parametrisation.py", "budget.py", "layers/site.py", "allocation"),
+    *("deploy/merge.py", "deploy/merge_quantised.py"),
+)
 """In lorafamily/: where a fault would be silent."""
 ANNOTATIONS = ("annotation", "returns")
 
