@@ -36,8 +36,10 @@ def check_method(method: str | Method, *, rank: int = 4) -> None:
         rank: size of the adapters, from 2; for LoRA² its width.
 
     Raises:
-        MethodError: a promise is broken; the message lists all that are.
+        MethodError: a promise is broken; the message lists all that are. Or `rank` is below 2.
     """
+    if rank < 2:
+        raise MethodError(f"rank={rank}: must be at least 2, so that a slice can be dropped and one is left")
     chosen = find(method) if isinstance(method, str) else method
     broken: dict[str, list[str]] = {}
     for d_in, d_out in SHAPES:
@@ -81,7 +83,7 @@ def _first_values(made: Made) -> Iterator[str]:
     pairs = zip(first.state_dict().values(), again.state_dict().values(), strict=True)
     if not all(torch.equal(*pair) for pair in pairs):
         yield "reset gives other values for the same generator: draw all from it"
-    if product(first).any():
+    if _product(first).any():
         yield "U V is not zero after reset"
     if not _learns(first):
         yield "nothing gets a gradient after reset"
@@ -92,12 +94,12 @@ def _represents(made: Made) -> Iterator[str]:
         update = _reset(made())
         U, V = _random(update.d_out, m, seed=1), _random(m, update.d_in, seed=2)
         update.represent(U, V)
-        if error := _error(product(update), U @ V):
+        if error := _error(_product(update), U @ V):
             yield f"represent of rank {m}, of at most {update.capacity}, is off by {error:.1e} of the largest entry"
     update = _reset(made())
     V = _random(update.capacity, update.d_in, seed=2)
     update.represent(torch.zeros(update.d_out, len(V), dtype=V.dtype), V)
-    if product(update).any():
+    if _product(update).any():
         yield "represent with U = 0 does not give zero"
     if not _learns(update):
         yield "nothing gets a gradient after represent with U = 0"
@@ -105,24 +107,24 @@ def _represents(made: Made) -> Iterator[str]:
 
 def _gates(made: Made) -> Iterator[str]:
     update = _trained(made())
-    each = [product(update, row) for row in torch.eye(update.slices, dtype=torch.float64)]
+    each = [_product(update, row) for row in torch.eye(update.slices, dtype=torch.float64)]
     gate = _random(1, update.slices, seed=3)[0]
-    if _error(product(update, gate), einsum(gate, torch.stack(each), "r, r d_out d_in -> d_out d_in")):
+    if _error(_product(update, gate), einsum(gate, torch.stack(each), "r, r d_out d_in -> d_out d_in")):
         yield "factors(gate) does not multiply slice i by gate[i]"
-    if _error(product(update, torch.ones_like(gate)), product(update)):
+    if _error(_product(update, torch.ones_like(gate)), _product(update)):
         yield "factors(gate) with ones is not factors()"
     with torch.enable_grad():
         gate.requires_grad_()
-        total = (product(update, gate) * _random(update.d_out, update.d_in, seed=4)).sum()
+        total = (_product(update, gate) * _random(update.d_out, update.d_in, seed=4)).sum()
         if not total.requires_grad or torch.autograd.grad(total, gate, allow_unused=True)[0] is None:
             yield "factors(gate) is not differentiable in the gate"
 
 
 def _switches_off(made: Made) -> Iterator[str]:
     update = _trained(made())
-    wanted = product(update, _without_one(update))
+    wanted = _product(update, _without_one(update))
     update.mask(torch.tensor([1]))
-    if _error(product(update), wanted):
+    if _error(_product(update), wanted):
         yield f"zeros in {update.zeroed} do not switch a slice off"
     if not _learns(update, update.zeroed, 1):
         yield f"a slice that zeros in {update.zeroed} switch off gets no gradient there, so that it cannot come back"
@@ -131,13 +133,13 @@ def _switches_off(made: Made) -> Iterator[str]:
 def _changes_size(made: Made) -> Iterator[str]:
     update = _trained(made())
     adapter, everything = Adapter(update, scale=1.0), torch.arange(update.slices)
-    before, wanted = product(update), product(update, _without_one(update))
+    before, wanted = _product(update), _product(update, _without_one(update))
     try:
         adapter.resize(everything, 2, generator=torch.Generator().manual_seed(5))
-        if _error(product(update), before):
+        if _error(_product(update), before):
             yield "slices from fresh change U V"
         adapter.resize(everything[everything != 1])
-        if _error(product(update), wanted):
+        if _error(_product(update), wanted):
             yield "dropping a slice is not switching it off"
     except RuntimeError as error:
         yield f"with another number of slices factors fails ({error}): is a tensor missing from slice_axes?"
@@ -158,7 +160,7 @@ def _first_update(method: Method, d_in: int, d_out: int, rank: int) -> Iterator[
         yield "the initialisation changes the base weight"
 
 
-def product(update: Parametrisation, gate: Tensor | None = None) -> Tensor:
+def _product(update: Parametrisation, gate: Tensor | None = None) -> Tensor:
     """U V."""
     U, V = update.factors(gate)
     return U @ V
@@ -173,7 +175,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 def _learns(update: Parametrisation, name: str | None = None, i: int | None = None) -> bool:
     """Whether some entry, or some in slice `i` of the tensor `name`, gets a gradient."""
     with torch.enable_grad():
-        total = (product(update) * _random(update.d_out, update.d_in, seed=4)).sum()
+        total = (_product(update) * _random(update.d_out, update.d_in, seed=4)).sum()
         looked_at = list(update.parameters()) if name is None else [update.get_parameter(name)]
         gradients = torch.autograd.grad(total, looked_at, allow_unused=True) if total.requires_grad else [None]
     if name is not None and gradients[0] is not None:

@@ -23,6 +23,11 @@ def test_every_method_passes(method):
     lorafamily.check_method(method)
 
 
+def test_one_slice_is_too_few_to_check():
+    with pytest.raises(lorafamily.MethodError, match="rank=1: must be at least 2"):
+        lorafamily.check_method("lora", rank=1)
+
+
 class CountsTooFew(Plain):
     @staticmethod
     def count(d_in, d_out, rank):
