@@ -237,20 +237,21 @@ class Lists(Mean):
         return {at: [0.0] * adapter.slices for at, adapter in self.run.adapters.items()}
 
 
-@pytest.mark.parametrize("method", ["alora", "adalora", "elalora"])
+WRONG = [
+    (OneTooFew, r"a tensor of 3 scores for blocks.1.attention.query, one for each slice, and gives \(2,\) after"),
+    (Nothing, "Nothing scores 0 modules; it must score all 6"),
+    (Lists, "a tensor of 3 scores for .*, and gives list"),
+]
+# AdaLoRA masks until its last decision, so that its scores never have to follow a change of size.
+FOLLOWS = (DoesNotFollow, r"DoesNotFollow must give a tensor of \d scores for .*its follow\(\) must go along")
+
+
 @pytest.mark.parametrize(
-    ("scorer", "message"),
-    [
-        (DoesNotFollow, r"DoesNotFollow must give a tensor of \d scores for .*its follow\(\) must go along"),
-        (OneTooFew, r"a tensor of 3 scores for blocks.1.attention.query, one for each slice, and gives \(2,\) after"),
-        (Nothing, "Nothing scores 0 modules; it must score all 6"),
-        (Lists, "a tensor of 3 scores for .*, and gives list"),
-    ],
+    ("method", "scorer", "message"),
+    [(method, *of) for method in FEW for of in [*WRONG, FOLLOWS] if (method, of) != ("adalora", FOLLOWS)],
 )
 def test_scores_that_are_not_one_a_slice_are_refused(method, scorer, message, monkeypatch):
     """Without this a scorer that did not follow moved slices that were not there, and ranks fell below zero."""
-    if scorer is DoesNotFollow and method == "adalora":
-        pytest.skip("AdaLoRA masks until its last decision, so no scores follow a change of size")
     monkeypatch.setattr("lorafamily.registry.scorers", lambda: {"own": scorer})
     model = lorafamily.apply(tiny(), method, rank=3, targets="blocks.1", seed=0, scorer="own", **FEW[method])
     with pytest.raises(lorafamily.AllocationError, match=message):
