@@ -385,3 +385,60 @@ def test_a_state_dict_that_differs_in_more_than_ranks_is_refused_by_torch():
     half, _, _ = trained_a_while("adalora")
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict(half.state_dict())
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("method", ["lora2", "adalora", "elalora"])
+def test_gradients_that_are_cleared_before_the_session_sees_them_are_missed(method, to_none):
+    """Scores would be zeros, and slices would go in the order of their modules."""
+    model = adapted(method)
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+    session = lorafamily.session(model, optimizer, steps=STEPS)
+    session.backward(model(**batches()[0]).loss)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=to_none)
+    with pytest.raises(lorafamily.TrainingError, match=r"session.step\(\) after optimizer.step\(\) and before"):
+        session.step()
+
+
+def test_a_session_goes_with_the_optimizer_and_not_with_batches():
+    model = adapted("lora")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+    session = lorafamily.session(model, optimizer, steps=STEPS)
+    session.backward(model(**batches()[0]).loss)
+    with pytest.raises(lorafamily.TrainingError, match=r"no step since the last session.step\(\)"):
+        session.step()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.fill_(torch.inf)
+    session.step()  # a loop may leave out a step for that
+
+
+def test_a_session_trains_what_is_active():
+    model = adapted("lora", name="a")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+    session = lorafamily.session(model, optimizer, steps=STEPS)
+    session.backward(model(**batches()[0]).loss)
+    optimizer.step()
+    lorafamily.apply(model, "lora", rank=2, name="b")
+    with pytest.raises(lorafamily.StateError, match='"b" is active, and this session trains "a": switch'):
+        session.step()
+    lorafamily.switch(model, "a")
+    session.step()
+    lorafamily.compress(model, rank=1)
+    with pytest.raises(lorafamily.StateError, match=r'adapters of "a" were replaced \(lorafamily.compress'):
+        session.step()
+
+
+def test_the_scaler_of_accelerate_s_optimizer_scales_the_penalty():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is an extra")
+    added = []
+    for scale in (1.0, 1024.0):
+        model = adapted("adalora")
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        inner = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+        wrapped = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=scaler)
+        session = lorafamily.session(model, wrapped, steps=STEPS)
+        session.add_penalty()
+        added.append(torch.cat([a.update.P.grad.flatten() for a in session.adapters.values()]))
+    assert_close(added[1], 1024 * added[0], rtol=1e-12, atol=0)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lorafamily.adapter import Adapter
 from lorafamily.deploy.folder import listed
-from lorafamily.errors import DataError, NonFiniteError, TrainingError
+from lorafamily.errors import DataError, NonFiniteError, StateError, TrainingError
 from lorafamily.layers.extra_trained import movable_buffers
+from lorafamily.layers.state import ModelState, Placement
 
 CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 
@@ -55,6 +57,77 @@ class FrozenBuffers:
                 "their modules stay in eval mode. To train one, name a parameter of it in also_train",
                 stacklevel=3,
             )
+
+
+def refuse_other_adapters(state: ModelState, placement: Placement, adapters: Mapping[str, nn.Module]) -> None:
+    """Check that the adapters that a session trains are the active ones still.
+
+    Raises:
+        StateError: others are, or they were replaced.
+    """
+    if state.active != placement.name:
+        now = "no adapter" if state.active is None else f'adapter "{state.active}"'
+        raise StateError(
+            f'{now} is active, and this session trains "{placement.name}": switch(model, "{placement.name}") before '
+            "the next batch, or make a session for what is active"
+        )
+    if placement.adapters is not adapters:
+        raise StateError(
+            f'the adapters of "{placement.name}" were replaced (lorafamily.compress?), and the optimizer holds the old '
+            "ones: make an optimizer and a session for the new ones"
+        )
+
+
+class OptimizerSteps:
+    """Whether the optimizer has stepped since `begin_next`, and on which gradients.
+
+    A session that is called when these are gone would score slices on nothing; one that is called without a step would
+    come to the end of its schedule too soon.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, adapters: Mapping[str, Adapter]):
+        self.adapters = adapters
+        self.made = False
+        self._seen: list[tuple[nn.Parameter, int]] = []
+        optimizer.register_step_post_hook(self._note)
+
+    def check_order(self, finite: Callable[[], bool] | None) -> None:
+        """Check that the optimizer stepped, and that the gradients of its step are still there.
+
+        `finite`: whether all gradients are; None: the loop may leave out a step.
+
+        Raises:
+            TrainingError: one of these does not hold.
+        """
+        if not self.made and finite is not None and self._gradients() and finite():
+            raise TrainingError(
+                "the optimizer has made no step since the last session.step(): call it once for each optimizer.step(), "
+                "also where several batches make one step"
+            )
+        if self._seen and all(_cleared(parameter, version) for parameter, version in self._seen):
+            raise TrainingError(
+                "the gradients of this step are cleared, and ranks would be moved by scores of nothing: call "
+                "session.step() after optimizer.step() and before optimizer.zero_grad()"
+            )
+
+    def begin_next(self) -> None:
+        """Forget the step that is over."""
+        self.made, self._seen = False, []
+
+    def _note(self, *_: Any) -> None:
+        self.made = True
+        self._seen = [(parameter, gradient._version) for parameter, gradient in self._gradients()]
+
+    def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        # parameters() would take a millisecond for all adapters
+        parameters = (p for adapter in self.adapters.values() for p in vars(adapter.update)["_parameters"].values())
+        return [(p, p.grad) for p in parameters if p.grad is not None]
+
+
+def _cleared(parameter: nn.Parameter, version: int) -> bool:
+    """Whether a gradient is gone, or was filled with zeros since it had this version."""
+    gradient = parameter.grad
+    return gradient is None or (gradient._version != version and not bool(gradient.any()))
 
 
 class NonFiniteGuard:

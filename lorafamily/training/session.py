@@ -22,7 +22,7 @@ from lorafamily.layers.state import Placement
 from lorafamily.layers.uncalled import leave_out, watch_first_batch
 from lorafamily.training.evaluation import ScoringLoss
 from lorafamily.training.fitting import fit_ranks, follow_state_dicts
-from lorafamily.training.guards import CUT, FrozenBuffers
+from lorafamily.training.guards import CUT, FrozenBuffers, OptimizerSteps, refuse_other_adapters
 from lorafamily.training.loop_context import LoopContext, check_optimizer_has, refuse_holding_engine
 from lorafamily.training.optimisation import check_up_rate
 from lorafamily.training.processes import Processes
@@ -72,7 +72,7 @@ def session(
         loss_fn=loss_fn,
         seed=seed,
         check_gradients=check_gradients,
-        loop=LoopContext(precision=autocast, scaler=scaler),
+        loop=LoopContext(precision=autocast, scaler=scaler or getattr(optimizer, "scaler", None)),  # accelerate's
         again=again,
     )
 
@@ -102,9 +102,9 @@ class Session:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise TrainingError(f"steps={steps!r}: must be a whole number of optimizer steps, at least 1")
         self.model, self.loop, self.seed = model, loop, seed
-        self.owner, state = noted(model)
-        refuse_merged(state)
-        self.placement: Placement | None = None if state is None else placement_of(self.owner)
+        self.owner, self._state = noted(model)
+        refuse_merged(self._state)
+        self.placement: Placement | None = None if self._state is None else placement_of(self.owner)
         self.adapters = {} if self.placement is None else self.placement.adapters
         refuse_offloaded_adapters(self.adapters)
         StepHooks(optimizer, self.adapters)  # refuses an optimizer that cannot train adapters
@@ -116,7 +116,7 @@ class Session:
         self.left_out: list[str] = []
         self._processes = Processes(self.device) if dist.is_available() and dist.is_initialized() else None
         self._again = again
-        self._penalised = self._stepped = self._awaits_state = False
+        self._penalised = self._awaits_state = False
         scoring = (loss_fn, weigher(loss_over, model, loss_fn), loop.precision, seed)
         self._scoring_loss = None if validation is None else ScoringLoss(model, validation, *scoring)
         if self.placement is not None:
@@ -131,12 +131,12 @@ class Session:
         self.gradients = TaskGradients(
             self.adapters, self._extra_trained, check_gradients, loop, self._processes, self._wanted_gradients
         )
-        self.optimizer.register_step_post_hook(self._after_optimizer)
+        self._optimizer_steps = OptimizerSteps(self.optimizer, self.adapters)
         self._buffers: FrozenBuffers | None = None
         if self.placement is not None:
             self._buffers = FrozenBuffers(self.owner)
             if not loop.compiled:
-                watch_first_batch(model, targets_of(self.owner), self.leave_out)
+                watch_first_batch(model, targets_of(self.owner), self.placement, self.leave_out)
             self.placement.had_session = True
             follow_state_dicts(self.owner, self._follow)
 
@@ -202,9 +202,14 @@ class Session:
         them, in the model and in the optimizer. Returns the decision, None most of the time.
 
         Raises:
-            TrainingError: the penalty's gradient was not added, or adapters got no gradient in the first steps.
-            StateError: a state dict with other ranks was loaded into the model, but not the session's state of then.
+            TrainingError: the optimizer made no step, or its gradients are cleared already; the penalty's gradient was
+                not added, or adapters got no gradient in the first steps.
+            StateError: other adapters are active, or replaced these; or a state dict with other ranks was loaded into
+                the model, but not the session's state of then.
         """
+        if self.placement is not None and self._state is not None:
+            refuse_other_adapters(self._state, self.placement, self.adapters)
+        self._optimizer_steps.check_order(None if self.loop.may_skip else self.gradients.finite)
         if self._awaits_state:
             raise StateError(
                 "the model went on from a state dict with adapters of other ranks, and the session did not: load the "
@@ -223,11 +228,12 @@ class Session:
         averages = self.loop.scaler is not None and scorer is not None and scorer.observes
         skipped = averages and not self.gradients.finite()  # by the scaler
         with self.gradients.paused():
-            decision = self.allocator.step(self.steps_done, observe=self._stepped and not skipped)
+            decision = self.allocator.step(self.steps_done, observe=self._optimizer_steps.made and not skipped)
         if decision is not None:
             self.decisions.append(decision)
             self.gradients.listen()
-        self._penalised = self._stepped = False
+        self._penalised = False
+        self._optimizer_steps.begin_next()
         self.gradients.stepped()
         return decision
 
@@ -339,6 +345,3 @@ class Session:
     def _extra_trained(self) -> dict[str, nn.Parameter]:
         names = () if self.placement is None else self.placement.inactive_values
         return {at: self.owner.get_parameter(at) for at in names}
-
-    def _after_optimizer(self, *_: Any) -> None:
-        self._stepped = True
