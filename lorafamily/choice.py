@@ -21,7 +21,7 @@ from lorafamily.layers.extra_trained import movable_buffers
 from lorafamily.layers.placement import check_can_place
 from lorafamily.layers.rows import Fused
 from lorafamily.layers.target import Target
-from lorafamily.layers.uncalled import WeightReads, check_left_out
+from lorafamily.layers.uncalled import WeightReads, check_left_out, warn_read_elsewhere
 from lorafamily.layers.weights import onloaded, whole_weights
 from lorafamily.method import Method
 from lorafamily.patterns import by_layer
@@ -166,4 +166,5 @@ def _with_effect(model: nn.Module, matched: dict[str, Target], example: Any, by_
         model.get_buffer(at).copy_(value)
     names = reads.without_effect()
     check_left_out(model, names, by_default and len(names) < len(matched))
+    warn_read_elsewhere(model, reads.read_elsewhere(model))
     return {name: target for name, target in matched.items() if name not in names}

@@ -766,6 +766,34 @@ def test_an_example_shows_what_is_read():
     assert list(placement_of(model).adapters) == ["first", "proj", "last"]
 
 
+class TiedCoder(nn.Module):
+    """An autoencoder that decodes with the encoder's weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encode = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return F.linear(self.encode(x), self.encode.weight.T)
+
+
+def test_a_weight_that_is_called_and_read_is_warned_of_where_merging_would_change_both():
+    (batch,) = rows(1, 5)
+    says = pytest.warns(
+        UserWarning, match="TiedCoder calls encode and reads the weight besides: the adapter acts in the"
+    )
+    with says:
+        lorafamily.apply(TiedCoder(), "lora", rank=2, example=batch[:1])
+    model = lorafamily.apply(TiedCoder(), "lora", rank=2, seed=0)
+    with says:
+        lorafamily.train(model, [batch[0]], steps=3, lr=0.1, loss_fn=lambda m, x: m(x).square().mean(), progress=False)
+    adapted = model(batch[0])
+    with says:
+        lorafamily.merge(model)
+    assert (model(batch[0]) - adapted).abs().max() > 1e-3  # what the warning is about
+
+
 @pytest.mark.parametrize("method", ["lora", "adalora", "alora", "lora2+olora"])
 def test_a_first_batch_shows_what_is_read(method, tmp_path):
     batches = rows(8, 5)

@@ -31,6 +31,7 @@ from lorafamily.layers.sharded import is_sharded, local, put_whole, reshard, who
 from lorafamily.layers.site import keep_padding, sites_in
 from lorafamily.layers.state import ModelState, Placement, Replaced
 from lorafamily.layers.target import Target
+from lorafamily.layers.uncalled import warn_read_elsewhere
 
 
 @torch.no_grad()
@@ -67,6 +68,7 @@ def merge(
     placement, (owner, state) = placement_of(model), adapted(model)
     if state.merged:
         return model
+    warn_read_elsewhere(owner, placement.read_elsewhere)
     reshard(owner)
     targets = targets_of(owner)
     quantised = [path for path in placement.adapters if isinstance(targets[path].layer_kind, Quantised)]

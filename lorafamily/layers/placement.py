@@ -146,10 +146,11 @@ def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
 
 
 def warn_of_no_session(placement: Placement) -> None:
-    """Warn if adapters were trained in a loop without their method's rank allocation or penalty."""
+    """Warn if adapters were trained in a loop without what their method does there."""
     method = placement.method
     settled = isinstance(method.allocation, Fixed) or all(a.settled for a in placement.adapters.values())
-    if placement.had_session or (settled and method.penalty is None):
+    missing = ([] if settled else ["rank allocation"]) + ([] if method.penalty is None else ["penalty"])
+    if placement.had_session or not missing:
         return
     if placement.file_fingerprints is None:
         trained = any(adapter.norm() > 0 for adapter in placement.adapters.values())  # ΔW is zero at first
@@ -157,7 +158,6 @@ def warn_of_no_session(placement: Placement) -> None:
         now = placement.fingerprints()
         trained = any(now.get(name, value) != value for name, value in placement.file_fingerprints.items())
     if trained:
-        missing = ([] if settled else ["rank allocation"]) + ([] if method.penalty is None else ["penalty"])
         warnings.warn(
             f'adapter "{placement.name}" was trained without the {" and ".join(missing)} of its method, '
             f"{placement.spec}: its loop made no lorafamily.session, nor did lorafamily.train or LoraFamilyCallback, "

@@ -33,6 +33,8 @@ class Placement:
     inactive_buffers: dict[str, Tensor] = field(default_factory=dict)
     by_default: bool = False
     """Whether the user named no targets, so that targets without effect may be left out."""
+    read_elsewhere: list[str] = field(default_factory=list)
+    """Layers whose weights the model was seen to read besides calling them."""
     had_session: bool = False
     """Whether this process has made a session for it."""
     file_fingerprints: dict[str, int] | None = None

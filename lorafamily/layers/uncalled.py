@@ -7,6 +7,7 @@ which layers these are, but one forward does.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,17 @@ class WeightReads(TorchFunctionMode):
         read = [name for name, weight in self._weights.items() if weight in self._read]
         return [name for name in read if self._layers[name] not in self._called]
 
+    def read_elsewhere(self, model: nn.Module) -> list[str]:
+        """The targets whose layer was called, and whose weight was read besides, by no other module that has it too."""
+        owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        read = [name for name, weight in self._weights.items() if weight in self._read and owners[weight] == 1]
+        return [name for name in read if self._layers[name] in self._called]
+
+    def begun(self, model: nn.Module) -> None:
+        """Call it in a hook of the model, which may itself be a target: hooks that a call adds it does not run."""
+        if model in self._layers.values():
+            self._begin(model, None)
+
     def _begin(self, layer: nn.Module, inputs: Any) -> None:
         self._inside += 1
         self._called.add(layer)
@@ -79,16 +91,20 @@ class WeightReads(TorchFunctionMode):
 
 
 def watch_first_batch(
-    model: nn.Module, targets: Mapping[str, Target], without_effect: Callable[[list[str]], None]
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    placement: Placement,
+    without_effect: Callable[[list[str]], None],
 ) -> None:
     """After the model's first batch in training, call `without_effect` with the names of the targets whose weights it
-    read without calling their layers."""
+    read without calling their layers; note, and warn of, adapted layers whose weights it read as well."""
     reads = WeightReads(targets)
     hooks: list[RemovableHandle] = []
 
     def begin(module: nn.Module, inputs: Any) -> None:
         if module.training:  # not in an evaluation that comes first
             reads.__enter__()
+            reads.begun(module)
 
     def end(module: nn.Module, inputs: Any, output: Any) -> None:
         if module.training:
@@ -97,8 +113,20 @@ def watch_first_batch(
             reads.__exit__(None, None, None)
             if output is not None:  # the forward did not raise
                 without_effect(reads.without_effect())
+                placement.read_elsewhere = [at for at in reads.read_elsewhere(model) if at in placement.adapters]
+                warn_read_elsewhere(model, placement.read_elsewhere)
 
     hooks += [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
+
+
+def warn_read_elsewhere(model: nn.Module, names: Sequence[str]) -> None:
+    """Warn of layers on which merging is not what the adapter does."""
+    if names:
+        warnings.warn(
+            f"{type(model).__name__} calls {_few(names)} and reads the weight besides: the adapter acts in the call "
+            "alone, and merging it would change both",
+            stacklevel=4,
+        )
 
 
 def leave_out(
@@ -126,8 +154,12 @@ def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None
         TargetError: they may not be left out.
     """
     if names:
-        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        why = f"{type(model).__name__} reads the weight of {few} and never calls the layer: an adapter has no effect"
+        reads = f"{type(model).__name__} reads the weight of {_few(names)}"
+        why = f"{reads} and never calls the layer: an adapter has no effect"
         if not may_be:
             raise TargetError(f"{why}; leave it out of targets (exclude=...)")
         warnings.warn(f"{why}, and is left out", stacklevel=4)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
