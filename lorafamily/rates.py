@@ -83,7 +83,8 @@ def suggest_lr(model: nn.Module, *, reference_lr: float = LR, seed: int = 0) -> 
 
 
 class _Path:
-    """A straight line through the parameters of adapters: each moves up or down, by a random sign, all equally far."""
+    """A straight line through the parameters of adapters: each moves up or down, by a random sign, all equally far, but
+    those that make U `up_ratio` times as far, as their rate is."""
 
     @torch.no_grad()
     def __init__(self, placement: Placement, seed: int):
@@ -91,22 +92,23 @@ class _Path:
         self.adapters = list(placement.adapters.values())
         self.start = [_scaled(adapter) for adapter in self.adapters]
         self.signs = [
-            (p, torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).to(p.device) * 2 - 1)
+            (p, torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).to(p.device) * 2 - 1, ratio)
             for adapter in self.adapters
-            for p in adapter.update.parameters()
+            for name, p in adapter.update.named_parameters()
+            for ratio in [placement.method.up_ratio if adapter.update.role(name) == "up" else 1.0]
             if p.requires_grad
         ]
 
     @torch.no_grad()
     def distance(self, moved: float) -> float:
         """‖ΔW − ΔW at the start‖ over all layers, if every parameter is moved by `moved`."""
-        kept = [p.clone() for p, _ in self.signs]
+        kept = [p.clone() for p, _, _ in self.signs]
         try:
-            for p, sign in self.signs:
-                p.add_(sign, alpha=moved)
+            for p, sign, ratio in self.signs:
+                p.add_(sign, alpha=moved * ratio)
             squares = [_difference(_scaled(a), start) for a, start in zip(self.adapters, self.start, strict=True)]
         finally:
-            for (p, _), value in zip(self.signs, kept, strict=True):
+            for (p, _, _), value in zip(self.signs, kept, strict=True):
                 p.copy_(value)
         return math.sqrt(max(math.fsum(squares), 0.0))
 

@@ -69,6 +69,8 @@ def rising(values):
     return lambda model: {"accuracy": next(given)}
 
 
+LOW = {"monitor": "accuracy", "mode": "min"}
+
 EFFECTS = {
     "model": lambda tmp: torch.equal(trained()[2], trained()[2]) and not torch.equal(trained()[2], untrained()),
     "data": lambda tmp: moved(data=[batch(7)]),
@@ -92,16 +94,14 @@ EFFECTS = {
     "validation": lambda tmp: "loss" in trained(validation=[batch()])[1].metrics,
     "evaluate": lambda tmp: trained(evaluate=accuracy)[1].metrics == {"accuracy": 0.5},
     "evaluate_every": lambda tmp: len(trained(validation=[batch()], evaluate_every=4)[1].evaluations) == 3,
-    "monitor": lambda tmp: trained(evaluate=accuracy, monitor="accuracy")[1].best.metrics == {"accuracy": 0.5},
+    "monitor": lambda tmp: (
+        trained(evaluate=accuracy, monitor="accuracy", mode="max")[1].best.metrics == {"accuracy": 0.5}
+    ),
     "mode": lambda tmp: (
         trained(evaluate=rising([1, 3, 2]), evaluate_every=4, monitor="accuracy", mode="max")[1].best.step == 8
     ),
-    "patience": lambda tmp: (
-        len(trained(evaluate=rising([1, 2, 3]), evaluate_every=4, monitor="accuracy", patience=1)[1].steps) == 8
-    ),
-    "restore_best": lambda tmp: moved(
-        evaluate=rising([1, 2, 3]), evaluate_every=4, monitor="accuracy", restore_best=True
-    ),
+    "patience": lambda tmp: len(trained(evaluate=rising([1, 2, 3]), evaluate_every=4, **LOW, patience=1)[1].steps) == 8,
+    "restore_best": lambda tmp: moved(evaluate=rising([1, 2, 3]), evaluate_every=4, **LOW, restore_best=True),
     "precision": lambda tmp: moved(precision="bfloat16"),
     "compile": lambda tmp: len(compiled(compile=True)) == 1 and compiled() == [],  # runs in tests/test_training.py
     "checkpoint_activations": lambda tmp: (forwards(True), forwards(False)) == (2 * STEPS, STEPS),
@@ -218,7 +218,8 @@ REFUSED = [
     ({"evaluate_every": 5}, "nothing is evaluated"),
     ({"restore_best": True}, "nothing is evaluated"),
     ({"mode": "low", "validation": [batch()]}, "mode='low'"),
-    ({"monitor": "f1", "validation": [batch()]}, 'watches "f1"'),
+    ({"monitor": "accuracy", "evaluate": accuracy}, 'monitor="accuracy" needs a mode: "max" if higher is better'),
+    ({"monitor": "f1", "mode": "max", "validation": [batch()]}, 'watches "f1"'),
     ({"evaluate": lambda model: {"accuracy": None}}, "accuracy=None, which is no number"),
     ({"evaluate": lambda model: 0.5}, "evaluate gave a float"),
     ({"precision": "int8"}, "precision='int8'"),
@@ -226,6 +227,7 @@ REFUSED = [
     ({"resume": "always"}, "resume='always'"),
     ({"data": batch()}, "must be batches"),
     ({"validation": batch()}, "must be batches"),
+    ({"validation": iter([batch()])}, "validation is a list_iterator, which gives its batches once"),
 ]
 
 

@@ -34,7 +34,7 @@ def test_the_distance_is_that_of_dense_updates(method):
     path = _Path(placement_of(model), seed=3)
     before = [a.delta() for a in adapters]
     found = path.distance(0.3)
-    for p, sign in path.signs:
+    for p, sign, _ in path.signs:
         assert set(sign.unique().tolist()) <= {-1, 1}
         p += 0.3 * sign.double()
     moved = [a.delta() for a in adapters]
@@ -64,6 +64,16 @@ def test_methods_whose_parameters_carry_further_get_a_smaller_rate():
     ratios = {m: lorafamily.suggest_lr(lorafamily.apply(tiny(), m, rank=4, seed=0)).ratio for m in ("olora", "lora2")}
     assert ratios["olora"] < 0.6  # orthonormal factors are larger than LoRA's, and both of them count from the start
     assert ratios["lora2"] > 1.5  # products of four small tensors
+
+
+def test_tensors_that_learn_faster_move_further():
+    plain, plus = (lorafamily.apply(tiny(), method, rank=4, seed=0) for method in ("lora", "loraplus"))
+    up_ratio = placement_of(plus).method.up_ratio
+    assert up_ratio > 10
+    found = lorafamily.suggest_lr(plus, seed=0)
+    # ΔW is linear in B, which is zero at first, as long as A hardly moves.
+    assert found.ratio == pytest.approx(1 / up_ratio, rel=0.1)
+    assert lorafamily.suggest_lr(plain, seed=0).ratio == pytest.approx(1, rel=1e-3)
 
 
 @every_method

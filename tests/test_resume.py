@@ -369,6 +369,19 @@ def test_another_optimiser_and_other_data_are_named(changed, message, tmp_path):
         }
 
 
+def test_dropout_and_what_a_function_gives_are_settings_too(tmp_path):
+    def run(dropout=0.0, power=1, resume="auto"):
+        schedule = lambda step: (1 - step / 16) ** power  # noqa: E731
+        return run_small(small(dropout=dropout), tmp_path, save_every=4, steps=8, schedule=schedule, resume=resume)
+
+    run(resume="never")
+    assert len(run().steps) == 8
+    with pytest.raises(lorafamily.StateError, match=r"dropout was 0.0, is 0.9"):
+        run(dropout=0.9)
+    with pytest.raises(lorafamily.StateError, match=r"schedule was '<lambda> 0.875 0.75 .*', is '<lambda> 0.7656 "):
+        run(power=2)
+
+
 @pytest.mark.parametrize("where", ["memory", "folder", "resumed"])
 @pytest.mark.parametrize("method", ["full", "olora", "adalora"])
 def test_the_best_weights_come_back_to_the_last_bit(method, where, tmp_path):
@@ -414,7 +427,7 @@ def test_what_the_best_is_judged_by_must_be_there():
     history = run_small(small(), validation=points(1))
     assert history.best.step == history.last.step == 12
     with pytest.raises(lorafamily.TrainingError, match='monitor watches "f1", but evaluate gave loss'):
-        run_small(small(), validation=points(1), monitor="f1")
+        run_small(small(), validation=points(1), monitor="f1", mode="max")
     with pytest.raises(lorafamily.TrainingError, match="mode='most': must be \"min\""):
         run_small(small(), validation=points(1), mode="most")
 

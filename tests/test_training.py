@@ -409,6 +409,68 @@ def test_recomputed_activations_change_nothing(method):
         lorafamily.train(lorafamily.apply(Bypassing(), "lora", rank=1), [1], steps=1, checkpoint_activations=True)
 
 
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        Counting.calls += 1
+        return super().forward(x)
+
+
+class Lists(nn.Module):
+    """Two blocks, each a list of two layers, as some write them."""
+
+    def __init__(self, as_modules: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.ModuleList(Counting(4, 4) for _ in range(2)) for _ in range(2))
+        self.as_modules = as_modules
+
+    def forward(self, x):
+        for layer in (layer for block in self.blocks for layer in block):
+            x = layer(x) if self.as_modules else nn.functional.linear(x, layer.weight, layer.bias)
+        return x.square().mean()
+
+
+def test_blocks_that_are_lists_are_recomputed_and_blocks_that_nobody_calls_are_refused():
+    settings = {"steps": 1, "loss_fn": lambda model, x: model(x), "checkpoint_activations": True, "progress": False}
+    model = lorafamily.apply(Lists(as_modules=True), "lora", rank=1)
+    Counting.calls = 0
+    lorafamily.train(model, [torch.ones(2, 4)], **settings)
+    assert Counting.calls == 8  # four layers in the forward, and again in the backward
+    model = Lists(as_modules=False)
+    with pytest.raises(lorafamily.TrainingError, match="has no effect: Lists calls none of its 4 blocks"):
+        lorafamily.train(model, [torch.ones(2, 4)], **settings)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_users_own_checkpointing_stays_on():
+    model = lorafamily.apply(llama(), "lora", rank=1)
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    ids = torch.arange(6)[None]
+    lorafamily.train(model, [{"input_ids": ids, "labels": ids}], steps=1, checkpoint_activations=True, progress=False)
+    assert getattr(model, f"is_{name}")
+
+
+def test_an_optimizer_that_trains_twice_has_its_rates_twice():
+    model = lorafamily.apply(tiny(), "lora", rank=2, seed=0)
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+    peaks = []
+    for _ in range(2):
+        history = lorafamily.train(model, data(), steps=6, warmup=0, optimizer=optimizer, progress=False)
+        peaks.append(max(step.lr for step in history.steps))
+    assert peaks == [1e-2, 1e-2]
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_model_that_is_one_layer_trains():
+    model = lorafamily.apply(nn.Linear(4, 3), "lora", rank=1, seed=0)
+    loss_fn = lambda model, x: model(x).square().mean()  # noqa: E731
+    history = lorafamily.train(model, [torch.ones(2, 4)], steps=3, loss_fn=loss_fn, progress=False)
+    assert history.steps[-1].loss < history.steps[0].loss
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -26,7 +26,7 @@ class Best:
     model: nn.Module
     session: Session
     monitor: str
-    mode: Literal["min", "max"]
+    mode: Literal["min", "max"] | None
     patience: int | None
     keep: bool
     step: int = 0
@@ -34,6 +34,11 @@ class Best:
     weights: Snapshot | None = None
 
     def __post_init__(self) -> None:
+        if self.mode is None and self.monitor != "loss":
+            raise TrainingError(
+                f'monitor="{self.monitor}" needs a mode: "max" if higher is better, as for an accuracy, or "min"'
+            )
+        self.mode = "min" if self.mode is None else self.mode
         if self.mode not in ("min", "max"):
             raise TrainingError(f'mode={self.mode!r}: must be "min" (lower is better) or "max"')
         self.value = math.inf if self.mode == "min" else -math.inf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.batch import LossFn, gather_rows, loss_of, to_device
-from lorafamily.errors import TrainingError
+from lorafamily.errors import DataError, TrainingError
 from lorafamily.training.batches import mean_loss
 from lorafamily.training.execution import evaluating
 from lorafamily.training.processes import Processes
@@ -56,6 +56,13 @@ class ScoringLoss:
     seed: int
     drawn: dict[int, list[tuple[Any, float]]] = field(default_factory=dict)
     """By number of rows the batches, each with its share in the loss."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.validation, Iterator):
+            raise DataError(
+                f"validation is a {type(self.validation).__name__}, which gives its batches once, and every evaluation "
+                "and every scoring reads them: pass a DataLoader or a list"
+            )
 
     def __call__(self, rows: int) -> Tensor:
         device = next(p for p in self.model.parameters() if p.requires_grad).device

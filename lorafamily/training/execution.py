@@ -89,13 +89,16 @@ def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
     `nn.ModuleList`s.
 
     Raises:
-        TrainingError: the model has neither.
+        TrainingError: the model has neither, or its first forward calls none of its blocks.
     """
     if not active:
         yield
         return
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # from transformers 5 on, and before
         if hasattr(model, f"{name}_enable"):
+            if getattr(model, f"is_{name}", False):  # on already, as the user wants it
+                yield
+                return
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
             try:
                 yield
@@ -109,11 +112,27 @@ def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
             "has none"
         )
     before = {block: vars(block).get("forward") for block in blocks}
+    ran: set[nn.Module] = set()
+
+    def recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        ran.add(block)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        hook.remove()
+        if not ran:
+            raise TrainingError(
+                f"checkpoint_activations=True has no effect: {type(model).__name__} calls none of its "
+                f"{len(blocks)} blocks, the entries of its nn.ModuleLists, as modules"
+            )
+
     for block in blocks:
-        vars(block)["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        vars(block)["forward"] = functools.partial(recomputed, block, block.forward)
+    hook = model.register_forward_hook(look)
     try:
         yield
     finally:
+        hook.remove()
         for block, forward in before.items():
             del vars(block)["forward"]
             if forward is not None:
@@ -121,8 +140,9 @@ def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, nn.ModuleList):
-        yield from module
-    else:
-        for child in module.children():
+    """The entries of the outermost lists; where these are lists themselves, theirs."""
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child
+        else:
             yield from _blocks(child)

@@ -67,7 +67,7 @@ def train(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     evaluate_every: int | None = None,
     monitor: str = "loss",
-    mode: Literal["min", "max"] = "min",
+    mode: Literal["min", "max"] | None = None,
     patience: int | None = None,
     restore_best: bool = False,
     precision: Precision = "auto",
@@ -116,7 +116,8 @@ def train(
         validation: batches; their mean loss is the metric "loss". Some methods score ranks on them.
         evaluate: function from the model (in eval mode, without gradients) to metrics by name, which replace that loss.
         evaluate_every: optimizer steps between evaluations; None: only at the end.
-        monitor, mode: the metric that decides which evaluation is best, and whether low or high is good.
+        monitor, mode: the metric that decides which evaluation is best, and whether low ("min") or high ("max") is
+            good; None is "min" for "loss", and must be said for others.
         patience: stop after so many evaluations without a better one, counted once the ranks have settled.
         restore_best: end with the weights of the best evaluation, ranks included; `History` has the last ones, too.
 
@@ -217,6 +218,7 @@ def train(
         around.enter_context(recompiling(total, compile))
         around.enter_context(recomputing(model, checkpoint_activations))
         around.callback(optim.zero_grad, set_to_none=True)
+        around.callback(rates.put_back)
         signals = around.enter_context(StopSignals(checkpoints.folder is not None))
         bar = around.enter_context(tqdm(total=total, initial=begun, disable=not shown, unit="step", dynamic_ncols=True))
         log = around.enter_context(Log(folder, history, session, settings, pictures))

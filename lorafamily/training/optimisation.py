@@ -176,6 +176,12 @@ class Rates:
         if self.scheduler is not None:
             self.scheduler.step()
 
+    def put_back(self) -> None:
+        """Give the groups their peak rates again: the optimizer may go into another run, or another loop."""
+        if self.scheduler is None:
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()

@@ -22,6 +22,8 @@ def run_settings(
     """Settings by name; the arguments have the names of `train`'s."""
     schedule = rates.schedule
     named = schedule if isinstance(schedule, str) else getattr(schedule, "__name__", type(schedule).__name__)
+    if callable(schedule):  # two functions may have one name
+        named += "".join(f" {rates.share(max(1, rates.total * i // 4)):.4g}" for i in range(1, 5))
     return {
         "lr": rates.peaks[0],
         "steps": rates.total,
@@ -42,7 +44,9 @@ def _method_settings(placement: Placement | None) -> dict[str, Setting]:
     if placement is None:
         return {"method": "none"}
     sizing, options = placement.sizing, placement.method.options()
+    dropout = next(iter(placement.adapters.values())).dropout
     found = {"method": placement.spec, "start rank": sizing.rank, "budget at": sizing.budget_at, **options}
+    found |= {"dropout": dropout.p, "dropout kind": dropout.kind}
     found |= {"budget": sizing.budget or 0, "rank budget": sizing.rank_budget or 0}
     found |= dict.fromkeys(placement.method.layered, "by layer")
     return {name: value if isinstance(value, (int, float)) else str(value) for name, value in found.items()}
