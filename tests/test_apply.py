@@ -262,3 +262,11 @@ def test_apply_twice_through_a_submodule_is_refused():
     with pytest.raises(lorafamily.StateError, match=r"blocks\.0\.attention\.query carries an adapter"):
         lorafamily.apply(model, "lora", rank=1)
     assert not torch.isnan(logits(model)).any()
+
+
+def test_a_lazy_layer_is_named_before_anything_is_changed():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
+    with pytest.raises(lorafamily.StateError, match=r"1.weight has no shape yet, .* run the model on one batch first"):
+        lorafamily.apply(model, "lora", rank=1, targets="^0$")
+    model(torch.ones(1, 4))
+    assert list(placement_of(lorafamily.apply(model, "lora", rank=1)).adapters) == ["0", "1"]

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lorafamily.allocation.allocator import Fixed
 from lorafamily.errors import StateError
@@ -94,7 +95,8 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
     """The model to place adapters in: this one, or the one that torch.compile wrapped.
 
     Raises:
-        StateError: the name is taken or not valid, an adapter is merged, or the model cannot have adapters.
+        StateError: the name is taken or not valid, an adapter is merged, or the model cannot have adapters: it is
+            wrapped, or has lazy layers without weights.
     """
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -105,6 +107,8 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
             f"{type(model).__name__} knows only the parameters it was made with; place adapters in the model inside "
             "(model.module), and wrap it afterwards"
         )
+    if lazy := [at for at, p in model.named_parameters() if isinstance(p, UninitializedParameter)]:
+        raise StateError(f"{lazy[0]} has no shape yet, as its layer is lazy: run the model on one batch first")
     whole = unwrapped(model)
     owner, state = noted(whole)
     if owner is not whole:
