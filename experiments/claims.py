@@ -187,8 +187,8 @@ def page_of(
 
 
 WITHDRAWN = (
-    "SST-2 and RTE are withdrawn and will be run again: the new task head trained at each method's own rate, so that "
-    "the tables compared heads, and RTE was at chance. [study.md](study.md) has AdaLoRA at its own budget rule."
+    "SST-2 and RTE are withdrawn: the new task head trained at each method's own rate, so that the tables compared "
+    "heads, and RTE was at chance. [study.md](study.md) has SST-2 again, and AdaLoRA at its own budget rule."
 )
 COSTS = (
     "Measured by `bench.py --parts steps forwards --shapes bert` in one run of interleaved rounds (BERT shape, 6 "
