@@ -13,6 +13,7 @@ from lorafamily.layers.placement import (
     let_train,
     placement_of,
     refuse_merged,
+    refuse_routed,
     state_of,
     targets_of,
 )
@@ -23,13 +24,14 @@ def switch(model: Model, name: str | None) -> Model:
     """Make the adapters of another name the active and trainable ones; None: the base model, without adapters.
 
     Raises:
-        StateError: no adapter has that name, or one is merged.
+        StateError: no adapter has that name, one is merged, or this is inside a block of `routing`.
     """
     if name is None and state_of(model) is None:
         return model
     placement = None if name is None else placement_of(model, name)
     owner, state = adapted(model)
     refuse_merged(state)
+    refuse_routed(state)
     activate(owner, name)
     if placement is not None:
         for other in state.placements.values():
@@ -51,11 +53,13 @@ def disabled(model: Model) -> Iterator[Model]:
         yield model
         return
     refuse_merged(state)
-    before = state.active
+    before, routed = state.active, state.routed
     activate(model, None)
+    state.routed = None
     try:
         yield model
     finally:
+        state.routed = routed
         activate(model, before)
 
 
@@ -65,11 +69,12 @@ def remove(model: Model, name: str | None = None) -> Model:
     A merged adapter is unmerged first. Removing the last one restores `requires_grad` of the base parameters.
 
     Raises:
-        StateError: no adapter has that name.
+        StateError: no adapter has that name, or this is inside a block of `routing`.
     """
     if name is None and state_of(model) is None:
         return model
     owner, state = adapted(model)
+    refuse_routed(state)
     removed = [*state.placements.values()] if name is None else [placement_of(model, name)]
     unmerge(owner)
     for placement in removed:

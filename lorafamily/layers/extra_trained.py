@@ -60,11 +60,22 @@ def extra_trained_values(model: nn.Module, state: ModelState, placement: Placeme
     active = state.active == placement.name
     values = {path: model.get_parameter(path).data if active else v for path, v in placement.inactive_values.items()}
     heads = {path.rpartition(".")[0] for path in values}
+    moved = moved_buffers(model, placement, active)
+    for path, inactive in placement.inactive_buffers.items():
+        if path.rpartition(".")[0] in heads or path in moved:
+            values[path] = model.get_buffer(path) if active else inactive
+    return values
+
+
+def moved_buffers(model: nn.Module, placement: Placement, active: bool) -> dict[str, Tensor]:
+    """The adapter's buffers that differ from the base's; `active`: whether the model has the adapter's values now, and
+    not the base's."""
+    moved = {}
     for path, inactive in placement.inactive_buffers.items():
         ours, base = (model.get_buffer(path), inactive) if active else (inactive, model.get_buffer(path))
-        if path.rpartition(".")[0] in heads or not torch.equal(ours.to(base), base):
-            values[path] = ours
-    return values
+        if not torch.equal(ours.to(base), base):
+            moved[path] = ours
+    return moved
 
 
 def take_values(model: nn.Module, placement: Placement, values: Mapping[str, Tensor]) -> None:

@@ -95,8 +95,8 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
     """The model to place adapters in: this one, or the one that torch.compile wrapped.
 
     Raises:
-        StateError: the name is taken or not valid, an adapter is merged, or the model cannot have adapters: it is
-            wrapped, or has lazy layers without weights.
+        StateError: the name is taken or not valid, an adapter is merged, samples are routed to adapters, or the model
+            cannot have adapters: it is wrapped, or has lazy layers without weights.
     """
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -119,6 +119,7 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
             f'an adapter named "{name}" is already there; give another name=..., or lorafamily.remove(model) first'
         )
     refuse_merged(state)
+    refuse_routed(state)
     refuse_whole_blocks(whole)
     return whole
 
@@ -131,6 +132,16 @@ def refuse_merged(state: ModelState | None) -> None:
     """
     if state is not None and state.merged:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
+
+
+def refuse_routed(state: ModelState | None) -> None:
+    """Check that samples are not routed to adapters now, for what changes which adapters there are or act.
+
+    Raises:
+        StateError: this is inside a block of `routing`.
+    """
+    if state is not None and state.routed is not None:
+        raise StateError("inside a block of lorafamily.routing every sample has its adapter; leave the block first")
 
 
 def refuse_unsaved(model: nn.Module, placement: Placement) -> None:

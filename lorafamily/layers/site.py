@@ -58,7 +58,7 @@ class Site(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with its adapters."""
-        if self.route is not None:
+        if self.route is not None and self.state.routed is not None:
             return self.base_forward(*args, **kwargs) + self.route(self.wrapper.input_of(args, kwargs))
         acting = self.acting()
         return self.kind.output(self.wrapper, acting, args, kwargs) if acting else self.base_forward(*args, **kwargs)

@@ -64,13 +64,15 @@ class Replaced:
 class ModelState:
     """A model's placements by name, and the name of the active one. `trained_before`: by name, whether the base's
     parameters were trainable before adapters came. `originals`: while a placement is merged, the base weights by module
-    name, None for those that were not kept."""
+    name, None for those that were not kept. `routed`: the samples of the innermost block of `routing`, None
+    outside of it and where `disabled` is further inside."""
 
     trained_before: dict[str, bool]
     placements: dict[str, Placement] = field(default_factory=dict)
     active: str | None = None
     originals: dict[str, Tensor | None] | None = None
     quantised: Replaced = field(default_factory=Replaced)
+    routed: object = None
 
     @property
     def merged(self) -> bool:
