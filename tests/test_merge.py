@@ -108,6 +108,21 @@ def test_the_difference_that_merging_makes(dtype, merged):
     assert torch.equal(logits(model.eval()), unmerged)
 
 
+@pytest.mark.parametrize("fused", [None, {"up": ["first", "second"]}])
+def test_autocast_does_not_reach_what_is_merged(fused):
+    """In bfloat16 the sum would keep 8 bits of W, though ΔW may be zero. The same operations, so the same bits."""
+    model = perturb_(lorafamily.apply(tiny(), "olora", rank=2, seed=0, fused=fused))
+    deltas = {at: adapter.delta() for at, adapter in placement_of(model).adapters.items()}
+    expected = copy.deepcopy(lorafamily.merge(model).state_dict())
+    difference = lorafamily.merge_difference(model, {"bytes": tokens()})
+    lorafamily.unmerge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(adapter.delta(), deltas[at]) for at, adapter in placement_of(model).adapters.items())
+        lorafamily.merge(model)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert lorafamily.merge_difference(model, {"bytes": tokens()}) == difference
+
+
 def test_the_difference_needs_outputs_to_compare():
     class Odd(nn.Module):
         def __init__(self):

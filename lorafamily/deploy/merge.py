@@ -21,6 +21,7 @@ from lorafamily.deploy.merge_quantised import (
     replace_layer,
 )
 from lorafamily.errors import StateError
+from lorafamily.functional import without_autocast
 from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.layers.extra_trained import parameter_names
 from lorafamily.layers.kinds import Acting
@@ -43,9 +44,10 @@ def merge(
 ) -> Model:
     """Fold the active adapters into their weights, W + ΔW, and leave nothing of them in the forward pass.
 
-    ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. Merged modules have their
-    original forward again and `state_dict()` the base's names, so `save_pretrained` writes an ordinary checkpoint.
-    Merging a merged model changes nothing. `merge_difference` measures how far the rounding moves the outputs.
+    ΔW is computed and added in float32 or higher, also under autocast, and rounded once to the weight's dtype. Merged
+    modules have their original forward again and `state_dict()` the base's names, so `save_pretrained` writes an
+    ordinary checkpoint. Merging a merged model changes nothing. `merge_difference` measures how far the rounding moves
+    the outputs.
 
     For a quantised base choose `dequantise` or `requantise`; `unmerge` restores its layers.
 
@@ -239,7 +241,8 @@ def changed_weight(weight: Tensor, acting: Acting) -> Tensor:
         U, V = adapter.factors()
         high = torch.promote_types(torch.promote_types(changed.dtype, U.dtype), torch.float32)
         U, V = (factor.to(weight.device, high) for factor in (U, V))
-        changed = kind.changed(changed.to(high), U, V, adapter.scale)
+        with without_autocast(weight.device):  # which would round all of W in the sum, not only ΔW
+            changed = kind.changed(changed.to(high), U, V, adapter.scale)
     return changed.to(weight.dtype).contiguous()
 
 
