@@ -14,6 +14,7 @@ import lorafamily
 from conftest import data, logits, perturb_, tiny
 from embedded import ByteDecoder
 from lorafamily.deploy.folder import write_sealed
+from lorafamily.layers.placement import placement_of
 
 
 @pytest.fixture
@@ -140,6 +141,19 @@ def test_saving_without_adapters_is_refused(tmp_path):
     with pytest.raises(lorafamily.StateError, match="has no adapters"):
         lorafamily.save(tiny(), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", ["blocks.1.mlp.up", "norm.weight"])
+def test_what_is_not_finite_is_not_written(at, value, tmp_path):
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, also_train=r"^norm\."))
+    tensor = model.get_parameter(at) if at == "norm.weight" else placement_of(model).adapters[at].update.A
+    with torch.no_grad():
+        tensor[1:].view(-1)[3] = value
+    for write in (lorafamily.save, lorafamily.export_peft):
+        with pytest.raises(lorafamily.StateError, match=rf"{at}.*not all finite numbers; .*training diverged: take an"):
+            write(model, tmp_path / "it")
+    assert not (tmp_path / "it").exists()
 
 
 def test_file_size_follows_the_ranks(tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorafamily.deploy.folder import listed
 from lorafamily.deploy.saved import FORMAT, Saved, read, write
+from lorafamily.deploy.writable import AGAIN, refuse_not_finite
 from lorafamily.errors import FileError, StateError
 from lorafamily.layers.extra_trained import (
     extra_trained_values,
@@ -53,7 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     this reads all of them once.
 
     Raises:
-        StateError: nothing to save, or a parameter trains that would not be in the file.
+        StateError: nothing to save, a parameter trains that would not be in the file, or a number is not finite.
         FileError: a file cannot be written.
     """
     placement = placement_of(model, name)
@@ -70,6 +71,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         )
     originals = (state.originals or {}) if hash_base else None
     extra_trained = extra_trained_values(owner, state, placement)
+    factors = {f"{at}.{key}": p for at, a in placement.adapters.items() for key, p in a.named_parameters()}
+    refuse_not_finite(factors | extra_trained, f"load would refuse the file; {AGAIN}")
     return write(described(owner, placement, layers, extra_trained, originals), path)
 
 
