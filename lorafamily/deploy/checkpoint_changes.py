@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafamily.deploy.checkpoint_entries import DTYPES, Entry
+from lorafamily.deploy.checkpoint_entries import DTYPES, Entry, read_entry
 from lorafamily.deploy.conversion import Group, Names, config_of, names_of
 from lorafamily.deploy.folder import listed
+from lorafamily.deploy.hashes import hash_of_bits
 from lorafamily.deploy.merge import changed_weight
 from lorafamily.deploy.saved import Saved
 from lorafamily.errors import FileError, StateError
@@ -62,9 +63,12 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
         _refuse_tied(name, names, base)
         in_model = name.removeprefix(names.prefix)
         shape = _shape_in_memory(group, in_model, entries, base)
-        for at, kind in on_weight:
-            if (as_matrix := _as_matrix(kind, shape)) != saved.modules[at]["shape"]:
-                wrong.append(f"{name} is {as_matrix} as (d_out, d_in), not {saved.modules[at]['shape']}")
+        misfits = [
+            f"{name} is {as_matrix} as (d_out, d_in), not {saved.modules[at]['shape']}"
+            for at, kind in on_weight
+            if (as_matrix := _as_matrix(kind, shape)) != saved.modules[at]["shape"]
+        ]
+        wrong += misfits or _other_weights([at for at, _ in on_weight], group, in_model, entries, saved)
         changes[in_model] = partial(changed_weight, acting=[(kind, saved.adapters[at]) for at, kind in on_weight])
         groups |= dict.fromkeys(group.sources, group)
     for name, value in saved.extra_trained.items():
@@ -125,6 +129,23 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
             )
     on_meta = {source: torch.empty(entries[source].shape, device="meta") for source in group.sources}
     return tuple(group.in_memory(on_meta)[name].shape)
+
+
+def _other_weights(
+    adapted: list[str], group: Group, name: str, entries: Mapping[str, Entry], saved: Saved
+) -> list[str]:
+    """The targets whose weight is not the one that `save(hash_base=True)` noted.
+
+    The model may have had another dtype than the checkpoint: then its weights were these in that dtype.
+    """
+    noted = {at: saved.modules[at]["weight_hash"] for at in adapted if "weight_hash" in saved.modules[at]}
+    if not noted:
+        return []
+    weight = group.in_memory({source: read_entry(entries[source]) for source in group.sources})[name]
+    dtypes = [weight.dtype, *(dtype for dtype in DTYPES.values() if dtype != weight.dtype)]
+    if any(set(noted.values()) == {hash_of_bits(weight.to(dtype))} for dtype in dtypes):
+        return []
+    return [f"{at} has other weights" for at in noted]
 
 
 def _as_matrix(kind: LayerKind, shape: tuple[int, ...]) -> list[int]:

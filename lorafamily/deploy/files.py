@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.deploy.folder import listed
+from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes
 from lorafamily.deploy.saved import FORMAT, Saved, read, write
 from lorafamily.deploy.writable import AGAIN, refuse_not_finite
 from lorafamily.errors import FileError, StateError
@@ -93,7 +93,7 @@ def described(
             modules[at]["tied"] = names
         if originals is not None:
             original = originals.get(at)
-            modules[at]["weight_hash"] = _hash_of(target) if original is None else _hash(original)
+            modules[at]["weight_hash"] = _hash_of(target) if original is None else hash_of_bits(original)
     record = {
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
@@ -143,21 +143,13 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
 
 def _shapes(model: nn.Module) -> str:
     """A hash of the names and shapes of the base's parameters; quantising the base does not change it."""
-    lines = [f"{name} {shape}" for name, shape in sorted(shapes_of(model).items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def _hash(*stored: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in stored:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
+    return hash_of_shapes(shapes_of(model))
 
 
 def _hash_of(target: Target) -> str:
     """The hash of a layer's weight, also of an offloaded one."""
     with whole_weights(target.layer):
-        return _hash(*target.kind.stored(target.layer).values())
+        return hash_of_bits(*target.kind.stored(target.layer).values())
 
 
 def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:
