@@ -38,7 +38,8 @@ def merge_checkpoint(
         FileError: there is no checkpoint, the adapter was made for another (or for other weights, if `save` noted their
             hashes), a tensor is stored in a form that cannot
             be restored after loading, or `out` is not empty.
-        StateError: in the model an adapted weight is tied to another, which merging would change too.
+        StateError: in the model an adapted weight is tied to another, which merging would change too, or what is one
+            trained tensor in the model is not one in the checkpoint.
     """
     refuse_used(out)
     entries = entries_of(base)

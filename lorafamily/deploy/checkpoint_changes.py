@@ -36,7 +36,8 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
 
     Raises:
         FileError: the adapter was not made for this checkpoint.
-        StateError: in the model an adapted weight is tied to another, which merging would change too.
+        StateError: in the model an adapted weight is tied to another, which merging would change too, or what is one
+            trained tensor in the model is not one in the checkpoint.
     """
     adapters: dict[str, list[tuple[str, LayerKind]]] = defaultdict(list)
     wrong = []
@@ -68,11 +69,13 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
             for at, kind in on_weight
             if (as_matrix := _as_matrix(kind, shape)) != saved.modules[at]["shape"]
         ]
-        wrong += misfits or _other_weights([at for at, _ in on_weight], group, in_model, entries, saved)
+        wrong += misfits or _other_weights([at for at, _ in on_weight], names, name, entries, saved, base)
         changes[in_model] = partial(changed_weight, acting=[(kind, saved.adapters[at]) for at, kind in on_weight])
         groups |= dict.fromkeys(group.sources, group)
     for name, value in saved.extra_trained.items():
-        found = [(other, group) for other in _all_names(name, saved, names, base) if (group := names.of(other))]
+        found = [
+            (other, group) for other in _all_names(name, saved, names, entries, base) if (group := names.of(other))
+        ]
         if not found:
             wrong.append(
                 f"{name}, which trained along with the adapter, {names.why_not(name)}; save the model with it first"
@@ -98,19 +101,40 @@ def _refuse_tied(name: str, names: Names, base: Path) -> None:
         )
 
 
-def _all_names(name: str, saved: Saved, names: Names, base: Path) -> list[str]:
+def _all_names(name: str, saved: Saved, names: Names, entries: Mapping[str, Entry], base: Path) -> list[str]:
     """The names in the model of an extra trained parameter: its own, and those of weights that were tied to it. Refused
-    if it was tied in the model and not in the checkpoint, or the other way round, so that a tensor is missing."""
+    if it was tied in the model and not in the checkpoint, or the other way round: a tensor would be missing, or be
+    overwritten that is another."""
     tied: list[str] | None = saved.record.get("tied", {}).get(name)
     if tied is None:
         _refuse_tied(name, names, base)
         return [name]
-    if missing := sorted(other for other in set(tied) - set(names.partners(name)) if names.of(other) is None):
+    were = f"{base}: {' and '.join(tied)} were one tied tensor in the model"
+    stored = [other for other in tied if names.of(other) is not None]
+    untied = [other for other in tied if other not in names.partners(name)]
+    if missing := sorted(set(untied) - set(stored)):
+        raise StateError(f"{were}, and this checkpoint, whose config does not tie them, has no {missing[0]}")
+    if untied and names.knows_ties:
         raise StateError(
-            f"{base}: {' and '.join(tied)} were one tied tensor in the model, and this checkpoint, whose config does "
-            f"not tie them, has no {missing[0]}"
+            f"{were}, and the config of this checkpoint does not tie them: {untied[0]} would be overwritten; merge "
+            "into a checkpoint that ties them, or train with a base of which they are apart"
+        )
+    copies = stored if len(stored) > 1 else []
+    values = {other: _value_in_memory(names, other, entries, base) for other in copies}
+    if other := next((at for at, value in values.items() if not torch.equal(value, values[stored[0]])), None):
+        raise StateError(
+            f"{were}, and this checkpoint has another value for {other} than for {stored[0]}, so that transformers "
+            "would load them untied; merge into the checkpoint that the adapter was trained on"
         )
     return tied
+
+
+def _value_in_memory(names: Names, name: str, entries: Mapping[str, Entry], base: Path) -> Tensor:
+    """The value of a tensor of the model, which the checkpoint has."""
+    group, in_model = names.of(name), name.removeprefix(names.prefix)
+    assert group is not None
+    _shape_in_memory(group, in_model, entries, base)  # refuses what is no plain tensor
+    return group.in_memory({source: read_entry(entries[source]) for source in group.sources})[in_model]
 
 
 def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base: Path) -> tuple[int, ...]:
@@ -132,7 +156,7 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
 
 
 def _other_weights(
-    adapted: list[str], group: Group, name: str, entries: Mapping[str, Entry], saved: Saved
+    adapted: list[str], names: Names, name: str, entries: Mapping[str, Entry], saved: Saved, base: Path
 ) -> list[str]:
     """The targets whose weight is not the one that `save(hash_base=True)` noted.
 
@@ -141,7 +165,7 @@ def _other_weights(
     noted = {at: saved.modules[at]["weight_hash"] for at in adapted if "weight_hash" in saved.modules[at]}
     if not noted:
         return []
-    weight = group.in_memory({source: read_entry(entries[source]) for source in group.sources})[name]
+    weight = _value_in_memory(names, name, entries, base)
     dtypes = [weight.dtype, *(dtype for dtype in DTYPES.values() if dtype != weight.dtype)]
     if any(set(noted.values()) == {hash_of_bits(weight.to(dtype))} for dtype in dtypes):
         return []

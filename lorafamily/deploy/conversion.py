@@ -50,12 +50,14 @@ class Names:
 
     `prefix`: what the adapter's names begin with and the model's do not. `groups`, `tied`, `refused`: by name in the
     model, the group that holds a tensor; the names that the config ties to it; why no group could hold it.
+    `knows_ties`: whether a model of transformers told what the config ties.
     """
 
     prefix: str = ""
     groups: dict[str, Group] = field(default_factory=dict)
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    knows_ties: bool = False
 
     def of(self, name: str) -> Group | None:
         """The group that holds a tensor that the adapter calls by this name; None where the checkpoint has none."""
@@ -172,7 +174,7 @@ def _found(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:
             collected[renamed][name] = pattern
             if pattern is not None:
                 halfway[name] = _moved(loading.apply_renamings(name, renamings), bare, renamed)
-    names = Names()
+    names = Names(knows_ties=True)
     for first, sources in collected.items():
         patterns = set(sources.values())
         if patterns == {None} and len(sources) == 1:
