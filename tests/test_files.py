@@ -126,6 +126,33 @@ def test_a_file_that_notes_weights_is_refused_on_others(tmp_path):
         lorafamily.load(other, folder)
 
 
+def test_weights_that_are_gone_are_not_noted(tmp_path):
+    """The merged weights are there, and load would take them for the base and add the update once more."""
+    model = tiny()
+    lorafamily.apply(model, "lora", rank=2, name="parts", fused={"up": ["first", "second"]})
+    lorafamily.apply(model, "lora", rank=2, name="merged", targets="down|up.first")
+    perturb_(model)
+    lorafamily.merge(model, keep="none")
+    for name in ("merged", "parts"):  # the second half of that weight is merged too
+        with pytest.raises(
+            lorafamily.StateError, match=r'that of blocks\.0\.mlp\.\S+ is gone: "merged" was merged with'
+        ):
+            lorafamily.save(model, tmp_path / name, name, hash_base=True)
+        lorafamily.save(model, tmp_path / name, name)
+
+
+def test_noted_weights_are_the_base_s_where_another_adapter_trained_them(tmp_path):
+    model = lorafamily.apply(tiny(), "lora", rank=2, name="adapts", targets="up$")
+    perturb_(model)
+    lorafamily.switch(model, None)
+    lorafamily.apply(model, "lora", rank=2, name="trains", targets="down$", also_train=r"up\.weight")
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight.add_(1)
+    lorafamily.save(model, tmp_path / "it", "adapts", hash_base=True)
+    again = logits(lorafamily.load(tiny(), tmp_path / "it"))
+    assert torch.equal(again, logits(lorafamily.switch(model, "adapts")))
+
+
 def test_a_base_that_differs_elsewhere_is_said(folder):
     other = tiny()
     other.extra = torch.nn.Linear(2, 2)
