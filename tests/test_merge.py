@@ -138,6 +138,30 @@ def test_the_difference_needs_outputs_to_compare():
     assert not state_of(model).merged
 
 
+@pytest.mark.parametrize("undo", [lorafamily.unmerge, lorafamily.remove])
+@pytest.mark.parametrize("how", ["loaded", "trained"])
+def test_what_changed_merged_weights_is_said_when_it_is_discarded(how, undo):
+    """What changed in other layers stays, so the model is neither base: the user has to know."""
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, seed=0, targets="up"))
+    before = tiny().blocks[1].mlp.up.weight
+    lorafamily.merge(model)
+    if how == "loaded":
+        model.load_state_dict(tiny(seed=1).state_dict())
+    else:
+        with torch.no_grad():
+            model.blocks[1].mlp.up.weight[0, 0] += 1e-3
+    layers = r"blocks\.0\.mlp\.up; blocks\.1\.mlp\.up;" if how == "loaded" else r"others: blocks\.1\.mlp\.up;"
+    with pytest.warns(UserWarning, match=f'weights changed since "default" was merged into them, .*{layers}'):
+        undo(model)
+    assert torch.equal(model.blocks[1].mlp.up.weight, before)
+
+
+def test_a_merged_model_that_moved_is_not_taken_for_changed():
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, seed=0))
+    lorafamily.unmerge(lorafamily.merge(model).bfloat16())  # warnings are errors here
+    assert torch.equal(model.blocks[1].mlp.up.weight, tiny().bfloat16().blocks[1].mlp.up.weight)
+
+
 def test_train_and_eval_never_touch_weights():
     model = perturb_(tiny_adapted())
     before = copy.deepcopy(model.state_dict())
