@@ -112,6 +112,15 @@ def test_noted_weights_are_those_of_the_checkpoint(dtype, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_that_differs_elsewhere_is_said(tmp_path):
+    saved_pair(tmp_path, "llama")
+    config = transformers.LlamaConfig.from_pretrained(tmp_path / "base", num_hidden_layers=4)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "deep")
+    saved = read(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="every adapted layer fits, but .*deep has other parameters besides them than"):
+        merge_checkpoint(tmp_path / "deep", saved, tmp_path / "out")
+
+
 def harm_index(folder, change) -> None:
     path = folder / "base" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
