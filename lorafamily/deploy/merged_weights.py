@@ -40,7 +40,7 @@ def refuse_replaced(state: ModelState, targets: Mapping[str, Target]) -> None:
     for path, original in (state.originals or {}).items():
         now = targets[path].parameter
         if now.is_meta or (not is_sharded(now) and type(now.data) is not type(original)):
-            replaced.append(f"{path} is {'offloaded' if now.is_meta else f'a {type(now.data).__name__}'}")
+            replaced.append(f"{path} is {'offloaded' if now.is_meta else f'of class {type(now.data).__name__}'}")
     if replaced:
         raise StateError(
             f'the weights that "{state.active}" was merged into are others now, and the original ones cannot be put '
