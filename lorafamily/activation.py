@@ -69,7 +69,7 @@ def remove(model: Model, name: str | None = None) -> Model:
     A merged adapter is unmerged first. Removing the last one restores `requires_grad` of the base parameters.
 
     Raises:
-        StateError: no adapter has that name, or this is inside a block of `routing`.
+        StateError: no adapter has that name, this is inside a block of `routing`, or unmerging is refused.
     """
     if name is None and state_of(model) is None:
         return model

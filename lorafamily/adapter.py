@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafamily.dropout import Dropout, DropoutKind, feature_mask
-from lorafamily.functional import autocasts, low_rank_linear
+from lorafamily.functional import low_rank_linear, without_autocast
 from lorafamily.parametrisation import Factors, Parametrisation, Resize
 
 
@@ -62,8 +62,7 @@ class Adapter(nn.Module):
         difference of small values instead of large products. The factors keep their precision under autocast, so that
         the caller casts once. `dropping`: whether features of the input are dropped, in training.
         """
-        full = torch.autocast(self.device.type, enabled=False) if autocasts(self.device) else nullcontext()
-        with full:
+        with without_autocast(self.device):
             U, V = self.update(self._gate)
             if self.initial is not None:
                 U0, V0 = self.initial(self._gate)
@@ -78,10 +77,11 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW, in float32 or higher."""
+        """ΔW, in float32 or higher, also under autocast."""
         U, V = self.factors()
         U, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (U, V))
-        return self.scale * einsum(U, V, "d_out m, m d_in -> d_out d_in")
+        with without_autocast(self.device):
+            return self.scale * einsum(U, V, "d_out m, m d_in -> d_out d_in")
 
     @torch.no_grad()
     def norm(self) -> float:

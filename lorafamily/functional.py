@@ -10,7 +10,7 @@ to the output and to the input's gradient, or *folded* into W before.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ PLAIN_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device. The meta device has none: torch would raise."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which products on this device keep the dtype of what they are given."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def computed_in(x: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -87,6 +88,37 @@ def test_what_trained_beside_replaces_its_tensor(tmp_path):
     lorafamily.save(model, tmp_path / "adapter")
     merge_checkpoint(tmp_path / "base", read(tmp_path / "adapter"), tmp_path / "out")
     assert_merged(logits(type(model).from_pretrained(tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noted_weights_are_those_of_the_checkpoint(dtype, tmp_path, capsys):
+    """The model that trained may have been in another dtype than the checkpoint; other weights are refused."""
+    model = model_of("llama")
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    expected = perturb_(lorafamily.apply(model.to(dtype), "lora", rank=2, seed=0))
+    lorafamily.save(expected, tmp_path / "adapter", hash_base=True)
+    arguments = ["--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/out"]
+    assert cli.main(["merge", "--base", f"{tmp_path}/base", *arguments, "--json"]) == 0
+    shutil.rmtree(tmp_path / "out")
+    other = model_of("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "other", max_shard_size="20KB")
+    capsys.readouterr()
+    assert cli.main(["merge", "--base", f"{tmp_path}/other", *arguments, "--json"]) == 2
+    refused = capsys.readouterr().err
+    assert "was made for: model.layers.1.mlp.up_proj has other weights" in refused
+    assert refused.count("has other weights") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_differs_elsewhere_is_said(tmp_path):
+    saved_pair(tmp_path, "llama")
+    config = transformers.LlamaConfig.from_pretrained(tmp_path / "base", num_hidden_layers=4)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "deep")
+    saved = read(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="every adapted layer fits, but .*deep has other parameters besides them than"):
+        merge_checkpoint(tmp_path / "deep", saved, tmp_path / "out")
 
 
 def harm_index(folder, change) -> None:

@@ -70,6 +70,23 @@ def test_a_combination_that_cannot_be_is_refused():
         lorafamily.combine(model, {"a": 1.0}, name="a")
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (float("nan"), 'the weight of "b" is nan: it must be a finite number'),
+        (-float("inf"), 'the weight of "b" is -inf: it must be a finite number'),
+        (1.7e308, r"blocks\.0\.attention\.query \(U\); .* and \d+ more: not all finite numbers; a weight is too large"),
+    ],
+)
+def test_a_sum_that_is_not_finite_is_refused_with_nothing_changed(weight, message):
+    model = two()
+    before = logits(model)
+    with pytest.raises(lorafamily.StateError, match=message):
+        lorafamily.combine(model, {"a": 1.0, "b": weight}, name="ab")
+    assert lorafamily.summary(model).name == "b"
+    assert torch.equal(logits(model), before)
+
+
 @every_method
 def test_compression_is_the_truncated_svd(method):
     model = perturb_(lorafamily.apply(tiny(dtype=torch.float64), method, rank=4, seed=0))

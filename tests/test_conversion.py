@@ -258,6 +258,16 @@ class Wrapped(torch.nn.Module):
         self.inner = inner
 
 
+def test_noted_weights_of_experts_are_compared_as_they_are_put_together(tmp_path):
+    model = model_of("mixtral")
+    model.save_pretrained(tmp_path / "base")
+    lorafamily.save(perturb_(lorafamily.apply(model, "lora", rank=2, seed=0)), tmp_path / "adapter", hash_base=True)
+    merge_checkpoint(tmp_path / "base", read(tmp_path / "adapter"), tmp_path / "out")
+    harmed(tmp_path, lambda tensors: tensors[f"{MOE}3.w1.weight"][0, 0].add_(1))
+    with pytest.raises(lorafamily.FileError, match=r"experts\.0\.gate_up_proj has other weights; .* and \d+ more"):
+        merge_checkpoint(tmp_path / "base", read(tmp_path / "adapter"), tmp_path / "second")
+
+
 def test_the_checkpoint_of_a_wrapped_model_is_found_by_its_config(tmp_path):
     inner = model_of("mixtral").model
     inner.save_pretrained(tmp_path / "base")

@@ -14,6 +14,7 @@ import lorafamily
 from conftest import data, logits, perturb_, tiny
 from embedded import ByteDecoder
 from lorafamily.deploy.folder import write_sealed
+from lorafamily.layers.placement import placement_of
 
 
 @pytest.fixture
@@ -125,6 +126,33 @@ def test_a_file_that_notes_weights_is_refused_on_others(tmp_path):
         lorafamily.load(other, folder)
 
 
+def test_weights_that_are_gone_are_not_noted(tmp_path):
+    """The merged weights are there, and load would take them for the base and add the update once more."""
+    model = tiny()
+    lorafamily.apply(model, "lora", rank=2, name="parts", fused={"up": ["first", "second"]})
+    lorafamily.apply(model, "lora", rank=2, name="merged", targets="down|up.first")
+    perturb_(model)
+    lorafamily.merge(model, keep="none")
+    for name in ("merged", "parts"):  # the second half of that weight is merged too
+        with pytest.raises(
+            lorafamily.StateError, match=r'that of blocks\.0\.mlp\.\S+ is gone: "merged" was merged with'
+        ):
+            lorafamily.save(model, tmp_path / name, name, hash_base=True)
+        lorafamily.save(model, tmp_path / name, name)
+
+
+def test_noted_weights_are_the_base_s_where_another_adapter_trained_them(tmp_path):
+    model = lorafamily.apply(tiny(), "lora", rank=2, name="adapts", targets="up$")
+    perturb_(model)
+    lorafamily.switch(model, None)
+    lorafamily.apply(model, "lora", rank=2, name="trains", targets="down$", also_train=r"up\.weight")
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight.add_(1)
+    lorafamily.save(model, tmp_path / "it", "adapts", hash_base=True)
+    again = logits(lorafamily.load(tiny(), tmp_path / "it"))
+    assert torch.equal(again, logits(lorafamily.switch(model, "adapts")))
+
+
 def test_a_base_that_differs_elsewhere_is_said(folder):
     other = tiny()
     other.extra = torch.nn.Linear(2, 2)
@@ -140,6 +168,19 @@ def test_saving_without_adapters_is_refused(tmp_path):
     with pytest.raises(lorafamily.StateError, match="has no adapters"):
         lorafamily.save(tiny(), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", ["blocks.1.mlp.up", "norm.weight"])
+def test_what_is_not_finite_is_not_written(at, value, tmp_path):
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, also_train=r"^norm\."))
+    tensor = model.get_parameter(at) if at == "norm.weight" else placement_of(model).adapters[at].update.A
+    with torch.no_grad():
+        tensor[1:].view(-1)[3] = value
+    for write in (lorafamily.save, lorafamily.export_peft):
+        with pytest.raises(lorafamily.StateError, match=rf"{at}.*not all finite numbers; .*training diverged: take an"):
+            write(model, tmp_path / "it")
+    assert not (tmp_path / "it").exists()
 
 
 def test_file_size_follows_the_ranks(tmp_path):

@@ -108,6 +108,21 @@ def test_the_difference_that_merging_makes(dtype, merged):
     assert torch.equal(logits(model.eval()), unmerged)
 
 
+@pytest.mark.parametrize("fused", [None, {"up": ["first", "second"]}])
+def test_autocast_does_not_reach_what_is_merged(fused):
+    """In bfloat16 the sum would keep 8 bits of W, though ΔW may be zero. The same operations, so the same bits."""
+    model = perturb_(lorafamily.apply(tiny(), "olora", rank=2, seed=0, fused=fused))
+    deltas = {at: adapter.delta() for at, adapter in placement_of(model).adapters.items()}
+    expected = copy.deepcopy(lorafamily.merge(model).state_dict())
+    difference = lorafamily.merge_difference(model, {"bytes": tokens()})
+    lorafamily.unmerge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(adapter.delta(), deltas[at]) for at, adapter in placement_of(model).adapters.items())
+        lorafamily.merge(model)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert lorafamily.merge_difference(model, {"bytes": tokens()}) == difference
+
+
 def test_the_difference_needs_outputs_to_compare():
     class Odd(nn.Module):
         def __init__(self):
@@ -121,6 +136,30 @@ def test_the_difference_needs_outputs_to_compare():
     with pytest.raises(lorafamily.StateError, match=r"Odd returned a dict, no tensor and without \.logits"):
         lorafamily.merge_difference(model, torch.ones(2, 4))
     assert not state_of(model).merged
+
+
+@pytest.mark.parametrize("undo", [lorafamily.unmerge, lorafamily.remove])
+@pytest.mark.parametrize("how", ["loaded", "trained"])
+def test_what_changed_merged_weights_is_said_when_it_is_discarded(how, undo):
+    """What changed in other layers stays, so the model is neither base: the user has to know."""
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, seed=0, targets="up"))
+    before = tiny().blocks[1].mlp.up.weight
+    lorafamily.merge(model)
+    if how == "loaded":
+        model.load_state_dict(tiny(seed=1).state_dict())
+    else:
+        with torch.no_grad():
+            model.blocks[1].mlp.up.weight[0, 0] += 1e-3
+    layers = r"blocks\.0\.mlp\.up; blocks\.1\.mlp\.up;" if how == "loaded" else r"others: blocks\.1\.mlp\.up;"
+    with pytest.warns(UserWarning, match=f'weights changed since "default" was merged into them, .*{layers}'):
+        undo(model)
+    assert torch.equal(model.blocks[1].mlp.up.weight, before)
+
+
+def test_a_merged_model_that_moved_is_not_taken_for_changed():
+    model = perturb_(lorafamily.apply(tiny(), "lora", rank=2, seed=0))
+    lorafamily.unmerge(lorafamily.merge(model).bfloat16())  # warnings are errors here
+    assert torch.equal(model.blocks[1].mlp.up.weight, tiny().bfloat16().blocks[1].mlp.up.weight)
 
 
 def test_train_and_eval_never_touch_weights():

@@ -411,6 +411,21 @@ def test_what_cannot_be_merged_is_refused(base):
         lorafamily.merge_difference(model, {"input_ids": IDS})
 
 
+@pytest.mark.filterwarnings("ignore:.*register_constant")
+def test_what_was_quantised_after_merging_is_not_unmerged(checkpoints):
+    """A quantised tensor keeps its values whatever it is given: the update would act twice."""
+    pytest.importorskip("torchao", reason="torchao is a test extra", exc_type=ImportError)
+    model = perturb_(lorafamily.apply(plain("llama").eval(), "lora", rank=2, seed=0, targets="_proj$"))
+    in_torchao(lorafamily.merge(model), "torchao-int8")
+    merged = outputs(model)
+    for undo in (lorafamily.unmerge, lorafamily.remove):
+        with pytest.raises(
+            lorafamily.StateError, match=r"layers\.0\.self_attn\.q_proj is of class Int8Tensor; .* and 9 more"
+        ):
+            undo(model)
+    assert torch.equal(outputs(model), merged)
+
+
 def test_difference_of_merging_is_measured_either_way(base):
     model = base("llama", "nf4")
     lorafamily.apply(model, "lora", rank=4, seed=0)

@@ -190,6 +190,34 @@ def test_a_trained_tied_tensor_is_merged_on_disk_under_every_name(family, stored
     assert_same_weights(again, lorafamily.merge(model))
 
 
+def separate_heads(folder, tie: bool):
+    """A checkpoint with a head of its own; `tie`: whether its config says that the head is the embedding."""
+    base = llama(tie=False)
+    base.config.tie_word_embeddings = tie
+    base.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    copies = {name: base.state_dict()[name].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    safetensors.torch.save_file(safetensors.torch.load_file(file) | copies, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("tie", "message"),
+    [
+        (False, r"the config of this checkpoint does not tie them: lm_head\.weight would be overwritten"),
+        (True, r"another value for lm_head\.weight than for model\.embed_tokens\.weight"),
+    ],
+)
+def test_a_trained_tied_tensor_overwrites_no_head_of_its_own(tie, message, tmp_path):
+    separate_heads(tmp_path / "base", tie)
+    lorafamily.save(trained("llama"), tmp_path / "adapter")
+    apart = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    with pytest.raises(lorafamily.FileError, match=r"is no tied tensor with lm_head\.weight"):
+        lorafamily.load(apart, tmp_path / "adapter")
+    with pytest.raises(lorafamily.StateError, match=message):
+        merge_checkpoint(tmp_path / "base", read(tmp_path / "adapter"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @every_model
 def test_an_adapter_on_a_tied_weight_merges_neither_in_memory_nor_on_disk(family, tmp_path):
     make, name, _, targets = TIED[family]

@@ -130,3 +130,16 @@ def test_activations_are_recomputed(family):
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     # float32: GPT-2 adds gradients up in another order.
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_an_adapter_on_an_embedding_that_was_resized_is_not_written(tmp_path):
+    """Its file would fit neither the old embedding nor the new one."""
+    model = lorafamily.apply(model_of("llama"), "lora", rank=2, targets=["embed_tokens", "q_proj"])
+    perturb_(model)
+    d_in, d_out = model.model.embed_tokens.weight.shape
+    model.resize_token_embeddings(d_in + 7)
+    message = rf"embed_tokens is \[{d_out}, {d_in + 7}\] as \(d_out, d_in\), .* made for \[{d_out}, {d_in}\]"
+    for write in (lorafamily.save, lorafamily.export_peft):
+        with pytest.raises(lorafamily.StateError, match=message):
+            write(model, tmp_path / "it")
+    assert not (tmp_path / "it").exists()

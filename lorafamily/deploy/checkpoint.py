@@ -29,14 +29,17 @@ def merge_checkpoint(
 
     The tensors are bitwise those that merging in memory and saving gives, since weights are rounded as `merge` rounds
     them. Everything is checked before anything is written; the folder is written next to its place and renamed into it.
-    One tensor is in memory at a time, or those that the model joins into one: all experts of a layer.
+    One tensor is in memory at a time, or those that the model joins into one: all experts of a layer. Where `save`
+    noted hashes of the adapted weights, these are read once more, before anything is written.
 
     `progress`: called after every piece that was written, with its size in bytes.
 
     Raises:
-        FileError: there is no checkpoint, the adapter was made for another, a tensor is stored in a form that cannot
+        FileError: there is no checkpoint, the adapter was made for another (or for other weights, if `save` noted their
+            hashes), a tensor is stored in a form that cannot
             be restored after loading, or `out` is not empty.
-        StateError: in the model an adapted weight is tied to another, which merging would change too.
+        StateError: in the model an adapted weight is tied to another, which merging would change too, or what is one
+            trained tensor in the model is not one in the checkpoint.
     """
     refuse_used(out)
     entries = entries_of(base)

@@ -5,6 +5,7 @@ Names and tensors on disk often differ from those in the model; `conversion.py` 
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafamily.deploy.checkpoint_entries import DTYPES, Entry
+from lorafamily.deploy.checkpoint_entries import DTYPES, Entry, read_entry
 from lorafamily.deploy.conversion import Group, Names, config_of, names_of
 from lorafamily.deploy.folder import listed
+from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes
 from lorafamily.deploy.merge import changed_weight
 from lorafamily.deploy.saved import Saved
 from lorafamily.errors import FileError, StateError
@@ -33,9 +35,12 @@ INSTEAD = (
 def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[dict[str, Change], dict[str, Group]]:
     """The change of each tensor by its name in the model, and the groups that hold these tensors by names on disk.
 
+    If the adapted layers fit and the checkpoint's model has other parameters besides, a warning says so, as in `load`.
+
     Raises:
         FileError: the adapter was not made for this checkpoint.
-        StateError: in the model an adapted weight is tied to another, which merging would change too.
+        StateError: in the model an adapted weight is tied to another, which merging would change too, or what is one
+            trained tensor in the model is not one in the checkpoint.
     """
     adapters: dict[str, list[tuple[str, LayerKind]]] = defaultdict(list)
     wrong = []
@@ -62,13 +67,18 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
         _refuse_tied(name, names, base)
         in_model = name.removeprefix(names.prefix)
         shape = _shape_in_memory(group, in_model, entries, base)
-        for at, kind in on_weight:
-            if (as_matrix := _as_matrix(kind, shape)) != saved.modules[at]["shape"]:
-                wrong.append(f"{name} is {as_matrix} as (d_out, d_in), not {saved.modules[at]['shape']}")
+        misfits = [
+            f"{name} is {as_matrix} as (d_out, d_in), not {saved.modules[at]['shape']}"
+            for at, kind in on_weight
+            if (as_matrix := _as_matrix(kind, shape)) != saved.modules[at]["shape"]
+        ]
+        wrong += misfits or _other_weights([at for at, _ in on_weight], names, name, entries, saved, base)
         changes[in_model] = partial(changed_weight, acting=[(kind, saved.adapters[at]) for at, kind in on_weight])
         groups |= dict.fromkeys(group.sources, group)
     for name, value in saved.extra_trained.items():
-        found = [(other, group) for other in _all_names(name, saved, names, base) if (group := names.of(other))]
+        found = [
+            (other, group) for other in _all_names(name, saved, names, entries, base) if (group := names.of(other))
+        ]
         if not found:
             wrong.append(
                 f"{name}, which trained along with the adapter, {names.why_not(name)}; save the model with it first"
@@ -82,6 +92,12 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
     if wrong:
         hint = f"; by its config it is quantised: {INSTEAD}" if config_of(base).get("quantization_config") else ""
         raise FileError(f"{base}: not the checkpoint this adapter was made for: {listed(wrong)}{hint}")
+    if names.parameters is not None and hash_of_shapes(names.parameters) != saved.record["base"].get("shapes"):
+        warnings.warn(
+            f"{saved.folder}: every adapted layer fits, but {base} has other parameters besides them than the "
+            f"{saved.record['base']['architecture']} the adapter was made for",
+            stacklevel=3,
+        )
     return changes, groups
 
 
@@ -94,19 +110,40 @@ def _refuse_tied(name: str, names: Names, base: Path) -> None:
         )
 
 
-def _all_names(name: str, saved: Saved, names: Names, base: Path) -> list[str]:
+def _all_names(name: str, saved: Saved, names: Names, entries: Mapping[str, Entry], base: Path) -> list[str]:
     """The names in the model of an extra trained parameter: its own, and those of weights that were tied to it. Refused
-    if it was tied in the model and not in the checkpoint, or the other way round, so that a tensor is missing."""
+    if it was tied in the model and not in the checkpoint, or the other way round: a tensor would be missing, or be
+    overwritten that is another."""
     tied: list[str] | None = saved.record.get("tied", {}).get(name)
     if tied is None:
         _refuse_tied(name, names, base)
         return [name]
-    if missing := sorted(other for other in set(tied) - set(names.partners(name)) if names.of(other) is None):
+    were = f"{base}: {' and '.join(tied)} were one tied tensor in the model"
+    stored = [other for other in tied if names.of(other) is not None]
+    untied = [other for other in tied if other not in names.partners(name)]
+    if missing := sorted(set(untied) - set(stored)):
+        raise StateError(f"{were}, and this checkpoint, whose config does not tie them, has no {missing[0]}")
+    if untied and names.knows_ties:
         raise StateError(
-            f"{base}: {' and '.join(tied)} were one tied tensor in the model, and this checkpoint, whose config does "
-            f"not tie them, has no {missing[0]}"
+            f"{were}, and the config of this checkpoint does not tie them: {untied[0]} would be overwritten; merge "
+            "into a checkpoint that ties them, or train with a base of which they are apart"
+        )
+    copies = stored if len(stored) > 1 else []
+    values = {other: _value_in_memory(names, other, entries, base) for other in copies}
+    if other := next((at for at, value in values.items() if not torch.equal(value, values[stored[0]])), None):
+        raise StateError(
+            f"{were}, and this checkpoint has another value for {other} than for {stored[0]}, so that transformers "
+            "would load them untied; merge into the checkpoint that the adapter was trained on"
         )
     return tied
+
+
+def _value_in_memory(names: Names, name: str, entries: Mapping[str, Entry], base: Path) -> Tensor:
+    """The value of a tensor of the model, which the checkpoint has."""
+    group, in_model = names.of(name), name.removeprefix(names.prefix)
+    assert group is not None
+    _shape_in_memory(group, in_model, entries, base)  # refuses what is no plain tensor
+    return group.in_memory({source: read_entry(entries[source]) for source in group.sources})[in_model]
 
 
 def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base: Path) -> tuple[int, ...]:
@@ -125,6 +162,23 @@ def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base
             )
     on_meta = {source: torch.empty(entries[source].shape, device="meta") for source in group.sources}
     return tuple(group.in_memory(on_meta)[name].shape)
+
+
+def _other_weights(
+    adapted: list[str], names: Names, name: str, entries: Mapping[str, Entry], saved: Saved, base: Path
+) -> list[str]:
+    """The targets whose weight is not the one that `save(hash_base=True)` noted.
+
+    The model may have had another dtype than the checkpoint: then its weights were these in that dtype.
+    """
+    noted = {at: saved.modules[at]["weight_hash"] for at in adapted if "weight_hash" in saved.modules[at]}
+    if not noted:
+        return []
+    weight = _value_in_memory(names, name, entries, base)
+    dtypes = [weight.dtype, *(dtype for dtype in DTYPES.values() if dtype != weight.dtype)]
+    if any(set(noted.values()) == {hash_of_bits(weight.to(dtype))} for dtype in dtypes):
+        return []
+    return [f"{at} has other weights" for at in noted]
 
 
 def _as_matrix(kind: LayerKind, shape: tuple[int, ...]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing, check_budgets, highest
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters
+from lorafamily.deploy.writable import refuse_not_finite
 from lorafamily.errors import StateError
 from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.placement import (
@@ -36,13 +37,17 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
     also gets the extra trained parameters (a task head) that only one of the others has.
 
     Raises:
-        StateError: an unknown name, a name that is taken, a merged model, or a head that several of them trained.
+        StateError: an unknown name, a name that is taken, a merged model, a head that several of them trained, or a
+            weight or a factor of the sum that is not finite.
         MethodError: none of them has a rank left in any layer.
         TargetError: a layer cannot carry an adapter, for example because it has an attribute "lorafamily" of its own.
     """
     if not weights:
         raise StateError('nothing to combine: give names with their weights, such as {"a": 0.7, "b": 0.3}')
     placements = [placement_of(model, summand) for summand in weights]
+    for summand, weight in weights.items():
+        if not math.isfinite(weight):
+            raise StateError(f'the weight of "{summand}" is {weight}: it must be a finite number')
     owner = check_can_place(model, name)
     extra_trained = _extra_trained(owner, placements)
     U_of: dict[str, list[Tensor]] = defaultdict(list)
@@ -53,6 +58,8 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
             U_of[at].append(weight * adapter.scale * U)
             V_of[at].append(V)
     factors = {at: (torch.cat(U_of[at], 1), torch.cat(V_of[at], 0)) for at in U_of}
+    both = {f"{at} ({which})": factor for at, (U, V) in factors.items() for which, factor in (("U", U), ("V", V))}
+    refuse_not_finite(both, "a weight is too large for the dtype of the factors, or a summand is not finite itself")
     rank = max(len(V) for _, V in factors.values())
     scales, options = dict.fromkeys(factors, 1.0), {"alpha": rank}
     return place_plain(model, name, targets_of(owner), factors, scales, extra_trained, rank=rank, options=options)

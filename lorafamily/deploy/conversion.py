@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorafamily.deploy.folder import check_there, in_one_line, read_json
 from lorafamily.errors import FileError
+from lorafamily.layers.quantised import shapes_of
 
 CONFIG = "config.json"
 
@@ -50,12 +51,16 @@ class Names:
 
     `prefix`: what the adapter's names begin with and the model's do not. `groups`, `tied`, `refused`: by name in the
     model, the group that holds a tensor; the names that the config ties to it; why no group could hold it.
+    `knows_ties`: whether a model of transformers told what the config ties. `parameters`: the shapes of the parameters
+    of the model that the adapter was made for, with the checkpoint's config; None where its class is not known.
     """
 
     prefix: str = ""
     groups: dict[str, Group] = field(default_factory=dict)
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    knows_ties: bool = False
+    parameters: dict[str, tuple[int, ...]] | None = None
 
     def of(self, name: str) -> Group | None:
         """The group that holds a tensor that the adapter calls by this name; None where the checkpoint has none."""
@@ -93,7 +98,10 @@ def names_of(base: Path, stored: Mapping[str, tuple[int, ...]], architecture: st
         FileError: the config is missing, or is not one of that architecture.
     """
     if (made_for := _class_of(architecture)) is not None:
-        return _found(_on_meta(made_for, base), stored)
+        model = _on_meta(made_for, base)
+        names = _found(model, stored)
+        names.parameters = shapes_of(model)
+        return names
     wanted = list(wanted)
     for name in config_of(base).get("architectures") or ():
         if (inside := _class_of(str(name))) is not None:
@@ -172,7 +180,7 @@ def _found(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:
             collected[renamed][name] = pattern
             if pattern is not None:
                 halfway[name] = _moved(loading.apply_renamings(name, renamings), bare, renamed)
-    names = Names()
+    names = Names(knows_ties=True)
     for first, sources in collected.items():
         patterns = set(sources.values())
         if patterns == {None} and len(sources) == 1:

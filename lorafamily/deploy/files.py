@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.deploy.folder import listed
+from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes
 from lorafamily.deploy.saved import FORMAT, Saved, read, write
+from lorafamily.deploy.writable import AGAIN, refuse_not_finite
 from lorafamily.errors import FileError, StateError
 from lorafamily.layers.extra_trained import (
     extra_trained_values,
@@ -34,10 +35,10 @@ from lorafamily.layers.placement import (
     targets_of,
     warn_of_no_session,
 )
-from lorafamily.layers.quantised import shapes_of
+from lorafamily.layers.quantised import Quantised, shapes_of
 from lorafamily.layers.sharded import class_of, is_sharded
 from lorafamily.layers.site import base_parameters
-from lorafamily.layers.state import Placement
+from lorafamily.layers.state import ModelState, Placement
 from lorafamily.layers.target import Target, target_of_record
 from lorafamily.layers.weights import onloaded, whole_weights
 
@@ -53,7 +54,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     this reads all of them once.
 
     Raises:
-        StateError: nothing to save, or a parameter trains that would not be in the file.
+        StateError: nothing to save, a parameter trains that would not be in the file, a number is not finite, or
+            `hash_base` needs weights that were merged with keep="none".
         FileError: a file cannot be written.
     """
     placement = placement_of(model, name)
@@ -68,9 +70,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
             f"hash_base=True reads whole weights, and that of {spread[0]} is spread over processes; leave it out, or "
             "save and load once before shard(model)"
         )
-    originals = (state.originals or {}) if hash_base else None
+    base_values = _base_values(owner, state, layers) if hash_base else None
     extra_trained = extra_trained_values(owner, state, placement)
-    return write(described(owner, placement, layers, extra_trained, originals), path)
+    factors = {f"{at}.{key}": p for at, a in placement.adapters.items() for key, p in a.named_parameters()}
+    refuse_not_finite(factors | extra_trained, f"load would refuse the file; {AGAIN}")
+    return write(described(owner, placement, layers, extra_trained, base_values), path)
 
 
 def described(
@@ -78,19 +82,18 @@ def described(
     placement: Placement,
     targets: Mapping[str, Target],
     extra_trained: Mapping[str, Tensor],
-    originals: Mapping[str, Tensor | None] | None = None,
+    base_values: Mapping[str, Tensor] | None = None,
 ) -> Saved:
-    """Adapters of a model as they are written, with their record. `originals`: None records no hashes of weights;
-    otherwise the original weights, by layer, of a model into which something is merged."""
+    """Adapters of a model as they are written, with their record. `base_values`: None records no hashes of weights;
+    otherwise the base's values of those weights that have others in the model now."""
     modules: dict[str, dict[str, Any]] = {}
     names_by_id = parameter_names(model)
     for at, target in targets.items():
         modules[at] = {**target.kind.described(), "shape": list(target.shape)}
         if len(names := names_by_id.get(id(target.stored), ())) > 1:
             modules[at]["tied"] = names
-        if originals is not None:
-            original = originals.get(at)
-            modules[at]["weight_hash"] = _hash_of(target) if original is None else _hash(original)
+        if base_values is not None:
+            modules[at]["weight_hash"] = hash_of_bits(base_values[at]) if at in base_values else _hash_of(target)
     record = {
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
@@ -140,21 +143,39 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
 
 def _shapes(model: nn.Module) -> str:
     """A hash of the names and shapes of the base's parameters; quantising the base does not change it."""
-    lines = [f"{name} {shape}" for name, shape in sorted(shapes_of(model).items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+    return hash_of_shapes(shapes_of(model))
 
 
-def _hash(*stored: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in stored:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
+def _base_values(owner: nn.Module, state: ModelState, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """The base's values of adapted weights that have others in the model now: those of a layer into which something is
+    merged, and those that trained along with the active adapter. Raises StateError if one of them is gone."""
+    every = targets_of(owner)
+    kept: dict[int, Tensor | None] = {_place(every[at]): value for at, value in (state.originals or {}).items()}
+    if state.active is not None:
+        inactive = state.placements[state.active].inactive_values
+        kept |= {id(owner.get_parameter(path)): value for path, value in inactive.items()}
+    found = {}
+    for at, target in targets.items():
+        if (weight := _place(target)) not in kept:
+            continue
+        if (value := kept[weight]) is None:
+            raise StateError(
+                f'hash_base=True reads the base weights, and that of {at} is gone: "{state.active}" was merged with '
+                'keep="none"; save before merging, merge with keep="cpu", or leave hash_base out'
+            )
+        found[at] = value.to(dtype=target.stored.dtype)  # as unmerge and switch give it back
+    return found
+
+
+def _place(target: Target) -> int:
+    """What identifies the memory of a target's weight, which targets may share."""
+    return id(target.layer if isinstance(target.layer_kind, Quantised) else target.stored)
 
 
 def _hash_of(target: Target) -> str:
     """The hash of a layer's weight, also of an offloaded one."""
     with whole_weights(target.layer):
-        return _hash(*target.kind.stored(target.layer).values())
+        return hash_of_bits(*target.kind.stored(target.layer).values())
 
 
 def _targets(model: nn.Module, saved: Saved) -> dict[str, Target]:

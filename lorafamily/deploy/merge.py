@@ -20,7 +20,9 @@ from lorafamily.deploy.merge_quantised import (
     remember_quantised,
     replace_layer,
 )
+from lorafamily.deploy.merged_weights import bits_equal, merged_fingerprints, refuse_replaced, warn_of_changed
 from lorafamily.errors import StateError
+from lorafamily.functional import without_autocast
 from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.layers.extra_trained import parameter_names
 from lorafamily.layers.kinds import Acting
@@ -44,9 +46,10 @@ def merge(
 ) -> Model:
     """Fold the active adapters into their weights, W + ΔW, and leave nothing of them in the forward pass.
 
-    ΔW is computed and added in float32 or higher and rounded once to the weight's dtype. Merged modules have their
-    original forward again and `state_dict()` the base's names, so `save_pretrained` writes an ordinary checkpoint.
-    Merging a merged model changes nothing. `merge_difference` measures how far the rounding moves the outputs.
+    ΔW is computed and added in float32 or higher, also under autocast, and rounded once to the weight's dtype. Merged
+    modules have their original forward again and `state_dict()` the base's names, so `save_pretrained` writes an
+    ordinary checkpoint. Merging a merged model changes nothing. `merge_difference` measures how far the rounding moves
+    the outputs.
 
     For a quantised base choose `dequantise` or `requantise`; `unmerge` restores its layers.
 
@@ -97,6 +100,8 @@ def merge(
         _undo(owner, state)
         raise
     keep_padding(owner)
+    if keep != "none":
+        state.merged_fingerprints = merged_fingerprints(state, targets)
     if state.quantised.lost:
         _warn_of_lost(placement, state.quantised.lost)
     return model
@@ -157,8 +162,11 @@ def _warn_of_lost(placement: Placement, lost: Mapping[str, float]) -> None:
 def unmerge(model: Model) -> Model:
     """Restore the weights and the adapters as they were before `merge`; a model that is not merged stays unchanged.
 
+    A warning names merged weights that were changed since, as by training or `load_state_dict`: that is discarded.
+
     Raises:
-        StateError: merged with keep="none".
+        StateError: merged with keep="none", or a merged weight was quantised or offloaded since, so that the original
+            one cannot be put back.
     """
     owner, state = noted(model)
     if state is None or state.originals is None:
@@ -168,6 +176,10 @@ def unmerge(model: Model) -> Model:
             f'adapter "{state.active}" was merged with keep="none": the original weights are gone; load the base '
             'again, or merge with keep="cpu"'
         )
+    reshard(owner)
+    targets = targets_of(owner)
+    refuse_replaced(state, targets)
+    warn_of_changed(state, targets)
     _undo(owner, state)
     return model
 
@@ -184,7 +196,13 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
         if is_sharded(parameter):
             local(parameter).copy_(original)
         else:
-            parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
+            value = original.to(parameter.device, parameter.dtype)  # the model may have moved since
+            parameter.data = value
+            if not bits_equal(parameter.data, value):
+                raise StateError(
+                    f"{path}: its {type(parameter.data).__name__} did not take the original weight, and is still "
+                    "merged; load the base again"
+                )
     for placement in state.placements.values():
         for path, adapter in placement.adapters.items():
             like = targets[path].stored
@@ -192,7 +210,7 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
     for _, site in sites_in(owner):
         site.attach()
     keep_padding(owner)
-    state.originals, state.quantised = None, Replaced()
+    state.originals, state.quantised, state.merged_fingerprints = None, Replaced(), {}
 
 
 @torch.no_grad()
@@ -241,7 +259,8 @@ def changed_weight(weight: Tensor, acting: Acting) -> Tensor:
         U, V = adapter.factors()
         high = torch.promote_types(torch.promote_types(changed.dtype, U.dtype), torch.float32)
         U, V = (factor.to(weight.device, high) for factor in (U, V))
-        changed = kind.changed(changed.to(high), U, V, adapter.scale)
+        with without_autocast(weight.device):  # which would round all of W in the sum, not only ΔW
+            changed = kind.changed(changed.to(high), U, V, adapter.scale)
     return changed.to(weight.dtype).contiguous()
 
 

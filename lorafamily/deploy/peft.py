@@ -28,6 +28,7 @@ from lorafamily.deploy.peft_names import CONFIG, INSIDE, PREFIX, TENSORS, groups
 from lorafamily.deploy.plain import padded
 from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
 from lorafamily.deploy.tied import tying, under_all_names
+from lorafamily.deploy.writable import AGAIN, refuse_not_finite
 from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
 from lorafamily.layers.extra_trained import extra_trained_values
@@ -84,7 +85,8 @@ def export_peft(
             drawing takes a second. A `README.md` that somebody else wrote there stays.
 
     Raises:
-        StateError: nothing to export, or something that such a file cannot hold; the message names it.
+        StateError: nothing to export, something that such a file cannot hold, or a number that is not finite; the
+            message names it.
         FileError: a file cannot be written.
     """
     if layout not in ("peft", "serving", "diffusers"):
@@ -97,10 +99,12 @@ def export_peft(
     folder = Path(path)
     if layout == "diffusers":
         prefix, tensors, settings = _for_diffusers(lora)
+        refuse_not_finite(tensors, AGAIN)
         folder.mkdir(parents=True, exist_ok=True)
         write_diffusers(folder, prefix, tensors, settings)
     else:
         tensors, config = _for_peft(lora, base) if layout == "peft" else _for_servers(lora, ranks, base)
+        refuse_not_finite(tensors, AGAIN)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / TENSORS, {f"{PREFIX}{key}": value for key, value in tensors.items()}, {"format": "pt"})
         write_json(folder / CONFIG, config)

@@ -145,12 +145,19 @@ def refuse_routed(state: ModelState | None) -> None:
 
 
 def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
-    """Check that a file of the active adapter would hold all that trains.
+    """Check that a file of an adapter would hold all that trains, and fit its layers.
 
     Raises:
-        StateError: somebody unfroze other parameters of the base, which no file would hold.
+        StateError: somebody unfroze other parameters of the base, which no file would hold; a layer was resized.
     """
     owner, state = noted(model)
+    targets = targets_of(owner)
+    for at, adapter in placement.adapters.items():
+        if (shape := targets[at].shape) != (made := (adapter.update.d_out, adapter.update.d_in)):
+            raise StateError(
+                f"{at} is {list(shape)} as (d_out, d_in), and its adapter was made for {list(made)}: the layer was "
+                "resized, and the file would fit no model; resize before you apply adapters"
+            )
     saved = {id(owner.get_parameter(path)) for path in placement.inactive_values}
     names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in saved]
     if names and state is not None and state.active == placement.name:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
@@ -64,14 +65,16 @@ class Replaced:
 class ModelState:
     """A model's placements by name, and the name of the active one. `trained_before`: by name, whether the base's
     parameters were trainable before adapters came. `originals`: while a placement is merged, the base weights by module
-    name, None for those that were not kept. `routed`: the samples of the innermost block of `routing`, None
-    outside of it and where `disabled` is further inside."""
+    name, None for those that were not kept. `merged_fingerprints`: dtype and fingerprint of each merged weight.
+    `routed`: the samples of the innermost block of `routing`, None outside of it and where `disabled` is further
+    inside."""
 
     trained_before: dict[str, bool]
     placements: dict[str, Placement] = field(default_factory=dict)
     active: str | None = None
     originals: dict[str, Tensor | None] | None = None
     quantised: Replaced = field(default_factory=Replaced)
+    merged_fingerprints: dict[str, tuple[torch.dtype, int]] = field(default_factory=dict)
     routed: object = None
 
     @property
