@@ -38,9 +38,12 @@ def refuse_replaced(state: ModelState, targets: Mapping[str, Target]) -> None:
     """
     replaced = []
     for path, original in (state.originals or {}).items():
-        now = targets[path].parameter
-        if now.is_meta or (not is_sharded(now) and type(now.data) is not type(original)):
-            replaced.append(f"{path} is {'offloaded' if now.is_meta else f'of class {type(now.data).__name__}'}")
+        now, layer = targets[path].parameter, targets[path].layer
+        offloaded = now.is_meta and hasattr(
+            layer, "_hf_hook"
+        )  # without accelerate's hook the model has no values at all
+        if offloaded or (not is_sharded(now) and type(now.data) is not type(original)):
+            replaced.append(f"{path} is {'offloaded' if offloaded else f'of class {type(now.data).__name__}'}")
     if replaced:
         raise StateError(
             f'the weights that "{state.active}" was merged into are others now, and the original ones cannot be put '
