@@ -198,7 +198,7 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
         else:
             value = original.to(parameter.device, parameter.dtype)  # the model may have moved since
             parameter.data = value
-            if not bits_equal(parameter.data, value):
+            if not value.is_meta and not bits_equal(parameter.data, value):
                 raise StateError(
                     f"{path}: its {type(parameter.data).__name__} did not take the original weight, and is still "
                     "merged; load the base again"

@@ -39,9 +39,7 @@ def refuse_replaced(state: ModelState, targets: Mapping[str, Target]) -> None:
     replaced = []
     for path, original in (state.originals or {}).items():
         now, layer = targets[path].parameter, targets[path].layer
-        offloaded = now.is_meta and hasattr(
-            layer, "_hf_hook"
-        )  # without accelerate's hook the model has no values at all
+        offloaded = now.is_meta and hasattr(layer, "_hf_hook")  # without accelerate's hook there are no values at all
         if offloaded or (not is_sharded(now) and type(now.data) is not type(original)):
             replaced.append(f"{path} is {'offloaded' if offloaded else f'of class {type(now.data).__name__}'}")
     if replaced:
@@ -55,7 +53,8 @@ def warn_of_changed(state: ModelState, targets: Mapping[str, Target]) -> None:
     """Warn if merged weights have other values than the merge gave them. A model cast since is not compared."""
     before = state.merged_fingerprints
     now = {path: targets[path].parameter for path in before}
-    found = fingerprints((path, parameter) for path, parameter in now.items() if parameter.dtype == before[path][0])
+    here = ((path, p) for path, p in now.items() if p.dtype == before[path][0] and not p.is_meta)
+    found = fingerprints(here)
     if changed := [path for path, value in found.items() if value != before[path][1]]:
         warnings.warn(
             f'weights changed since "{state.active}" was merged into them, by training or by loading others: '
