@@ -247,3 +247,32 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_changes(change, message
     assert list(model.state_dict()) == keys
     assert torch.equal(logits(model), before)
     lorafamily.apply(model, "lora")  # no trace of the attempt
+
+
+class CalledTwice(nn.Module):
+    """One layer under two names, as a list of equal blocks is written by hand."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 6)
+        self.layers = nn.ModuleList([self.first, nn.Linear(6, 6)])
+
+    def forward(self, x):
+        for layer in (self.first, *self.layers):
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_layer_under_two_names_is_neither_written_for_peft_nor_read_from_it(tmp_path):
+    """peft wraps the first name alone, so that the other calls would go without adapter, or with one too many."""
+    one = r"first and layers\.0 are one layer: peft puts an adapter on first alone"
+    model = lorafamily.apply(CalledTwice(), "lora", rank=2)
+    with pytest.raises(lorafamily.StateError, match=one):
+        lorafamily.export_peft(model, tmp_path / "ours", card=False)
+    config = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+    peft.get_peft_model(CalledTwice(), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(lorafamily.StateError, match=one):
+        lorafamily.import_peft(CalledTwice(), tmp_path / "theirs")
+    other = lorafamily.apply(CalledTwice(), "lora", rank=2, targets=r"layers\.1")
+    lorafamily.export_peft(other, tmp_path / "other", card=False)

@@ -24,7 +24,16 @@ from lorafamily.deploy.folder import write_json, write_tensors
 from lorafamily.deploy.model_card import write_card
 from lorafamily.deploy.peft_config import base_settings, patterns, refuse_kernels, short_names, target_settings
 from lorafamily.deploy.peft_experts import Stack, stacked, stored
-from lorafamily.deploy.peft_names import CONFIG, INSIDE, PREFIX, TENSORS, groups_of, layer_name, whole_layers
+from lorafamily.deploy.peft_names import (
+    CONFIG,
+    INSIDE,
+    PREFIX,
+    TENSORS,
+    groups_of,
+    layer_name,
+    refuse_shared,
+    whole_layers,
+)
 from lorafamily.deploy.plain import padded
 from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
 from lorafamily.deploy.tied import tying, under_all_names
@@ -119,6 +128,7 @@ def _as_plain(model: nn.Module, name: str | None) -> _PlainLoRA:
     warn_of_no_session(placement)
     model, _ = noted(model)
     targets = targets_of(model)
+    refuse_shared(model, [targets[at].layer for at in placement.adapters])
     stacks = stacked(placement.adapters, targets)
     factors, scales = _by_layer(placement.adapters, targets)
     layers = {layer_name(at, target): target.layer for at, target in targets.items()}

@@ -62,7 +62,7 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
     Raises:
         FileError: the folder lacks a file, a file is damaged or made for another model, or it uses something that LoRA
             here does not have, such as DoRA; the message names it.
-        StateError: the name is taken, or the model is merged.
+        StateError: the name is taken, the model is merged, or it holds an adapted layer under two names.
         TargetError: a layer cannot carry an adapter, for example because it has an attribute "lorafamily" of its own.
     """
     owner = check_can_place(model, name)
@@ -77,6 +77,7 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
     rslora = config.get("use_rslora")
     scales = {at: alpha_of(named[at]) / (math.sqrt(rank) if rslora else rank) for at, rank in ranks.items()}
     targets = peft_names.whole_layers(owner) | experts | _attention(owner, factors, ranks, scales, file)
+    peft_names.refuse_shared(owner, [targets[at].layer for at in factors if at in targets])
     return place_plain(
         model,
         name,
@@ -153,7 +154,7 @@ def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, n
     Raises:
         FileError: no factors in it, or factors that do not fit the model's layers (`MergedLinear` has others).
         MethodError: alpha is no positive, finite number.
-        StateError: the name is taken, or the model is merged.
+        StateError: the name is taken, the model is merged, or it holds an adapted layer under two names.
         TargetError: a layer cannot carry an adapter, for example because it has an attribute "lorafamily" of its own.
     """
     targets = peft_names.whole_layers(check_can_place(model, name))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafamily.errors import StateError
 from lorafamily.layers.kinds import kind_of
 from lorafamily.layers.rows import Rows
 from lorafamily.layers.standard import Convolution
@@ -35,6 +36,23 @@ def groups_of(layer: nn.Module) -> int:
 def whole_layers(model: nn.Module) -> dict[str, Target]:
     """Whole layers that can carry an adapter, including those whose parts have adapters."""
     return {at: Target(layer, kind) for at, layer in model.named_modules() if (kind := kind_of(layer)) is not None}
+
+
+def refuse_shared(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Check that each layer has one name, since peft puts an adapter on the first name of a layer alone.
+
+    Raises:
+        StateError: the model holds a layer under two names.
+    """
+    names: dict[nn.Module, list[str]] = {layer: [] for layer in layers}
+    for at, module in model.named_modules(remove_duplicate=False):
+        if module in names:
+            names[module].append(at)
+    if shared := next((at for at in names.values() if len(at) > 1), None):
+        raise StateError(
+            f"{' and '.join(shared)} are one layer: peft puts an adapter on {shared[0]} alone, and other calls would "
+            "go without; merge instead, or give each place a layer of its own"
+        )
 
 
 def pattern_of(at: str) -> str:
