@@ -442,3 +442,23 @@ def test_the_scaler_of_accelerate_s_optimizer_scales_the_penalty():
         session.add_penalty()
         added.append(torch.cat([a.update.P.grad.flatten() for a in session.adapters.values()]))
     assert_close(added[1], 1024 * added[0], rtol=1e-12, atol=0)
+
+
+def test_a_budget_for_the_end_that_was_not_reached_is_said_when_the_adapter_is_used(tmp_path):
+    def stopped_after(steps):
+        model = adapted("adalora", rank=None, budget=2000, budget_at="end", targets="blocks")
+        optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+        session = lorafamily.session(model, optimizer, steps=STEPS)
+        for i in range(steps):
+            session.backward(model(**batches()[i % 4]).loss)
+            optimizer.step()
+            session.step()
+            optimizer.zero_grad()
+        return model
+
+    says = r"has [\d,]+ parameters, more than its budget of 2,000 for the end, since its run stopped"
+    early = stopped_after(2)
+    lorafamily.save(early, tmp_path / "to go on from")  # as a checkpoint is
+    with pytest.warns(UserWarning, match=says):
+        lorafamily.merge(early)
+    lorafamily.merge(stopped_after(STEPS))

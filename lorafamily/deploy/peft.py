@@ -42,7 +42,15 @@ from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
 from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.kinds import LayerKind, kind_of, whole_update
-from lorafamily.layers.placement import adapted, noted, placement_of, refuse_unsaved, targets_of, warn_of_no_session
+from lorafamily.layers.placement import (
+    adapted,
+    noted,
+    placement_of,
+    refuse_unsaved,
+    targets_of,
+    warn_of_no_session,
+    warn_over_budget,
+)
 from lorafamily.layers.rows import Rows
 from lorafamily.layers.site import NAME
 from lorafamily.layers.standard import Convolution
@@ -126,6 +134,7 @@ def _as_plain(model: nn.Module, name: str | None) -> _PlainLoRA:
     placement = placement_of(model, name)
     refuse_unsaved(model, placement)
     warn_of_no_session(placement)
+    warn_over_budget(placement)
     model, _ = noted(model)
     targets = targets_of(model)
     refuse_shared(model, [targets[at].layer for at in placement.adapters])

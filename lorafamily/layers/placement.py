@@ -188,6 +188,17 @@ def warn_of_no_session(placement: Placement) -> None:
         )
 
 
+def warn_over_budget(placement: Placement) -> None:
+    """Warn, where adapters leave training, of a budget for the end that was not reached."""
+    sizing, has = placement.sizing, placement.trainable()
+    if placement.had_session and sizing.budget_at == "end" and sizing.budget is not None and has > sizing.budget:
+        warnings.warn(
+            f'adapter "{placement.name}" has {has:,} parameters, more than its budget of {sizing.budget:,} for the '
+            "end, since its run stopped before the ranks had settled; go on to the end of it",
+            stacklevel=3,
+        )
+
+
 def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target]) -> None:
     """Attach a placement that was built and checked, make it active, and freeze all else."""
     state = state_of(model)
