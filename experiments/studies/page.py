@@ -243,11 +243,15 @@ def missing(studies: Sequence[Study]) -> str:
 
 
 def forest(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> Figure:
-    """Every arm's difference from uniform LoRA with its interval, one panel for each problem."""
+    """Every arm's difference from uniform LoRA with its interval, one panel for each problem, two beside each other."""
     chosen = [[c for c in found if c.other == "uniform" and "shuffled" not in c.arm] for found in compared]
-    height = 1.2 + 0.27 * max(map(len, chosen))
-    figure = Figure(figsize=(7.0 * len(studies), height), dpi=110, layout="constrained")
-    for axes, study, shown in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, chosen, strict=True):
+    lines = [max(map(len, chosen[i : i + 2])) for i in range(0, len(chosen), 2)]
+    heights = [0.9 + 0.27 * most for most in lines]
+    figure = Figure(figsize=(14.0, 0.3 + sum(heights)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights).flat
+    for axes in panels[len(studies) :]:
+        axes.remove()
+    for axes, study, shown in zip(panels[: len(studies)], studies, chosen, strict=True):
         for place, c in enumerate(shown):
             axes.plot([c.found.low, c.found.high], [place] * 2, color=COLOUR[c.verdict], linewidth=2.2)
             axes.plot(c.found.mean, place, "o", color=COLOUR[c.verdict], markersize=5)
