@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -117,6 +117,10 @@ class Parametrisation(nn.Module, ABC):
                 f"{type(self).__name__}: {', '.join(missing)} must be parameters, because only trained slices can be "
                 "dropped, added and scored; leave frozen tensors out of `slice_axes`, so that they keep theirs"
             )
+
+    def tensors(self) -> Iterable[nn.Parameter]:
+        """The parameters; `parameters()` of all adapters would take a millisecond, which is much of a step."""
+        return cast(dict[str, nn.Parameter], self._parameters).values()
 
     def sliced(self) -> Iterator[tuple[nn.Parameter, int]]:
         """Each tensor that has slices, with their axis."""

@@ -119,8 +119,7 @@ class OptimizerSteps:
         self._seen = [(parameter, gradient._version) for parameter, gradient in self._gradients()]
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        # parameters() would take a millisecond for all adapters
-        parameters = (p for adapter in self.adapters.values() for p in vars(adapter.update)["_parameters"].values())
+        parameters = (p for adapter in self.adapters.values() for p in adapter.update.tensors())
         return [(p, p.grad) for p in parameters if p.grad is not None]
 
 
