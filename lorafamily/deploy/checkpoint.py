@@ -36,8 +36,7 @@ def merge_checkpoint(
 
     Raises:
         FileError: there is no checkpoint, the adapter was made for another (or for other weights, if `save` noted their
-            hashes), a tensor is stored in a form that cannot
-            be restored after loading, or `out` is not empty.
+            hashes), a tensor is stored in a form that cannot be restored after loading, or `out` is not empty.
         StateError: in the model an adapted weight is tied to another, which merging would change too, or what is one
             trained tensor in the model is not one in the checkpoint.
     """

@@ -5,7 +5,6 @@ Names and tensors on disk often differ from those in the model; `conversion.py` 
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from lorafamily.deploy.checkpoint_entries import DTYPES, Entry, read_entry
 from lorafamily.deploy.conversion import Group, Names, config_of, names_of
 from lorafamily.deploy.folder import listed
-from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes
+from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes, warn_of_other_base
 from lorafamily.deploy.merge import changed_weight
 from lorafamily.deploy.saved import Saved
 from lorafamily.errors import FileError, StateError
@@ -92,12 +91,8 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
     if wrong:
         hint = f"; by its config it is quantised: {INSTEAD}" if config_of(base).get("quantization_config") else ""
         raise FileError(f"{base}: not the checkpoint this adapter was made for: {listed(wrong)}{hint}")
-    if names.parameters is not None and hash_of_shapes(names.parameters) != saved.record["base"].get("shapes"):
-        warnings.warn(
-            f"{saved.folder}: every adapted layer fits, but {base} has other parameters besides them than the "
-            f"{saved.record['base']['architecture']} the adapter was made for",
-            stacklevel=3,
-        )
+    if names.parameters is not None:
+        warn_of_other_base(saved, hash_of_shapes(names.parameters), str(base))
     return changes, groups
 
 

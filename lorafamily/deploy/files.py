@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.deploy.folder import listed
-from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes
+from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes, warn_of_other_base
 from lorafamily.deploy.saved import FORMAT, Saved, read, write
 from lorafamily.deploy.writable import AGAIN, refuse_not_finite
 from lorafamily.errors import FileError, StateError
@@ -124,13 +123,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     owner = check_can_place(model, name)
     saved = read(path)
     targets = _targets(owner, saved)
-    if saved.record["base"].get("shapes") != _shapes(owner):
-        made_for = saved.record["base"]["architecture"]
-        warnings.warn(
-            f"{saved.folder}: every adapted layer fits, but this {type(model).__name__} has other parameters besides "
-            f"them than the {made_for} the adapter was made for",
-            stacklevel=2,
-        )
+    warn_of_other_base(saved, _shapes(owner), f"this {type(model).__name__}")
     for at, adapter in saved.adapters.items():
         with onloaded(targets[at].layer):
             adapter.to(targets[at].stored.device)
