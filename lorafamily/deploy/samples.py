@@ -22,8 +22,6 @@ BESIDE_IMAGES = TEXT[:2]
 """A text in which a sample may have any number of images. A decoder's, in a captioner or recogniser, has one."""
 IMAGES = ("pixel_values", "image", "video", "input_features", "input_values", "audio")
 """What the names of images and sounds begin with."""
-
-
 POSITIONS_FIRST = ("fsmt", "led", "longformer", "xlnet")
 """Types of transformers' models that turn their input round; others have samples first."""
 
@@ -32,27 +30,38 @@ class Samples:
     """The samples of the batches inside a `routing` block.
 
     `same`: whether all have one adapter, so that it does not matter where they are. `first`: whether the model is known
-    to have them along the first axis. `inputs`: the tensors that the model got, by name, while it computes; None if
-    only a part of it was called.
+    to have them along the first axis. While the model computes, also what it got; nothing if only a part of it was
+    called: `rows`: the lengths of its inputs' first axes; `counted`: the name and shape of the input whose first axis
+    counts samples; `lengths`: numbers of positions of a sample; `beside`: name and shape of a text next to images.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str | None]):
         self.count, self.same = len(names), len(set(names)) == 1
         of = getattr(getattr(model, "config", None), "model_type", None)
         self.first = of is not None and of not in POSITIONS_FIRST
-        self.inputs: dict[str, Tensor] | None = None
+        self._look({})
+
+    def _look(self, inputs: Mapping[str, Tensor]) -> None:
+        """Note what the model was called with, once for all layers."""
+        shapes = {name: tuple(x.shape) for name, x in inputs.items()}
+        self.rows = {shape[0] for shape in shapes.values()}
+        counted = next((name for name in TEXT if name in shapes), next(iter(shapes), None))
+        self.counted = None if counted is None else (counted, shapes[counted])
+        self.lengths = {x.shape[1] for x in inputs.values() if _has_positions(x) and len(x) == self.count}
+        text = next((name for name in BESIDE_IMAGES if name in shapes), None)
+        images = any(name.startswith(IMAGES) for name in shapes)
+        self.beside = (text, shapes[text]) if text is not None and images else None
 
     @contextmanager
     def watching(self, model: nn.Module, state: ModelState) -> Iterator[None]:
         """Inside the block, remember what the model is called with; an inner block does so for its own samples."""
-
         names = [*inspect.signature(model.forward).parameters]
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.inputs = _tensors(names, args, kwargs) if state.routed is self else None
+            self._look(_tensors(names, args, kwargs) if state.routed is self else {})
 
         def end(*call: Any) -> None:
-            self.inputs = None
+            self._look({})
 
         # A model that fails must not leave the inputs of that call for the next.
         hooks = (
@@ -75,42 +84,37 @@ class Samples:
         Raises:
             StateError: the batch has another number of samples, or nobody can tell where they are.
         """
-        given, inputs = self._batch(), self.inputs or {}
-        got = f"{path} got {shape[0]} rows for a batch routed as {self.count} samples"
-        if given is not None and len(inputs[given]) != self.count:
-            raise StateError(
-                f"{got}, and the model {len(inputs[given])} ({given}): give a name for every row along the first axis, "
-                "with beams or several returned sequences one for each of them"
+        if problem := self._problem(tuple(shape), samples_first):
+            raise StateError(f"{path} got {shape[0]} rows for a batch routed as {self.count} samples{problem}")
+
+    def _problem(self, shape: tuple[int, ...], samples_first: bool) -> str | None:
+        """What is wrong with an input of this shape, as the end of a sentence."""
+        if self.counted is not None and (rows := self.counted[1][0]) != self.count:
+            return (
+                f", and the model {rows} ({self.counted[0]}): give a name for every row along the first axis, with "
+                "beams or several returned sequences one for each of them"
             )
         if self.same:
-            return
-        lengths = {x.shape[1] for x in inputs.values() if _has_positions(x) and len(x) == self.count}
-        flat = len(shape) == 1 and shape[0] in {self.count * length for length in lengths}
-        text = next((name for name in BESIDE_IMAGES if name in inputs), None)
-        if text is not None and any(name.startswith(IMAGES) for name in inputs):
-            length = inputs[text].shape[1]
-            if not (flat and shape[0] == self.count * length) and tuple(shape) != (self.count, length):
-                raise StateError(
-                    f"{got}, of shape {tuple(shape)}: next to {text} of shape {tuple(inputs[text].shape)} these may be "
-                    "parts of images or sounds, and nobody can tell whose; leave this layer without adapters"
+            return None
+        flat = len(shape) == 1 and shape[0] in {self.count * length for length in self.lengths}
+        if self.beside is not None:
+            text, of_text = self.beside
+            if shape not in ((self.count * of_text[1],), (self.count, of_text[1])):
+                return (
+                    f", of shape {shape}: next to {text} of shape {of_text} these may be parts of images or sounds, "
+                    "and nobody can tell whose; leave this layer without adapters"
                 )
         elif not flat and shape[0] != self.count:
-            raise StateError(
-                f"{got}: they are neither samples nor, in the model's input, the tokens of one sample after another "
+            return (
+                ": they are neither samples nor, in the model's input, the tokens of one sample after another "
                 "(positions before samples? windows? patches?); leave this layer without adapters, or give all samples "
                 "the same one"
             )
-        if flat and any(len(x) == shape[0] != self.count for x in inputs.values()):
-            raise StateError(f"{got}: another input of the model has as many rows, which may not be in samples' order")
+        if flat and shape[0] != self.count and shape[0] in self.rows:
+            return ": another input of the model has as many rows, which may not be in samples' order"
         if len(shape) > 1 and shape[1] == self.count and not samples_first:
-            raise StateError(
-                f"{got}, and as many along the second axis: either may be the samples; pad the batch by one token"
-            )
-
-    def _batch(self) -> str | None:
-        """The name of the input whose first axis counts the samples of this call."""
-        inputs = self.inputs or {}
-        return next((name for name in TEXT if name in inputs), next(iter(inputs), None))
+            return ", and as many along the second axis: either may be the samples; pad the batch by one token"
+        return None
 
 
 def refuse_other_order(model: nn.Module, paths: Sequence[str]) -> None:
