@@ -15,6 +15,19 @@ from lorafamily.training.session import Session
 from lorafamily.training.snapshot import Snapshot
 
 
+def chosen_mode(monitor: str, mode: Literal["min", "max"] | None) -> Literal["min", "max"]:
+    """Whether low or high is good: as was said, and low for the loss.
+
+    Raises:
+        TrainingError: nothing was said of another metric.
+    """
+    if mode is None and monitor != "loss":
+        raise TrainingError(
+            f'monitor="{monitor}" needs a mode: "max" if higher is better, as for an accuracy, or "min"'
+        )
+    return "min" if mode is None else mode
+
+
 @dataclass
 class Best:
     """The best evaluation since the ranks settled: its `value` and `step`, and the number of evaluations `since` then.
@@ -26,7 +39,7 @@ class Best:
     model: nn.Module
     session: Session
     monitor: str
-    mode: Literal["min", "max"] | None
+    mode: Literal["min", "max"]
     patience: int | None
     keep: bool
     step: int = 0
@@ -34,11 +47,6 @@ class Best:
     weights: Snapshot | None = None
 
     def __post_init__(self) -> None:
-        if self.mode is None and self.monitor != "loss":
-            raise TrainingError(
-                f'monitor="{self.monitor}" needs a mode: "max" if higher is better, as for an accuracy, or "min"'
-            )
-        self.mode = "min" if self.mode is None else self.mode
         if self.mode not in ("min", "max"):
             raise TrainingError(f'mode={self.mode!r}: must be "min" (lower is better) or "max"')
         self.value = math.inf if self.mode == "min" else -math.inf

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.batch import LossFn, gather_rows, loss_of, to_device
+from lorafamily.batch import LossFn, gather_rows, loss_of, refuse_one_batch, to_device
 from lorafamily.errors import DataError, TrainingError
 from lorafamily.training.batches import mean_loss
 from lorafamily.training.execution import evaluating
@@ -58,6 +58,7 @@ class ScoringLoss:
     """By number of rows the batches, each with its share in the loss."""
 
     def __post_init__(self) -> None:
+        refuse_one_batch(self.validation, "validation")
         if isinstance(self.validation, Iterator):
             raise DataError(
                 f"validation is a {type(self.validation).__name__}, which gives its batches once, and every evaluation "

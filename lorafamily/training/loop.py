@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lorafamily.batch import LossFn, LossOver, loss_of, refuse_one_batch, to_device, weigher
+from lorafamily.batch import LossFn, LossOver, loss_of, to_device, weigher
 from lorafamily.errors import TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.layers.placement import noted, refuse_merged
 from lorafamily.training.batches import Batches
-from lorafamily.training.best import Best
+from lorafamily.training.best import Best, chosen_mode
 from lorafamily.training.checkpoints import Checkpoints, Resume
 from lorafamily.training.evaluation import Evaluator, check_evaluation
 from lorafamily.training.execution import (
@@ -34,7 +34,7 @@ from lorafamily.training.guards import NonFiniteGuard, check_keys
 from lorafamily.training.interrupt import Interrupted, StopSignals
 from lorafamily.training.log import Log
 from lorafamily.training.loop_context import LoopContext
-from lorafamily.training.optimisation import Optimizer, Rates, made, parameters_of
+from lorafamily.training.optimisation import Optimizer, Rates, largest_norm, made, parameters_of
 from lorafamily.training.processes import Processes
 from lorafamily.training.run_state import RunState
 from lorafamily.training.schedule import Schedule, total_steps
@@ -172,15 +172,11 @@ def train(
         seed = processes.agreed(int(torch.randint(2**31, ())))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     scaling = scaler if scaler.is_enabled() else None
-    clip = float(max_grad_norm or torch.inf)
-    if not clip > 0:
-        raise TrainingError(f"max_grad_norm={max_grad_norm!r}: must be a positive norm; 0 or None for no clipping")
+    clip = largest_norm(max_grad_norm)
     shown = progress and processes.first
     with contextlib.ExitStack() as around:
         around.enter_context(seeded(seed, device))
         batches = Batches(data, processes)
-        if validation is not None:
-            refuse_one_batch(validation, "validation")
         weigh = weigher(loss_over, model, loss_fn)
         evaluator = Evaluator(evaluate, validation, loss_fn, weigh, in_precision, processes)
         optim = made(model, optimizer, lr, head_lr, up_lr, weight_decay)
@@ -202,7 +198,7 @@ def train(
         settings |= {"head lr": rates.peaks[-1]} if optimizer is None else {}
         settings |= {"precision": precision, "max gradient norm": clip}
         finite = NonFiniteGuard(max(skip_nonfinite, SCALING_LIMIT if scaling else 0))
-        best = Best(model, session, monitor, mode, patience, restore_best)
+        best = Best(model, session, monitor, chosen_mode(monitor, mode), patience, restore_best)
         state = RunState(model, session, settings, rates, scaler, batches, finite, processes, seed, best)
         state.seed_by_process()
         around.enter_context(FolderLock(folder := checkpoints.log_folder if processes.first else None))

@@ -135,6 +135,18 @@ def made(
     return found
 
 
+def largest_norm(max_grad_norm: float | None) -> float:
+    """The norm to which gradients are scaled down; 0 and None: infinity.
+
+    Raises:
+        TrainingError: a negative norm.
+    """
+    norm = float(max_grad_norm or torch.inf)
+    if not norm > 0:
+        raise TrainingError(f"max_grad_norm={max_grad_norm!r}: must be a positive norm; 0 or None for no clipping")
+    return norm
+
+
 class Rates:
     """Sets the learning rate of every step: a share of each group's peak, or what the given LRScheduler says. `total`:
     optimizer steps of the run; the other arguments are those of `train`."""

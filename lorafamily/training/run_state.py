@@ -204,7 +204,7 @@ class RunState:
         mismatch = self.optimizer.mismatch(saved)
         named = {"lr", "weight decay"}.intersection(changed)
         differing += [mismatch] if mismatch else [text for *_, text in self.optimizer.changed(saved, named)]
-        monitor = (self.best.monitor, str(self.best.mode))
+        monitor = (self.best.monitor, self.best.mode)
         same_metric = tuple(saved["monitor"]) == monitor
         if not same_metric:
             differing.append(f"monitor and mode were {', '.join(saved['monitor'])}, are {', '.join(monitor)}")

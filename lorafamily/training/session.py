@@ -61,6 +61,7 @@ def session(
         StateError: no adapter is active, one is merged, or ranks would change while DDP, FSDP or DeepSpeed holds on to
             the tensors it was given.
         AllocationError: the method's schedule does not fit the run, or it scores on validation data and there is none.
+        DataError: `validation` is a single batch, or an iterator.
         TrainingError: `steps` is no number of steps, or the optimizer lacks something that trains or cannot train it.
     """
     placement_of(model)
