@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch.nn.utils.rnn import pad_sequence
 
 from lorafamily.chat.forms import Conversation
 from lorafamily.chat.model import device_of, pad_of, read_base, read_template
@@ -97,24 +98,19 @@ def answers_to(
     `temperature`: 0 takes the likeliest token each time. `batch`: prompts at a time.
     """
     tokenizer = template.tokenizer
-    ends = end_tokens(model, template)
+    ends, pad = end_tokens(model, template), pad_of(tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     device = next(model.parameters()).device
     for begin in range(0, len(prompts), batch):
-        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts[begin : begin + batch]]
-        length = max(map(len, rows))
-        pad = pad_of(tokenizer)  # padding comes first, so that new tokens follow the text
-        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        found = tokenizer(list(prompts[begin : begin + batch]), add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor(row, device=device) for row in found]
+        # Padding comes first, so that new tokens follow the text.
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         written = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new,
-            eos_token_id=ends,
-            pad_token_id=pad,
-            **sampling,
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new, eos_token_id=ends, pad_token_id=pad, **sampling
         )
-        for row in written[:, length:].tolist():
+        for row in written[:, ids.shape[1] :].tolist():
             end = next((at for at, token in enumerate(row) if token in ends), len(row))
             yield tokenizer.decode(row[:end], skip_special_tokens=True).strip()
 
@@ -135,6 +131,10 @@ def end_tokens(model: Any, template: Template) -> list[int]:
 
 def questions_of(conversations: Iterable[Conversation], template: Template, most: int) -> list[tuple[str, str]]:
     """Of the first `most` conversations, the prompt for the assistant's last answer, and that answer."""
-    talks = [talk for talk in conversations if talk.messages is not None][:most]
-    asked = [(*talk.last_answer(), talk.tools) for talk in talks]
-    return [(template.render(before, prompt=True, tools=tools), answer) for before, answer, tools in asked]
+    found: list[tuple[str, str]] = []
+    for talk in conversations:
+        if talk.messages is not None and len(found) < most:
+            last = max(at for at, message in enumerate(talk.messages) if message["role"] == "assistant")
+            prompt = template.render(talk.messages[:last], prompt=True, tools=talk.tools)
+            found.append((prompt, str(talk.messages[last]["content"])))
+    return found
