@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 import lorafamily
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.loss import loss_of
-from lorafamily.chat.model import Base, pad_of
+from lorafamily.chat.model import Base
 from lorafamily.chat.settings import Train
 from lorafamily.chat.tokens import Tokens
 from lorafamily.terminal import in_units
@@ -19,11 +20,11 @@ from lorafamily.terminal import in_units
 
 def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[str, Any], str]:
     """The plan as data, and as text."""
-    given = options.batches
+    given, device = options.batches, base.model.device
     pack = options.data.length if given.pack else None
-    longest = sorted(rows, key=len)[-given.batch :]
-    batches = ChatBatches(longest if pack is None else rows, given.batch, pad_of(base.tokenizer), pack, shuffle=False)
-    batch = max(batches, key=lambda batch: batch["input_ids"].numel())
+    batches_of = partial(ChatBatches, size=given.batch, pad=base.template.pad, pack=pack, shuffle=False)
+    longest = batches_of(rows if given.pack else sorted(rows, key=len)[-given.batch :])
+    batch = max(longest, key=lambda batch: batch["input_ids"].numel())
     plan = lorafamily.plan(
         base.model,
         batch=batch,
@@ -31,16 +32,14 @@ def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[st
         checkpoint_activations=options.execution.checkpoint_activations,
         **options.method.arguments(),
     )
-    device = next(base.model.parameters()).device
     free, peak = free_memory(device), plan.use.memory.peak
     height, length = batch["input_ids"].shape
     fits = None if free is None else peak <= free
     verdict = "an unknown amount" if free is None else f"{in_units(free)} free: it {'fits' if fits else 'DOES NOT FIT'}"
-    count = len(ChatBatches(rows, given.batch, pad_of(base.tokenizer), pack))
     record = plan.record() | {"free": free, "fits": fits, "batch": [height, length]}
     return record, (
         f"{plan}\nthe longest batch is {height} × {length} tokens; {device.type} has {verdict}\n"
-        f"{count} batches an epoch; nothing was trained or written"
+        f"{len(batches_of(rows))} batches an epoch; nothing was trained or written"
     )
 
 

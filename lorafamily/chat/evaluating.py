@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lorafamily.chat.checking import at_least
 from lorafamily.chat.forms import conversations
 from lorafamily.chat.generating import answers_to, model_name, questions_of
 from lorafamily.chat.loss import loss_of
-from lorafamily.chat.model import Base, device_of, pad_of, read_base, read_template
+from lorafamily.chat.model import Base, read_base, read_template
 from lorafamily.chat.reporting import perplexity
 from lorafamily.chat.rows import read
 from lorafamily.chat.settings import Evaluate
@@ -33,30 +32,9 @@ def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dic
     """Run the command; returns its result as data and as a table.
 
     Raises:
-        LoraFamilyError: no data, no model, or an adapter that does not fit the model.
+        DataError: no data.
+        LoraFamilyError: no model, or an adapter that does not fit it.
     """
-    _check(options)
-    names = _names(options.adapter)
-    name = model_name(options.model, options.adapter)
-    template = read_template(name, options.template, options.adapter[0] if options.adapter else None)
-    rows = [row for source in options.data for row in read(source, options.split)]
-    found = tokenised(conversations(rows), template, length=options.length, loss_on=options.loss_on)
-    say(found.line())
-    base = read_base(name, options.dtype, options.quantise, device_of(options.device), template)
-    for name, folder in names.items():
-        lorafamily.load(base.model, folder, name=name)
-    batches = ChatBatches(sorted(found.rows, key=len), options.batch, pad_of(base.tokenizer), shuffle=False)
-    asked = questions_of(found.kept, template, options.generate)
-    columns = {}
-    for column in (BASE, *names):
-        if column != BASE:
-            lorafamily.switch(base.model, column)
-        with lorafamily.disabled(base.model) if names and column == BASE else contextlib.nullcontext():
-            columns[column] = _column(options, base, batches, asked)
-    return {"model": base.name, "rows": len(found.rows), "generated": len(asked), "columns": columns}, _table(columns)
-
-
-def _check(options: Evaluate) -> None:
     at_least(
         ("--length", options.length, 2),
         ("--batch", options.batch, 1),
@@ -66,6 +44,22 @@ def _check(options: Evaluate) -> None:
     )
     if not options.data:
         raise DataError("--data needs at least one file, folder or name on the hub")
+    names = _names(options.adapter)
+    name = model_name(options.model, options.adapter)
+    template = read_template(name, options.template, options.adapter[0] if options.adapter else None)
+    rows = [row for source in options.data for row in read(source, options.split)]
+    found = tokenised(conversations(rows), template, length=options.length, loss_on=options.loss_on)
+    say(found.line())
+    base = read_base(name, options.dtype, options.quantise, options.device, template)
+    for column, folder in names.items():
+        lorafamily.load(base.model, folder, name=column)
+    batches = ChatBatches(sorted(found.rows, key=len), options.batch, template.pad, shuffle=False)
+    asked = questions_of(found.kept, template, options.generate)
+    columns = {}
+    for column in (BASE, *names):
+        lorafamily.switch(base.model, None if column == BASE else column)
+        columns[column] = _column(options, base, batches, asked)
+    return {"model": name, "rows": len(found.rows), "generated": len(asked), "columns": columns}, _table(columns)
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
@@ -80,9 +74,8 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
 
 @torch.no_grad()
 def _column(options: Evaluate, base: Base, batches: ChatBatches, asked: Sequence[tuple[str, str]]) -> dict[str, float]:
-    model, device = base.model, next(base.model.parameters()).device
-    loss_fn = loss_of(options.chunk, model, base.vocabulary)
-    loss = mean_loss(model, batches, loss_fn, weigher("tokens", model, loss_fn), Processes(device))
+    model, loss_fn = base.model, loss_of(options.chunk, base.model, base.vocabulary)
+    loss = mean_loss(model, batches, loss_fn, weigher("tokens", model, loss_fn), Processes(model.device))
     found = {"loss": loss, "perplexity": perplexity(loss)}
     if asked:
         questions = [question for question, _ in asked]

@@ -79,8 +79,9 @@ def _checkpoint_of(model: str) -> Path:
 
 def _tokenizer(base: Base, folder: Path) -> None:
     """Save the tokenizer with the template of the training, so that servers render conversations the same way."""
-    base.tokenizer.chat_template = base.template.text
-    base.tokenizer.save_pretrained(folder)
+    tokenizer = base.template.tokenizer
+    tokenizer.chat_template = base.template.text
+    tokenizer.save_pretrained(folder)
 
 
 def _new(folder: Path) -> Path:

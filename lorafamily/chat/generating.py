@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from torch.nn.utils.rnn import pad_sequence
 
 from lorafamily.chat.forms import Conversation
-from lorafamily.chat.model import device_of, pad_of, read_base, read_template
+from lorafamily.chat.model import read_base, read_template
 from lorafamily.chat.rows import RowError
 from lorafamily.chat.settings import Generate
 from lorafamily.chat.templates import Template
@@ -24,7 +24,7 @@ from lorafamily.terminal import nearest
 RUN = "run.yaml"
 
 
-def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
+def generate_command(options: Generate, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """Run the command; returns its result as data and as text.
 
     Raises:
@@ -43,9 +43,8 @@ def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
     if not any(prompt.strip() for prompt in asked):
         raise DataError('nothing was asked: lorafamily generate --adapter FOLDER "Hello", or on standard input')
     name = model_name(options.model, [options.adapter] if options.adapter else [])
-    device = device_of(options.device)
     template = read_template(name, options.template, options.adapter)
-    base = read_base(name, options.dtype, options.quantise, device, template)
+    base = read_base(name, options.dtype, options.quantise, options.device, template)
     if options.adapter is not None:
         load(base.model, options.adapter)
     system = [{"role": "system", "content": options.system}] if options.system else []
@@ -69,7 +68,7 @@ def model_name(given: str | None, adapters: Sequence[Path]) -> str:
     """
     for adapter in adapters:
         if not (adapter / RECORD).is_file():
-            around = [file.name for file in adapter.parent.iterdir()] if adapter.parent.is_dir() else []
+            around = [file.name for file in adapter.parent.glob("*")]
             close = "" if adapter.exists() else nearest(adapter.name, around)
             raise FileError(f"--adapter {adapter}: no {RECORD} there; it must be a folder that train wrote{close}")
     if given is not None:
@@ -98,12 +97,11 @@ def answers_to(
     `temperature`: 0 takes the likeliest token each time. `batch`: prompts at a time.
     """
     tokenizer = template.tokenizer
-    ends, pad = end_tokens(model, template), pad_of(tokenizer)
+    ends, pad = end_tokens(model, template), template.pad
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    device = next(model.parameters()).device
     for begin in range(0, len(prompts), batch):
         found = tokenizer(list(prompts[begin : begin + batch]), add_special_tokens=False)["input_ids"]
-        rows = [torch.tensor(row, device=device) for row in found]
+        rows = [torch.tensor(row, device=model.device) for row in found]
         # Padding comes first, so that new tokens follow the text.
         ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

@@ -73,9 +73,8 @@ def difference(model: Any, vocabulary: int) -> float:
     do more between head and loss, such as capping logits, and infinite for those without a separate head."""
     if getattr(model, "base_model", model) is model or model.get_output_embeddings() is None:
         return float("inf")
-    device = next(model.parameters()).device
-    ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
-    with evaluating(model, device):
+    ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(model.device)
+    with evaluating(model, model.device):
         expected = own_loss(model, {"input_ids": ids, "labels": ids})
         chunked = ChunkedLoss(5)(model, {"input_ids": ids, "labels": ids})
     return float((chunked - expected).abs() / expected.abs())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +25,10 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclass
 class Base:
-    """A causal language model without adapters. `name`: as it was given."""
+    """A causal language model without adapters."""
 
-    name: str
     model: Any
     template: Template
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.template.tokenizer
 
     @property
     def vocabulary(self) -> int:
@@ -53,15 +49,16 @@ def quiet() -> None:
 
 
 def device_of(asked: str) -> torch.device:
-    """The device; auto: the GPU, if there is one.
+    """The device; auto: the GPU, if there is one. Each of torchrun's processes takes another GPU.
 
     Raises:
         DataError: this machine has no such device.
     """
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+        if device.type == "cuda" and device.index is None and (local := os.environ.get("LOCAL_RANK")):
+            device = torch.device("cuda", int(local))
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DataError(f"--device {asked}: not on this machine ({str(error).splitlines()[0]})") from None
@@ -76,7 +73,12 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
     """
     import transformers
 
-    _check_folder(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileError(f"--model {name}: the folder has no config.json; it must be a transformers checkpoint")
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        around = [file.name for file in folder.parent.glob("*")]
+        raise FileError(f"--model {name}: no such folder{nearest(folder.name, around)}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a folder without files, no network, a name that is not on the hub, a damaged file
@@ -99,26 +101,18 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
         raise FileError(f"--template {template}: cannot be read ({error}); {hint}") from None
 
 
-def _check_folder(name: str) -> None:
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileError(f"--model {name}: the folder has no config.json; it must be a transformers checkpoint")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        around = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileError(f"--model {name}: no such folder{nearest(path.name, around)}")
-
-
-def read_base(name: str, dtype: Dtype, quantise: str | None, device: torch.device, template: Template) -> Base:
+def read_base(name: str, dtype: Dtype, quantise: str | None, device: str, template: Template) -> Base:
     """The model in eval mode on the device. `template` is read earlier: most mistakes show there and in the data.
 
     Raises:
         FileError: it cannot be read, is no causal language model, or has fewer embeddings than the tokenizer tokens.
-        DataError: quantisation without bitsandbytes.
+        DataError: there is no such device, or no bitsandbytes for quantisation.
     """
     import transformers
 
-    weights: torch.dtype = getattr(torch, chosen_precision(dtype, device))
-    options: dict[str, Any] = {"dtype": weights, "device_map": {"": device}}
+    place = device_of(device)
+    weights: torch.dtype = getattr(torch, chosen_precision(dtype, place))
+    options: dict[str, Any] = {"dtype": weights, "device_map": {"": place}}
     if quantise == "nf4":
         try:
             import bitsandbytes  # noqa: F401  only to see whether it is there
@@ -127,7 +121,7 @@ def read_base(name: str, dtype: Dtype, quantise: str | None, device: torch.devic
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=weights
         )
-    elif device.type == "cpu":
+    elif place.type == "cpu":
         del options["device_map"]  # would need accelerate
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -139,7 +133,7 @@ def read_base(name: str, dtype: Dtype, quantise: str | None, device: torch.devic
             # On such CPUs bitsandbytes repacks a layer in its first evaluation: scales are rounded for good, and rows
             # whose length is no multiple of 64 fail or come out wrong.
             module.support_avx512bf16_for_cpu = False
-    base = Base(name, model.eval(), template)
+    base = Base(model.eval(), template)
     if len(template.tokenizer) > base.vocabulary:
         raise FileError(
             f"--model {name}: the tokenizer has {len(template.tokenizer)} tokens and the model {base.vocabulary} "
@@ -151,8 +145,3 @@ def read_base(name: str, dtype: Dtype, quantise: str | None, device: torch.devic
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-
-
-def pad_of(tokenizer: Any) -> int:
-    """Id of the token to pad with. Padding is masked everywhere, so any token will do."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

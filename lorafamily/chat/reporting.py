@@ -6,7 +6,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -32,45 +34,48 @@ SAMPLE = 64  # the most tokens of a sample
 EPOCHS = 3.0  # unless --steps or --epochs is given
 
 
+@dataclass
 class Reporter:
-    """For one run: evaluates, prints progress, writes samples to TensorBoard, and describes the result."""
+    """For one run: evaluates, prints progress, writes samples to TensorBoard, and describes the result.
 
-    def __init__(
-        self,
-        options: Train,
-        base: Base,
-        evaluated: Sequence[Conversation],
-        batches: ChatBatches,
-        validation: ChatBatches | None,
-        loss_fn: LossFn,
-        processes: Processes,
-        say: Callable[[str], None],
-    ):
-        self.options, self.base, self.loss_fn, self.say = options, base, loss_fn, say
-        self.batches, self.validation, self.processes = batches, validation, processes
-        given = options.optimisation
+    `evaluated`: the conversations of `validation`; `say`: prints a line.
+    """
+
+    options: Train
+    base: Base
+    batches: ChatBatches
+    validation: ChatBatches | None
+    evaluated: Sequence[Conversation]
+    loss_fn: LossFn
+    processes: Processes
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        given = self.options.optimisation
         epochs = EPOCHS if given.steps is None and given.epochs is None else given.epochs
-        self.total = total_steps(batches, given.steps, epochs, options.batches.accumulate)
-        self.evaluate_every = options.evaluation.evaluate_every or max(1, math.ceil(self.total / 10))
-        quiet = options.result.json
-        self.bar = sys.stderr.isatty() and not quiet
-        self.lines = not self.bar and not quiet and processes.first
-        self.asked = questions_of(evaluated, base.template, options.evaluation.samples)
-        self.weigh = weigher("tokens", base.model, loss_fn)
+        self.total = total_steps(self.batches, given.steps, epochs, self.options.batches.accumulate)
+        self.evaluate_every = self.options.evaluation.evaluate_every or self.tenth
+        self.bar = sys.stderr.isatty() and not self.options.json
+        self.asked = questions_of(self.evaluated, self.base.template, self.options.evaluation.samples)
+        self.weigh = weigher("tokens", self.base.model, self.loss_fn)
         self.board: SummaryWriter | None = None
         self.at = 0  # steps made
         self.first: tuple[float, int] | None = None  # after the first step: time without evaluations, tokens
         self.last = (0.0, 0)  # the same after the last step
         self.evaluating = 0.0  # seconds in evaluations
-        if options.batches.chunk and not isinstance(loss_fn, ChunkedLoss):
-            say(f"{type(base.model).__name__} has more than a linear head before its loss, so logits are not chunked")
+        if self.options.batches.chunk and not isinstance(self.loss_fn, ChunkedLoss):
+            name = type(self.base.model).__name__
+            self.say(f"{name} has more than a linear head before its loss, so logits are not chunked")
 
-    def __enter__(self) -> Reporter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
+    def close(self) -> None:
+        """Close the file of the samples."""
         if self.board is not None:
             self.board.close()
+
+    @property
+    def tenth(self) -> int:
+        """A tenth of the run's steps, at least one."""
+        return max(1, math.ceil(self.total / 10))
 
     def step(self, step: Step) -> None:
         """Called after every step, in the first process."""
@@ -78,7 +83,7 @@ class Reporter:
         self.last = (time.perf_counter() - self.evaluating, self.batches.count.tokens)
         self.first = self.first or self.last
         every = max(1, self.total // LINES)
-        if self.lines and (step.step % every == 0 or step.step in (1, self.total)):
+        if not self.bar and (step.step % every == 0 or step.step in (1, self.total)):
             rate = f"  {self.rate:,.0f} tokens/s" if self.rate else ""
             at = f"step {step.step}/{self.total}"
             self.say(f"{at}  loss {step.loss:.4f}  lr {step.lr:.2e}  slices {step.slices}{rate}")
@@ -100,7 +105,7 @@ class Reporter:
             line = f"evaluation at step {self.at}: loss {value:.4f}, perplexity {perplexity(value):.2f}"
             if self.bar:
                 tqdm.write(line, file=sys.stderr)
-            elif self.lines:
+            else:
                 self.say(line)
         self.evaluating += time.perf_counter() - begun
         return {"loss": value, "perplexity": perplexity(value)}
@@ -113,7 +118,8 @@ class Reporter:
         for number, (answer, (question, given)) in enumerate(zip(written, self.asked, strict=True), 1):
             assert self.board is not None
             texts = {"asked": question, "written": answer, "given": given}
-            text = "\n\n".join(f"**{name}**\n\n{_code(value)}" for name, value in texts.items())
+            # Indented, so that Markdown formats nothing.
+            text = "\n\n".join(f"**{name}**\n\n{indent(value, '    ')}" for name, value in texts.items())
             self.board.add_text(f"samples/{number}", text, self.at)
 
     def result(self, history: History) -> dict[str, Any]:
@@ -167,8 +173,3 @@ def _peak() -> int | None:
         return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(used) if sys.platform == "darwin" else int(used) * 1024
-
-
-def _code(text: str) -> str:
-    """The text as a code block in Markdown, in which nothing is formatted."""
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])

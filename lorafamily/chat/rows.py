@@ -83,7 +83,7 @@ def read(source: str, split: str = "train") -> list[Row]:
             raise DataError(f"{path}: data must end in {', '.join(SUFFIXES)}, or be a folder of such files")
         files = [path]
     elif path.suffix or path.is_absolute() or source.startswith((".", "~")):
-        around = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        around = [file.name for file in path.parent.glob("*")]
         raise DataError(f"{path}: no such file{nearest(path.name, around)}")
     else:
         return _from_hub(source, split)

@@ -47,6 +47,12 @@ class Template:
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which matches nowhere
 
+    @property
+    def pad(self) -> int:
+        """Id of the token to pad with. Padding is masked everywhere, so any token will do."""
+        given = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if given is None else given)
+
     def render(self, messages: Messages, *, prompt: bool = False, tools: list[Any] | None = None) -> str:
         """The conversation as text. `prompt`: with the generation prompt for the assistant's next answer.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -40,6 +40,11 @@ class Tokenised:
     kept: list[Conversation]
     cut: int = 0
     dropped: int = 0
+
+    def subset(self, places: Iterable[int]) -> Tokenised:
+        """The rows at these places, in their order."""
+        at = sorted(places)
+        return Tokenised([self.rows[i] for i in at], [self.kept[i] for i in at])
 
     def line(self) -> str:
         """A summary in one line."""
