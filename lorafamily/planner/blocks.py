@@ -64,14 +64,12 @@ def copy_on_meta(
 def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Replace a model's parameters, buffers and tensors in plain attributes by `change` of them; shared ones stay
     shared."""
-    changed: dict[int, Tensor] = {}
-    alive: list[Tensor] = []  # the old tensors, so that no id is used twice
+    changed: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for place, name, tensor in _tensors(module):
-            if id(tensor) not in changed:
-                alive.append(tensor)
-                changed[id(tensor)] = _as_parameter(change(tensor), tensor)
-            place[name] = changed[id(tensor)]
+            if tensor not in changed:
+                changed[tensor] = _as_parameter(change(tensor), tensor)
+            place[name] = changed[tensor]
 
 
 def on_meta(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

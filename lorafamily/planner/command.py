@@ -118,7 +118,6 @@ def _fused(given: list[str]) -> dict[str, list[str]]:
 
 def _title(given: argparse.Namespace, plan: Plan) -> str:
     name = given.model if given.model in SHAPES else plan.model
-    size = "" if given.budget is None else f"budget {given.budget:,.0f}"
-    size = size if given.rank is None else f"rank {given.rank}"
+    size = f"rank {given.rank}" if given.rank else f"budget {given.budget:,.0f}" if given.budget else ""
     batch = "activations not counted" if given.batch is None else f"batch {given.batch} × {given.length} tokens"
     return ", ".join(part for part in (f"Training {name}", size, batch, given.dtype or "float32") if part)
