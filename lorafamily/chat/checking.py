@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 
 from lorafamily.chat import exporting
@@ -20,17 +22,11 @@ def check(options: Train) -> None:
     """
     data, batches, evaluation, result = options.data, options.batches, options.evaluation, options.result
     epochs = options.optimisation.epochs
-    at_least(
-        ("--length", data.length, 2),
-        ("--batch", batches.batch, 1),
-        ("--accumulate", batches.accumulate, 1),
-        ("--chunk", batches.chunk, 0),
-        ("--samples", evaluation.samples, 0),
-        ("--preview", data.preview, 1),
-        ("--steps", options.optimisation.steps, 1),
-        ("--evaluate-every", evaluation.evaluate_every, 1),
-        ("--save-every", result.save_every, 1),
-    )
+    at_least(data, length=2, preview=1)
+    at_least(batches, batch=1, accumulate=1, chunk=0)
+    at_least(evaluation, samples=0, evaluate_every=1)
+    at_least(options.optimisation, steps=1)
+    at_least(result, save_every=1)
     if not 0 <= data.eval_share < 1:
         raise DataError(f"--eval-share {data.eval_share:g}: must be a share of the rows in [0, 1)")
     if epochs is not None and not epochs > 0:
@@ -78,12 +74,13 @@ def _check_folder(options: Train) -> None:
         )
 
 
-def at_least(*given: tuple[str, int | None, int]) -> None:
-    """Check options, given as name, value and the least value allowed.
+def at_least(options: Any, **least: int) -> None:
+    """Check options by name, each with the least value allowed.
 
     Raises:
         DataError: a value is less.
     """
-    for name, value, least in given:
-        if value is not None and value < least:
-            raise DataError(f"{name} {value}: must be at least {least}")
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")

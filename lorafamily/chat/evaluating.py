@@ -35,13 +35,7 @@ def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dic
         DataError: no data.
         LoraFamilyError: no model, or an adapter that does not fit it.
     """
-    at_least(
-        ("--length", options.length, 2),
-        ("--batch", options.batch, 1),
-        ("--generate", options.generate, 0),
-        ("--max-new", options.max_new, 1),
-        ("--chunk", options.chunk, 0),
-    )
+    at_least(options, length=2, batch=1, generate=0, max_new=1, chunk=0)
     if not options.data:
         raise DataError("--data needs at least one file, folder or name on the hub")
     names = _names(options.adapter)

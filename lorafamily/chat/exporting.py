@@ -46,42 +46,32 @@ def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[st
         StateError: a layout cannot represent the adapter.
         FileError: a file cannot be written, or the converter fails.
     """
-    written: dict[str, Path] = {}
     path = Path(model).expanduser()
     name = str(path.resolve()) if path.is_dir() else model
+    written: dict[str, Path] = {}
     for layout in ("peft", "serving"):
         if layout in exports:
-            folder = _new(out / layout)
-            export_peft(base.model, folder, layout=layout, base=name)
-            _tokenizer(base, folder)
-            written[layout] = folder
+            written[layout] = export_peft(base.model, _new(out / layout), layout=layout, base=name)
     if "merged" in exports or "gguf" in exports:
-        merged = _new(out / "merged")
-        merge_checkpoint(_checkpoint_of(model), read(out), merged)
-        _tokenizer(base, merged)
-        written["merged"] = merged
+        written["merged"] = _new(out / "merged")
+        merge_checkpoint(path if path.is_dir() else _downloaded(model), read(out), written["merged"])
+    tokenizer = base.template.tokenizer
+    tokenizer.chat_template = base.template.text  # so that servers render conversations as in training
+    for folder in written.values():
+        tokenizer.save_pretrained(folder)
     if "gguf" in exports:
         written["gguf"] = _gguf(written["merged"], out / "model.gguf")
     return written
 
 
-def _checkpoint_of(model: str) -> Path:
-    """The folder of a checkpoint; for a name on the hub, the one it was downloaded to."""
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
+def _downloaded(model: str) -> Path:
+    """The folder that a checkpoint on the hub was downloaded to."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model))
     except Exception as error:  # whatever the hub or the network raises
         raise FileError(f"--model {model}: its files cannot be found for merging ({type(error).__name__})") from None
-
-
-def _tokenizer(base: Base, folder: Path) -> None:
-    """Save the tokenizer with the template of the training, so that servers render conversations the same way."""
-    tokenizer = base.template.tokenizer
-    tokenizer.chat_template = base.template.text
-    tokenizer.save_pretrained(folder)
 
 
 def _new(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,10 +145,6 @@ def write(options: Any, path: Path) -> None:
 
 
 def grouped(options: Any) -> dict[str, dict[str, Any]]:
-    """The options by group, as a config file holds them."""
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-
-    groups = {group.name: vars(getattr(options, group.name)) for group in dataclasses.fields(options)}
-    return {name: {key: plain(value) for key, value in group.items()} for name, group in groups.items()}
+    """The options by group, as a config file holds them: tuples are lists, and paths are texts."""
+    groups: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return groups

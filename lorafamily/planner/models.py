@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,7 @@ def example_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise DataError(f"length={tokens}: this {type(model).__name__} has {positions} positions")
-
-    def ids(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.long, device="meta")
-
+    ids = partial(torch.empty, dtype=torch.long, device="meta")
     batch, task = {"input_ids": ids(rows, tokens)}, type(model).__name__
     if task.endswith("ForSequenceClassification"):
         return batch | {"labels": ids(rows)}
