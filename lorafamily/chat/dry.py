@@ -12,23 +12,23 @@ import torch
 import lorafamily
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.loss import loss_of
-from lorafamily.chat.model import Base
 from lorafamily.chat.settings import Train
+from lorafamily.chat.templates import Template
 from lorafamily.chat.tokens import Tokens
 from lorafamily.terminal import in_units
 
 
-def dry_run(options: Train, base: Base, rows: Sequence[Tokens]) -> tuple[dict[str, Any], str]:
+def dry_run(options: Train, model: Any, template: Template, rows: Sequence[Tokens]) -> tuple[dict[str, Any], str]:
     """The plan as data, and as text."""
-    given, device = options.batches, base.model.device
+    given, device = options.batches, model.device
     pack = options.data.length if given.pack else None
-    batches_of = partial(ChatBatches, size=given.batch, pad=base.template.pad, pack=pack, shuffle=False)
+    batches_of = partial(ChatBatches, size=given.batch, pad=template.pad, pack=pack, shuffle=False)
     longest = batches_of(rows if given.pack else sorted(rows, key=len)[-given.batch :])
     batch = max(longest, key=lambda batch: batch["input_ids"].numel())
     plan = lorafamily.plan(
-        base.model,
+        model,
         batch=batch,
-        loss_fn=loss_of(given.chunk, base.model, base.vocabulary),
+        loss_fn=loss_of(given.chunk, model),
         checkpoint_activations=options.execution.checkpoint_activations,
         **options.method.arguments(),
     )

@@ -15,7 +15,7 @@ from lorafamily.chat.checking import at_least
 from lorafamily.chat.forms import conversations
 from lorafamily.chat.generating import answers_to, model_name, questions_of
 from lorafamily.chat.loss import loss_of
-from lorafamily.chat.model import Base, read_base, read_template
+from lorafamily.chat.model import read_base, read_template
 from lorafamily.chat.reporting import perplexity
 from lorafamily.chat.rows import read
 from lorafamily.chat.settings import Evaluate
@@ -41,19 +41,26 @@ def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dic
     names = _names(options.adapter)
     name = model_name(options.model, options.adapter)
     template = read_template(name, options.template, options.adapter[0] if options.adapter else None)
-    rows = [row for source in options.data for row in read(source, options.split)]
-    found = tokenised(conversations(rows), template, length=options.length, loss_on=options.loss_on)
+    talks = conversations(row for source in options.data for row in read(source, options.split))
+    found = tokenised(talks, template, length=options.length, loss_on=options.loss_on)
     say(found.line())
-    base = read_base(name, options.dtype, options.quantise, options.device, template)
+    model = read_base(name, options, template)
     for column, folder in names.items():
-        lorafamily.load(base.model, folder, name=column)
+        lorafamily.load(model, folder, name=column)
     batches = ChatBatches(sorted(found.rows, key=len), options.batch, template.pad, shuffle=False)
-    asked = questions_of(found.kept, template, options.generate)
-    columns = {}
+    questions, answers = questions_of(found.kept, template, options.generate)
+    loss_fn = loss_of(options.chunk, model)
+    columns: dict[str, dict[str, float]] = {}
     for column in (BASE, *names):
-        lorafamily.switch(base.model, None if column == BASE else column)
-        columns[column] = _column(options, base, batches, asked)
-    return {"model": name, "rows": len(found.rows), "generated": len(asked), "columns": columns}, _table(columns)
+        lorafamily.switch(model, None if column == BASE else column)
+        with torch.no_grad():
+            loss = mean_loss(model, batches, loss_fn, weigher("tokens", model, loss_fn), Processes(model.device))
+        columns[column] = {"loss": loss, "perplexity": perplexity(loss)}
+        if answers:
+            written = answers_to(model, template, questions, options.max_new, batch=options.batch)
+            same = [said == answer.strip() for said, answer in zip(written, answers, strict=True)]
+            columns[column][MATCH] = sum(same) / len(same)
+    return {"model": name, "rows": len(found.rows), "generated": len(answers), "columns": columns}, _table(columns)
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
@@ -64,19 +71,6 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
     short = [path.name for path in paths]
     names = [p.name if short.count(p.name) == 1 and p.name != BASE else f"{p.parent.name}/{p.name}" for p in paths]
     return {name.replace(".", "-"): folder for name, folder in zip(names, folders, strict=True)}
-
-
-@torch.no_grad()
-def _column(options: Evaluate, base: Base, batches: ChatBatches, asked: Sequence[tuple[str, str]]) -> dict[str, float]:
-    model, loss_fn = base.model, loss_of(options.chunk, base.model, base.vocabulary)
-    loss = mean_loss(model, batches, loss_fn, weigher("tokens", model, loss_fn), Processes(model.device))
-    found = {"loss": loss, "perplexity": perplexity(loss)}
-    if asked:
-        questions = [question for question, _ in asked]
-        written = answers_to(model, base.template, questions, options.max_new, batch=options.batch)
-        same = [said == answer.strip() for said, (_, answer) in zip(written, asked, strict=True)]
-        found[MATCH] = sum(same) / len(same)
-    return found
 
 
 def _table(columns: dict[str, dict[str, float]]) -> str:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorafamily.chat.model import Base
+from torch import nn
+
+from lorafamily.chat.templates import Template
 from lorafamily.deploy.checkpoint import merge_checkpoint
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.saved import read
@@ -39,26 +41,25 @@ def check(exports: Sequence[str]) -> None:
         )
 
 
-def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[str, Path]:
-    """Export the adapter in `out` into that folder; returns the paths written.
+def export(exports: Sequence[str], name: str, model: nn.Module, template: Template, out: Path) -> dict[str, Path]:
+    """Export the adapter in `out` into that folder; returns the paths written. `name`: of the base.
 
     Raises:
         StateError: a layout cannot represent the adapter.
         FileError: a file cannot be written, or the converter fails.
     """
-    path = Path(model).expanduser()
-    name = str(path.resolve()) if path.is_dir() else model
+    path = Path(name).expanduser()
+    base = str(path.resolve()) if path.is_dir() else name
     written: dict[str, Path] = {}
     for layout in ("peft", "serving"):
         if layout in exports:
-            written[layout] = export_peft(base.model, _new(out / layout), layout=layout, base=name)
+            written[layout] = export_peft(model, _new(out / layout), layout=layout, base=base)
     if "merged" in exports or "gguf" in exports:
         written["merged"] = _new(out / "merged")
-        merge_checkpoint(path if path.is_dir() else _downloaded(model), read(out), written["merged"])
-    tokenizer = base.template.tokenizer
-    tokenizer.chat_template = base.template.text  # so that servers render conversations as in training
+        merge_checkpoint(path if path.is_dir() else _downloaded(name), read(out), written["merged"])
+    template.tokenizer.chat_template = template.text  # so that servers render conversations as in training
     for folder in written.values():
-        tokenizer.save_pretrained(folder)
+        template.tokenizer.save_pretrained(folder)
     if "gguf" in exports:
         written["gguf"] = _gguf(written["merged"], out / "model.gguf")
     return written

@@ -44,9 +44,9 @@ def generate_command(options: Generate, say: Callable[[str], None]) -> tuple[dic
         raise DataError('nothing was asked: lorafamily generate --adapter FOLDER "Hello", or on standard input')
     name = model_name(options.model, [options.adapter] if options.adapter else [])
     template = read_template(name, options.template, options.adapter)
-    base = read_base(name, options.dtype, options.quantise, options.device, template)
+    model = read_base(name, options, template)
     if options.adapter is not None:
-        load(base.model, options.adapter)
+        load(model, options.adapter)
     system = [{"role": "system", "content": options.system}] if options.system else []
     torch.manual_seed(options.seed)
     try:
@@ -54,7 +54,7 @@ def generate_command(options: Generate, say: Callable[[str], None]) -> tuple[dic
     except RowError as error:
         raise DataError(str(error)) from None
     temperature, top_p = options.temperature, options.top_p
-    answers = list(answers_to(base.model, template, prompts, options.max_new, temperature=temperature, top_p=top_p))
+    answers = list(answers_to(model, template, prompts, options.max_new, temperature=temperature, top_p=top_p))
     text = "\n\n".join(f"> {question}\n{answer}" for question, answer in zip(asked, answers, strict=True))
     return {"model": name, "answers": answers}, answers[0] if len(answers) == 1 else text
 
@@ -127,12 +127,12 @@ def end_tokens(model: Any, template: Template) -> list[int]:
     return sorted(token for token in found if token is not None)
 
 
-def questions_of(conversations: Iterable[Conversation], template: Template, most: int) -> list[tuple[str, str]]:
-    """Of the first `most` conversations, the prompt for the assistant's last answer, and that answer."""
-    found: list[tuple[str, str]] = []
+def questions_of(conversations: Iterable[Conversation], template: Template, most: int) -> tuple[list[str], list[str]]:
+    """Of the first `most` conversations, the prompts for the assistant's last answers, and those answers."""
+    questions, answers = list[str](), list[str]()
     for talk in conversations:
-        if talk.messages is not None and len(found) < most:
+        if talk.messages is not None and len(answers) < most:
             last = max(at for at, message in enumerate(talk.messages) if message["role"] == "assistant")
-            prompt = template.render(talk.messages[:last], prompt=True, tools=talk.tools)
-            found.append((prompt, str(talk.messages[last]["content"])))
-    return found
+            questions.append(template.render(talk.messages[:last], prompt=True, tools=talk.tools))
+            answers.append(talk.messages[last]["content"])
+    return questions, answers

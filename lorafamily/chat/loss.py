@@ -6,7 +6,6 @@ computes them again. The loss is the same mean over tokens as the model computes
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,17 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lorafamily.batch import IGNORED
+from lorafamily.batch import IGNORED, LossFn
 from lorafamily.training.execution import evaluating
 
-Loss = Callable[[nn.Module, Any], Tensor]
 SAME = 1e-3  # relative difference allowed between the two ways to compute a loss, in any precision
 
 
-def loss_of(chunk: int, model: nn.Module, vocabulary: int) -> Loss:
+def loss_of(chunk: int, model: nn.Module) -> LossFn:
     """The chunked loss, or the model's own if `chunk` is 0 or the model does more between its head and its loss, such
     as capping logits (`Reporter` tells the user)."""
-    return ChunkedLoss(chunk) if chunk and difference(model, vocabulary) <= SAME else own_loss
+    return ChunkedLoss(chunk) if chunk and difference(model, vocabulary_of(model)) <= SAME else own_loss
 
 
 class ChunkedLoss:
@@ -61,10 +59,14 @@ def body_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
     return model.base_model, model.get_output_embeddings()
 
 
+def vocabulary_of(model: Any) -> int:
+    """Rows of the embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
     """The model's own loss: all logits at once."""
-    loss: Tensor = model(**batch, use_cache=False).loss
-    return loss
+    return model(**batch, use_cache=False).loss
 
 
 @torch.no_grad()

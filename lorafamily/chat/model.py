@@ -7,13 +7,13 @@ import io
 import logging
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafamily.chat.settings import Dtype
+from lorafamily.chat.loss import vocabulary_of
+from lorafamily.chat.settings import Inference, ModelOptions
 from lorafamily.chat.templates import PLAIN, Template
 from lorafamily.errors import DataError, FileError
 from lorafamily.terminal import nearest
@@ -21,19 +21,6 @@ from lorafamily.training.execution import chosen_precision
 
 TEMPLATE = "chat_template.jinja"
 """File in an adapter's folder: the template it was trained with, so that `generate` renders prompts the same way."""
-
-
-@dataclass
-class Base:
-    """A causal language model without adapters."""
-
-    model: Any
-    template: Template
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
 
 
 def quiet() -> None:
@@ -101,8 +88,8 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
         raise FileError(f"--template {template}: cannot be read ({error}); {hint}") from None
 
 
-def read_base(name: str, dtype: Dtype, quantise: str | None, device: str, template: Template) -> Base:
-    """The model in eval mode on the device. `template` is read earlier: most mistakes show there and in the data.
+def read_base(name: str, given: ModelOptions | Inference, template: Template) -> Any:
+    """The model in eval mode on its device. `template` is read earlier: most mistakes show there and in the data.
 
     Raises:
         FileError: it cannot be read, is no causal language model, or has fewer embeddings than the tokenizer tokens.
@@ -110,10 +97,10 @@ def read_base(name: str, dtype: Dtype, quantise: str | None, device: str, templa
     """
     import transformers
 
-    place = device_of(device)
-    weights: torch.dtype = getattr(torch, chosen_precision(dtype, place))
+    place = device_of(given.device)
+    weights: torch.dtype = getattr(torch, chosen_precision(given.dtype, place))
     options: dict[str, Any] = {"dtype": weights, "device_map": {"": place}}
-    if quantise == "nf4":
+    if given.quantise == "nf4":
         try:
             import bitsandbytes  # noqa: F401  only to see whether it is there
         except ImportError:
@@ -133,13 +120,13 @@ def read_base(name: str, dtype: Dtype, quantise: str | None, device: str, templa
             # On such CPUs bitsandbytes repacks a layer in its first evaluation: scales are rounded for good, and rows
             # whose length is no multiple of 64 fail or come out wrong.
             module.support_avx512bf16_for_cpu = False
-    base = Base(model.eval(), template)
-    if len(template.tokenizer) > base.vocabulary:
+    tokens, embeddings = len(template.tokenizer), vocabulary_of(model)
+    if tokens > embeddings:
         raise FileError(
-            f"--model {name}: the tokenizer has {len(template.tokenizer)} tokens and the model {base.vocabulary} "
-            "embeddings; they do not belong together"
+            f"--model {name}: the tokenizer has {tokens} tokens and the model {embeddings} embeddings; they do not "
+            "belong together"
         )
-    return base
+    return model.eval()
 
 
 def _first_line(error: Exception) -> str:

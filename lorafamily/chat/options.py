@@ -9,6 +9,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,15 +114,10 @@ def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> 
 def _one_line(text: str, names: Mapping[str, Any]) -> str:
     """The first paragraph of tyro's message, which says what is wrong, in one line and without the box around it."""
     lines = [re.sub(r"[│╭╮╰╯|+]|─{3,}|-{3,}", " ", line).strip() for line in text.splitlines()[1:]]
-    first: list[str] = []
-    for line in lines[not lines[:1] or not lines[0] :]:  # without a box there is a rule below the title
-        if not line:
-            break
-        first.append(line)
-    message = " ".join(first)
+    # Without a box there is a rule below the title.
+    message = " ".join(takewhile(bool, lines[not lines[:1] or not lines[0] :]))
     if found := re.match(r"Unrecognized options: (--[^\s,=]+)", message):
-        option = found[1]
-        return f"no option {option}{nearest(option, ['--' + name.replace('_', '-') for name in names])}"
+        return f"no option {found[1]}{nearest(found[1], ['--' + name.replace('_', '-') for name in names])}"
     for value in (r" instantiated from \[(.*)\]", r": ('.*')$"):
         if found := re.match(r"Error parsing (\S+): .*" + value, message):
             return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
@@ -146,5 +142,4 @@ def write(options: Any, path: Path) -> None:
 
 def grouped(options: Any) -> dict[str, dict[str, Any]]:
     """The options by group, as a config file holds them: tuples are lists, and paths are texts."""
-    groups: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    return groups
+    return json.loads(json.dumps(dataclasses.asdict(options), default=str))

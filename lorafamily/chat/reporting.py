@@ -21,8 +21,8 @@ from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.forms import Conversation
 from lorafamily.chat.generating import answers_to, questions_of
 from lorafamily.chat.loss import ChunkedLoss
-from lorafamily.chat.model import Base
 from lorafamily.chat.settings import Train
+from lorafamily.chat.templates import Template
 from lorafamily.history import History, Step
 from lorafamily.terminal import in_units
 from lorafamily.training.batches import mean_loss
@@ -42,7 +42,8 @@ class Reporter:
     """
 
     options: Train
-    base: Base
+    model: Any
+    template: Template
     batches: ChatBatches
     validation: ChatBatches | None
     evaluated: Sequence[Conversation]
@@ -56,15 +57,15 @@ class Reporter:
         self.total = total_steps(self.batches, given.steps, epochs, self.options.batches.accumulate)
         self.evaluate_every = self.options.evaluation.evaluate_every or self.tenth
         self.bar = sys.stderr.isatty() and not self.options.json
-        self.asked = questions_of(self.evaluated, self.base.template, self.options.evaluation.samples)
-        self.weigh = weigher("tokens", self.base.model, self.loss_fn)
+        self.questions, self.answers = questions_of(self.evaluated, self.template, self.options.evaluation.samples)
+        self.weigh = weigher("tokens", self.model, self.loss_fn)
         self.board: SummaryWriter | None = None
         self.at = 0  # steps made
         self.first: tuple[float, int] | None = None  # after the first step: time without evaluations, tokens
         self.last = (0.0, 0)  # the same after the last step
         self.evaluating = 0.0  # seconds in evaluations
         if self.options.batches.chunk and not isinstance(self.loss_fn, ChunkedLoss):
-            name = type(self.base.model).__name__
+            name = type(self.model).__name__
             self.say(f"{name} has more than a linear head before its loss, so logits are not chunked")
 
     def close(self) -> None:
@@ -111,15 +112,14 @@ class Reporter:
         return {"loss": value, "perplexity": perplexity(value)}
 
     def _write_samples(self, model: Any) -> None:
-        if self.asked and self.board is None:
-            self.board = SummaryWriter(str(self.options.out / "log"), filename_suffix=".samples")
-        questions = [question for question, _ in self.asked]
-        written = answers_to(getattr(model, "_orig_mod", model), self.base.template, questions, SAMPLE)
-        for number, (answer, (question, given)) in enumerate(zip(written, self.asked, strict=True), 1):
-            assert self.board is not None
-            texts = {"asked": question, "written": answer, "given": given}
+        if not self.questions:
+            return
+        self.board = self.board or SummaryWriter(str(self.options.out / "log"), filename_suffix=".samples")
+        written = answers_to(getattr(model, "_orig_mod", model), self.template, self.questions, SAMPLE)
+        for number, samples in enumerate(zip(self.questions, written, self.answers, strict=True), 1):
+            texts = zip(("asked", "written", "given"), samples, strict=True)
             # Indented, so that Markdown formats nothing.
-            text = "\n\n".join(f"**{name}**\n\n{indent(value, '    ')}" for name, value in texts.items())
+            text = "\n\n".join(f"**{name}**\n\n{indent(value, '    ')}" for name, value in texts)
             self.board.add_text(f"samples/{number}", text, self.at)
 
     def result(self, history: History) -> dict[str, Any]:

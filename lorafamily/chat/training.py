@@ -26,7 +26,7 @@ from lorafamily.chat.checking import check
 from lorafamily.chat.dry import dry_run
 from lorafamily.chat.forms import conversations
 from lorafamily.chat.generating import RUN
-from lorafamily.chat.loss import loss_of
+from lorafamily.chat.loss import loss_of, vocabulary_of
 from lorafamily.chat.model import TEMPLATE, read_base, read_template
 from lorafamily.chat.options import write
 from lorafamily.chat.reporting import Reporter
@@ -60,18 +60,17 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
     if options.data.preview is not None:
         return _preview(options, train.rows[: options.data.preview], line, template)
     say(line)
-    base = read_base(options.model.model, options.model.dtype, options.model.quantise, options.model.device, template)
+    model, seed = read_base(options.model.model, options.model, template), options.optimisation.seed
     if options.result.dry_run:
-        return dry_run(options, base, train.rows)
-    model, seed = base.model, options.optimisation.seed
+        return dry_run(options, model, template, train.rows)
     processes = Processes(model.device)
     pack = options.data.length if options.batches.pack else None
     batches_of = partial(ChatBatches, size=options.batches.batch, pad=template.pad, seed=seed)
     # Divided among the processes; those to evaluate on are the same in all.
     batches = batches_of(train.rows, pack=pack, rank=processes.rank, num_replicas=processes.world)
     validation = batches_of(sorted(held_out.rows, key=len), shuffle=False) if held_out.rows else None
-    loss_fn = loss_of(options.batches.chunk, model, base.vocabulary)
-    if pack and (leak := sees_other_rows(model, base.vocabulary)) > LEAK:
+    loss_fn = loss_of(options.batches.chunk, model)
+    if pack and (leak := sees_other_rows(model, vocabulary_of(model))) > LEAK:
         raise DataError(
             f"--pack: {type(model).__name__} lets packed rows see each other (a logit changes by {leak:.0%}); "
             "train without --pack"
@@ -88,7 +87,7 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
         suggestion = lorafamily.suggest_lr(model, seed=seed)
         say(str(suggestion))
         lr = processes.agreed(suggestion.lr)
-    reporter = Reporter(options, base, batches, validation, held_out.kept, loss_fn, processes, say)
+    reporter = Reporter(options, model, template, batches, validation, held_out.kept, loss_fn, processes, say)
     with closing(reporter):
         new = processes.first and _begin_folder(options, template.text)
         try:
@@ -149,7 +148,7 @@ def _run(reporter: Reporter, lr: float | None) -> History:
     settings = vars(options.optimisation) | vars(options.execution)
     settings |= {"epochs": None, "steps": reporter.total, "lr": lr}
     return lorafamily.train(
-        reporter.base.model,
+        reporter.model,
         reporter.batches,
         loss_fn=reporter.loss_fn,
         loss_over="tokens",
@@ -171,14 +170,14 @@ def _run(reporter: Reporter, lr: float | None) -> History:
 
 def _finish(reporter: Reporter, history: History) -> tuple[dict[str, Any], str]:
     """Save and export the adapter; returns the result as data and as text."""
-    options, base, out = reporter.options, reporter.base, reporter.options.out
+    options, model, out = reporter.options, reporter.model, reporter.options.out
     if not history.steps:
         raise TrainingError("no step was made")
-    lorafamily.save(base.model, out)
-    write_card(out, base.model, placement_of(base.model), NATIVE, options.model.model)
+    lorafamily.save(model, out)
+    write_card(out, model, placement_of(model), NATIVE, options.model.model)
     write(options, out / RUN)  # a resumed run may have got other options
     for picture in (out / LOG).glob("*.png"):
         shutil.copyfile(picture, out / picture.name)
-    written = exporting.export(options.result.export, options.model.model, base, out)
+    written = exporting.export(options.result.export, options.model.model, model, reporter.template, out)
     result = reporter.result(history) | {"out": str(out), "exports": {k: str(v) for k, v in written.items()}}
     return result, reporter.text(history, out, written)

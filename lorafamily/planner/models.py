@@ -23,8 +23,7 @@ from lorafamily.layers.rows import Fused
 
 
 def _zoo(name: str) -> dict[str, dict[str, Any]]:
-    read: dict[str, dict[str, Any]] = json.loads((files("lorafamily") / "zoo" / name).read_text(encoding="utf-8"))
-    return read
+    return json.loads((files("lorafamily") / "zoo" / name).read_text(encoding="utf-8"))
 
 
 SHAPES = _zoo("shapes.json")
