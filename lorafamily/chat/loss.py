@@ -35,28 +35,22 @@ class ChunkedLoss:
     def __init__(self, chunk: int = 256):
         self.chunk = chunk
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+    def __call__(self, model: Any, batch: Any) -> Tensor:
         given = {name: value for name, value in batch.items() if name != "labels"}
-        body, head = body_and_head(model)
-        hidden = body(**given, use_cache=False)[0][:, :-1]
+        model = getattr(model, "_orig_mod", model)
+        hidden = model.base_model(**given, use_cache=False)[0][:, :-1]  # the model without its head
         targets = batch["labels"][:, 1:]
         learnt = targets != IGNORED
         hidden, targets = hidden[learnt], targets[learnt]
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for part, labels in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True):
-            total = total + checkpoint(_summed, head, part, labels, use_reentrant=False)
+            total = total + checkpoint(_summed, model.get_output_embeddings(), part, labels, use_reentrant=False)
         return total / len(targets)
 
 
 def _summed(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     logits = head(hidden)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
-
-
-def body_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The model without its head, whose first output is the hidden states, and the head, which makes logits of them."""
-    model = getattr(model, "_orig_mod", model)
-    return model.base_model, model.get_output_embeddings()
 
 
 def vocabulary_of(model: Any) -> int:

@@ -55,7 +55,6 @@ class Reporter:
         given = self.options.optimisation
         epochs = EPOCHS if given.steps is None and given.epochs is None else given.epochs
         self.total = total_steps(self.batches, given.steps, epochs, self.options.batches.accumulate)
-        self.evaluate_every = self.options.evaluation.evaluate_every or self.tenth
         self.bar = sys.stderr.isatty() and not self.options.json
         self.questions, self.answers = questions_of(self.evaluated, self.template, self.options.evaluation.samples)
         self.weigh = weigher("tokens", self.model, self.loss_fn)
@@ -122,40 +121,41 @@ class Reporter:
             text = "\n\n".join(f"**{name}**\n\n{indent(value, '    ')}" for name, value in texts)
             self.board.add_text(f"samples/{number}", text, self.at)
 
-    def result(self, history: History) -> dict[str, Any]:
-        """The result as data, for --json."""
-        losses = history.smoothed_loss()
-        return {
+    def result(self, history: History, exports: Mapping[str, Path]) -> tuple[dict[str, Any], str]:
+        """The result as data, for --json, and in words."""
+        start, end = sum(history.slices_start.values()), sum(history.slices_end.values())
+        first, last = history.steps[0].loss, history.smoothed_loss()[-1]
+        out, padding, memory = self.options.out, self.batches.count.padding, _peak()
+        found = {
             "steps": len(history.steps),
-            "loss": {"first": history.steps[0].loss, "last": losses[-1]},
+            "loss": {"first": first, "last": last},
             "evaluation": history.metrics,
             "best": None if history.best is None else {"step": history.best.step, **history.best.metrics},
             "stopped": history.stopped,
             "seconds": history.seconds,
             "tokens per second": self.rate,
-            "padding": self.batches.count.padding,
-            "slices": {"start": sum(history.slices_start.values()), "end": sum(history.slices_end.values())},
-            "peak memory": _peak(),
+            "padding": padding,
+            "slices": {"start": start, "end": end},
+            "peak memory": memory,
+            "out": str(out),
+            "exports": {name: str(path) for name, path in exports.items()},
         }
-
-    def text(self, history: History, out: Path, written: Mapping[str, Path]) -> str:
-        """The result in words."""
-        found = self.result(history)
-        loss, slices, memory = found["loss"], found["slices"], found["peak memory"]
-        lines = [f"{found['stopped']}: loss {loss['first']:.4f} → {loss['last']:.4f} (smoothed)"]
+        held_out = ""
         if history.evaluations:
-            first, last = history.evaluations[0], history.evaluations[-1]
-            lines[0] += f"; on held-out rows {first.metrics['loss']:.4f} → {last.metrics['loss']:.4f}"
-            lines[0] += f", perplexity {last.metrics['perplexity']:.2f}"
+            before, after = history.evaluations[0].metrics, history.evaluations[-1].metrics
+            held_out = f"; on held-out rows {before['loss']:.4f} → {after['loss']:.4f}"
+            held_out += f", perplexity {after['perplexity']:.2f}"
         speed = f"{self.rate:,.0f} tokens/s, " if self.rate else ""
         peak = f", peak memory {in_units(memory)}" if memory else ""
-        lines.append(f"{speed}{found['padding']:.1%} padding, {found['seconds']:.1f} s in steps{peak}")
-        before = "" if slices["start"] == slices["end"] else f"{slices['start']} → "
-        exports = "".join(f", {path.name}" for path in written.values())
-        lines.append(f"{out}: adapter ({before}{slices['end']} slices), run.yaml, log/{exports}")
-        lines.append(f'try it:   lorafamily generate --model {self.options.model.model} --adapter {out} "Hello"')
-        lines.append(f"watch it: tensorboard --logdir {out}")
-        return "\n".join(lines)
+        slices = f"{end}" if start == end else f"{start} → {end}"
+        more = "".join(f", {path.name}" for path in exports.values())
+        return found, (
+            f"{history.stopped}: loss {first:.4f} → {last:.4f} (smoothed){held_out}\n"
+            f"{speed}{padding:.1%} padding, {history.seconds:.1f} s in steps{peak}\n"
+            f"{out}: adapter ({slices} slices), run.yaml, log/{more}\n"
+            f'try it:   lorafamily generate --model {self.options.model.model} --adapter {out} "Hello"\n'
+            f"watch it: tensorboard --logdir {out}"
+        )
 
 
 def perplexity(loss: float) -> float:

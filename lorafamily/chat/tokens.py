@@ -16,7 +16,6 @@ from lorafamily.chat.templates import Template
 from lorafamily.errors import DataError
 
 LossOn = Literal["assistant", "everything"]
-TooLong = Literal["cut", "drop"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,7 @@ class Tokenised:
     def line(self) -> str:
         """A summary in one line."""
         tokens, learnt = sum(map(len, self.rows)), sum(int(row.learnt.sum()) for row in self.rows)
-        more = [f"{self.cut} cut"] if self.cut else []
-        more += [f"{self.dropped} left out"] if self.dropped else []
+        more = [f"{count} {what}" for count, what in ((self.cut, "cut"), (self.dropped, "left out")) if count]
         return (
             f"{len(self.rows):,} rows, {tokens:,} tokens, {learnt:,} of them learnt ({learnt / max(1, tokens):.0%}); "
             f"longest {max(map(len, self.rows), default=0):,}" + (f"; {', '.join(more)} (--length)" if more else "")
@@ -63,7 +61,7 @@ def tokenised(
     *,
     length: int,
     loss_on: LossOn = "assistant",
-    too_long: TooLong = "cut",
+    too_long: Literal["cut", "drop"] = "cut",
 ) -> Tokenised:
     """Every conversation as at most `length` tokens.
 

@@ -10,6 +10,7 @@ OUT/peft, serving, merged, model.gguf   if --export asks for them
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 
 import lorafamily
+from lorafamily.batch import LossFn
 from lorafamily.chat import exporting
 from lorafamily.chat.batches import ChatBatches, sees_other_rows
 from lorafamily.chat.checking import check
-from lorafamily.chat.dry import dry_run
 from lorafamily.chat.forms import conversations
 from lorafamily.chat.generating import RUN
 from lorafamily.chat.loss import loss_of, vocabulary_of
@@ -39,7 +40,7 @@ from lorafamily.errors import DataError, FileError, TrainingError
 from lorafamily.history import History
 from lorafamily.layers.placement import placement_of
 from lorafamily.registry import find
-from lorafamily.terminal import coloured
+from lorafamily.terminal import coloured, in_units
 from lorafamily.training.processes import Processes
 
 LOG = "log"
@@ -61,15 +62,14 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
         return _preview(options, train.rows[: options.data.preview], line, template)
     say(line)
     model, seed = read_base(options.model.model, options.model, template), options.optimisation.seed
+    pack, loss_fn = options.data.length if options.batches.pack else None, loss_of(options.batches.chunk, model)
+    batches_of = partial(ChatBatches, size=options.batches.batch, pad=template.pad, pack=pack, seed=seed)
     if options.result.dry_run:
-        return dry_run(options, model, template, train.rows)
+        return _dry_run(options, model, loss_fn, train.rows, batches_of)
     processes = Processes(model.device)
-    pack = options.data.length if options.batches.pack else None
-    batches_of = partial(ChatBatches, size=options.batches.batch, pad=template.pad, seed=seed)
     # Divided among the processes; those to evaluate on are the same in all.
-    batches = batches_of(train.rows, pack=pack, rank=processes.rank, num_replicas=processes.world)
-    validation = batches_of(sorted(held_out.rows, key=len), shuffle=False) if held_out.rows else None
-    loss_fn = loss_of(options.batches.chunk, model)
+    batches = batches_of(train.rows, rank=processes.rank, num_replicas=processes.world)
+    validation = batches_of(sorted(held_out.rows, key=len), pack=None, shuffle=False) if held_out.rows else None
     if pack and (leak := sees_other_rows(model, vocabulary_of(model))) > LEAK:
         raise DataError(
             f"--pack: {type(model).__name__} lets packed rows see each other (a logit changes by {leak:.0%}); "
@@ -77,7 +77,7 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
         )
     method = options.method
     looks = find(method.method).looks_at_data  # at undivided data, so that all processes see the same
-    more: dict[str, Any] = {"data": batches_of(train.rows, pack=pack), "loss_fn": loss_fn} if looks else {}
+    more: dict[str, Any] = {"data": batches_of(train.rows), "loss_fn": loss_fn} if looks else {}
     lorafamily.apply(model, seed=seed, **method.arguments(), **more)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     slices = [adapter.slices for adapter in placement_of(model).adapters.values()]
@@ -129,6 +129,40 @@ def _preview(options: Train, rows: Sequence[Tokens], line: str, template: Templa
     return {"rows": texts, "data": line}, "\n".join([line, marks, *parts])
 
 
+def _dry_run(
+    options: Train, model: Any, loss_fn: LossFn, rows: Sequence[Tokens], batches_of: Callable[..., ChatBatches]
+) -> tuple[dict[str, Any], str]:
+    """The plan for the longest batch, and whether that fits on this device."""
+    longest = rows if options.batches.pack else sorted(rows, key=len)[-options.batches.batch :]
+    batch = max(batches_of(longest, shuffle=False), key=lambda batch: batch["input_ids"].numel())
+    plan = lorafamily.plan(
+        model,
+        batch=batch,
+        loss_fn=loss_fn,
+        checkpoint_activations=options.execution.checkpoint_activations,
+        **options.method.arguments(),
+    )
+    free, peak = free_memory(model.device), plan.use.memory.peak
+    height, length = batch["input_ids"].shape
+    fits = None if free is None else peak <= free
+    verdict = "an unknown amount" if free is None else f"{in_units(free)} free: it {'fits' if fits else 'DOES NOT FIT'}"
+    return plan.record() | {"free": free, "fits": fits, "batch": [height, length]}, (
+        f"{plan}\nthe longest batch is {height} × {length} tokens; {model.device.type} has {verdict}\n"
+        f"{len(batches_of(rows))} batches an epoch; nothing was trained or written"
+    )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes; on a GPU including those that the base's weights take already. None: unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_allocated(device))
+    try:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
 def _begin_folder(options: Train, template: str) -> bool:
     """Write the options and the template into the folder; returns whether it was new."""
     out = options.out
@@ -155,7 +189,7 @@ def _run(reporter: Reporter, lr: float | None) -> History:
         accumulate=options.batches.accumulate,
         validation=validation,
         evaluate=reporter.evaluate if validation else None,
-        evaluate_every=reporter.evaluate_every if validation else None,
+        evaluate_every=(options.evaluation.evaluate_every or reporter.tenth) if validation else None,
         patience=options.evaluation.patience,
         restore_best=options.evaluation.restore_best,
         progress=reporter.bar,
@@ -179,5 +213,4 @@ def _finish(reporter: Reporter, history: History) -> tuple[dict[str, Any], str]:
     for picture in (out / LOG).glob("*.png"):
         shutil.copyfile(picture, out / picture.name)
     written = exporting.export(options.result.export, options.model.model, model, reporter.template, out)
-    result = reporter.result(history) | {"out": str(out), "exports": {k: str(v) for k, v in written.items()}}
-    return result, reporter.text(history, out, written)
+    return reporter.result(history, written)
