@@ -24,8 +24,6 @@ from lorafamily.training.execution import evaluating
 
 WINDOW = 50  # batches whose rows are sorted by length together: enough to need little padding, few enough to stay mixed
 
-Batch = dict[str, Tensor]
-
 
 @dataclass
 class Count:
@@ -82,7 +80,7 @@ class ChatBatches:
         rows = len(self._packed(range(len(self.rows)))) if self.pack else len(self.rows)
         return -(-rows // self.size) // self.num_replicas
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         batches = self._order()
         whole = len(batches) - len(batches) % self.num_replicas
         for groups in batches[self.rank : whole : self.num_replicas]:
@@ -125,7 +123,7 @@ class ChatBatches:
             insort(room, (left - needed, group))
         return groups
 
-    def _batch(self, groups: Sequence[Sequence[int]]) -> Batch:
+    def _batch(self, groups: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Tensors of shape (rows, length)."""
         packed = [[self.rows[at] for at in group] for group in groups]
         lengths = [[len(row) for row in rows] for rows in packed]

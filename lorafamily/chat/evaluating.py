@@ -11,11 +11,11 @@ import torch
 import lorafamily
 from lorafamily.batch import weigher
 from lorafamily.chat.batches import ChatBatches
-from lorafamily.chat.checking import at_least
 from lorafamily.chat.forms import conversations
 from lorafamily.chat.generating import answers_to, model_name, questions_of
 from lorafamily.chat.loss import loss_of
 from lorafamily.chat.model import read_base, read_template
+from lorafamily.chat.options import at_least
 from lorafamily.chat.reporting import perplexity
 from lorafamily.chat.rows import read
 from lorafamily.chat.settings import Evaluate

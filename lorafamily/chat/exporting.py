@@ -20,12 +20,9 @@ from lorafamily.errors import FileError, StateError
 CONVERTER = "convert_hf_to_gguf.py"
 
 
-def converter() -> Path | None:
+def converter() -> str | None:
     """llama.cpp's converter, on the path or in the folder LLAMA_CPP; None if it is in neither."""
-    if found := shutil.which(CONVERTER):
-        return Path(found)
-    folder = os.environ.get("LLAMA_CPP")
-    return Path(folder) / CONVERTER if folder and (Path(folder) / CONVERTER).is_file() else None
+    return shutil.which(CONVERTER) or shutil.which(CONVERTER, os.F_OK, os.environ.get("LLAMA_CPP", ""))
 
 
 def check(exports: Sequence[str]) -> None:

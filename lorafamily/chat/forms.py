@@ -42,18 +42,22 @@ def _conversation(row: Row) -> Conversation:
         prompt, completion = values.get("prompt"), values.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
             return Conversation(place, _messages([*prompt, *completion]))
-        return Conversation(place, _two_messages(_text(values, "prompt"), _text(values, "completion")))
-    if "instruction" in values or "output" in values:
-        asked = _text(values, "instruction")
-        more = _text(values, "input") if values.get("input") else ""
-        return Conversation(place, _two_messages(f"{asked}\n\n{more}" if more else asked, _text(values, "output")))
-    if "text" in values:
+        user, assistant = _text(values, "prompt"), _text(values, "completion")
+    elif "instruction" in values or "output" in values:
+        user, assistant = _text(values, "instruction"), _text(values, "output")
+        if values.get("input"):
+            user += f"\n\n{_text(values, 'input')}"
+    elif "text" in values:
         text = _text(values, "text")
         if not text.strip():
             raise RowError("text is empty")
         return Conversation(place, None, text)
-    close = next((hint for key in values if (hint := nearest(key, KEYS))), "")
-    raise RowError(f"has the keys {', '.join(values) or '(none)'}; a row needs {FORMS}{close}")
+    else:
+        close = next((hint for key in values if (hint := nearest(key, KEYS))), "")
+        raise RowError(f"has the keys {', '.join(values) or '(none)'}; a row needs {FORMS}{close}")
+    if not assistant.strip():
+        raise RowError("the answer is empty, so there is nothing to learn")
+    return Conversation(place, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
 
 
 def _text(values: dict[str, Any], key: str) -> str:
@@ -62,12 +66,6 @@ def _text(values: dict[str, Any], key: str) -> str:
     if not isinstance(values[key], str):
         raise RowError(f"{key} must be a text, and is of type {type(values[key]).__name__}")
     return str(values[key])
-
-
-def _two_messages(user: str, assistant: str) -> list[dict[str, Any]]:
-    if not assistant.strip():
-        raise RowError("the answer is empty, so there is nothing to learn")
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:

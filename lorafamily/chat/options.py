@@ -120,7 +120,9 @@ def _one_line(text: str, names: Mapping[str, Any]) -> str:
         return f"no option {found[1]}{nearest(found[1], ['--' + name.replace('_', '-') for name in names])}"
     for value in (r" instantiated from \[(.*)\]", r": ('.*')$"):
         if found := re.match(r"Error parsing (\S+): .*" + value, message):
-            return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
+            hint = str(names.get(_name(found[1]), ""))
+            number = "must be a number" if "float" in hint else "must be a whole number" if "int" in hint else ""
+            return f"{found[1]} {found[2]}: {number or 'is no such value'}"
     if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", message):
         choices = [choice.strip(" '") for choice in found[3].split(",") if choice.strip(" '") not in ("", "None")]
         return f"{found[2]} {found[1]}: must be one of {', '.join(choices)}{nearest(found[1], choices)}"
@@ -128,11 +130,6 @@ def _one_line(text: str, names: Mapping[str, Any]) -> str:
         missing = re.findall(r"(?<!\S)--[a-z-]+", message)
         return f"needs {', '.join(missing)}; --help shows all options"
     return message
-
-
-def _wanted(names: Mapping[str, Any], option: str) -> str:
-    hint = str(names.get(_name(option), ""))
-    return "must be a number" if "float" in hint else "must be a whole number" if "int" in hint else "is no such value"
 
 
 def write(options: Any, path: Path) -> None:
@@ -143,3 +140,15 @@ def write(options: Any, path: Path) -> None:
 def grouped(options: Any) -> dict[str, dict[str, Any]]:
     """The options by group, as a config file holds them: tuples are lists, and paths are texts."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+
+
+def at_least(options: Any, **least: int) -> None:
+    """Check options by name, each with the least value allowed.
+
+    Raises:
+        DataError: a value is less.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")

@@ -55,6 +55,7 @@ class Reporter:
         given = self.options.optimisation
         epochs = EPOCHS if given.steps is None and given.epochs is None else given.epochs
         self.total = total_steps(self.batches, given.steps, epochs, self.options.batches.accumulate)
+        self.tenth = max(1, math.ceil(self.total / 10))  # of the steps
         self.bar = sys.stderr.isatty() and not self.options.json
         self.questions, self.answers = questions_of(self.evaluated, self.template, self.options.evaluation.samples)
         self.weigh = weigher("tokens", self.model, self.loss_fn)
@@ -71,11 +72,6 @@ class Reporter:
         """Close the file of the samples."""
         if self.board is not None:
             self.board.close()
-
-    @property
-    def tenth(self) -> int:
-        """A tenth of the run's steps, at least one."""
-        return max(1, math.ceil(self.total / 10))
 
     def step(self, step: Step) -> None:
         """Called after every step, in the first process."""

@@ -49,16 +49,12 @@ def checked(found: Iterable[T | RowError]) -> list[T]:
     Raises:
         DataError: with the first error and the number of the others.
     """
-    values, wrong = list[T](), list[RowError]()
-    for value in found:
-        if isinstance(value, RowError):
-            wrong.append(value)
-        else:
-            values.append(value)
+    results = list(found)
+    wrong = [result for result in results if isinstance(result, RowError)]
     if wrong:
         more = f" (and {len(wrong) - 1} more rows are wrong)" if len(wrong) > 1 else ""
         raise DataError(f"{wrong[0]}{more}; nothing was trained")
-    return values
+    return [result for result in results if not isinstance(result, RowError)]
 
 
 def read(source: str, split: str = "train") -> list[Row]:

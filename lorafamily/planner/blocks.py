@@ -41,9 +41,7 @@ def repeated_blocks(model: nn.Module, marked: Iterable[str] = ()) -> Blocks | No
     return None
 
 
-def copy_on_meta(
-    model: nn.Module, dtype: torch.dtype | None = None, blocks: Blocks | None = None, count: int = 0
-) -> nn.Module:
+def copy_on_meta(model: nn.Module, dtype: torch.dtype | None, blocks: Blocks | None, count: int) -> nn.Module:
     """A copy on the meta device, which allocates nothing; with floating-point tensors in `dtype`, if given, and only
     the first `count` of the `blocks`, if given."""
     found = [] if blocks is None else [*blocks.of(model)]
@@ -51,8 +49,8 @@ def copy_on_meta(
     memo: dict[int, Any] = {}
     for module in model.modules():
         if id(module) not in left_out:
-            tensors = [tensor for _, _, tensor in _tensors(module)]
-            memo |= {id(tensor): on_meta(tensor, dtype) for tensor in tensors if id(tensor) not in memo}
+            for _, _, tensor in _tensors(module):
+                memo.setdefault(id(tensor), on_meta(tensor, dtype))
     for _, layer, kind in quantised_layers(model):
         if id(layer) not in left_out:
             memo[id(layer)] = stand_in(kind, layer, dtype)

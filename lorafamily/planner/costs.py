@@ -80,14 +80,11 @@ class Plan:
         return asdict(self)
 
 
-SIZES = ["rank", "slices", "adapters", "extra", "file"]
-MEMORY = ["weights", "gradients", "optimizer", "activations", "peak", "of full"]
-
-
 def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
     """Plans for one model with their references below; `refused`: methods without a plan, each with the reason."""
     first = plans[0]
-    rows = [["", *SIZES, *MEMORY]]
+    sizes = ["rank", "slices", "adapters", "extra", "file"]
+    rows = [["", *sizes, "weights", "gradients", "optimizer", "activations", "peak", "of full"]]
     rows += [_row(plan.use, first.full, _rank(plan.sizing), f"{sum(plan.slices.values()):,}") for plan in plans]
     rows += [_row(use, first.full) for use in (first.full, first.floor)]
     lines = aligned(rows)

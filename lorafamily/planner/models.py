@@ -58,8 +58,7 @@ def model_of(given: str, architecture: str | None = None) -> nn.Module:
     if "SequenceClassification" in cls.__name__ and config.problem_type is None:
         config.problem_type = "single_label_classification"  # some models derive it from the labels' values
     with torch.device("meta"):
-        model: nn.Module = cls(config)
-    return model
+        return cls(config)
 
 
 def example_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:

@@ -93,8 +93,7 @@ class Planner:
 
         def ready(model: nn.Module) -> Penalty | None:
             targets = targeting.match(model, lambda name, module: name in choice.targets, fused)
-            parameters = base_parameters(model)
-            present = {name: parameters[name] for name in choice.extra_trained if name in parameters}
+            present = {name: p for name, p in base_parameters(model).items() if name in choice.extra_trained}
             there = replace(choice, model=model, targets=targets, extra_trained=present)
             built = self._adapters(there)
             put(there, built)

@@ -66,7 +66,7 @@ def peak_of_step(
         NotTracedError: forward or backward depend on values of tensors.
     """
 
-    def run(blocks: Blocks | None, count: int) -> list[tuple[str, PeakBytes]]:
+    def run(blocks: Blocks | None, count: int) -> list[tuple[str, list[int]]]:
         """One step on fake tensors: each part of the step with its peak, in order."""
         shorter = copy_on_meta(model, dtype, blocks, count)
         penalty = ready(shorter)
@@ -85,7 +85,6 @@ def peak_of_step(
                     timeline.mark("after")
                     if penalty is not None:
                         penalty().backward()
-                    timeline.mark("end")
         except LoraFamilyError:
             raise
         except Exception as error:
@@ -110,9 +109,9 @@ class Timeline(PeakActivations):
 
     def __init__(self, model: nn.Module, blocks: Blocks | None):
         super().__init__()
-        self.parts: list[tuple[str, PeakBytes]] = []
+        self.parts: list[tuple[str, list[int]]] = [("before", [0, 0])]  # bytes as in `PeakBytes`
         self.in_backward = False
-        self._part, self._activations, self._both, self._gradients = "before", 0, 0, 0
+        self._gradients = 0
         self._of_gradients: set[int] = set()
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -131,13 +130,12 @@ class Timeline(PeakActivations):
 
     def mark(self, part: str) -> None:
         """Begin another part of the step."""
-        self.parts.append((self._part, PeakBytes(self._activations, self._both)))
-        self._part, self._activations, self._both = part, 0, 0
+        self.parts.append((part, [0, 0]))
         self._note()
 
     def _note(self) -> None:
-        self._both = max(self._both, self._alive)
-        self._activations = max(self._activations, self._alive - self._gradients)
+        _, peak = self.parts[-1]
+        peak[:] = max(peak[0], self._alive - self._gradients), max(peak[1], self._alive)
 
     def _is_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -159,7 +157,7 @@ class Timeline(PeakActivations):
         self.mark("head")
 
 
-def _by_place(parts: list[tuple[str, PeakBytes]], count: int) -> NDArray[np.int64]:
+def _by_place(parts: list[tuple[str, list[int]]], count: int) -> NDArray[np.int64]:
     """Of a step with `count` blocks, the peaks of those parts that every step has, however many blocks there are."""
     # What happens between two blocks is negligible, and happens after the last one too.
     forward = [name for i in range(count) for name in (f"forward {i}", "head")]
