@@ -6,23 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lorafamily
-from lorafamily.batch import weigher
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.forms import conversations
 from lorafamily.chat.generating import answers_to, model_name, questions_of
 from lorafamily.chat.loss import loss_of
 from lorafamily.chat.model import read_base, read_template
 from lorafamily.chat.options import at_least
-from lorafamily.chat.reporting import perplexity
+from lorafamily.chat.reporting import quality
 from lorafamily.chat.rows import read
 from lorafamily.chat.settings import Evaluate
 from lorafamily.chat.tokens import tokenised
 from lorafamily.errors import DataError
 from lorafamily.planner.costs import aligned
-from lorafamily.training.batches import mean_loss
 from lorafamily.training.processes import Processes
 
 BASE, MATCH = "base", "exact match"
@@ -53,9 +49,7 @@ def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dic
     columns: dict[str, dict[str, float]] = {}
     for column in (BASE, *names):
         lorafamily.switch(model, None if column == BASE else column)
-        with torch.no_grad():
-            loss = mean_loss(model, batches, loss_fn, weigher("tokens", model, loss_fn), Processes(model.device))
-        columns[column] = {"loss": loss, "perplexity": perplexity(loss)}
+        columns[column] = quality(model, batches, loss_fn, Processes(model.device))
         if answers:
             written = answers_to(model, template, questions, options.max_new, batch=options.batch)
             same = [said == answer.strip() for said, answer in zip(written, answers, strict=True)]

@@ -80,9 +80,8 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
         template = str(adapter / TEMPLATE)
     if template is None or template == "plain":
         return Template(tokenizer, PLAIN if template == "plain" or not native else native)
-    path = Path(template)
     try:
-        return Template(tokenizer, path.read_text(encoding="utf-8"))
+        return Template(tokenizer, Path(template).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         hint = f'give a Jinja file, or "plain"{nearest(template, ["plain"])}'
         raise FileError(f"--template {template}: cannot be read ({error}); {hint}") from None

@@ -58,7 +58,6 @@ class Reporter:
         self.tenth = max(1, math.ceil(self.total / 10))  # of the steps
         self.bar = sys.stderr.isatty() and not self.options.json
         self.questions, self.answers = questions_of(self.evaluated, self.template, self.options.evaluation.samples)
-        self.weigh = weigher("tokens", self.model, self.loss_fn)
         self.board: SummaryWriter | None = None
         self.at = 0  # steps made
         self.first: tuple[float, int] | None = None  # after the first step: time without evaluations, tokens
@@ -92,19 +91,19 @@ class Reporter:
         return self.processes.world * (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        """Loss in nats per token, and perplexity; writes samples to TensorBoard."""
+        """The `quality` on the rows kept for evaluation; writes samples to TensorBoard."""
         assert self.validation is not None
         begun = time.perf_counter()
-        value = mean_loss(model, self.validation, self.loss_fn, self.weigh, self.processes)
+        found = quality(model, self.validation, self.loss_fn, self.processes)
         if self.processes.first:
             self._write_samples(model)
-            line = f"evaluation at step {self.at}: loss {value:.4f}, perplexity {perplexity(value):.2f}"
+            line = f"evaluation at step {self.at}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
             if self.bar:
                 tqdm.write(line, file=sys.stderr)
             else:
                 self.say(line)
         self.evaluating += time.perf_counter() - begun
-        return {"loss": value, "perplexity": perplexity(value)}
+        return found
 
     def _write_samples(self, model: Any) -> None:
         if not self.questions:
@@ -154,9 +153,12 @@ class Reporter:
         )
 
 
-def perplexity(loss: float) -> float:
-    """e to the loss in nats; infinite if that is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf
+@torch.no_grad()
+def quality(model: nn.Module, batches: ChatBatches, loss_fn: LossFn, processes: Processes) -> dict[str, float]:
+    """Loss in nats per token, and perplexity; infinite if that is too large for a float."""
+    weigh = weigher("tokens", getattr(model, "_orig_mod", model), loss_fn)
+    loss = mean_loss(model, batches, loss_fn, weigh, processes)
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 def _peak() -> int | None:

@@ -154,9 +154,7 @@ class Planner:
         named = tensors_of(self.model).items()
         return [t if name.partition(".weight")[0] in packed else on_meta(t, self.dtype) for name, t in named]
 
-    def _memory(
-        self, added: Sequence[Tensor], trained: Sequence[Tensor], ready: Ready, marked: Sequence[str]
-    ) -> Memory:
+    def _memory(self, added: list[Tensor], trained: list[Tensor], ready: Ready, marked: Sequence[str]) -> Memory:
         """`added`: tensors besides the base's; `trained`: those with a gradient and optimizer states; `marked`: names
         of what blocks must have alike to stand for each other."""
         base = [*self._base(), *(on_meta(buffer, self.dtype) for buffer in self.model.buffers())]
