@@ -27,10 +27,7 @@ def loss_of(chunk: int, model: nn.Module) -> LossFn:
 
 class ChunkedLoss:
     """A `loss_fn` for `lorafamily.train`: the mean of −log p(token) over the labels that are not -100, in nats.
-
-    Args:
-        chunk: tokens whose logits are in memory at a time.
-    """
+    `chunk`: tokens whose logits are in memory at a time."""
 
     def __init__(self, chunk: int = 256):
         self.chunk = chunk

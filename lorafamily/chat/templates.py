@@ -32,12 +32,7 @@ MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Template:
-    """A template, with the tokenizer whose special tokens it uses.
-
-    Args:
-        tokenizer: of transformers.
-        text: Jinja, as in a tokenizer's `chat_template`.
-    """
+    """A template with the tokenizer whose special tokens it uses. `text`: Jinja, as in its `chat_template`."""
 
     def __init__(self, tokenizer: Any, text: str):
         self.tokenizer, self.text = tokenizer, text

@@ -28,9 +28,8 @@ def memory_bars(ways: Mapping[str, Memory], title: str) -> Figure:
     peaks = np.array([memory.peak for memory in ways.values()]) / size
     below = peaks < 0.995 * ends  # where one sees the difference
     if below.any():
-        at = [name for name, is_below in zip(names, below, strict=True) if is_below]
-        axes.plot(peaks[below], at, linestyle="", marker="|", markersize=17, markeredgewidth=2, color="black",
-                  label="peak: gradients come\nas activations go")  # fmt: skip
+        axes.plot(peaks[below], np.array(names)[below], linestyle="", marker="|", markersize=17, markeredgewidth=2,
+                  color="black", label="peak: gradients come\nas activations go")  # fmt: skip
     for name, end, memory in zip(names, np.maximum(ends, peaks), ways.values(), strict=True):
         text = in_units(memory.peak) if memory.peak / size > 0.995 * end else f"peak {in_units(memory.peak)}"
         axes.annotate(text, (end, name), (5, 0), textcoords="offset points", va="center", fontsize=9)

@@ -50,7 +50,7 @@ def copy_on_meta(model: nn.Module, dtype: torch.dtype | None, blocks: Blocks | N
     for module in model.modules():
         if id(module) not in left_out:
             for _, _, tensor in _tensors(module):
-                memo.setdefault(id(tensor), on_meta(tensor, dtype))
+                memo.setdefault(id(tensor), without_values(tensor, dtype))
     for _, layer, kind in quantised_layers(model):
         if id(layer) not in left_out:
             memo[id(layer)] = stand_in(kind, layer, dtype)
@@ -66,19 +66,15 @@ def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Non
     for module in model.modules():
         for place, name, tensor in _tensors(module):
             if tensor not in changed:
-                changed[tensor] = _as_parameter(change(tensor), tensor)
+                changed[tensor] = change(tensor)
             place[name] = changed[tensor]
 
 
-def on_meta(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the same shape on the meta device; a floating-point one in `dtype`, if given."""
+def without_values(tensor: Tensor, dtype: torch.dtype | None = None, device: str = "meta") -> Tensor:
+    """A tensor of the same shape; a floating-point one in `dtype`, if given; a parameter, if this is one."""
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return _as_parameter(torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device="meta"), tensor)
-
-
-def _as_parameter(new: Tensor, old: Tensor) -> Tensor:
-    """A parameter if the old tensor was one."""
-    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device=device)
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:

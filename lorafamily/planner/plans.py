@@ -23,7 +23,7 @@ from lorafamily.layers.quantised import counts_of, packed_parameters, quantised_
 from lorafamily.layers.rows import Fused
 from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
-from lorafamily.planner.blocks import on_meta, repeated_blocks
+from lorafamily.planner.blocks import repeated_blocks, without_values
 from lorafamily.planner.costs import FLOOR, FULL, Memory, Plan, Use
 from lorafamily.planner.tracing import NotTracedError, Penalty, Ready, peak_of_step
 from lorafamily.training.guards import check_keys
@@ -88,7 +88,7 @@ class Planner:
         """The plan of one method, with further arguments of `apply`."""
         choice = choose(self.model, method, fused=fused, **arguments)
         adapters = self._adapters(choice)
-        extra = {path: on_meta(parameter, self.dtype) for path, parameter in choice.extra_trained.items()}
+        extra = {path: without_values(parameter, self.dtype) for path, parameter in choice.extra_trained.items()}
         placement = Placement(choice.name, method, choice.method, choice.sizing, adapters, extra)
 
         def ready(model: nn.Module) -> Penalty | None:
@@ -141,7 +141,7 @@ class Planner:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in names)
 
-        trained = [on_meta(p, self.dtype) for name, p in base_parameters(self.model).items() if name in names]
+        trained = [without_values(p, self.dtype) for name, p in base_parameters(self.model).items() if name in names]
         return Use(way, 0, 0, sum(p.numel() for p in trained), files, self._memory([], trained, ready, []))
 
     def _adapters(self, choice: Choice) -> dict[str, Adapter]:
@@ -152,12 +152,12 @@ class Planner:
         """The base's parameters in the planned dtype; quantised ones as they are stored."""
         packed = {at for at, _, _ in quantised_layers(self.model)}
         named = tensors_of(self.model).items()
-        return [t if name.partition(".weight")[0] in packed else on_meta(t, self.dtype) for name, t in named]
+        return [t if name.partition(".weight")[0] in packed else without_values(t, self.dtype) for name, t in named]
 
     def _memory(self, added: list[Tensor], trained: list[Tensor], ready: Ready, marked: Sequence[str]) -> Memory:
         """`added`: tensors besides the base's; `trained`: those with a gradient and optimizer states; `marked`: names
         of what blocks must have alike to stand for each other."""
-        base = [*self._base(), *(on_meta(buffer, self.dtype) for buffer in self.model.buffers())]
+        base = [*self._base(), *(without_values(buffer, self.dtype) for buffer in self.model.buffers())]
         weights = sum(tensor.nbytes for tensor in [*base, *added])
         gradients = sum(tensor.nbytes for tensor in trained)
         states = sum(2 * t.numel() * (self.states or t.dtype).itemsize + COUNTER for t in trained)

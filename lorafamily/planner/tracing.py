@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.batch import LossFn, loss_of
 from lorafamily.errors import LoraFamilyError
-from lorafamily.planner.blocks import Blocks, copy_on_meta, replace_tensors
+from lorafamily.planner.blocks import Blocks, copy_on_meta, replace_tensors, without_values
 from lorafamily.training.execution import recomputing
 
 Penalty = Callable[[], Tensor]
@@ -73,8 +73,9 @@ def peak_of_step(
         shorter.train()
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _not_packed():
-                replace_tensors(shorter, _fake)
-                fake_batch = tree_map_only(Tensor, _fake, batch)
+                fake = partial(without_values, device="cpu")
+                replace_tensors(shorter, fake)
+                fake_batch = tree_map_only(Tensor, fake, batch)
                 if not any(parameter.requires_grad for parameter in shorter.parameters()):
                     _let_inputs_learn(shorter, fake_batch)
                 timeline = Timeline(shorter, blocks)
@@ -171,11 +172,6 @@ def _by_place(parts: list[tuple[str, list[int]]], count: int) -> NDArray[np.int6
 def _highest(peaks: NDArray[np.int64]) -> PeakBytes:
     """The highest of each kind; `peaks` has the shape (parts, kinds)."""
     return PeakBytes(*peaks.max(axis=0).tolist())
-
-
-def _fake(tensor: Tensor) -> Tensor:
-    """A fake CPU tensor; called inside `FakeTensorMode`."""
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 @contextmanager
