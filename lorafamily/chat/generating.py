@@ -68,8 +68,7 @@ def model_name(given: str | None, adapters: Sequence[Path]) -> str:
     """
     for adapter in adapters:
         if not (adapter / RECORD).is_file():
-            around = [file.name for file in adapter.parent.glob("*")]
-            close = "" if adapter.exists() else nearest(adapter.name, around)
+            close = "" if adapter.exists() else nearest(adapter.name, [file.name for file in adapter.parent.glob("*")])
             raise FileError(f"--adapter {adapter}: no {RECORD} there; it must be a folder that train wrote{close}")
     if given is not None:
         return given
@@ -101,7 +100,7 @@ def answers_to(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     for begin in range(0, len(prompts), batch):
         found = tokenizer(list(prompts[begin : begin + batch]), add_special_tokens=False)["input_ids"]
-        rows = [torch.tensor(row, device=model.device) for row in found]
+        rows = [torch.tensor(row, dtype=torch.long, device=model.device) for row in found]
         # Padding comes first, so that new tokens follow the text.
         ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

@@ -80,8 +80,8 @@ class Reporter:
         every = max(1, self.total // LINES)
         if not self.bar and (step.step % every == 0 or step.step in (1, self.total)):
             rate = f"  {self.rate:,.0f} tokens/s" if self.rate else ""
-            at = f"step {step.step}/{self.total}"
-            self.say(f"{at}  loss {step.loss:.4f}  lr {step.lr:.2e}  slices {step.slices}{rate}")
+            done = f"step {step.step}/{self.total}"
+            self.say(f"{done}  loss {step.loss:.4f}  lr {step.lr:.2e}  slices {step.slices}{rate}")
 
     @property
     def rate(self) -> float:
@@ -155,7 +155,7 @@ class Reporter:
 
 @torch.no_grad()
 def quality(model: nn.Module, batches: ChatBatches, loss_fn: LossFn, processes: Processes) -> dict[str, float]:
-    """Loss in nats per token, and perplexity; infinite if that is too large for a float."""
+    """Loss in nats per token, and perplexity, which is infinite if it is too large for a float."""
     weigh = weigher("tokens", getattr(model, "_orig_mod", model), loss_fn)
     loss = mean_loss(model, batches, loss_fn, weigh, processes)
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}

@@ -61,8 +61,9 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
     if options.data.preview is not None:
         return _preview(options, train.rows[: options.data.preview], line, template)
     say(line)
-    model, seed = read_base(options.model.model, options.model, template), options.optimisation.seed
-    pack, loss_fn = options.data.length if options.batches.pack else None, loss_of(options.batches.chunk, model)
+    model = read_base(options.model.model, options.model, template)
+    loss_fn = loss_of(options.batches.chunk, model)
+    seed, pack = options.optimisation.seed, options.data.length if options.batches.pack else None
     batches_of = partial(ChatBatches, size=options.batches.batch, pad=template.pad, pack=pack, seed=seed)
     if options.result.dry_run:
         return _dry_run(options, model, loss_fn, train.rows, batches_of)
