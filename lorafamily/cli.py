@@ -48,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     any_text()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in CHAT:
-        return _chat(arguments[0], arguments[1:])
+        try:  # they need the packages of `lorafamily[chat]`
+            from lorafamily.chat.command import run
+
+            return run(arguments[0], arguments[1:])
+        except ImportError as error:
+            print(f'lorafamily {arguments[0]}: needs {error.name}: pip install "lorafamily[chat]"', file=sys.stderr)
+            return 2
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -58,16 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(json.dumps(result, indent=1) if given.json else text)
     return 0
-
-
-def _chat(command: str, arguments: Sequence[str]) -> int:
-    """Run a command that needs the packages of `lorafamily[chat]`."""
-    try:
-        from lorafamily.chat.command import run
-    except ImportError as error:
-        print(f'lorafamily {command}: needs {error.name}: pip install "lorafamily[chat]"', file=sys.stderr)
-        return 2
-    return run(command, arguments)
 
 
 def inspect_folder(given: argparse.Namespace) -> tuple[dict[str, Any], str]:

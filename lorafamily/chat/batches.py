@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lorafamily.batch import IGNORED
 from lorafamily.chat.tokens import Tokens
@@ -22,16 +24,13 @@ from lorafamily.training.execution import evaluating
 
 WINDOW = 50  # batches whose rows are sorted by length together: enough to need little padding, few enough to stay mixed
 
-Batch = dict[str, Tensor]
-
 
 @dataclass
 class Count:
-    """What the batches contained so far. `places`: tokens and padding; `learnt`: tokens that count in the loss."""
+    """What the batches contained so far. `places`: tokens and padding."""
 
     tokens: int = 0
     places: int = 0
-    learnt: int = 0
 
     @property
     def padding(self) -> float:
@@ -81,14 +80,13 @@ class ChatBatches:
         rows = len(self._packed(range(len(self.rows)))) if self.pack else len(self.rows)
         return -(-rows // self.size) // self.num_replicas
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         batches = self._order()
         whole = len(batches) - len(batches) % self.num_replicas
         for groups in batches[self.rank : whole : self.num_replicas]:
             batch = self._batch(groups)
             self.count.tokens += sum(len(self.rows[at]) for group in groups for at in group)
             self.count.places += batch["input_ids"].numel()
-            self.count.learnt += int((batch["labels"] != IGNORED).sum())
             yield batch
 
     def _order(self) -> list[list[list[int]]]:
@@ -125,25 +123,24 @@ class ChatBatches:
             insort(room, (left - needed, group))
         return groups
 
-    def _batch(self, groups: Sequence[Sequence[int]]) -> Batch:
+    def _batch(self, groups: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Tensors of shape (rows, length)."""
-        length = max(sum(len(self.rows[at]) for at in group) for group in groups)
-        ids = torch.full((len(groups), length), self.pad)
-        labels = torch.full_like(ids, IGNORED)
-        mask = torch.zeros_like(ids)
-        positions = torch.zeros_like(ids)
-        for row, group in enumerate(groups):
-            rows = [self.rows[at] for at in group]
-            end = sum(map(len, rows))
-            ids[row, :end] = torch.from_numpy(np.concatenate([tokens.ids for tokens in rows]))
-            learnt = torch.from_numpy(np.concatenate([tokens.learnt for tokens in rows]))
-            labels[row, :end] = torch.where(learnt, ids[row, :end], IGNORED)
-            mask[row, :end] = 1
-            # Padding gets positions like a row of its own, so that no other row attends to it.
-            positions[row] = torch.cat([torch.arange(n) for n in (*map(len, rows), length - end)])
+        packed = [[self.rows[at] for at in group] for group in groups]
+        lengths = [[len(row) for row in rows] for rows in packed]
+
+        def padded(groups: list[list[NDArray[Any]]], fill: int) -> Tensor:
+            joined = [torch.from_numpy(np.concatenate(arrays)) for arrays in groups]
+            return pad_sequence(joined, batch_first=True, padding_value=fill)
+
+        ids = padded([[row.ids for row in rows] for rows in packed], self.pad).long()
+        learnt = padded([[row.learnt for row in rows] for rows in packed], False)
+        labels = torch.where(learnt, ids, IGNORED)
         if self.pack:  # given an attention mask, transformers would not derive the rows from the positions
-            return {"input_ids": ids, "position_ids": positions, "labels": labels}
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            # Padding gets positions like a row of its own, so that no other row attends to it.
+            positions = [torch.arange(n) for row in lengths for n in (*row, ids.shape[1] - sum(row))]
+            return {"input_ids": ids, "position_ids": torch.cat(positions).view_as(ids), "labels": labels}
+        mask = torch.arange(ids.shape[1]) < torch.tensor(lengths)  # one length a row
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
 @torch.no_grad()

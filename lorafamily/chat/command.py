@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorafamily.chat import evaluating, generating, settings, training
@@ -15,21 +15,25 @@ from lorafamily.chat.options import parsed
 from lorafamily.errors import LoraFamilyError
 from lorafamily.training.interrupt import Interrupted
 
-COMMANDS: dict[str, type] = {"train": settings.Train, "generate": settings.Generate, "evaluate": settings.Evaluate}
+COMMANDS: dict[str, tuple[type, Callable[[Any, Callable[[str], None]], tuple[dict[str, Any], str]]]] = {
+    "train": (settings.Train, training.train_command),
+    "generate": (settings.Generate, generating.generate_command),
+    "evaluate": (settings.Evaluate, evaluating.evaluate_command),
+}
+"""The options, and a function of them and of one that prints a line; it returns the result as data and as text."""
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Run one of the commands; returns the exit code."""
+    """Run one of the commands; returns the exit code. An ImportError names a package that is not installed."""
     warnings.showwarning = _print_warning
+    of, result_of = COMMANDS[command]
     try:
-        options: Any = parsed(COMMANDS[command], arguments, command, settings.EXAMPLES[command])
+        options: Any = parsed(of, arguments, command, settings.EXAMPLES[command])
         quiet()
-        result, text = _result(options)
+        silent = options.json or os.environ.get("RANK", "0") != "0"  # of several processes the first prints
+        result, text = result_of(options, lambda line: None if silent else print(line, flush=True))
     except (LoraFamilyError, OSError) as error:
         print(f"lorafamily {command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f'lorafamily {command}: needs {error.name}: pip install "lorafamily[chat]"', file=sys.stderr)
         return 2
     except Interrupted:
         print("lorafamily train: the same command continues from there", file=sys.stderr)
@@ -40,18 +44,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
     if result or text:
         print(json.dumps(result, indent=1, ensure_ascii=False) if options.json else text)
     return 0
-
-
-def _result(options: Any) -> tuple[dict[str, Any], str]:
-    def say(line: str) -> None:
-        if not options.json and os.environ.get("RANK", "0") == "0":  # of several processes the first
-            print(line, flush=True)
-
-    if isinstance(options, settings.Train):
-        return training.train_command(options, say)
-    if isinstance(options, settings.Evaluate):
-        return evaluating.evaluate_command(options, say)
-    return generating.generate_command(options)
 
 
 def _print_warning(message: Warning | str, *place: Any, **more: Any) -> None:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lorafamily
-from lorafamily.batch import weigher
 from lorafamily.chat.batches import ChatBatches
-from lorafamily.chat.checking import at_least
 from lorafamily.chat.forms import conversations
 from lorafamily.chat.generating import answers_to, model_name, questions_of
 from lorafamily.chat.loss import loss_of
-from lorafamily.chat.model import Base, device_of, pad_of, read_base, read_template
-from lorafamily.chat.reporting import perplexity
+from lorafamily.chat.model import read_base, read_template
+from lorafamily.chat.options import at_least
+from lorafamily.chat.reporting import quality
 from lorafamily.chat.rows import read
 from lorafamily.chat.settings import Evaluate
 from lorafamily.chat.tokens import tokenised
 from lorafamily.errors import DataError
 from lorafamily.planner.costs import aligned
-from lorafamily.training.batches import mean_loss
 from lorafamily.training.processes import Processes
 
 BASE, MATCH = "base", "exact match"
@@ -33,39 +28,33 @@ def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dic
     """Run the command; returns its result as data and as a table.
 
     Raises:
-        LoraFamilyError: no data, no model, or an adapter that does not fit the model.
+        DataError: no data.
+        LoraFamilyError: no model, or an adapter that does not fit it.
     """
-    _check(options)
+    at_least(options, length=2, batch=1, generate=0, max_new=1, chunk=0)
+    if not options.data:
+        raise DataError("--data needs at least one file, folder or name on the hub")
     names = _names(options.adapter)
     name = model_name(options.model, options.adapter)
     template = read_template(name, options.template, options.adapter[0] if options.adapter else None)
-    rows = [row for source in options.data for row in read(source, options.split)]
-    found = tokenised(conversations(rows), template, length=options.length, loss_on=options.loss_on)
+    talks = conversations(row for source in options.data for row in read(source, options.split))
+    found = tokenised(talks, template, length=options.length, loss_on=options.loss_on)
     say(found.line())
-    base = read_base(name, options.dtype, options.quantise, device_of(options.device), template)
-    for name, folder in names.items():
-        lorafamily.load(base.model, folder, name=name)
-    batches = ChatBatches(sorted(found.rows, key=len), options.batch, pad_of(base.tokenizer), shuffle=False)
-    asked = questions_of(found.kept, template, options.generate)
-    columns = {}
+    model = read_base(name, options, template)
+    for column, folder in names.items():
+        lorafamily.load(model, folder, name=column)
+    batches = ChatBatches(sorted(found.rows, key=len), options.batch, template.pad, shuffle=False)
+    questions, answers = questions_of(found.kept, template, options.generate)
+    loss_fn = loss_of(options.chunk, model)
+    columns: dict[str, dict[str, float]] = {}
     for column in (BASE, *names):
-        if column != BASE:
-            lorafamily.switch(base.model, column)
-        with lorafamily.disabled(base.model) if names and column == BASE else contextlib.nullcontext():
-            columns[column] = _column(options, base, batches, asked)
-    return {"model": base.name, "rows": len(found.rows), "generated": len(asked), "columns": columns}, _table(columns)
-
-
-def _check(options: Evaluate) -> None:
-    at_least(
-        ("--length", options.length, 2),
-        ("--batch", options.batch, 1),
-        ("--generate", options.generate, 0),
-        ("--max-new", options.max_new, 1),
-        ("--chunk", options.chunk, 0),
-    )
-    if not options.data:
-        raise DataError("--data needs at least one file, folder or name on the hub")
+        lorafamily.switch(model, None if column == BASE else column)
+        columns[column] = quality(model, batches, loss_fn, Processes(model.device))
+        if answers:
+            written = answers_to(model, template, questions, options.max_new, batch=options.batch)
+            same = [said == answer.strip() for said, answer in zip(written, answers, strict=True)]
+            columns[column][MATCH] = sum(same) / len(same)
+    return {"model": name, "rows": len(found.rows), "generated": len(answers), "columns": columns}, _table(columns)
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:
@@ -76,20 +65,6 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
     short = [path.name for path in paths]
     names = [p.name if short.count(p.name) == 1 and p.name != BASE else f"{p.parent.name}/{p.name}" for p in paths]
     return {name.replace(".", "-"): folder for name, folder in zip(names, folders, strict=True)}
-
-
-@torch.no_grad()
-def _column(options: Evaluate, base: Base, batches: ChatBatches, asked: Sequence[tuple[str, str]]) -> dict[str, float]:
-    model, device = base.model, next(base.model.parameters()).device
-    loss_fn = loss_of(options.chunk, model, base.vocabulary)
-    loss = mean_loss(model, batches, loss_fn, weigher("tokens", model, loss_fn), Processes(device))
-    found = {"loss": loss, "perplexity": perplexity(loss)}
-    if asked:
-        questions = [question for question, _ in asked]
-        written = answers_to(model, base.template, questions, options.max_new, batch=options.batch)
-        same = [said == answer.strip() for said, (_, answer) in zip(written, asked, strict=True)]
-        found[MATCH] = sum(same) / len(same)
-    return found
 
 
 def _table(columns: dict[str, dict[str, float]]) -> str:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorafamily.chat.model import Base
+from torch import nn
+
+from lorafamily.chat.templates import Template
 from lorafamily.deploy.checkpoint import merge_checkpoint
 from lorafamily.deploy.peft import export_peft
 from lorafamily.deploy.saved import read
@@ -18,12 +20,9 @@ from lorafamily.errors import FileError, StateError
 CONVERTER = "convert_hf_to_gguf.py"
 
 
-def converter() -> Path | None:
+def converter() -> str | None:
     """llama.cpp's converter, on the path or in the folder LLAMA_CPP; None if it is in neither."""
-    if found := shutil.which(CONVERTER):
-        return Path(found)
-    folder = os.environ.get("LLAMA_CPP")
-    return Path(folder) / CONVERTER if folder and (Path(folder) / CONVERTER).is_file() else None
+    return shutil.which(CONVERTER) or shutil.which(CONVERTER, os.F_OK, os.environ.get("LLAMA_CPP", ""))
 
 
 def check(exports: Sequence[str]) -> None:
@@ -39,48 +38,38 @@ def check(exports: Sequence[str]) -> None:
         )
 
 
-def export(exports: Sequence[str], model: str, base: Base, out: Path) -> dict[str, Path]:
-    """Export the adapter in `out` into that folder; returns the paths written.
+def export(exports: Sequence[str], name: str, model: nn.Module, template: Template, out: Path) -> dict[str, Path]:
+    """Export the adapter in `out` into that folder; returns the paths written. `name`: of the base.
 
     Raises:
         StateError: a layout cannot represent the adapter.
         FileError: a file cannot be written, or the converter fails.
     """
+    path = Path(name).expanduser()
+    base = str(path.resolve()) if path.is_dir() else name
     written: dict[str, Path] = {}
-    path = Path(model).expanduser()
-    name = str(path.resolve()) if path.is_dir() else model
     for layout in ("peft", "serving"):
         if layout in exports:
-            folder = _new(out / layout)
-            export_peft(base.model, folder, layout=layout, base=name)
-            _tokenizer(base, folder)
-            written[layout] = folder
+            written[layout] = export_peft(model, _new(out / layout), layout=layout, base=base)
     if "merged" in exports or "gguf" in exports:
-        merged = _new(out / "merged")
-        merge_checkpoint(_checkpoint_of(model), read(out), merged)
-        _tokenizer(base, merged)
-        written["merged"] = merged
+        written["merged"] = _new(out / "merged")
+        merge_checkpoint(path if path.is_dir() else _downloaded(name), read(out), written["merged"])
+    template.tokenizer.chat_template = template.text  # so that servers render conversations as in training
+    for folder in written.values():
+        template.tokenizer.save_pretrained(folder)
     if "gguf" in exports:
         written["gguf"] = _gguf(written["merged"], out / "model.gguf")
     return written
 
 
-def _checkpoint_of(model: str) -> Path:
-    """The folder of a checkpoint; for a name on the hub, the one it was downloaded to."""
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
+def _downloaded(model: str) -> Path:
+    """The folder that a checkpoint on the hub was downloaded to."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model))
     except Exception as error:  # whatever the hub or the network raises
         raise FileError(f"--model {model}: its files cannot be found for merging ({type(error).__name__})") from None
-
-
-def _tokenizer(base: Base, folder: Path) -> None:
-    """Save the tokenizer with the template of the training, so that servers render conversations the same way."""
-    base.tokenizer.chat_template = base.template.text
-    base.tokenizer.save_pretrained(folder)
 
 
 def _new(folder: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lorafamily.chat.rows import Complaints, Row, RowError
+from lorafamily.chat.rows import Row, RowError, checked, tried
 from lorafamily.terminal import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -25,65 +25,47 @@ class Conversation:
     text: str = ""
     tools: list[Any] | None = None
 
-    def last_answer(self) -> tuple[list[dict[str, Any]], str]:
-        """The messages before the assistant's last one, and its content."""
-        assert self.messages is not None
-        last = max(at for at, message in enumerate(self.messages) if message["role"] == "assistant")
-        return self.messages[:last], str(self.messages[last]["content"])
-
 
 def conversations(rows: Iterable[Row]) -> list[Conversation]:
     """Every row as a conversation or a text. If some are neither, DataError gives the place and reason of the first."""
-    found, complaints = [], Complaints()
-    for row in rows:
-        try:
-            found.append(_conversation(row))
-        except RowError as error:
-            complaints.add(row.place, str(error))
-    complaints.raise_if_any()
-    return found
+    return checked(tried(row.place, _conversation, row) for row in rows)
 
 
 def _conversation(row: Row) -> Conversation:
     values, place = row.values, row.place
     if "messages" in values:
-        return Conversation(place, _messages(values["messages"]), tools=_tools(values.get("tools")))
+        messages, tools = _messages(values["messages"]), _parsed(values.get("tools"), "tools")
+        if tools is not None and not isinstance(tools, list):
+            raise RowError("tools must be a list of function descriptions")
+        return Conversation(place, messages, tools=tools or None)
     if "prompt" in values or "completion" in values:
-        return Conversation(place, _pair(values))
-    if "instruction" in values or "output" in values:
-        asked = _text(values, "instruction")
-        more = _text(values, "input") if values.get("input") else ""
-        return Conversation(place, _two_messages(f"{asked}\n\n{more}" if more else asked, _text(values, "output")))
-    if "text" in values:
+        prompt, completion = values.get("prompt"), values.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return Conversation(place, _messages([*prompt, *completion]))
+        user, assistant = _text(values, "prompt"), _text(values, "completion")
+    elif "instruction" in values or "output" in values:
+        user, assistant = _text(values, "instruction"), _text(values, "output")
+        if values.get("input"):
+            user += f"\n\n{_text(values, 'input')}"
+    elif "text" in values:
         text = _text(values, "text")
         if not text.strip():
             raise RowError("text is empty")
         return Conversation(place, None, text)
-    keys = [str(key) for key in values]
-    close = next((hint for key in keys if (hint := nearest(key, KEYS))), "")
-    raise RowError(f"has the keys {', '.join(keys) or '(none)'}; a row needs {FORMS}{close}")
+    else:
+        close = next((hint for key in values if (hint := nearest(key, KEYS))), "")
+        raise RowError(f"has the keys {', '.join(values) or '(none)'}; a row needs {FORMS}{close}")
+    if not assistant.strip():
+        raise RowError("the answer is empty, so there is nothing to learn")
+    return Conversation(place, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
 
 
 def _text(values: dict[str, Any], key: str) -> str:
     if key not in values:
-        raise RowError(f"has no {key}{nearest(key, [str(other) for other in values])}")
+        raise RowError(f"has no {key}{nearest(key, values)}")
     if not isinstance(values[key], str):
         raise RowError(f"{key} must be a text, and is of type {type(values[key]).__name__}")
     return str(values[key])
-
-
-def _two_messages(user: str, assistant: str) -> list[dict[str, Any]]:
-    if not assistant.strip():
-        raise RowError("the answer is empty, so there is nothing to learn")
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def _pair(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """`prompt` and `completion`, both texts or both lists of messages."""
-    prompt, completion = values.get("prompt"), values.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _messages([*prompt, *completion])
-    return _two_messages(_text(values, "prompt"), _text(values, "completion"))
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:
@@ -103,11 +85,11 @@ def _message(given: Any, number: int) -> dict[str, Any]:
     message = {key: value for key, value in given.items() if value is not None}
     role, content = message.get("role"), message.get("content", "" if message.get("tool_calls") else None)
     if role is None:
-        raise RowError(f"message {number} has no role{nearest('role', [str(key) for key in message])}")
+        raise RowError(f"message {number} has no role{nearest('role', message)}")
     if role not in ROLES:
         raise RowError(f'message {number} has the role "{role}"; known are {", ".join(ROLES)}{nearest(role, ROLES)}')
     if content is None:
-        raise RowError(f"message {number} has no content{nearest('content', [str(key) for key in message])}")
+        raise RowError(f"message {number} has no content{nearest('content', message)}")
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(parts) < len(content) or not all(isinstance(part.get("text"), str) for part in parts):
@@ -116,13 +98,6 @@ def _message(given: Any, number: int) -> dict[str, Any]:
     if not isinstance(content, str):
         raise RowError(f"content of message {number} must be a text, and is of type {type(content).__name__}")
     return {**message, "role": role, "content": content}
-
-
-def _tools(given: Any) -> list[Any] | None:
-    given = _parsed(given, "tools")
-    if given is not None and not isinstance(given, list):
-        raise RowError("tools must be a list of function descriptions")
-    return given or None
 
 
 def _parsed(given: Any, key: str) -> Any:

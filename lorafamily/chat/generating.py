@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch.nn.utils.rnn import pad_sequence
 
 from lorafamily.chat.forms import Conversation
-from lorafamily.chat.model import device_of, pad_of, read_base, read_template
+from lorafamily.chat.model import read_base, read_template
 from lorafamily.chat.rows import RowError
 from lorafamily.chat.settings import Generate
 from lorafamily.chat.templates import Template
@@ -23,7 +24,7 @@ from lorafamily.terminal import nearest
 RUN = "run.yaml"
 
 
-def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
+def generate_command(options: Generate, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """Run the command; returns its result as data and as text.
 
     Raises:
@@ -42,11 +43,10 @@ def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
     if not any(prompt.strip() for prompt in asked):
         raise DataError('nothing was asked: lorafamily generate --adapter FOLDER "Hello", or on standard input')
     name = model_name(options.model, [options.adapter] if options.adapter else [])
-    device = device_of(options.device)
     template = read_template(name, options.template, options.adapter)
-    base = read_base(name, options.dtype, options.quantise, device, template)
+    model = read_base(name, options, template)
     if options.adapter is not None:
-        load(base.model, options.adapter)
+        load(model, options.adapter)
     system = [{"role": "system", "content": options.system}] if options.system else []
     torch.manual_seed(options.seed)
     try:
@@ -54,7 +54,7 @@ def generate_command(options: Generate) -> tuple[dict[str, Any], str]:
     except RowError as error:
         raise DataError(str(error)) from None
     temperature, top_p = options.temperature, options.top_p
-    answers = list(answers_to(base.model, template, prompts, options.max_new, temperature=temperature, top_p=top_p))
+    answers = list(answers_to(model, template, prompts, options.max_new, temperature=temperature, top_p=top_p))
     text = "\n\n".join(f"> {question}\n{answer}" for question, answer in zip(asked, answers, strict=True))
     return {"model": name, "answers": answers}, answers[0] if len(answers) == 1 else text
 
@@ -68,8 +68,7 @@ def model_name(given: str | None, adapters: Sequence[Path]) -> str:
     """
     for adapter in adapters:
         if not (adapter / RECORD).is_file():
-            around = [file.name for file in adapter.parent.iterdir()] if adapter.parent.is_dir() else []
-            close = "" if adapter.exists() else nearest(adapter.name, around)
+            close = "" if adapter.exists() else nearest(adapter.name, [file.name for file in adapter.parent.glob("*")])
             raise FileError(f"--adapter {adapter}: no {RECORD} there; it must be a folder that train wrote{close}")
     if given is not None:
         return given
@@ -97,24 +96,18 @@ def answers_to(
     `temperature`: 0 takes the likeliest token each time. `batch`: prompts at a time.
     """
     tokenizer = template.tokenizer
-    ends = end_tokens(model, template)
+    ends, pad = end_tokens(model, template), template.pad
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    device = next(model.parameters()).device
     for begin in range(0, len(prompts), batch):
-        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts[begin : begin + batch]]
-        length = max(map(len, rows))
-        pad = pad_of(tokenizer)  # padding comes first, so that new tokens follow the text
-        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        found = tokenizer(list(prompts[begin : begin + batch]), add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor(row, dtype=torch.long, device=model.device) for row in found]
+        # Padding comes first, so that new tokens follow the text.
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         written = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new,
-            eos_token_id=ends,
-            pad_token_id=pad,
-            **sampling,
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new, eos_token_id=ends, pad_token_id=pad, **sampling
         )
-        for row in written[:, length:].tolist():
+        for row in written[:, ids.shape[1] :].tolist():
             end = next((at for at, token in enumerate(row) if token in ends), len(row))
             yield tokenizer.decode(row[:end], skip_special_tokens=True).strip()
 
@@ -133,8 +126,12 @@ def end_tokens(model: Any, template: Template) -> list[int]:
     return sorted(token for token in found if token is not None)
 
 
-def questions_of(conversations: Iterable[Conversation], template: Template, most: int) -> list[tuple[str, str]]:
-    """Of the first `most` conversations, the prompt for the assistant's last answer, and that answer."""
-    talks = [talk for talk in conversations if talk.messages is not None][:most]
-    asked = [(*talk.last_answer(), talk.tools) for talk in talks]
-    return [(template.render(before, prompt=True, tools=tools), answer) for before, answer, tools in asked]
+def questions_of(conversations: Iterable[Conversation], template: Template, most: int) -> tuple[list[str], list[str]]:
+    """Of the first `most` conversations, the prompts for the assistant's last answers, and those answers."""
+    questions, answers = list[str](), list[str]()
+    for talk in conversations:
+        if talk.messages is not None and len(answers) < most:
+            last = max(at for at, message in enumerate(talk.messages) if message["role"] == "assistant")
+            questions.append(template.render(talk.messages[:last], prompt=True, tools=talk.tools))
+            answers.append(talk.messages[last]["content"])
+    return questions, answers

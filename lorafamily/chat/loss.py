@@ -6,7 +6,6 @@ computes them again. The loss is the same mean over tokens as the model computes
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,39 +13,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lorafamily.batch import IGNORED
+from lorafamily.batch import IGNORED, LossFn
 from lorafamily.training.execution import evaluating
 
-Loss = Callable[[nn.Module, Any], Tensor]
 SAME = 1e-3  # relative difference allowed between the two ways to compute a loss, in any precision
 
 
-def loss_of(chunk: int, model: nn.Module, vocabulary: int) -> Loss:
+def loss_of(chunk: int, model: nn.Module) -> LossFn:
     """The chunked loss, or the model's own if `chunk` is 0 or the model does more between its head and its loss, such
     as capping logits (`Reporter` tells the user)."""
-    return ChunkedLoss(chunk) if chunk and difference(model, vocabulary) <= SAME else own_loss
+    return ChunkedLoss(chunk) if chunk and difference(model, vocabulary_of(model)) <= SAME else own_loss
 
 
 class ChunkedLoss:
     """A `loss_fn` for `lorafamily.train`: the mean of −log p(token) over the labels that are not -100, in nats.
-
-    Args:
-        chunk: tokens whose logits are in memory at a time.
-    """
+    `chunk`: tokens whose logits are in memory at a time."""
 
     def __init__(self, chunk: int = 256):
         self.chunk = chunk
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+    def __call__(self, model: Any, batch: Any) -> Tensor:
         given = {name: value for name, value in batch.items() if name != "labels"}
-        body, head = body_and_head(model)
-        hidden = body(**given, use_cache=False)[0][:, :-1]
+        model = getattr(model, "_orig_mod", model)
+        hidden = model.base_model(**given, use_cache=False)[0][:, :-1]  # the model without its head
         targets = batch["labels"][:, 1:]
         learnt = targets != IGNORED
         hidden, targets = hidden[learnt], targets[learnt]
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for part, labels in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True):
-            total = total + checkpoint(_summed, head, part, labels, use_reentrant=False)
+            total = total + checkpoint(_summed, model.get_output_embeddings(), part, labels, use_reentrant=False)
         return total / len(targets)
 
 
@@ -55,16 +50,14 @@ def _summed(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
 
-def body_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The model without its head, whose first output is the hidden states, and the head, which makes logits of them."""
-    model = getattr(model, "_orig_mod", model)
-    return model.base_model, model.get_output_embeddings()
+def vocabulary_of(model: Any) -> int:
+    """Rows of the embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
     """The model's own loss: all logits at once."""
-    loss: Tensor = model(**batch, use_cache=False).loss
-    return loss
+    return model(**batch, use_cache=False).loss
 
 
 @torch.no_grad()
@@ -73,9 +66,8 @@ def difference(model: Any, vocabulary: int) -> float:
     do more between head and loss, such as capping logits, and infinite for those without a separate head."""
     if getattr(model, "base_model", model) is model or model.get_output_embeddings() is None:
         return float("inf")
-    device = next(model.parameters()).device
-    ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
-    with evaluating(model, device):
+    ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(model.device)
+    with evaluating(model, model.device):
         expected = own_loss(model, {"input_ids": ids, "labels": ids})
         chunked = ChunkedLoss(5)(model, {"input_ids": ids, "labels": ids})
     return float((chunked - expected).abs() / expected.abs())

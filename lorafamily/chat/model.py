@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafamily.chat.settings import Dtype
+from lorafamily.chat.loss import vocabulary_of
+from lorafamily.chat.settings import Inference, ModelOptions
 from lorafamily.chat.templates import PLAIN, Template
 from lorafamily.errors import DataError, FileError
 from lorafamily.terminal import nearest
@@ -20,24 +21,6 @@ from lorafamily.training.execution import chosen_precision
 
 TEMPLATE = "chat_template.jinja"
 """File in an adapter's folder: the template it was trained with, so that `generate` renders prompts the same way."""
-
-
-@dataclass
-class Base:
-    """A causal language model without adapters. `name`: as it was given."""
-
-    name: str
-    model: Any
-    template: Template
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.template.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
 
 
 def quiet() -> None:
@@ -53,15 +36,16 @@ def quiet() -> None:
 
 
 def device_of(asked: str) -> torch.device:
-    """The device; auto: the GPU, if there is one.
+    """The device; auto: the GPU, if there is one. Each of torchrun's processes takes another GPU.
 
     Raises:
         DataError: this machine has no such device.
     """
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+        if device.type == "cuda" and device.index is None and (local := os.environ.get("LOCAL_RANK")):
+            device = torch.device("cuda", int(local))
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DataError(f"--device {asked}: not on this machine ({str(error).splitlines()[0]})") from None
@@ -76,7 +60,12 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
     """
     import transformers
 
-    _check_folder(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileError(f"--model {name}: the folder has no config.json; it must be a transformers checkpoint")
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        around = [file.name for file in folder.parent.glob("*")]
+        raise FileError(f"--model {name}: no such folder{nearest(folder.name, around)}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a folder without files, no network, a name that is not on the hub, a damaged file
@@ -91,35 +80,26 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
         template = str(adapter / TEMPLATE)
     if template is None or template == "plain":
         return Template(tokenizer, PLAIN if template == "plain" or not native else native)
-    path = Path(template)
     try:
-        return Template(tokenizer, path.read_text(encoding="utf-8"))
+        return Template(tokenizer, Path(template).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         hint = f'give a Jinja file, or "plain"{nearest(template, ["plain"])}'
         raise FileError(f"--template {template}: cannot be read ({error}); {hint}") from None
 
 
-def _check_folder(name: str) -> None:
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileError(f"--model {name}: the folder has no config.json; it must be a transformers checkpoint")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        around = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileError(f"--model {name}: no such folder{nearest(path.name, around)}")
-
-
-def read_base(name: str, dtype: Dtype, quantise: str | None, device: torch.device, template: Template) -> Base:
-    """The model in eval mode on the device. `template` is read earlier: most mistakes show there and in the data.
+def read_base(name: str, given: ModelOptions | Inference, template: Template) -> Any:
+    """The model in eval mode on its device. `template` is read earlier: most mistakes show there and in the data.
 
     Raises:
         FileError: it cannot be read, is no causal language model, or has fewer embeddings than the tokenizer tokens.
-        DataError: quantisation without bitsandbytes.
+        DataError: there is no such device, or no bitsandbytes for quantisation.
     """
     import transformers
 
-    weights: torch.dtype = getattr(torch, chosen_precision(dtype, device))
-    options: dict[str, Any] = {"dtype": weights, "device_map": {"": device}}
-    if quantise == "nf4":
+    place = device_of(given.device)
+    weights: torch.dtype = getattr(torch, chosen_precision(given.dtype, place))
+    options: dict[str, Any] = {"dtype": weights, "device_map": {"": place}}
+    if given.quantise == "nf4":
         try:
             import bitsandbytes  # noqa: F401  only to see whether it is there
         except ImportError:
@@ -127,7 +107,7 @@ def read_base(name: str, dtype: Dtype, quantise: str | None, device: torch.devic
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=weights
         )
-    elif device.type == "cpu":
+    elif place.type == "cpu":
         del options["device_map"]  # would need accelerate
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -139,20 +119,15 @@ def read_base(name: str, dtype: Dtype, quantise: str | None, device: torch.devic
             # On such CPUs bitsandbytes repacks a layer in its first evaluation: scales are rounded for good, and rows
             # whose length is no multiple of 64 fail or come out wrong.
             module.support_avx512bf16_for_cpu = False
-    base = Base(name, model.eval(), template)
-    if len(template.tokenizer) > base.vocabulary:
+    tokens, embeddings = len(template.tokenizer), vocabulary_of(model)
+    if tokens > embeddings:
         raise FileError(
-            f"--model {name}: the tokenizer has {len(template.tokenizer)} tokens and the model {base.vocabulary} "
-            "embeddings; they do not belong together"
+            f"--model {name}: the tokenizer has {tokens} tokens and the model {embeddings} embeddings; they do not "
+            "belong together"
         )
-    return base
+    return model.eval()
 
 
 def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-
-
-def pad_of(tokenizer: Any) -> int:
-    """Id of the token to pad with. Padding is masked everywhere, so any token will do."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,18 +114,15 @@ def _from_file(path: Path | None, names: Mapping[str, Any], given: set[str]) -> 
 def _one_line(text: str, names: Mapping[str, Any]) -> str:
     """The first paragraph of tyro's message, which says what is wrong, in one line and without the box around it."""
     lines = [re.sub(r"[│╭╮╰╯|+]|─{3,}|-{3,}", " ", line).strip() for line in text.splitlines()[1:]]
-    first: list[str] = []
-    for line in lines[not lines[:1] or not lines[0] :]:  # without a box there is a rule below the title
-        if not line:
-            break
-        first.append(line)
-    message = " ".join(first)
+    # Without a box there is a rule below the title.
+    message = " ".join(takewhile(bool, lines[not lines[:1] or not lines[0] :]))
     if found := re.match(r"Unrecognized options: (--[^\s,=]+)", message):
-        option = found[1]
-        return f"no option {option}{nearest(option, ['--' + name.replace('_', '-') for name in names])}"
+        return f"no option {found[1]}{nearest(found[1], ['--' + name.replace('_', '-') for name in names])}"
     for value in (r" instantiated from \[(.*)\]", r": ('.*')$"):
         if found := re.match(r"Error parsing (\S+): .*" + value, message):
-            return f"{found[1]} {found[2]}: {_wanted(names, found[1])}"
+            hint = str(names.get(_name(found[1]), ""))
+            number = "must be a number" if "float" in hint else "must be a whole number" if "int" in hint else ""
+            return f"{found[1]} {found[2]}: {number or 'is no such value'}"
     if found := re.match(r"invalid choice '(.*)' for argument '(\S+)'. Expected one of \((.*)\)", message):
         choices = [choice.strip(" '") for choice in found[3].split(",") if choice.strip(" '") not in ("", "None")]
         return f"{found[2]} {found[1]}: must be one of {', '.join(choices)}{nearest(found[1], choices)}"
@@ -133,21 +132,23 @@ def _one_line(text: str, names: Mapping[str, Any]) -> str:
     return message
 
 
-def _wanted(names: Mapping[str, Any], option: str) -> str:
-    hint = str(names.get(_name(option), ""))
-    return "must be a number" if "float" in hint else "must be a whole number" if "int" in hint else "is no such value"
-
-
 def write(options: Any, path: Path) -> None:
     """Write all options into a config file, so that `--config FILE` runs the same again."""
     path.write_text(yaml.safe_dump(grouped(options), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def grouped(options: Any) -> dict[str, dict[str, Any]]:
-    """The options by group, as a config file holds them."""
+    """The options by group, as a config file holds them: tuples are lists, and paths are texts."""
+    return json.loads(json.dumps(dataclasses.asdict(options), default=str))
 
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
-    groups = {group.name: vars(getattr(options, group.name)) for group in dataclasses.fields(options)}
-    return {name: {key: plain(value) for key, value in group.items()} for name, group in groups.items()}
+def at_least(options: Any, **least: int) -> None:
+    """Check options by name, each with the least value allowed.
+
+    Raises:
+        DataError: a value is less.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")

@@ -6,7 +6,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.forms import Conversation
 from lorafamily.chat.generating import answers_to, questions_of
 from lorafamily.chat.loss import ChunkedLoss
-from lorafamily.chat.model import Base
 from lorafamily.chat.settings import Train
+from lorafamily.chat.templates import Template
 from lorafamily.history import History, Step
 from lorafamily.terminal import in_units
 from lorafamily.training.batches import mean_loss
@@ -32,43 +34,41 @@ SAMPLE = 64  # the most tokens of a sample
 EPOCHS = 3.0  # unless --steps or --epochs is given
 
 
+@dataclass
 class Reporter:
-    """For one run: evaluates, prints progress, writes samples to TensorBoard, and describes the result."""
+    """For one run: evaluates, prints progress, writes samples to TensorBoard, and describes the result.
 
-    def __init__(
-        self,
-        options: Train,
-        base: Base,
-        evaluated: Sequence[Conversation],
-        batches: ChatBatches,
-        validation: ChatBatches | None,
-        loss_fn: LossFn,
-        processes: Processes,
-        say: Callable[[str], None],
-    ):
-        self.options, self.base, self.loss_fn, self.say = options, base, loss_fn, say
-        self.batches, self.validation, self.processes = batches, validation, processes
-        given = options.optimisation
+    `evaluated`: the conversations of `validation`; `say`: prints a line.
+    """
+
+    options: Train
+    model: Any
+    template: Template
+    batches: ChatBatches
+    validation: ChatBatches | None
+    evaluated: Sequence[Conversation]
+    loss_fn: LossFn
+    processes: Processes
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        given = self.options.optimisation
         epochs = EPOCHS if given.steps is None and given.epochs is None else given.epochs
-        self.total = total_steps(batches, given.steps, epochs, options.batches.accumulate)
-        self.evaluate_every = options.evaluation.evaluate_every or max(1, math.ceil(self.total / 10))
-        quiet = options.result.json
-        self.bar = sys.stderr.isatty() and not quiet
-        self.lines = not self.bar and not quiet and processes.first
-        self.asked = questions_of(evaluated, base.template, options.evaluation.samples)
-        self.weigh = weigher("tokens", base.model, loss_fn)
+        self.total = total_steps(self.batches, given.steps, epochs, self.options.batches.accumulate)
+        self.tenth = max(1, math.ceil(self.total / 10))  # of the steps
+        self.bar = sys.stderr.isatty() and not self.options.json
+        self.questions, self.answers = questions_of(self.evaluated, self.template, self.options.evaluation.samples)
         self.board: SummaryWriter | None = None
         self.at = 0  # steps made
         self.first: tuple[float, int] | None = None  # after the first step: time without evaluations, tokens
         self.last = (0.0, 0)  # the same after the last step
         self.evaluating = 0.0  # seconds in evaluations
-        if options.batches.chunk and not isinstance(loss_fn, ChunkedLoss):
-            say(f"{type(base.model).__name__} has more than a linear head before its loss, so logits are not chunked")
+        if self.options.batches.chunk and not isinstance(self.loss_fn, ChunkedLoss):
+            name = type(self.model).__name__
+            self.say(f"{name} has more than a linear head before its loss, so logits are not chunked")
 
-    def __enter__(self) -> Reporter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
+    def close(self) -> None:
+        """Close the file of the samples."""
         if self.board is not None:
             self.board.close()
 
@@ -78,10 +78,10 @@ class Reporter:
         self.last = (time.perf_counter() - self.evaluating, self.batches.count.tokens)
         self.first = self.first or self.last
         every = max(1, self.total // LINES)
-        if self.lines and (step.step % every == 0 or step.step in (1, self.total)):
+        if not self.bar and (step.step % every == 0 or step.step in (1, self.total)):
             rate = f"  {self.rate:,.0f} tokens/s" if self.rate else ""
-            at = f"step {step.step}/{self.total}"
-            self.say(f"{at}  loss {step.loss:.4f}  lr {step.lr:.2e}  slices {step.slices}{rate}")
+            done = f"step {step.step}/{self.total}"
+            self.say(f"{done}  loss {step.loss:.4f}  lr {step.lr:.2e}  slices {step.slices}{rate}")
 
     @property
     def rate(self) -> float:
@@ -91,70 +91,74 @@ class Reporter:
         return self.processes.world * (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        """Loss in nats per token, and perplexity; writes samples to TensorBoard."""
+        """The `quality` on the rows kept for evaluation; writes samples to TensorBoard."""
         assert self.validation is not None
         begun = time.perf_counter()
-        value = mean_loss(model, self.validation, self.loss_fn, self.weigh, self.processes)
+        found = quality(model, self.validation, self.loss_fn, self.processes)
         if self.processes.first:
             self._write_samples(model)
-            line = f"evaluation at step {self.at}: loss {value:.4f}, perplexity {perplexity(value):.2f}"
+            line = f"evaluation at step {self.at}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
             if self.bar:
                 tqdm.write(line, file=sys.stderr)
-            elif self.lines:
+            else:
                 self.say(line)
         self.evaluating += time.perf_counter() - begun
-        return {"loss": value, "perplexity": perplexity(value)}
+        return found
 
     def _write_samples(self, model: Any) -> None:
-        if self.asked and self.board is None:
-            self.board = SummaryWriter(str(self.options.out / "log"), filename_suffix=".samples")
-        questions = [question for question, _ in self.asked]
-        written = answers_to(getattr(model, "_orig_mod", model), self.base.template, questions, SAMPLE)
-        for number, (answer, (question, given)) in enumerate(zip(written, self.asked, strict=True), 1):
-            assert self.board is not None
-            texts = {"asked": question, "written": answer, "given": given}
-            text = "\n\n".join(f"**{name}**\n\n{_code(value)}" for name, value in texts.items())
+        if not self.questions:
+            return
+        self.board = self.board or SummaryWriter(str(self.options.out / "log"), filename_suffix=".samples")
+        written = answers_to(getattr(model, "_orig_mod", model), self.template, self.questions, SAMPLE)
+        for number, samples in enumerate(zip(self.questions, written, self.answers, strict=True), 1):
+            texts = zip(("asked", "written", "given"), samples, strict=True)
+            # Indented, so that Markdown formats nothing.
+            text = "\n\n".join(f"**{name}**\n\n{indent(value, '    ')}" for name, value in texts)
             self.board.add_text(f"samples/{number}", text, self.at)
 
-    def result(self, history: History) -> dict[str, Any]:
-        """The result as data, for --json."""
-        losses = history.smoothed_loss()
-        return {
+    def result(self, history: History, exports: Mapping[str, Path]) -> tuple[dict[str, Any], str]:
+        """The result as data, for --json, and in words."""
+        start, end = sum(history.slices_start.values()), sum(history.slices_end.values())
+        first, last = history.steps[0].loss, history.smoothed_loss()[-1]
+        out, padding, memory = self.options.out, self.batches.count.padding, _peak()
+        found = {
             "steps": len(history.steps),
-            "loss": {"first": history.steps[0].loss, "last": losses[-1]},
+            "loss": {"first": first, "last": last},
             "evaluation": history.metrics,
             "best": None if history.best is None else {"step": history.best.step, **history.best.metrics},
             "stopped": history.stopped,
             "seconds": history.seconds,
             "tokens per second": self.rate,
-            "padding": self.batches.count.padding,
-            "slices": {"start": sum(history.slices_start.values()), "end": sum(history.slices_end.values())},
-            "peak memory": _peak(),
+            "padding": padding,
+            "slices": {"start": start, "end": end},
+            "peak memory": memory,
+            "out": str(out),
+            "exports": {name: str(path) for name, path in exports.items()},
         }
-
-    def text(self, history: History, out: Path, written: Mapping[str, Path]) -> str:
-        """The result in words."""
-        found = self.result(history)
-        loss, slices, memory = found["loss"], found["slices"], found["peak memory"]
-        lines = [f"{found['stopped']}: loss {loss['first']:.4f} → {loss['last']:.4f} (smoothed)"]
+        held_out = ""
         if history.evaluations:
-            first, last = history.evaluations[0], history.evaluations[-1]
-            lines[0] += f"; on held-out rows {first.metrics['loss']:.4f} → {last.metrics['loss']:.4f}"
-            lines[0] += f", perplexity {last.metrics['perplexity']:.2f}"
+            before, after = history.evaluations[0].metrics, history.evaluations[-1].metrics
+            held_out = f"; on held-out rows {before['loss']:.4f} → {after['loss']:.4f}"
+            held_out += f", perplexity {after['perplexity']:.2f}"
         speed = f"{self.rate:,.0f} tokens/s, " if self.rate else ""
         peak = f", peak memory {in_units(memory)}" if memory else ""
-        lines.append(f"{speed}{found['padding']:.1%} padding, {found['seconds']:.1f} s in steps{peak}")
-        before = "" if slices["start"] == slices["end"] else f"{slices['start']} → "
-        exports = "".join(f", {path.name}" for path in written.values())
-        lines.append(f"{out}: adapter ({before}{slices['end']} slices), run.yaml, log/{exports}")
-        lines.append(f'try it:   lorafamily generate --model {self.options.model.model} --adapter {out} "Hello"')
-        lines.append(f"watch it: tensorboard --logdir {out}")
-        return "\n".join(lines)
+        slices = f"{end}" if start == end else f"{start} → {end}"
+        more = "".join(f", {path.name}" for path in exports.values())
+        return found, (
+            f"{history.stopped}: loss {first:.4f} → {last:.4f} (smoothed){held_out}\n"
+            f"{speed}{padding:.1%} padding, {history.seconds:.1f} s in steps{peak}\n"
+            f"{out}: adapter ({slices} slices), run.yaml, log/{more}\n"
+            f'try it:   lorafamily generate --model {self.options.model.model} --adapter {out} "Hello"\n'
+            f"watch it: tensorboard --logdir {out}"
+        )
 
 
-def perplexity(loss: float) -> float:
-    """e to the loss in nats; infinite if that is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf
+@torch.no_grad()
+def quality(model: nn.Module, batches: ChatBatches, loss_fn: LossFn, processes: Processes) -> dict[str, float]:
+    """Loss in nats per token, and perplexity, which is infinite if it is too large for a float."""
+    weigh = weigher("tokens", getattr(model, "_orig_mod", model), loss_fn)
+    loss = mean_loss(model, batches, loss_fn, weigh, processes)
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 def _peak() -> int | None:
@@ -167,8 +171,3 @@ def _peak() -> int | None:
         return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(used) if sys.platform == "darwin" else int(used) * 1024
-
-
-def _code(text: str) -> str:
-    """The text as a code block in Markdown, in which nothing is formatted."""
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])

@@ -6,19 +6,25 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorafamily.errors import DataError
 from lorafamily.terminal import nearest
 
+T = TypeVar("T")
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".parquet")
+JSON_TYPES: dict[type, str] = {
+    **{dict: "an object", list: "a list", str: "a text", bool: "true or false"},
+    **{int: "a number", float: "a number", type(None): "null"},
+}
 
 
 class RowError(Exception):
-    """Something is wrong with a row; whoever catches it adds the row's place."""
+    """What is wrong with a row; `tried` adds the row's place."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +35,26 @@ class Row:
     values: dict[str, Any]
 
 
-class Complaints:
-    """Collects what is wrong with rows, for one message with the first place and reason and the number of others."""
+def tried(place: str, make: Callable[..., T], *given: Any) -> T | RowError:
+    """What `make` returns, or the RowError that it raises, with the place."""
+    try:
+        return make(*given)
+    except RowError as error:
+        return RowError(f"{place}: {error}")
 
-    def __init__(self) -> None:
-        self.first, self.count = "", 0
 
-    def add(self, place: str, reason: str) -> None:
-        self.first = self.first or f"{place}: {reason}"
-        self.count += 1
+def checked(found: Iterable[T | RowError]) -> list[T]:
+    """What was found, if nothing is wrong.
 
-    def raise_if_any(self) -> None:
-        """Report what was added.
-
-        Raises:
-            DataError: something was added.
-        """
-        if self.count:
-            more = f" (and {self.count - 1} more rows are wrong)" if self.count > 1 else ""
-            raise DataError(f"{self.first}{more}; nothing was trained")
+    Raises:
+        DataError: with the first error and the number of the others.
+    """
+    results = list(found)
+    wrong = [result for result in results if isinstance(result, RowError)]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more rows are wrong)" if len(wrong) > 1 else ""
+        raise DataError(f"{wrong[0]}{more}; nothing was trained")
+    return [result for result in results if not isinstance(result, RowError)]
 
 
 def read(source: str, split: str = "train") -> list[Row]:
@@ -72,14 +79,11 @@ def read(source: str, split: str = "train") -> list[Row]:
             raise DataError(f"{path}: data must end in {', '.join(SUFFIXES)}, or be a folder of such files")
         files = [path]
     elif path.suffix or path.is_absolute() or source.startswith((".", "~")):
-        around = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        around = [file.name for file in path.parent.glob("*")]
         raise DataError(f"{path}: no such file{nearest(path.name, around)}")
     else:
         return _from_hub(source, split)
-    complaints, rows = Complaints(), list[Row]()
-    for file in files:
-        rows += _from_file(file, complaints)
-    complaints.raise_if_any()
+    rows = checked(row for file in files for row in _from_file(file))
     if not rows:
         raise DataError(f"{path}: no row in it; nothing was trained")
     return rows
@@ -89,7 +93,7 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
-def _from_file(path: Path, complaints: Complaints) -> list[Row]:
+def _from_file(path: Path) -> Iterable[Row | RowError]:
     suffix = _suffix(path)
     if suffix == ".parquet":
         return _parquet(path)
@@ -99,22 +103,17 @@ def _from_file(path: Path, complaints: Complaints) -> list[Row]:
             data = gzip.decompress(data)
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error}); nothing was trained") from None
-    reading: Callable[[Path, bytes, Complaints], Iterator[Row]]
     reading = _csv if suffix.startswith(".csv") else _json if suffix == ".json" else _json_lines
-    return list(reading(path, data.removeprefix(b"\xef\xbb\xbf"), complaints))
+    return reading(path, data.removeprefix(b"\xef\xbb\xbf"))
 
 
-def _json_lines(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
+def _json_lines(path: Path, data: bytes) -> Iterator[Row | RowError]:
     for number, line in enumerate(data.rstrip().split(b"\n") if data.strip() else [], 1):
         place = f"{path}, line {number}"
-        try:
-            yield Row(place, _object(line))
-        except RowError as error:
-            complaints.add(place, str(error))
+        yield tried(place, _json_line, place, line)
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    """A line of a JSON lines file. RowError if it is empty, not UTF-8, not JSON, or no object."""
+def _json_line(place: str, line: bytes) -> Row:
     if not line.strip():
         raise RowError("the line is empty")
     try:
@@ -126,17 +125,11 @@ def _object(line: bytes) -> dict[str, Any]:
     except RecursionError:
         raise RowError("JSON nested too deeply") from None
     if not isinstance(value, dict):
-        raise RowError(f"must be a JSON object with keys, and is {_named(value)}")
-    return value
+        raise RowError(f"must be a JSON object with keys, and is {JSON_TYPES[type(value)]}")
+    return Row(place, value)
 
 
-def _named(value: Any) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    names |= {int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-def _json(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
+def _json(path: Path, data: bytes) -> Iterator[Row | RowError]:
     try:
         values = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -145,16 +138,16 @@ def _json(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
         lines = "; one object a line belongs in a file that ends in .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}){lines}; nothing was trained") from None
     if not isinstance(values, list):
-        raise DataError(f"{path}: must be a list of objects, and is {_named(values)}; nothing was trained")
+        raise DataError(f"{path}: must be a list of objects, and is {JSON_TYPES[type(values)]}; nothing was trained")
     for number, value in enumerate(values, 1):
         place = f"{path}, row {number}"
         if isinstance(value, dict):
             yield Row(place, value)
         else:
-            complaints.add(place, f"must be an object with keys, and is {_named(value)}")
+            yield RowError(f"{place}: must be an object with keys, and is {JSON_TYPES[type(value)]}")
 
 
-def _csv(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
+def _csv(path: Path, data: bytes) -> Iterator[Row | RowError]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -168,11 +161,11 @@ def _csv(path: Path, data: bytes, complaints: Complaints) -> Iterator[Row]:
             if None in values or None in values.values():
                 columns = len(reader.fieldnames or ())
                 given = columns + len(values.get(None, ())) - sum(value is None for value in values.values())
-                complaints.add(place, f"{given} columns, where the header has {columns}")
+                yield RowError(f"{place}: {given} columns, where the header has {columns}")
             else:
                 yield Row(place, {key: value for key, value in values.items() if value != ""})
     except csv.Error as error:
-        complaints.add(f"{path}, line {reader.line_num}", f"not CSV ({error})")
+        yield RowError(f"{path}, line {reader.line_num}: not CSV ({error})")
 
 
 def _parquet(path: Path) -> list[Row]:

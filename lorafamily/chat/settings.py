@@ -12,7 +12,6 @@ import yaml
 from lorafamily.errors import DataError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Export = Literal["peft", "serving", "merged", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class ResultOptions:
     """How many of the last checkpoints to keep, besides the best."""
     resume: Literal["auto", "anyway"] = "auto"
     """Whether to resume only with the same options, or anyway, for example with more steps."""
-    export: tuple[Export, ...] = ()
+    export: tuple[Literal["peft", "serving", "merged", "gguf"], ...] = ()
     """Besides the adapter: a folder for peft, one for inference servers, a merged checkpoint, a GGUF file."""
     dry_run: bool = False
     """Print the memory that the run would need, and stop."""

@@ -32,20 +32,21 @@ MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Template:
-    """A template, with the tokenizer whose special tokens it uses.
-
-    Args:
-        tokenizer: of transformers.
-        text: Jinja, as in a tokenizer's `chat_template`.
-    """
+    """A template with the tokenizer whose special tokens it uses. `text`: Jinja, as in its `chat_template`."""
 
     def __init__(self, tokenizer: Any, text: str):
         self.tokenizer, self.text = tokenizer, text
         self.marked = bool(MARK.search(text))
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-        nothing = "(?!)"  # matches nowhere
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or nothing)
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which matches nowhere
+
+    @property
+    def pad(self) -> int:
+        """Id of the token to pad with. Padding is masked everywhere, so any token will do."""
+        given = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if given is None else given)
 
     def render(self, messages: Messages, *, prompt: bool = False, tools: list[Any] | None = None) -> str:
         """The conversation as text. `prompt`: with the generation prompt for the assistant's next answer.
@@ -75,8 +76,12 @@ class Template:
         """The span of the turn of message `at`. `content`: the span of its content, None if it was not found."""
         begin = self._begin(messages, at, text, tools)
         if content is not None:
-            tail = self._tail(messages, at, text, content[1], tools)
-            end = content[1] + self._length_of_end(tail, last=bool(messages[at].get("tool_calls")))
+            rest = text[content[1] :]
+            if at + 1 < len(messages):  # without anything of the next message
+                before, after = _unused(text, messages)
+                until = self.render([*messages[:at], _around(messages[at], before, after)], tools=tools)
+                rest = _shared(rest, until.rpartition(after)[2])
+            end = content[1] + self._length_of_end(rest, last=bool(messages[at].get("tool_calls")))
             return min(begin, content[0]), end
         until = self.render(messages[: at + 1], tools=tools)
         shared = _shared(until, text)
@@ -115,26 +120,13 @@ class Template:
         if rendered.replace(before, "").replace(after, "") != text or rendered.count(after) != len(answers):
             return {}
         found: dict[int, Span] = {}
-        position, begin, remaining = 0, None, iter(answers)
-        for character in rendered:
-            if character == before:
-                begin = position
-            elif character == after:
-                # begin is None if the template cut the start of the content, such as a train of thought
-                found[next(remaining)] = (len(text) if begin is None else begin, position)
-                begin = None
-            else:
-                position += 1
+        end = 0
+        for at, piece in zip(answers, rendered.split(after), strict=False):
+            _, mark, content = piece.rpartition(before)
+            end += len(piece.replace(before, ""))
+            # There is no mark if the template cut the start of the content, such as a train of thought.
+            found[at] = (end - len(content) if mark else len(text), end)
         return found
-
-    def _tail(self, messages: Messages, at: int, text: str, end: int, tools: list[Any] | None) -> str:
-        """What the template writes after the content of message `at`, before anything of the next message."""
-        rest = text[end:]
-        if at + 1 == len(messages):
-            return rest
-        before, after = _unused(text, messages)
-        until = self.render([*messages[:at], _around(messages[at], before, after)], tools=tools)
-        return _shared(rest, until.rpartition(after)[2])
 
     def _length_of_end(self, tail: str, last: bool) -> int:
         """How many characters after the content belong to the turn: up to and including the first (or `last`) special
@@ -175,10 +167,8 @@ class Template:
 
 def _around(message: dict[str, Any], before: str, after: str) -> dict[str, Any]:
     """The message with a character before and after its content, within outer white space, which templates strip."""
-    content = message["content"]
-    core = content.strip()
-    lead = content[: len(content) - len(content.lstrip())]
-    return {**message, "content": f"{lead}{before}{core}{after}{content[len(lead) + len(core) :]}"}
+    content = message["content"].strip()
+    return {**message, "content": message["content"].replace(content, f"{before}{content}{after}", 1)}
 
 
 def _unused(text: str, messages: Messages) -> tuple[str, str]:

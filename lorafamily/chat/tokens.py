@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafamily.chat.forms import Conversation
-from lorafamily.chat.rows import Complaints, RowError
-from lorafamily.chat.templates import Span, Template
+from lorafamily.chat.rows import checked, tried
+from lorafamily.chat.templates import Template
 from lorafamily.errors import DataError
 
 LossOn = Literal["assistant", "everything"]
-TooLong = Literal["cut", "drop"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,15 @@ class Tokenised:
     cut: int = 0
     dropped: int = 0
 
+    def subset(self, places: Iterable[int]) -> Tokenised:
+        """The rows at these places, in their order."""
+        at = sorted(places)
+        return Tokenised([self.rows[i] for i in at], [self.kept[i] for i in at])
+
     def line(self) -> str:
         """A summary in one line."""
         tokens, learnt = sum(map(len, self.rows)), sum(int(row.learnt.sum()) for row in self.rows)
-        more = [f"{self.cut} cut"] if self.cut else []
-        more += [f"{self.dropped} left out"] if self.dropped else []
+        more = [f"{count} {what}" for count, what in ((self.cut, "cut"), (self.dropped, "left out")) if count]
         return (
             f"{len(self.rows):,} rows, {tokens:,} tokens, {learnt:,} of them learnt ({learnt / max(1, tokens):.0%}); "
             f"longest {max(map(len, self.rows), default=0):,}" + (f"; {', '.join(more)} (--length)" if more else "")
@@ -53,40 +56,29 @@ class Tokenised:
 
 
 def tokenised(
-    conversations: Iterable[Conversation],
+    conversations: Sequence[Conversation],
     template: Template,
     *,
     length: int,
     loss_on: LossOn = "assistant",
-    too_long: TooLong = "cut",
+    too_long: Literal["cut", "drop"] = "cut",
 ) -> Tokenised:
     """Every conversation as at most `length` tokens.
 
     Raises:
         DataError: the template refuses rows (the message has the place and reason of the first), or no row is left.
     """
-    rows, kept, complaints = list[Tokens](), list[Conversation](), Complaints()
-    cut = dropped = 0
-    for conversation in conversations:
-        try:
-            row = tokens_of(conversation, template, loss_on)
-        except RowError as error:
-            complaints.add(conversation.place, str(error))
-            continue
-        if len(row) > length and too_long == "cut":
-            row, cut = Tokens(row.ids[:length], row.learnt[:length]), cut + 1
-        if len(row) > length or not row.learnt.any():
-            dropped += 1
-            continue
-        rows.append(row)
-        kept.append(conversation)
-    complaints.raise_if_any()
-    if not rows:
+    rows = checked(tried(talk.place, tokens_of, talk, template, loss_on) for talk in conversations)
+    cut = sum(len(row) > length for row in rows) if too_long == "cut" else 0
+    if cut:
+        rows = [Tokens(row.ids[:length], row.learnt[:length]) for row in rows]
+    kept = [at for at, row in enumerate(rows) if len(row) <= length and row.learnt.any()]
+    if not kept:
         raise DataError(
-            f"all {dropped} rows are longer than --length {length} tokens, or none of their first {length} tokens "
+            f"all {len(rows)} rows are longer than --length {length} tokens, or none of their first {length} tokens "
             "counts in the loss; raise --length"
         )
-    return Tokenised(rows, kept, cut, dropped)
+    return Tokenised([rows[at] for at in kept], [conversations[at] for at in kept], cut, len(rows) - len(kept))
 
 
 def tokens_of(conversation: Conversation, template: Template, loss_on: LossOn = "assistant") -> Tokens:
@@ -96,25 +88,21 @@ def tokens_of(conversation: Conversation, template: Template, loss_on: LossOn = 
         ids = list(tokenizer(conversation.text)["input_ids"])
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
-        return _row(ids, [True] * len(ids))
-    if loss_on == "everything":
-        ids = tokenizer(template.render(conversation.messages, tools=conversation.tools), add_special_tokens=False)
-        return _row(ids["input_ids"], [True] * len(ids["input_ids"]))
-    text, spans = template.spans(conversation.messages, conversation.tools)
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return _row(found["input_ids"], _inside(found["offset_mapping"], spans))
-
-
-def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens end within a span. One that begins before the span, such as a space with the first word, counts: the
-    prompt ends where the span begins, so the model writes the whole token."""
-    return [first < last and any(begin < last <= end for begin, end in spans) for first, last in offsets]
-
-
-def _row(ids: Sequence[int], learnt: Sequence[bool]) -> Tokens:
-    marks = np.array(learnt, dtype=np.bool_)
-    marks[:1] = False
-    return Tokens(np.array(ids, dtype=np.int32), marks)
+        learnt = np.ones(len(ids), dtype=np.bool_)
+    elif loss_on == "everything":
+        text = template.render(conversation.messages, tools=conversation.tools)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        learnt = np.ones(len(ids), dtype=np.bool_)
+    else:
+        text, spans = template.spans(conversation.messages, conversation.tools)
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = found["input_ids"], found["offset_mapping"]
+        # Tokens that end within a span count, also one that begins before it, such as a space with the first word: the
+        # prompt ends where the span begins, so the model writes the whole token.
+        inside = [first < last and any(begin < last <= end for begin, end in spans) for first, last in offsets]
+        learnt = np.array(inside, dtype=np.bool_)
+    learnt[:1] = False
+    return Tokens(np.array(ids, dtype=np.int32), learnt)
 
 
 def preview(row: Tokens, tokenizer: Any, colour: bool) -> str:

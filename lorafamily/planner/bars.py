@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lorafamily.insight.drawing import COLOURS
-from lorafamily.planner.costs import MEMORY, Memory
+from lorafamily.planner.costs import Memory
 from lorafamily.terminal import BYTES, in_units
 
 
@@ -20,18 +20,16 @@ def memory_bars(ways: Mapping[str, Memory], title: str) -> Figure:
     axes = figure.add_subplot()
     names = list(ways)
     ends = np.zeros(len(ways))
-    parts = ("weights", "gradients", "optimizer", "activations")
-    for part, label, colour in zip(parts, MEMORY, COLOURS, strict=False):
+    for part, colour in zip(("weights", "gradients", "optimizer", "activations"), COLOURS, strict=False):
         widths = np.array([getattr(memory, part) or 0 for memory in ways.values()]) / size
         if widths.any():
-            axes.barh(names, widths, left=ends, color=colour, label=label, height=0.7)
+            axes.barh(names, widths, left=ends, color=colour, label=part, height=0.7)
         ends += widths
     peaks = np.array([memory.peak for memory in ways.values()]) / size
     below = peaks < 0.995 * ends  # where one sees the difference
     if below.any():
-        at = [name for name, is_below in zip(names, below, strict=True) if is_below]
-        axes.plot(peaks[below], at, linestyle="", marker="|", markersize=17, markeredgewidth=2, color="black",
-                  label="peak: gradients come\nas activations go")  # fmt: skip
+        axes.plot(peaks[below], np.array(names)[below], linestyle="", marker="|", markersize=17, markeredgewidth=2,
+                  color="black", label="peak: gradients come\nas activations go")  # fmt: skip
     for name, end, memory in zip(names, np.maximum(ends, peaks), ways.values(), strict=True):
         text = in_units(memory.peak) if memory.peak / size > 0.995 * end else f"peak {in_units(memory.peak)}"
         axes.annotate(text, (end, name), (5, 0), textcoords="offset points", va="center", fontsize=9)

@@ -41,9 +41,7 @@ def repeated_blocks(model: nn.Module, marked: Iterable[str] = ()) -> Blocks | No
     return None
 
 
-def copy_on_meta(
-    model: nn.Module, dtype: torch.dtype | None = None, blocks: Blocks | None = None, count: int = 0
-) -> nn.Module:
+def copy_on_meta(model: nn.Module, dtype: torch.dtype | None, blocks: Blocks | None, count: int) -> nn.Module:
     """A copy on the meta device, which allocates nothing; with floating-point tensors in `dtype`, if given, and only
     the first `count` of the `blocks`, if given."""
     found = [] if blocks is None else [*blocks.of(model)]
@@ -51,8 +49,8 @@ def copy_on_meta(
     memo: dict[int, Any] = {}
     for module in model.modules():
         if id(module) not in left_out:
-            tensors = [tensor for _, _, tensor in _tensors(module)]
-            memo |= {id(tensor): on_meta(tensor, dtype) for tensor in tensors if id(tensor) not in memo}
+            for _, _, tensor in _tensors(module):
+                memo.setdefault(id(tensor), without_values(tensor, dtype))
     for _, layer, kind in quantised_layers(model):
         if id(layer) not in left_out:
             memo[id(layer)] = stand_in(kind, layer, dtype)
@@ -64,25 +62,19 @@ def copy_on_meta(
 def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Replace a model's parameters, buffers and tensors in plain attributes by `change` of them; shared ones stay
     shared."""
-    changed: dict[int, Tensor] = {}
-    alive: list[Tensor] = []  # the old tensors, so that no id is used twice
+    changed: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for place, name, tensor in _tensors(module):
-            if id(tensor) not in changed:
-                alive.append(tensor)
-                changed[id(tensor)] = _as_parameter(change(tensor), tensor)
-            place[name] = changed[id(tensor)]
+            if tensor not in changed:
+                changed[tensor] = change(tensor)
+            place[name] = changed[tensor]
 
 
-def on_meta(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the same shape on the meta device; a floating-point one in `dtype`, if given."""
+def without_values(tensor: Tensor, dtype: torch.dtype | None = None, device: str = "meta") -> Tensor:
+    """A tensor of the same shape; a floating-point one in `dtype`, if given; a parameter, if this is one."""
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return _as_parameter(torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device="meta"), tensor)
-
-
-def _as_parameter(new: Tensor, old: Tensor) -> Tensor:
-    """A parameter if the old tensor was one."""
-    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype, device=device)
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,12 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What training with each method will need: trainable parameters, file size, memory; nothing is allocated."""
-    with _uncollected():
+    gc.disable()  # what is made here stays, and searching it for garbage takes a third of the command's time
+    try:
         model = model_of(given.model, given.architecture)
+        gc.freeze()
+    finally:
+        gc.enable()
     import transformers
 
     transformers.logging.set_verbosity_error()  # about configs
@@ -55,8 +57,7 @@ def plan_methods(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
         uses = [*(plan.use for plan in plans), plans[0].full, plans[0].floor]
         save(memory_bars({use.way: use.memory for use in uses}, _title(given, plans[0])), given.png)
-    result = {"plans": [plan.record() for plan in plans], "refused": refused}
-    return result, table(plans, refused)
+    return {"plans": [plan.record() for plan in plans], "refused": refused}, table(plans, refused)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -88,20 +89,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--png", type=Path, help="draw the memory by part into this file")
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without garbage collection: importing a library and building a model makes only objects that stay, and searching
-    them for garbage takes a third of the command's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
@@ -118,7 +105,6 @@ def _fused(given: list[str]) -> dict[str, list[str]]:
 
 def _title(given: argparse.Namespace, plan: Plan) -> str:
     name = given.model if given.model in SHAPES else plan.model
-    size = "" if given.budget is None else f"budget {given.budget:,.0f}"
-    size = size if given.rank is None else f"rank {given.rank}"
+    size = f"rank {given.rank}" if given.rank else f"budget {given.budget:,.0f}" if given.budget else ""
     batch = "activations not counted" if given.batch is None else f"batch {given.batch} × {given.length} tokens"
     return ", ".join(part for part in (f"Training {name}", size, batch, given.dtype or "float32") if part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from lorafamily.budget import Sizing
@@ -80,14 +80,11 @@ class Plan:
         return asdict(self)
 
 
-SIZES = ["rank", "slices", "adapters", "extra", "file"]
-MEMORY = ["weights", "gradients", "optimizer", "activations", "peak", "of full"]
-
-
 def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
     """Plans for one model with their references below; `refused`: methods without a plan, each with the reason."""
     first = plans[0]
-    rows = [["", *SIZES, *MEMORY]]
+    sizes = ["rank", "slices", "adapters", "extra", "file"]
+    rows = [["", *sizes, "weights", "gradients", "optimizer", "activations", "peak", "of full"]]
     rows += [_row(plan.use, first.full, _rank(plan.sizing), f"{sum(plan.slices.values()):,}") for plan in plans]
     rows += [_row(use, first.full) for use in (first.full, first.floor)]
     lines = aligned(rows)
@@ -122,8 +119,6 @@ def _layers(plan: Plan) -> str:
 
 
 def _row(use: Use, full: Use, rank: str = "–", slices: str = "–") -> list[str]:
-    memory = use.memory
-    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.peak)
     return [
         use.way,
         rank,
@@ -131,6 +126,6 @@ def _row(use: Use, full: Use, rank: str = "–", slices: str = "–") -> list[st
         f"{use.adapters or use.base:,}",
         f"{use.extra:,}" if use.extra else "–",
         in_units(use.file_bytes) if use.files else "–",
-        *("–" if part is None else in_units(part) for part in parts),
-        f"{memory.peak / full.memory.peak:.1%}",
+        *("–" if part is None else in_units(part) for part in astuple(use.memory)),
+        f"{use.memory.peak / full.memory.peak:.1%}",
     ]

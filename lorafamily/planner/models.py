@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from lorafamily.layers.rows import Fused
 
 
 def _zoo(name: str) -> dict[str, dict[str, Any]]:
-    read: dict[str, dict[str, Any]] = json.loads((files("lorafamily") / "zoo" / name).read_text(encoding="utf-8"))
-    return read
+    return json.loads((files("lorafamily") / "zoo" / name).read_text(encoding="utf-8"))
 
 
 SHAPES = _zoo("shapes.json")
@@ -58,8 +58,7 @@ def model_of(given: str, architecture: str | None = None) -> nn.Module:
     if "SequenceClassification" in cls.__name__ and config.problem_type is None:
         config.problem_type = "single_label_classification"  # some models derive it from the labels' values
     with torch.device("meta"):
-        model: nn.Module = cls(config)
-    return model
+        return cls(config)
 
 
 def example_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -75,10 +74,7 @@ def example_batch(model: nn.Module, rows: int, tokens: int) -> dict[str, Tensor]
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise DataError(f"length={tokens}: this {type(model).__name__} has {positions} positions")
-
-    def ids(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.long, device="meta")
-
+    ids = partial(torch.empty, dtype=torch.long, device="meta")
     batch, task = {"input_ids": ids(rows, tokens)}, type(model).__name__
     if task.endswith("ForSequenceClassification"):
         return batch | {"labels": ids(rows)}

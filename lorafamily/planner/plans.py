@@ -23,9 +23,9 @@ from lorafamily.layers.quantised import counts_of, packed_parameters, quantised_
 from lorafamily.layers.rows import Fused
 from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
-from lorafamily.planner.blocks import on_meta, repeated_blocks
+from lorafamily.planner.blocks import repeated_blocks, without_values
 from lorafamily.planner.costs import FLOOR, FULL, Memory, Plan, Use
-from lorafamily.planner.tracing import NotTracedError, PeakBytes, Penalty, Ready, peak_of_step
+from lorafamily.planner.tracing import NotTracedError, Penalty, Ready, peak_of_step
 from lorafamily.training.guards import check_keys
 
 COUNTER = 4  # bytes of the step count that AdamW keeps for each tensor
@@ -88,13 +88,12 @@ class Planner:
         """The plan of one method, with further arguments of `apply`."""
         choice = choose(self.model, method, fused=fused, **arguments)
         adapters = self._adapters(choice)
-        extra = {path: self._as_planned(parameter) for path, parameter in choice.extra_trained.items()}
+        extra = {path: without_values(parameter, self.dtype) for path, parameter in choice.extra_trained.items()}
         placement = Placement(choice.name, method, choice.method, choice.sizing, adapters, extra)
 
         def ready(model: nn.Module) -> Penalty | None:
             targets = targeting.match(model, lambda name, module: name in choice.targets, fused)
-            parameters = base_parameters(model)
-            present = {name: parameters[name] for name in choice.extra_trained if name in parameters}
+            present = {name: p for name, p in base_parameters(model).items() if name in choice.extra_trained}
             there = replace(choice, model=model, targets=targets, extra_trained=present)
             built = self._adapters(there)
             put(there, built)
@@ -109,7 +108,7 @@ class Planner:
             sum(value.numel() for value in extra.values()),
             0,
             sizes(described(choice.model, placement, choice.targets, extra)),
-            self._memory(added, trained, self._peak(ready, [*choice.targets, *choice.extra_trained])),
+            self._memory(added, trained, ready, [*choice.targets, *choice.extra_trained]),
         )
         return Plan(
             model=type(self.model).__name__,
@@ -128,24 +127,22 @@ class Planner:
         """Full fine-tuning: everything trains."""
         packed = packed_parameters(self.model)
         names = {name for name, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in packed}
+        return self._without_adapters(FULL, names, {"weights": sum(tensor.nbytes for tensor in self._base())})
+
+    @cached_property
+    def floor(self) -> Use:
+        """Gradients pass through the frozen model and nothing trains: no adapter needs less."""
+        return self._without_adapters(FLOOR, set(), {})
+
+    def _without_adapters(self, way: str, names: set[str], files: dict[str, int]) -> Use:
+        """The use where the base's parameters of these names train."""
 
         def ready(model: nn.Module) -> None:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in names)
 
-        trained = [self._as_planned(p) for name, p in base_parameters(self.model).items() if name in names]
-        memory = self._memory([], trained, self._peak(ready, []))
-        count = sum(parameter.numel() for parameter in trained)
-        return Use(FULL, 0, 0, count, {"weights": sum(tensor.nbytes for tensor in self._base())}, memory)
-
-    @cached_property
-    def floor(self) -> Use:
-        """Gradients pass through the frozen model and nothing trains: no adapter needs less."""
-
-        def ready(model: nn.Module) -> None:
-            model.requires_grad_(False)
-
-        return Use(FLOOR, 0, 0, 0, {}, self._memory([], [], self._peak(ready, [])))
+        trained = [without_values(p, self.dtype) for name, p in base_parameters(self.model).items() if name in names]
+        return Use(way, 0, 0, sum(p.numel() for p in trained), files, self._memory([], trained, ready, []))
 
     def _adapters(self, choice: Choice) -> dict[str, Adapter]:
         built = choice.build(torch.Generator(), meta=True, dtype=self.dtype)
@@ -155,37 +152,31 @@ class Planner:
         """The base's parameters in the planned dtype; quantised ones as they are stored."""
         packed = {at for at, _, _ in quantised_layers(self.model)}
         named = tensors_of(self.model).items()
-        return [t if name.partition(".weight")[0] in packed else self._as_planned(t) for name, t in named]
+        return [t if name.partition(".weight")[0] in packed else without_values(t, self.dtype) for name, t in named]
 
-    def _as_planned(self, tensor: Tensor) -> Tensor:
-        return on_meta(tensor, self.dtype)
-
-    def _memory(self, added: Sequence[Tensor], trained: Sequence[Tensor], peak: PeakBytes | None) -> Memory:
-        """`added`: tensors besides the base's; `trained`: those with a gradient and optimizer states."""
-        base = [*self._base(), *(self._as_planned(buffer) for buffer in self.model.buffers())]
+    def _memory(self, added: list[Tensor], trained: list[Tensor], ready: Ready, marked: Sequence[str]) -> Memory:
+        """`added`: tensors besides the base's; `trained`: those with a gradient and optimizer states; `marked`: names
+        of what blocks must have alike to stand for each other."""
+        base = [*self._base(), *(without_values(buffer, self.dtype) for buffer in self.model.buffers())]
         weights = sum(tensor.nbytes for tensor in [*base, *added])
         gradients = sum(tensor.nbytes for tensor in trained)
         states = sum(2 * t.numel() * (self.states or t.dtype).itemsize + COUNTER for t in trained)
-        within = gradients if peak is None else max(gradients, peak.with_gradients)
-        activations = None if peak is None else peak.activations
+        activations, within = None, gradients
+        if self.batch is not None and self._not_traced is None:
+            try:
+                activations, with_gradients = peak_of_step(
+                    self.model,
+                    self.batch,
+                    ready,
+                    dtype=self.dtype,
+                    loss_fn=self.loss_fn,
+                    checkpoint_activations=self.checkpoint_activations,
+                    blocks=repeated_blocks(self.model, marked),
+                )
+                within = max(gradients, with_gradients)
+            except NotTracedError as error:
+                self._not_traced = str(error)
         return Memory(weights, gradients, states, activations, weights + states + within)
-
-    def _peak(self, ready: Ready, marked: Sequence[str]) -> PeakBytes | None:
-        if self.batch is None or self._not_traced is not None:
-            return None
-        try:
-            return peak_of_step(
-                self.model,
-                self.batch,
-                ready,
-                dtype=self.dtype,
-                loss_fn=self.loss_fn,
-                checkpoint_activations=self.checkpoint_activations,
-                blocks=repeated_blocks(self.model, marked),
-            )
-        except NotTracedError as error:
-            self._not_traced = str(error)
-            return None
 
     def _assumptions(self, trained: Sequence[Tensor]) -> tuple[str, ...]:
         of_base = _dtypes(self._base())

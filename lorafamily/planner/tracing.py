@@ -10,19 +10,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lorafamily.allocation.replay import PeakActivations
 from lorafamily.batch import LossFn, loss_of
 from lorafamily.errors import LoraFamilyError
-from lorafamily.planner.blocks import Blocks, copy_on_meta, replace_tensors
+from lorafamily.planner.blocks import Blocks, copy_on_meta, replace_tensors, without_values
 from lorafamily.training.execution import recomputing
 
 Penalty = Callable[[], Tensor]
@@ -31,8 +32,7 @@ Ready = Callable[[nn.Module], Penalty | None]
 FEW, MORE = 2, 3  # blocks that are run: the first may differ from the others, so one would not be enough
 
 
-@dataclass(frozen=True)
-class PeakBytes:
+class PeakBytes(NamedTuple):
     """Bytes at their highest. `activations`: what the backward needs and what is computed on the way, which is all that
     a step makes except gradients of parameters and optimizer states; `with_gradients`: activations and gradients."""
 
@@ -41,11 +41,8 @@ class PeakBytes:
 
 
 class NotTracedError(Exception):
-    """The step cannot run on fake tensors, since it depends on their values; the message says where."""
-
-
-class _UnlikeError(Exception):
-    """The model does not call its blocks one after the other, each once."""
+    """The step cannot run on fake tensors, since it depends on their values, or its blocks cannot stand for others; the
+    message says where."""
 
 
 def peak_of_step(
@@ -69,50 +66,42 @@ def peak_of_step(
         NotTracedError: forward or backward depend on values of tensors.
     """
 
-    def run(blocks: Blocks | None, count: int) -> list[tuple[str, PeakBytes]]:
+    def run(blocks: Blocks | None, count: int) -> list[tuple[str, list[int]]]:
+        """One step on fake tensors: each part of the step with its peak, in order."""
         shorter = copy_on_meta(model, dtype, blocks, count)
         penalty = ready(shorter)
-        return _run(shorter.train(), batch, penalty, loss_fn, checkpoint_activations, blocks)
+        shorter.train()
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _not_packed():
+                fake = partial(without_values, device="cpu")
+                replace_tensors(shorter, fake)
+                fake_batch = tree_map_only(Tensor, fake, batch)
+                if not any(parameter.requires_grad for parameter in shorter.parameters()):
+                    _let_inputs_learn(shorter, fake_batch)
+                timeline = Timeline(shorter, blocks)
+                with recomputing(shorter, checkpoint_activations), timeline:
+                    loss = loss_of(shorter, fake_batch, loss_fn)
+                    timeline.in_backward = True
+                    loss.backward()
+                    timeline.mark("after")
+                    if penalty is not None:
+                        penalty().backward()
+        except LoraFamilyError:
+            raise
+        except Exception as error:
+            raise NotTracedError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        return timeline.parts
 
     if blocks is not None and blocks.count > FEW + MORE:  # otherwise running all of them is no more work
         try:
             few, more = (_by_place(run(blocks, count), count) for count in (FEW, MORE))
-            return _extended(few, more, blocks.count)
-        except (NotTracedError, _UnlikeError):
+        except NotTracedError:
             pass  # run all blocks
-    parts = [peak for _, peak in run(None, 0)]
-    return PeakBytes(max(peak.activations for peak in parts), max(peak.with_gradients for peak in parts))
-
-
-def _run(
-    model: nn.Module,
-    batch: Any,
-    penalty: Penalty | None,
-    loss_fn: LossFn | None,
-    checkpoint_activations: bool,
-    blocks: Blocks | None,
-) -> list[tuple[str, PeakBytes]]:
-    """One step on fake tensors: each part of the step with its peak, in order."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), _not_packed():
-            replace_tensors(model, _fake)
-            batch = tree_map(lambda leaf: _fake(leaf) if isinstance(leaf, Tensor) else leaf, batch)
-            if not any(parameter.requires_grad for parameter in model.parameters()):
-                _let_inputs_learn(model, batch)
-            timeline = Timeline(model, blocks)
-            with recomputing(model, checkpoint_activations), timeline:
-                loss = loss_of(model, batch, loss_fn)
-                timeline.in_backward = True
-                loss.backward()
-                timeline.mark("after")
-                if penalty is not None:
-                    penalty().backward()
-                timeline.mark("end")
-    except LoraFamilyError:
-        raise
-    except Exception as error:
-        raise NotTracedError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    return timeline.parts
+        else:
+            # In each part the bytes grow by the same with every block, so the highest forward or backward is the first
+            # or the last.
+            return _highest(more + (more - few) * (blocks.count - MORE))
+    return _highest(np.array([peak for _, peak in run(None, 0)]))
 
 
 class Timeline(PeakActivations):
@@ -121,9 +110,9 @@ class Timeline(PeakActivations):
 
     def __init__(self, model: nn.Module, blocks: Blocks | None):
         super().__init__()
-        self.parts: list[tuple[str, PeakBytes]] = []
+        self.parts: list[tuple[str, list[int]]] = [("before", [0, 0])]  # bytes as in `PeakBytes`
         self.in_backward = False
-        self._part, self._activations, self._both, self._gradients = "before", 0, 0, 0
+        self._gradients = 0
         self._of_gradients: set[int] = set()
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -142,13 +131,12 @@ class Timeline(PeakActivations):
 
     def mark(self, part: str) -> None:
         """Begin another part of the step."""
-        self.parts.append((self._part, PeakBytes(self._activations, self._both)))
-        self._part, self._activations, self._both = part, 0, 0
+        self.parts.append((part, [0, 0]))
         self._note()
 
     def _note(self) -> None:
-        self._both = max(self._both, self._alive)
-        self._activations = max(self._activations, self._alive - self._gradients)
+        _, peak = self.parts[-1]
+        peak[:] = max(peak[0], self._alive - self._gradients), max(peak[1], self._alive)
 
     def _is_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -170,33 +158,20 @@ class Timeline(PeakActivations):
         self.mark("head")
 
 
-def _by_place(parts: list[tuple[str, PeakBytes]], count: int) -> list[PeakBytes]:
+def _by_place(parts: list[tuple[str, list[int]]], count: int) -> NDArray[np.int64]:
     """Of a step with `count` blocks, the peaks of those parts that every step has, however many blocks there are."""
-    order = [name for name, _ in parts]
     # What happens between two blocks is negligible, and happens after the last one too.
     forward = [name for i in range(count) for name in (f"forward {i}", "head")]
-    if order != ["before", *forward, *(f"backward {i}" for i in reversed(range(count))), "after"]:
-        raise _UnlikeError
-    at = (0, 1, 2 * count - 1, 2 * count, 2 * count + 1, -2, -1)  # first and last forward, head, backwards, after
-    return [parts[i][1] for i in at]
+    backward = [f"backward {i}" for i in reversed(range(count))]
+    if [name for name, _ in parts] != ["before", *forward, *backward, "after"]:
+        raise NotTracedError("the model does not call its blocks one after the other, each once")
+    last = dict(parts)
+    return np.array([last[name] for name in ("before", forward[0], *forward[-2:], backward[0], backward[-1], "after")])
 
 
-def _extended(few: list[PeakBytes], more: list[PeakBytes], count: int) -> PeakBytes:
-    """The peak with `count` blocks. In each part the bytes grow by the same with every block, so the highest forward or
-    backward is the first or the last."""
-
-    def highest(few: list[int], more: list[int]) -> int:
-        return max(b + (b - a) * (count - MORE) for a, b in zip(few, more, strict=True))
-
-    return PeakBytes(
-        highest([part.activations for part in few], [part.activations for part in more]),
-        highest([part.with_gradients for part in few], [part.with_gradients for part in more]),
-    )
-
-
-def _fake(tensor: Tensor) -> Tensor:
-    """A fake CPU tensor; called inside `FakeTensorMode`."""
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+def _highest(peaks: NDArray[np.int64]) -> PeakBytes:
+    """The highest of each kind; `peaks` has the shape (parts, kinds)."""
+    return PeakBytes(*peaks.max(axis=0).tolist())
 
 
 @contextmanager
@@ -205,14 +180,13 @@ def _not_packed() -> Iterator[None]:
     and every layer would get a mask that it does not get in training."""
     masks, name = sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices"
     before = getattr(masks, name, None)
-    if before is None:
-        yield
-        return
-    setattr(masks, name, lambda *args, **kwargs: None)
+    if before is not None:
+        setattr(masks, name, lambda *args, **kwargs: None)
     try:
         yield
     finally:
-        setattr(masks, name, before)
+        if before is not None:
+            setattr(masks, name, before)
 
 
 def _let_inputs_learn(model: nn.Module, batch: Any) -> None:
