@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Log:
+class Log(contextlib.AbstractContextManager["Log"]):
     """The log of one run in a `with` block, continued from its history; writes nothing without a folder.
 
     The log begins with the first step, because the first batch may show that some adapters have no effect; a run
@@ -48,9 +48,6 @@ class Log:
         if self.folder is not None:
             with _naming(self.folder):
                 self.board.evaluation(evaluation)
-
-    def __enter__(self) -> Log:
-        return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         interrupted = error is not None and issubclass(error, Interrupted)

@@ -155,7 +155,8 @@ class Rates:
         self, optimizer: torch.optim.Optimizer, schedule: Schedule, total: int, warmup: float | None, floor: float
     ):
         self.optimizer, self.schedule, self.total, self.floor = optimizer, schedule, total, floor
-        self.warmup = warmup_steps(WARMUP if warmup is None else warmup, total)
+        self.given_warmup = WARMUP if warmup is None else warmup
+        self.warmup = warmup_steps(self.given_warmup, total)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.scheduler = schedule if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler) else None
         if not 0 <= floor <= 1:

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from lorafamily.batch import LossOver
 from lorafamily.layers.state import Placement
-from lorafamily.training.optimisation import WARMUP, Rates
+from lorafamily.training.optimisation import Rates
 
 Setting = str | int | float | bool
 
 
-def run_settings(
-    rates: Rates,
-    placement: Placement | None,
-    warmup: float | None,
-    accumulate: int,
-    seed: int | None,
-    loss_over: LossOver,
-    again: bool,
-    patience: int | None,
-) -> dict[str, Setting]:
-    """Settings by name; the arguments have the names of `train`'s."""
+def rate_settings(rates: Rates) -> dict[str, Setting]:
+    """The settings of the optimizer and its rates, by name."""
     schedule = rates.schedule
     named = schedule if isinstance(schedule, str) else getattr(schedule, "__name__", type(schedule).__name__)
     if callable(schedule):  # two functions may have one name
         named += "".join(f" {rates.share(max(1, rates.total * i // 4)):.4g}" for i in range(1, 5))
-    return {
-        "lr": rates.peaks[0],
-        "steps": rates.total,
-        "schedule": named,
-        "warmup": WARMUP if warmup is None else warmup,
-        "floor": rates.floor,
-        "accumulate": accumulate,
-        "seed": -1 if seed is None else seed,
-        "loss over": loss_over if isinstance(loss_over, str) else "a function",
-        "again": int(again),
-        "patience": patience or 0,
-        "weight decay": rates.optimizer.param_groups[0].get("weight_decay", 0.0),
-        **_method_settings(placement),
-    }
+    decay = rates.optimizer.param_groups[0].get("weight_decay", 0.0)
+    found = {"lr": rates.peaks[0], "steps": rates.total, "schedule": named, "warmup": rates.given_warmup}
+    return {**found, "floor": rates.floor, "weight decay": decay}
 
 
-def _method_settings(placement: Placement | None) -> dict[str, Setting]:
+def method_settings(placement: Placement | None) -> dict[str, Setting]:
+    """The settings of `apply`, by name."""
     if placement is None:
         return {"method": "none"}
     sizing, options = placement.sizing, placement.method.options()
