@@ -36,10 +36,9 @@ from lorafamily.training.log import Log
 from lorafamily.training.loop_context import LoopContext
 from lorafamily.training.optimisation import Optimizer, Rates, largest_norm, made, parameters_of
 from lorafamily.training.processes import Processes
-from lorafamily.training.run_state import RunState
+from lorafamily.training.run_state import RunState, method_settings
 from lorafamily.training.schedule import Schedule, total_steps
 from lorafamily.training.session import Session
-from lorafamily.training.settings import method_settings, rate_settings
 from lorafamily.training.state import seeded
 
 SCALING_LIMIT = 25  # steps in a row in which float16's loss scale may halve itself, from 2¹⁶ to nothing
@@ -194,7 +193,7 @@ def train(
             loop=LoopContext(in_precision, scaling, reduces=True, progress=shown, compiled=compile),
         )
         runner = cast(nn.Module, torch.compile(model)) if compile else model
-        settings = rate_settings(rates) | {"accumulate": accumulate, "seed": -1 if seed is None else seed}
+        settings = rates.settings() | {"accumulate": accumulate, "seed": -1 if seed is None else seed}
         settings |= {"loss over": loss_over if isinstance(loss_over, str) else "a function"}
         settings |= {"again": int(again), "patience": patience or 0, **method_settings(session.placement)}
         settings |= {"head lr": rates.peaks[-1]} if optimizer is None else {}
