@@ -15,12 +15,8 @@ except ImportError:  # Windows, where folders are not locked
 
 
 class FolderLock(ExitStack):
-    """Locks a folder until the end of a `with` block, or of the process, however that ends.
-
-    Raises:
-        StateError: another process has locked it.
-        FileError: nothing can be written there.
-    """
+    """Locks a folder until the end of a `with` block, or of the process, however that ends. Raises StateError if
+    another process has locked it, FileError if nothing can be written there."""
 
     def __init__(self, folder: Path | None):
         super().__init__()
