@@ -143,7 +143,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             raise StateError(f"{engine} holds on to the tensors it was given, and this method changes their size")
         if begun is not None:
             if not self._none_loaded:  # tensors were loaded with the model, perhaps in another precision
-                begun = {key: value for key, value in begun.items() if key not in ("adapters", "beside")}
+                begun.update(adapters={}, beside={})
             self.session.load_state_dict(begun)
         self._none_loaded = False
         self._hooks.append(self.session.optimizer.register_state_dict_post_hook(self._put_in))
@@ -170,9 +170,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         assert self.session is not None
         decision = self.session.step()
         if decision is not None and self.log is not None:
-            slices = list(decision.after.values())
-            metrics = {"slices": sum(slices), "slices/lowest": min(slices), "slices/highest": max(slices)}
-            self.log({name: float(value) for name, value in metrics.items()})
+            slices = [float(n) for n in decision.after.values()]
+            self.log({"slices": sum(slices), "slices/lowest": min(slices), "slices/highest": max(slices)})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **given: Any) -> None:
         """Save the adapters in the Trainer's checkpoint as a folder that `lorafamily.load` reads."""
@@ -208,10 +207,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
 
     def _fit_ranks(self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         """Give the adapters the ranks of the tensors that are about to be loaded, and leave out adapters without any.
-
-        A state dict without adapters is of a model that was built anew from its files, as sentence-transformers does.
-        Then the adapters stay as they are until `on_train_begin` or `on_train_end` loads them.
-        """
+        If none has any, a model was built anew from its files, as sentence-transformers does: then the adapters stay as
+        they are until `on_train_begin` or `on_train_end` loads them."""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         known = {at: prefix + names[id(next(a.parameters()))] for at, a in self.placement.adapters.items()}
         gone = [at for at, name in known.items() if name not in state_dict]
@@ -231,11 +228,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
 
 def _leave_to_session(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
     """Let the session average the adapters' gradients, and DDP, which the Trainer will put around the model, ignore
-    them: it would wait for gradients of tensors that were replaced.
-
-    DDP refuses a model without a parameter to train. If nothing else trains, it gets the smallest of the adapters'
-    tensors, which may be replaced. Returns whether that is so.
-    """
+    them: it would wait for gradients of tensors that were replaced. If nothing else trains, DDP, which refuses a model
+    without a parameter to train, gets their smallest tensor, which may be replaced. Returns whether that is so."""
     ids = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ignored = {name for name, p in model.named_parameters() if id(p) in ids}

@@ -30,10 +30,8 @@ ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `scoring_memory` say
 
 
 class Ablation(Scorer):
-    """AB-LoRA, exact, in about half the time of two forwards a slice.
-
-    Layers are taken in the order in which the network calls them. What comes before a layer is the same for all its
-    ablations, so it is replayed from a `Tape`. What comes after it is computed for several ablations in one batch.
+    """AB-LoRA, exact, in about half the time of two forwards a slice: what comes before a layer is the same for all its
+    ablations and is replayed from a `Tape`; what comes after it is computed for several ablations in one batch.
 
     Args:
         scoring_rows: rows of validation data for the loss.
@@ -102,16 +100,12 @@ class Ablation(Scorer):
         return unchanged, losses
 
     def _batch_size(self, device: torch.device, recorded: int, of_one: int) -> int:
-        """How many ablations fit into one batch if each needs `of_one` bytes and the tape has `recorded`; on a CPU one,
-        unless `scoring_memory` was set."""
-        bound = self.memory
-        if not self._batches or (bound is None and device.type == "cpu"):
+        """How many ablations fit into one batch if each needs `of_one` bytes and the tape has `recorded`."""
+        if not self._batches or (self.memory is None and device.type == "cpu"):
             return 1
-        return max(1, int(((ON_A_GPU if bound is None else bound) * 2**20 - recorded) / max(of_one, 1)))
+        return max(1, int(((self.memory or ON_A_GPU) * 2**20 - recorded) / max(of_one, 1)))
 
     def _with_gates(self, tape: Tape, adapter: Adapter, gates: Float[Tensor, "n r"]) -> Float[Tensor, " n"]:
-        """The loss under each gate."""
-
         def loss(gate: Float[Tensor, " r"]) -> Tensor:
             with adapter.gated(gate):
                 return self._loss()

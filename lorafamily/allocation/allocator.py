@@ -23,7 +23,11 @@ from lorafamily.history import Decision
 
 
 class Allocator(ABC):
-    """Moves rank during one run. It is deterministic: the same gradients and losses lead to the same decisions."""
+    """Moves rank during one run. It is deterministic: the same gradients and losses lead to the same decisions.
+
+    `slices`: in use by module, those that exist and were not masked by the last decision. `settled`: whether no further
+    decision will come. `observed`: steps that the scorer has observed. `now`: the step after which it was last called.
+    """
 
     grows: ClassVar[bool] = False
     """Whether a module may end with more slices than it started with."""
@@ -31,22 +35,13 @@ class Allocator(ABC):
     def __init__(self, run: Run):
         self.run = run
         self.slices = dict(run.start or {name: adapter.slices for name, adapter in run.adapters.items()})
-        """Slices in use by module: those that exist and were not masked by the last decision."""
-        self.settled = False
-        """Whether no further decision will come."""
         self.scorer: Scorer | None = None
-        self.observed = 0
-        """Steps that the scorer has observed."""
-        self.now = 0
-        """The step after which it was last called."""
+        self.settled, self.observed, self.now = False, 0, 0
 
     def step(self, step: int, *, observe: bool = True) -> Decision | None:
         """Observe, decide and act; call it after optimizer step `step` (from 1), before the gradients are cleared.
 
-        `observe`: False for a step that was skipped because its gradient was not finite.
-
-        Raises:
-            AllocationError: a decision is due, and the scores that it needs are missing or not finite.
+        `observe`: False for a step that was skipped because its gradient was not finite. Raises as `scores` does.
         """
         if self.settled:
             return None
@@ -86,7 +81,7 @@ class Allocator(ABC):
         return {"slices": dict(self.slices), "settled": self.settled, "scorer": scorer, "observed": self.observed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of an allocator with the same settings; the adapters must have its slices already."""
+        """Continue from that `state`, made with the same settings; the adapters must have its slices already."""
         self.slices, self.settled, self.observed = dict(state["slices"]), state["settled"], state["observed"]
         if self.scorer is not None:
             self.scorer.restore(state["scorer"])
@@ -137,8 +132,7 @@ class Allocator(ABC):
     def highest(self, scores: Scores, slices: int, *, fit: bool = True) -> dict[str, Bool[Tensor, " r"]]:
         """Masks by module of the `slices` highest scores in the network; of equal scores, later modules win.
 
-        `fit`: take fewer if the run's limits require it. Slices of different modules differ in cost: one that does not
-        fit into what is left of the limit is skipped, and the next ones are tried.
+        `fit`: take fewer if the run's limits require it; a slice that costs more than is left of the limit is skipped.
         """
         flat = torch.cat(list(scores.values()))
         best = flat.argsort(stable=True).flip(0)
@@ -166,7 +160,7 @@ class Allocator(ABC):
         return Decision(step, before, dict(after), reason, threshold, by_module)
 
     def _note_settled(self) -> None:
-        """Let adapters record, and save, whether their ranks are settled, so that a second run leaves them alone."""
+        """Let adapters record, also in files, whether their ranks are settled: a second run then leaves them alone."""
         for adapter in self.run.adapters.values():
             adapter.settled = self.settled
 
@@ -181,11 +175,8 @@ class Allocation(ABC):
 
     @abstractmethod
     def allocator(self, run: Run) -> Allocator:
-        """The allocator for a run whose ranks may move.
-
-        Raises:
-            AllocationError: the schedule does not fit the run, or needs something that the run lacks.
-        """
+        """The allocator for a run whose ranks may move. Raises AllocationError if the schedule does not fit the run, or
+        needs something that the run lacks."""
 
     def end_share(self) -> float:
         """The share of all slices that is left at the end, for `budget_at="end"`."""

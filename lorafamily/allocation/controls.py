@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorafamily.adapter import Adapter
 from lorafamily.allocation.scorer import Scorer, Scores
 
 
@@ -11,39 +16,32 @@ class Magnitude(Scorer):
     """‖ΔW‖_F of each slice by itself."""
 
     def scores(self) -> Scores:
-        result = {}
-        for name, adapter in self.run.adapters.items():
-            norms = []
-            for only in torch.eye(adapter.slices, device=adapter.device):
-                with adapter.gated(only):
-                    norms.append(adapter.norm())
-            result[name] = torch.tensor(norms, dtype=torch.float64, device="cpu")
-        return result
+        return {name: _norms(adapter) for name, adapter in self.run.adapters.items()}
 
 
 class Random(Scorer):
     """Uniformly random scores from the run's seed, the control that a scorer must beat."""
 
     def scores(self) -> Scores:
-        draw = self.run.generator
-        return {
-            name: torch.rand(adapter.slices, dtype=torch.float64, device="cpu", generator=draw)
-            for name, adapter in self.run.adapters.items()
-        }
+        draw = partial(torch.rand, dtype=torch.float64, device="cpu", generator=self.run.generator)
+        return {name: draw(adapter.slices) for name, adapter in self.run.adapters.items()}
 
 
-class Singular(Magnitude):
+class Singular(Scorer):
     """|λ| where a parametrisation has one entry per slice (AdaLoRA's singular values, LoRA²'s E), otherwise as
     `Magnitude`."""
 
     def scores(self) -> Scores:
         result = {}
-        norms: Scores = {}
         for name, adapter in self.run.adapters.items():
             entries = adapter.update.get_parameter(adapter.update.zeroed)
-            if entries.ndim == 1:
-                result[name] = entries.detach().abs().double().cpu()
-            else:
-                norms = norms or super().scores()
-                result[name] = norms[name]
+            result[name] = entries.detach().abs().double().cpu() if entries.ndim == 1 else _norms(adapter)
         return result
+
+
+def _norms(adapter: Adapter) -> Float[Tensor, " r"]:
+    norms = []
+    for only in torch.eye(adapter.slices, device=adapter.device):
+        with adapter.gated(only):
+            norms.append(adapter.norm())
+    return torch.tensor(norms, dtype=torch.float64, device="cpu")

@@ -26,9 +26,9 @@ def slices_to_move(
 ) -> tuple[dict[str, set[int]], list[str]]:
     """The slices to drop, by module, and the module of every new slice.
 
-    At most `most` slices are dropped, the first of `drop`. As many are added to those modules of `gain` that lose none,
-    in turn, so that the first of them get the remainder; with `once` at most one each. Slices differ in cost, and a
-    module has a largest rank, so a module without room is skipped. No more slices are dropped than the new ones need.
+    At most `most` slices are dropped, the first of `drop`, and no more than the new ones need. As many are added to
+    those modules of `gain` that lose none, in turn, so that the first get the remainder; with `once` at most one each.
+    Slices differ in cost, and a module has a largest rank, so a module without room is skipped.
     """
     before = {name: adapter.slices for name, adapter in run.adapters.items()}
     costs = {name: adapter.update.slice_cost for name, adapter in run.adapters.items()}

@@ -83,7 +83,12 @@ class ImportancePruner(Allocator):
                 f"slices would be dropped before any gradient was observed: scores are updated only before step "
                 f"{self.freeze} ({run.steps} steps less those of final); train longer, or lower final"
             )
-        self._check_limit()
+        costs = [adapter.update.slice_cost for adapter in run.adapters.values() if adapter.slices]
+        if run.limit is not None and self.target and costs and (needed := run.unsliced() + min(costs)) > run.limit:
+            raise AllocationError(
+                f"{run.limit:,} trainable parameters at the end cannot be met: {run.unsliced():,} belong to no slice "
+                f"and are never pruned, and one slice makes it {needed:,}; start with a lower rank, or allow {needed:,}"
+            )
 
     def observe(self, step: int) -> None:
         if step < self.freeze:
@@ -117,16 +122,3 @@ class ImportancePruner(Allocator):
         pruned = torch.cat([scores[name][~kept] for name, kept in keep.items()])
         threshold = float(pruned.max()) if len(pruned) else None
         return self.record(step, {name: int(kept.sum()) for name, kept in keep.items()}, reason, threshold, scores)
-
-    def _check_limit(self) -> None:
-        """Refuse a limit without room for a single slice, by which all would be pruned."""
-        costs = [adapter.update.slice_cost for adapter in self.run.adapters.values() if adapter.slices]
-        if self.run.limit is None or not self.target or not costs:
-            return
-        needed = self.run.unsliced() + min(costs)
-        if needed > self.run.limit:
-            raise AllocationError(
-                f"{self.run.limit:,} trainable parameters at the end cannot be met: {self.run.unsliced():,} belong to "
-                f"no slice and are never pruned, and one slice makes it {needed:,}; start with a lower rank, or allow "
-                f"{needed:,}"
-            )

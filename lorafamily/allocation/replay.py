@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +45,7 @@ class Tape:
     def run(self, compute: Callable[[], T]) -> T:
         """Compute something with the model, replaying recorded calls."""
         self._within = [_Call("")]
-        with self._wrapped():
+        with forwards_replaced({m: partial(self._call, path, m, m.forward) for path, m in self._modules}):
             return compute()
 
     def wind_to(self, path: str, compute: Callable[[], Any]) -> None:
@@ -63,19 +63,6 @@ class Tape:
     def bytes(self) -> int:
         """Bytes of the recorded outputs."""
         return sum(leaf.nbytes for leaf in tree_leaves([self._outputs, self._layer]) if isinstance(leaf, Tensor))
-
-    @contextmanager
-    def _wrapped(self) -> Iterator[None]:
-        before = [vars(module).get("forward") for _, module in self._modules]
-        for path, module in self._modules:
-            vars(module)["forward"] = partial(self._call, path, module, module.forward)
-        try:
-            yield
-        finally:
-            for (_, module), forward in zip(self._modules, before, strict=True):
-                del vars(module)["forward"]
-                if forward is not None:
-                    vars(module)["forward"] = forward
 
     def _call(self, path: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         caller = self._within[-1]
@@ -101,6 +88,21 @@ class Tape:
         if self._stop_at is not None:
             caller.ended[key] = _copied(output)
         return output
+
+
+@contextmanager
+def forwards_replaced(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """In the block these modules have other `forward`s, on the instance."""
+    before = {module: vars(module).get("forward") for module in new}
+    for module, forward in new.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, old in before.items():
+            del vars(module)["forward"]
+            if old is not None:
+                vars(module)["forward"] = old
 
 
 @dataclass

@@ -48,7 +48,7 @@ class Run:
         return not self.again and bool(self.adapters) and all(adapter.settled for adapter in self.adapters.values())
 
     def resize(self, name: str, keep: Tensor, add: int = 0) -> None:
-        """Keep the slices with these indices and add `add` new ones to one adapter; the optimizer's state follows."""
+        """`Adapter.resize` of one module; the optimizer's state follows."""
         adapter = self.adapters[name]
         for change in adapter.resize(keep.to(adapter.device), add, generator=self.generator):
             if self.optimizer is not None:

@@ -72,10 +72,9 @@ def forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
 def follow_resize(optimizer: torch.optim.Optimizer, change: Resize) -> None:
     """Let the optimizer train the new parameter in place of the old one, with its state.
 
-    State along the slices follows them: entries of kept slices keep their bits (quantised ones are rounded again),
-    those of new slices are what the optimizer would begin with, which is zero for moments. State along the other axis,
-    and scalars such as the step count, stay. If some of a parameter's state cannot follow, all of it begins anew, with
-    a warning that names the optimizer and the state.
+    Entries of kept slices keep their bits (quantised ones are rounded again), those of new slices are what the
+    optimizer would begin with. State along the other axis, and scalars such as the step count, stay. If some of a
+    parameter's state cannot follow, all of it begins anew, with a warning.
     """
     replace_parameter(optimizer, change.old, change.new)
     for level in levels(optimizer):
@@ -104,13 +103,11 @@ def _followed(optimizer: Any, key: Any, value: Any, change: Resize, options: dic
         raise _CannotFollowError(key)
     if value.ndim == 0:
         return value
-    if quantised := _in_blocks(value):
-        return quantised(_cut(value.dequantize(), change.axis, change))
+    if getattr(value, "block_size", None) is not None and hasattr(type(value), "zeros"):
+        return _in_blocks_as(value, _cut(value.dequantize(), change.axis, change))
     if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point():  # codes of an unknown quantisation
         raise _CannotFollowError(key)
     axes = _axes(optimizer, key, value, change.old)
-    if axes is None:
-        raise _CannotFollowError(key)
     initial = None
     for name, of, initialise in _INITIAL:
         if name in type(optimizer).__name__ and str(key).startswith(of):
@@ -129,29 +126,19 @@ def _cut(value: Tensor, axis: int, change: Resize, initial: Tensor | None = None
     return torch.cat([kept, new], axis)
 
 
-def _in_blocks(value: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """For state that torchao quantises in blocks, the function that quantises other values the same way; None for other
-    state. Tensors that are small, or not a whole number of blocks, stay floats, as in torchao's optimizers."""
-    cls, size = type(value), getattr(value, "block_size", None)
-    if size is None or not hasattr(cls, "zeros"):
-        return None
+def _in_blocks_as(value: Any, new: Tensor) -> Tensor:
+    """Other values, quantised as torchao quantised `value` in blocks. Tensors that are small, or not a whole number of
+    blocks, stay floats, as in torchao's optimizers."""
+    if new.numel() < 4096 or new.numel() % value.block_size:
+        return new
     options = {"signed": value.signed} if hasattr(value, "signed") else {}
-
-    def quantised(values: Tensor) -> Tensor:
-        if values.numel() < 4096 or values.numel() % size:
-            return values
-        empty: Tensor = cls.zeros(values.shape, **options, block_size=size, device=values.device)
-        return empty.copy_(values)
-
-    return quantised
+    empty: Tensor = type(value).zeros(new.shape, **options, block_size=value.block_size, device=new.device)
+    return empty.copy_(new)
 
 
-def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes | None:
-    """Along which axes of the parameter a state tensor runs; None if that is not known.
-
-    For square parameters and those of one slice shapes do not decide it. Then the state's name does, or its shape for
-    other parameters.
-    """
+def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes:
+    """Along which axes of the parameter a state tensor runs; a _CannotFollowError if that is not known. Where shapes do
+    not decide it (square parameters, a single slice), the state's name does, or its shape for other parameters."""
     found = _possible(key, value, old)
     if len(found) > 1:
         for parameter, state in optimizer.state.items():
@@ -162,7 +149,9 @@ def _axes(optimizer: Any, key: Any, value: Tensor, old: Tensor) -> Axes | None:
                     break
     if len(found) > 1:  # state whose name does not say that it is a mean most often has all axes
         found = found & {tuple(range(old.ndim))} or found & {FLAT}
-    return found.pop() if found else None
+    if not found:
+        raise _CannotFollowError(key)
+    return found.pop()
 
 
 def _possible(key: Any, value: Tensor, parameter: Tensor) -> set[Axes]:

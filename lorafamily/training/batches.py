@@ -17,14 +17,12 @@ from lorafamily.training.state import random_kept, random_state, set_random_stat
 
 
 class Batches:
-    """The batches of the data, over and over; a DataLoader shuffles every epoch.
+    """The batches of the data, over and over, drawn with random generators of their own, so that the model's random
+    numbers do not change the order of the data. `state()` is the position reached, `restore(state)` goes back to it.
 
-    They are drawn with random generators of their own, so that the model's random numbers do not change the order of
-    the data. `state()` is the position reached, and `restore(state)` goes back to it.
-
-    Each process draws from its copy of the data. If the data divides itself among the processes (DistributedSampler,
-    loaders that accelerate prepared, split_dataset_by_node), each process trains on the batches it draws; otherwise all
-    must draw the same batches, and each takes some rows of them.
+    If the data divides itself among the processes (DistributedSampler, loaders that accelerate prepared,
+    split_dataset_by_node), each process trains on the batches it draws; otherwise all must draw the same batches, and
+    each takes some rows of them.
 
     Raises:
         DataError: the data is one batch, or is divided among another number of processes than there are.
@@ -62,8 +60,7 @@ class Batches:
                 self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
 
     def draw(self, count: int, weigh: Callable[[Any], float]) -> list[tuple[Any, float]]:
-        """This process's batches for one optimizer step of `count` batches, each with its share in the loss: see
-        `Processes.shares`.
+        """`Processes.shares` of the next `count` batches, those of one optimizer step.
 
         Raises:
             DataError: no batch, or the processes draw different batches of data that is not divided among them.
@@ -89,7 +86,7 @@ class Batches:
         return iter(self.data)
 
     def state(self) -> dict[str, Any]:
-        """The position: the batches taken of the epoch, and the generators' states that its order was drawn from."""
+        """The batches taken of the epoch, and the generators' states that its order was drawn from."""
         among = self.processes.world if self.divided else 1
         place = {"round": self.epoch, "taken": self.taken, "first": self.first, "length": _length(self.data)}
         return {**place, "divided among": among, "begun": self._begun, "random": self._random}
@@ -126,9 +123,10 @@ class Batches:
             with self._data_generators():
                 for _ in islice(self._iterator or (), state["taken"] - 1):
                     self.taken += 1
-            if self.taken < state["taken"] and not other:
-                raise DataError(f"the run had taken {state['taken']} batches of an epoch, and now one has {self.taken}")
             if self.taken < state["taken"]:
+                if not other:
+                    taken = state["taken"]
+                    raise DataError(f"the run had taken {taken} batches of an epoch, and now one has {self.taken}")
                 self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
         self._random = state["random"]
 
@@ -209,9 +207,8 @@ def mean_loss(
     weigh: Callable[[Any], float],
     processes: Processes,
 ) -> float:
-    """The mean loss over all batches, as of one large batch: each is weighted by what its loss is a mean over.
-
-    If the data divides itself among the processes, the mean is over the batches of all processes.
+    """The mean loss over all batches, those of all processes if the data divides itself among them, as of one large
+    batch: each is weighted by what its loss is a mean over.
 
     Raises:
         DataError: no batch, or no label that counts in any of them.
@@ -235,4 +232,4 @@ def mean_loss(
 def _generators(data: Any) -> list[torch.Generator]:
     """Generators that the data draws from, besides the global ones."""
     found = (getattr(source, "generator", None) for source in _sources(data))
-    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
+    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -15,41 +14,31 @@ from lorafamily.training.session import Session
 from lorafamily.training.snapshot import Snapshot
 
 
-def chosen_mode(monitor: str, mode: Literal["min", "max"] | None) -> Literal["min", "max"]:
-    """Whether low or high is good: as was said, and low for the loss.
-
-    Raises:
-        TrainingError: nothing was said of another metric.
-    """
-    if mode is None and monitor != "loss":
-        raise TrainingError(
-            f'monitor="{monitor}" needs a mode: "max" if higher is better, as for an accuracy, or "min"'
-        )
-    return "min" if mode is None else mode
-
-
-@dataclass
 class Best:
     """The best evaluation since the ranks settled: its `value` and `step`, and the number of evaluations `since` then.
-
-    `monitor`: the metric that decides; `mode`: whether low ("min") or high ("max") is good; `patience`: evaluations
-    without a better one after which the run stops; `keep`: whether to copy the weights, for `restore_if_kept`.
+    The arguments are those of `train`; with `keep` the weights are copied, for `restore_if_kept`. Raises TrainingError
+    for a mode that there is not, or none although the metric is not the loss.
     """
 
-    model: nn.Module
-    session: Session
-    monitor: str
-    mode: Literal["min", "max"]
-    patience: int | None
-    keep: bool
-    step: int = 0
-    since: int = 0
-    weights: Snapshot | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("min", "max"):
-            raise TrainingError(f'mode={self.mode!r}: must be "min" (lower is better) or "max"')
-        self.value = math.inf if self.mode == "min" else -math.inf
+    def __init__(
+        self,
+        model: nn.Module,
+        session: Session,
+        monitor: str,
+        mode: Literal["min", "max"] | None,
+        patience: int | None,
+        keep: bool,
+    ):
+        if mode is None and monitor != "loss":
+            raise TrainingError(
+                f'monitor="{monitor}" needs a mode: "max" if higher is better, as for an accuracy, or "min"'
+            )
+        if mode not in (None, "min", "max"):
+            raise TrainingError(f'mode={mode!r}: must be "min" (lower is better) or "max"')
+        self.model, self.session, self.monitor, self.patience, self.keep = model, session, monitor, patience, keep
+        self.mode, self.value = ("max", -math.inf) if mode == "max" else ("min", math.inf)
+        self.step = self.since = 0
+        self.weights: Snapshot | None = None
 
     def improved(self, evaluation: Evaluation, history: History) -> bool:
         """Whether this evaluation is the best so far. Those before the ranks settle count only at the run's end.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,10 +16,19 @@ from lorafamily.history import Decision, Evaluation, History, Step
 from lorafamily.insight.drawing import pixels
 from lorafamily.insight.grids import area_labels, slices_by_matrix
 from lorafamily.insight.heatmaps import rank_heatmap
-from lorafamily.training.settings import Setting
 
 SHARE = 0.02  # of a run's time, for pictures during the run
 FIRST = 0.5  # seconds that the first picture is expected to take
+SCALARS = {
+    "loss": "train/loss (nats)",
+    "penalty": "train/penalty",
+    "lr": "train/learning rate",
+    "gradient": "train/gradient norm",
+    "slices": "rank/slices",
+    "trainable": "rank/trainable parameters",
+    "orthogonality": "train/orthogonality error",
+}
+AT_END = {"rank-by-expert": "slices by expert", "rank-history": "history of slices", "scores": "scores at decisions"}
 
 
 class Allowance:
@@ -71,18 +81,9 @@ class Board:
             self._slices_by_area(start)
 
     def step(self, record: Step, decision: Decision | None) -> None:
-        scalars = {
-            "train/loss (nats)": record.loss,
-            "train/penalty": record.penalty,
-            "train/learning rate": record.lr,
-            "train/gradient norm": record.gradient,
-            "rank/slices": record.slices,
-            "rank/trainable parameters": record.trainable,
-        }
-        if record.orthogonality is not None:
-            scalars["train/orthogonality error"] = record.orthogonality
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, record.step)
+        for field, tag in SCALARS.items():
+            if (value := getattr(record, field)) is not None:
+                self.writer.add_scalar(tag, value, record.step)
         if decision is not None:
             if decision.before != decision.after:
                 self.last, self.shown = decision, False
@@ -96,7 +97,7 @@ class Board:
         for name, value in evaluation.metrics.items():
             self.writer.add_scalar(f"validation/{name}", value, evaluation.step)
 
-    def close(self, history: History, settings: Mapping[str, Setting], drawn: Mapping[str, Figure]) -> None:
+    def close(self, history: History, settings: Mapping[str, Any], drawn: Mapping[str, Figure]) -> None:
         """Show the pictures that were drawn for the run's folder, and close the file. If none were, because a signal
         ended the run, none is drawn here either."""
         if "rank-by-layer" in drawn and not self.shown:
@@ -104,16 +105,12 @@ class Board:
                 self._ranks()  # on the colour scale of the earlier heat-maps
             else:
                 self._image("rank/slices by layer", drawn["rank-by-layer"], self.last.step)
-        last = history.steps[-1] if history.steps else None
-        for tag, name in (
-            ("rank/slices by expert", "rank-by-expert"),
-            ("rank/history of slices", "rank-history"),
-            ("rank/scores at decisions", "scores"),
-        ):
-            if name in drawn and last is not None:
-                self._image(tag, drawn[name], last.step)
-        final = {f"final/{name}": value for name, value in history.metrics.items()}
-        if last is not None:
+        if history.steps:
+            last = history.steps[-1]
+            for name, what in AT_END.items():
+                if name in drawn:
+                    self._image(f"rank/{what}", drawn[name], last.step)
+            final = {f"final/{name}": value for name, value in history.metrics.items()}
             final |= {"final/train loss (nats)": history.smoothed_loss()[-1], "final/slices": last.slices}
             final |= {"final/trainable parameters": last.trainable}
             # By default TensorBoard would list this line as another run, named after the time.

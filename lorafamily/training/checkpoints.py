@@ -67,19 +67,21 @@ class Checkpoints:
         """
         if resume not in ("never", "auto", "anyway"):
             raise StateError(f'resume={resume!r}: must be "never", "auto" or "anyway"')
-        if resume != "never" and self.folder is None:
-            raise StateError(f"resume={resume!r} needs checkpoints: pass log_dir and save_every as well")
-        if resume == "never" and (folders := self._folders()):
+        if resume != "never":
+            if self.folder is None:
+                raise StateError(f"resume={resume!r} needs checkpoints: pass log_dir and save_every as well")
+            return self.newest()
+        if folders := self._folders():
             raise StateError(
                 f'{self.log_folder} has checkpoints of an earlier run; resume="auto" goes on from {folders[-1].name}, '
                 "another log_dir begins anew"
             )
-        if resume == "never" and self.log_folder is not None and recorded(self.log_folder):
+        if self.log_folder is not None and recorded(self.log_folder):
             raise StateError(
                 f"{self.log_folder} has the record of an earlier run ({STEPS}), which this one would overwrite; give "
                 "another log_dir, or remove the record"
             )
-        return self.newest()
+        return None
 
     def newest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint; damaged ones are skipped with a warning.
@@ -102,15 +104,13 @@ class Checkpoints:
         return None
 
     def write(self, step: int, model: nn.Module, adapters: str | None, state: Mapping[str, Any], best: int) -> None:
-        """Write a checkpoint; then remove those that are neither among the last nor of the step `best`.
-
-        `adapters`: name of the adapters that train.
+        """Write a checkpoint; then remove those that are neither among the last nor of the step `best`. `adapters`: the
+        name of those that train.
 
         Raises:
             FileError: it cannot be written; the earlier ones are unchanged.
         """
-        if self.folder is None:
-            return
+        assert self.folder is not None
         final = self.folder / name_of(step)
         partial = final.with_name(final.name + ".partial")
         try:

@@ -21,8 +21,8 @@ from lorafamily.training.state import seed_all
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures a model: by `evaluate` if there is one, otherwise by the mean loss on `validation`, in which batches
-    have the weights that `weigh` returns. `precision` makes the context of a forward."""
+    """Measures a model: by `evaluate` if there is one, otherwise by the mean loss on `validation`, where `weigh` gives
+    batches their weights. `precision` makes the context of a forward."""
 
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None
     validation: Iterable[Any] | None
@@ -35,18 +35,15 @@ class Evaluator:
         """Metrics by name, the same in every process; the model is in eval mode meanwhile."""
         with evaluating(model, self.processes.device), torch.no_grad(), self.precision():
             if self.evaluate is not None:
-                metrics = _as_floats(self.evaluate(model))
-            else:
-                assert self.validation is not None
-                metrics = {"loss": mean_loss(model, self.validation, self.loss_fn, self.weigh, self.processes)}
-        return self.processes.agreed(metrics)
+                return self.processes.agreed(_as_floats(self.evaluate(model)))
+            assert self.validation is not None
+            loss = mean_loss(model, self.validation, self.loss_fn, self.weigh, self.processes)
+        return self.processes.agreed({"loss": loss})
 
 
 @dataclass
 class ScoringLoss:
-    """Function from a number of rows to the task loss on the first so many rows of the validation data, in eval mode,
-    with the gates' gradients if gradients are on. The rows are drawn once, by the seed, so that a resumed run scores on
-    the same ones."""
+    """`Run.validation_loss`. The rows are drawn once, by the seed, so that a resumed run scores on the same ones."""
 
     model: nn.Module
     validation: Iterable[Any]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from lorafamily.allocation.replay import forwards_replaced
 from lorafamily.errors import TrainingError
 from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.training.state import random_kept
@@ -68,11 +69,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def start_training(model: nn.Module, base_is_frozen: bool) -> None:
-    """Put the model into train mode. If it is there already, its modules in eval mode stay so.
-
-    Frozen normalisation layers go into eval mode: training would move their running statistics, and the base that
-    serves the adapter has the old ones.
-    """
+    """Put the model into train mode. If it is there already, its modules in eval mode stay so. Frozen normalisation
+    layers go into eval mode, since the base that serves the adapter has their old running statistics."""
     if not model.training:
         model.train()
     for module in model.modules() if base_is_frozen else ():
@@ -83,10 +81,8 @@ def start_training(model: nn.Module, base_is_frozen: bool) -> None:
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
-    """Activation checkpointing (non-reentrant): blocks keep no activations but compute them again in the backward.
-
-    Models of `transformers` have their own switch; in others the blocks are the entries of the outermost
-    `nn.ModuleList`s.
+    """Activation checkpointing (non-reentrant), by the switch of `transformers`' models, in others of the blocks, which
+    are the entries of the outermost `nn.ModuleList`s.
 
     Raises:
         TrainingError: the model has neither, or its first forward calls none of its blocks.
@@ -111,7 +107,6 @@ def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
             f"checkpoint_activations=True works on blocks, the entries of an nn.ModuleList, and {type(model).__name__} "
             "has none"
         )
-    before = {block: vars(block).get("forward") for block in blocks}
     ran: set[nn.Module] = set()
 
     def recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -126,17 +121,12 @@ def recomputing(model: nn.Module, active: bool) -> Iterator[None]:
                 f"{len(blocks)} blocks, the entries of its nn.ModuleLists, as modules"
             )
 
-    for block in blocks:
-        vars(block)["forward"] = functools.partial(recomputed, block, block.forward)
     hook = model.register_forward_hook(look)
     try:
-        yield
+        with forwards_replaced({block: functools.partial(recomputed, block, block.forward) for block in blocks}):
+            yield
     finally:
         hook.remove()
-        for block, forward in before.items():
-            del vars(block)["forward"]
-            if forward is not None:
-                vars(block)["forward"] = forward
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

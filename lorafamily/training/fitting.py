@@ -20,8 +20,8 @@ _FOLLOWING: weakref.WeakKeyDictionary[nn.Module, weakref.WeakMethod[Follow]] = w
 def fit_ranks(
     model: nn.Module, adapters: Mapping[str, Adapter], state_dict: Mapping[str, Tensor], prefix: str
 ) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Give adapters the ranks of a state dict that is about to be loaded into their model. Returns pairs of an old
-    parameter and the new one in its place. Tensors that differ in more than their rank are left for torch to refuse."""
+    """Give adapters the ranks of a state dict that is about to be loaded into their model: pairs of an old and a new
+    parameter. Tensors that differ in more than their rank are left for torch to refuse."""
     names = {id(parameter): prefix + name for name, parameter in model.named_parameters()}
     replaced = []
     for adapter in adapters.values():

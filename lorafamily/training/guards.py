@@ -23,7 +23,7 @@ CUT = "the graph is cut (gradient checkpointing with use_reentrant=True?)"
 def no_gradient(silent: Sequence[str], adapters: Mapping[str, Any], extra: Mapping[str, Any], steps: int) -> str:
     """The message that adapters, or else extra trained parameters, got no gradient from the task."""
     trained, what, argument = adapters, "adapters", "targets"
-    if not any(at in adapters for at in silent):
+    if adapters.keys().isdisjoint(silent):
         trained, what, argument = extra, "extra trained parameters", "also_train"
     names = [at for at in silent if at in trained]
     since = "the first batch" if steps == 1 else f"the first {steps} steps"
@@ -34,8 +34,7 @@ def no_gradient(silent: Sequence[str], adapters: Mapping[str, Any], extra: Mappi
 
 
 class FrozenBuffers:
-    """Copies of the persistent buffers, such as running statistics, of modules in which nothing trains: a module in
-    train mode may change them."""
+    """Copies of the `movable_buffers` of modules in which nothing trains: a module in train mode may change them."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -79,11 +78,8 @@ def refuse_other_adapters(state: ModelState, placement: Placement, adapters: Map
 
 
 class OptimizerSteps:
-    """Whether the optimizer has stepped since `begin_next`, and on which gradients.
-
-    A session that is called when these are gone would score slices on nothing; one that is called without a step would
-    come to the end of its schedule too soon.
-    """
+    """Whether the optimizer has stepped since `begin_next`, and on which gradients. When these are gone, a session
+    would score slices on nothing; without a step it would come to the end of its schedule too soon."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, adapters: Mapping[str, Adapter]):
         self.adapters = adapters
@@ -182,15 +178,10 @@ def check_keys(model: nn.Module, batch: Any) -> None:
     if not isinstance(batch, Mapping):
         return
     takes = inspect.signature(model.forward).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
+    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         return
-    missing = [
-        name
-        for name, parameter in takes.items()
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        and name not in batch
-    ]
+    needed = [p for p in takes.values() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    missing = [p.name for p in needed if p.name not in batch]
     unknown = [key for key in batch if key not in takes]
     if unknown or missing:
         wrong = [f"does not take {', '.join(map(str, unknown))}"] if unknown else []

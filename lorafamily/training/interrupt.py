@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any
 
 EXIT_CODE = 75
 """Exit code of a process whose run was interrupted and saved; in sysexits.h a temporary failure, to try again."""
@@ -25,23 +25,16 @@ class Interrupted(SystemExit):
         return self.message
 
 
-class StopSignals:
-    """Catches both signals in a `with` block. It does nothing outside the main thread, where Python delivers none."""
+class StopSignals(ExitStack):
+    """Catches both signals until the end of a `with` block. It does nothing outside the main thread, where Python
+    delivers none."""
 
     def __init__(self, active: bool):
-        self.active = active and threading.current_thread() is threading.main_thread()
+        super().__init__()
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if self.active:
+        if active and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+                self.callback(signal.signal, number, signal.signal(number, self._handle))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:  # safe: a file has another name until it is complete

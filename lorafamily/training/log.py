@@ -12,23 +12,21 @@ from lorafamily.history import Decision, Evaluation, History, Step
 from lorafamily.insight.record import Record, recorded, set_aside
 from lorafamily.training.interrupt import Interrupted
 from lorafamily.training.session import Session
-from lorafamily.training.settings import Setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Log:
+class Log(contextlib.AbstractContextManager["Log"]):
     """The log of one run in a `with` block, continued from its history; writes nothing without a folder.
 
-    The log begins with the first step, because the first batch may show that some adapters have no effect; a run
-    without a step leaves no files. The record of an earlier run, which died before its first checkpoint or had its
-    checkpoints removed, is moved aside. At the end of the block pictures are drawn, if `pictures` says so and no signal
-    ended the run: whoever asks a process to stop does not wait for long.
+    It begins with the first step, because the first batch may show that some adapters have no effect. The record of an
+    earlier run, whose checkpoints are missing, is moved aside. At the end of the block `pictures` are drawn, unless a
+    signal ended the run: whoever asks a process to stop does not wait for long.
     """
 
     def __init__(
-        self, folder: Path | None, history: History, session: Session, settings: Mapping[str, Setting], pictures: bool
+        self, folder: Path | None, history: History, session: Session, settings: Mapping[str, Any], pictures: bool
     ):
         self.folder, self.history, self.session, self.settings = folder, history, session, settings
         self.pictures = pictures
@@ -48,9 +46,6 @@ class Log:
         if self.folder is not None:
             with _naming(self.folder):
                 self.board.evaluation(evaluation)
-
-    def __enter__(self) -> Log:
-        return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         interrupted = error is not None and issubclass(error, Interrupted)

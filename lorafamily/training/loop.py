@@ -17,7 +17,7 @@ from lorafamily.errors import TrainingError
 from lorafamily.history import Evaluation, History, Step
 from lorafamily.layers.placement import noted, refuse_merged
 from lorafamily.training.batches import Batches
-from lorafamily.training.best import Best, chosen_mode
+from lorafamily.training.best import Best
 from lorafamily.training.checkpoints import Checkpoints, Resume
 from lorafamily.training.evaluation import Evaluator, check_evaluation
 from lorafamily.training.execution import (
@@ -36,10 +36,9 @@ from lorafamily.training.log import Log
 from lorafamily.training.loop_context import LoopContext
 from lorafamily.training.optimisation import Optimizer, Rates, largest_norm, made, parameters_of
 from lorafamily.training.processes import Processes
-from lorafamily.training.run_state import RunState
+from lorafamily.training.run_state import RunState, method_settings
 from lorafamily.training.schedule import Schedule, total_steps
 from lorafamily.training.session import Session
-from lorafamily.training.settings import run_settings
 from lorafamily.training.state import seeded
 
 SCALING_LIMIT = 25  # steps in a row in which float16's loss scale may halve itself, from 2¹⁶ to nothing
@@ -194,11 +193,13 @@ def train(
             loop=LoopContext(in_precision, scaling, reduces=True, progress=shown, compiled=compile),
         )
         runner = cast(nn.Module, torch.compile(model)) if compile else model
-        settings = run_settings(rates, session.placement, warmup, accumulate, seed, loss_over, again, patience)
+        settings = rates.settings() | {"accumulate": accumulate, "seed": -1 if seed is None else seed}
+        settings |= {"loss over": loss_over if isinstance(loss_over, str) else "a function"}
+        settings |= {"again": int(again), "patience": patience or 0, **method_settings(session.placement)}
         settings |= {"head lr": rates.peaks[-1]} if optimizer is None else {}
         settings |= {"precision": precision, "max gradient norm": clip}
         finite = NonFiniteGuard(max(skip_nonfinite, SCALING_LIMIT if scaling else 0))
-        best = Best(model, session, monitor, chosen_mode(monitor, mode), patience, restore_best)
+        best = Best(model, session, monitor, mode, patience, restore_best)
         state = RunState(model, session, settings, rates, scaler, batches, finite, processes, seed, best)
         state.seed_by_process()
         around.enter_context(FolderLock(folder := checkpoints.log_folder if processes.first else None))

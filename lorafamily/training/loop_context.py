@@ -33,11 +33,6 @@ class LoopContext:
     progress: bool = False
     compiled: bool = False
 
-    @property
-    def may_skip(self) -> bool:
-        """Whether the loop may leave out a step of the optimizer, because a gradient is not finite."""
-        return self.reduces or self.scaler is not None
-
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the scaler's factor, if there is a scaler."""
         return loss if self.scaler is None else self.scaler.scale(loss)

@@ -1,13 +1,13 @@
-"""Parameters by role, their learning rates, and the rate at every step."""
+"""Parameters by role, their learning rates, the rate at every step, and the optimizer in a checkpoint."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafamily.errors import TrainingError
 from lorafamily.layers.placement import noted, placement_of
@@ -89,10 +89,9 @@ def parameter_groups(
 
 def check_up_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Warn if the optimizer trains U and V at one rate where the method has two (LoRA+)."""
-    trained = Trained(model)
+    trained, groups = Trained(model), optimizer.param_groups
     if trained.up_ratio == 1 or not trained.up or not trained.down:
         return
-    groups = optimizer.param_groups
     rates = {p: float(group.get("initial_lr", group["lr"])) for group in groups for p in group["params"]}
     if rates.get(trained.up[0]) == rates.get(trained.down[0]):
         warnings.warn(
@@ -155,21 +154,20 @@ class Rates:
         self, optimizer: torch.optim.Optimizer, schedule: Schedule, total: int, warmup: float | None, floor: float
     ):
         self.optimizer, self.schedule, self.total, self.floor = optimizer, schedule, total, floor
-        self.warmup = warmup_steps(WARMUP if warmup is None else warmup, total)
+        self.given_warmup = WARMUP if warmup is None else warmup
+        self.warmup = warmup_steps(self.given_warmup, total)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.scheduler = schedule if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler) else None
         if not 0 <= floor <= 1:
             raise TrainingError(f"floor={floor!r}: must be a share of the peak rate in [0, 1]")
-        if self.scheduler is not None:
-            if self.scheduler.optimizer is not optimizer:
-                raise TrainingError("schedule=... is the LRScheduler of another optimizer than optimizer=...")
-            for name, value in (("warmup", warmup), ("floor", floor or None)):
-                if value is not None:
-                    raise TrainingError(
-                        f"{name}={value!r} has no effect: schedule=... is an LRScheduler, which sets rates"
-                    )
-        else:
+        if self.scheduler is None:
             self.share(1)  # refuses an unknown schedule
+            return
+        if self.scheduler.optimizer is not optimizer:
+            raise TrainingError("schedule=... is the LRScheduler of another optimizer than optimizer=...")
+        for name, value in (("warmup", warmup), ("floor", floor or None)):
+            if value is not None:
+                raise TrainingError(f"{name}={value!r} has no effect: schedule=... is an LRScheduler, which sets rates")
 
     def share(self, step: int) -> float:
         """The share of the peak rate at step `step` (from 1)."""
@@ -194,11 +192,74 @@ class Rates:
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak
 
+    def settings(self) -> dict[str, Any]:
+        """The settings of the optimizer and its rates, by name."""
+        schedule = self.schedule
+        named = schedule if isinstance(schedule, str) else getattr(schedule, "__name__", type(schedule).__name__)
+        if callable(schedule):  # two functions may have one name
+            named += "".join(f" {self.share(max(1, self.total * i // 4)):.4g}" for i in range(1, 5))
+        decay = self.optimizer.param_groups[0].get("weight_decay", 0.0)
+        found = {"lr": self.peaks[0], "steps": self.total, "schedule": named, "warmup": self.given_warmup}
+        return {**found, "floor": self.floor, "weight decay": decay}
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"peaks": list(self.peaks), "scheduler": scheduler}
+        return {"scheduler": None if self.scheduler is None else self.scheduler.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+class OptimizerState:
+    """The state of a run's optimizer. Make it before the first step: it notes hyperparameters as they were given, and
+    schedules change them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        given = [{name: _plain(group[name]) for name in group if name != "params"} for group in optimizer.param_groups]
+        self.hyperparameters = given
+
+    def tree(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer class": type(self.optimizer).__name__,
+            "hyperparameters": self.hyperparameters,
+        }
+
+    def mismatch(self, saved: Mapping[str, Any]) -> str:
+        """Why this optimizer cannot load the saved state; empty if it can."""
+        then, now = saved["optimizer class"], type(self.optimizer).__name__
+        if then != now:
+            return f"optimizer was {then}, is {now}"
+        groups = saved["optimizer"]["param_groups"], self.optimizer.param_groups
+        counts = [[len(group["params"]) for group in of] for of in groups]
+        return f"optimizer had groups of {counts[0]} parameters, has {counts[1]}" if counts[0] != counts[1] else ""
+
+    def changed(self, saved: Mapping[str, Any], named: Collection[str] = ()) -> list[tuple[int, str, str]]:
+        """Hyperparameters whose given values differ: the group's number, the name and a description of each. `named`:
+        those that the settings of `train` name already."""
+        found = []
+        for number, (then, now) in enumerate(zip(saved["hyperparameters"], self.hyperparameters, strict=True)):
+            for name in then.keys() & now.keys():
+                if then[name] != now[name] and name.replace("_", " ") not in named:
+                    where = f" of group {number}" if len(self.hyperparameters) > 1 else ""
+                    found.append((number, name, f"optimizer's {name}{where} was {then[name]!r}, is {now[name]!r}"))
+        return sorted(found)
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Load the saved state; hyperparameters whose given values differ keep the new ones."""
+        given = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(dict(saved["optimizer"]))
+        for number, name, _ in self.changed(saved):
+            self.optimizer.param_groups[number][name] = given[number][name]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -29,9 +29,7 @@ class Processes:
     """The processes that run this program together. A single process is the special case that communicates nothing.
 
     `rank`: number of this process, from 0; `world`: how many there are; `first`: whether this one writes the files.
-
-    Raises:
-        TrainingError: the model is on the GPU of another process.
+    Raises TrainingError if the model is on the GPU of another process.
     """
 
     def __init__(self, device: torch.device):
@@ -64,14 +62,12 @@ class Processes:
     def shares(self, batches: Sequence[Any], weigh: Callable[[Any], float], divided: bool) -> list[tuple[Any, float]]:
         """The batches of this process for one optimizer step, each with the share that its loss has.
 
-        The sum of share · loss, over all batches and processes, is the loss of one large batch: each is weighted by
-        what its loss is a mean over. A batch without a label that counts is left out, since its loss is 0 / 0. With
-        several processes another batch is computed in its place, at share 0, because all processes must call a sharded
-        model equally often.
+        The sum of share · loss, over all batches and processes, is the loss of one large batch. A batch without a label
+        that counts is left out, since its loss is 0 / 0; with several processes another is computed in its place, at
+        share 0, because all must call a sharded model equally often.
 
-        Args:
-            weigh: returns what the loss of a batch is a mean over.
-            divided: whether each process drew other batches; otherwise all drew these, and each takes some rows.
+        `weigh`: returns what the loss of a batch is a mean over. `divided`: whether each process drew other batches;
+        otherwise all drew these, and each takes some rows.
 
         Raises:
             DataError: fewer rows than processes, or no label that counts in the batches that this process drew.

@@ -18,18 +18,17 @@ from lorafamily.layers.offloaded import offloaded_value
 from lorafamily.layers.quantised import tensors_of
 from lorafamily.layers.sharded import is_sharded
 from lorafamily.layers.site import base_parameters
+from lorafamily.layers.state import Placement
 from lorafamily.penalty import orthogonality_error
 from lorafamily.training.batches import Batches
 from lorafamily.training.best import Best
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, read
 from lorafamily.training.guards import NonFiniteGuard, check_base
-from lorafamily.training.history_tree import from_tree, to_tree
-from lorafamily.training.optimisation import Rates, parameters_of
-from lorafamily.training.optimizer_state import OptimizerState
+from lorafamily.training.optimisation import OptimizerState, Rates, parameters_of
 from lorafamily.training.processes import Processes
 from lorafamily.training.session import Session
 from lorafamily.training.snapshot import Snapshot, copy_into
-from lorafamily.training.state import random_state, set_random_state
+from lorafamily.training.state import history_from_tree, history_to_tree, random_state, set_random_state
 
 
 @dataclass
@@ -113,16 +112,15 @@ class RunState:
         step = len(self.history.steps)
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.processes.check_same(fingerprints(trained), step)
-        folder = f"checkpoints/{name_of(step)}" if checkpoints.folder is not None else None
         for name in ("best", "last"):
             weights = getattr(self.history, name)
             if weights is not None and weights.step == step:
+                folder = f"checkpoints/{name_of(step)}"
                 setattr(self.history, name, dataclasses.replace(weights, folder=folder))
         tree = self.tree()
+        placement = self.session.placement
         if self.processes.first:
-            placement = self.session.placement
-            adapters = None if placement is None else placement.name
-            checkpoints.write(step, self.model, adapters, tree, self.best.step)
+            checkpoints.write(step, self.model, placement.name if placement else None, tree, self.best.step)
         self.processes.add_up([0.0])  # a barrier: no process goes on, or ends, before the checkpoint is written
 
     def tree(self) -> dict[str, Any]:
@@ -141,7 +139,7 @@ class RunState:
             "random": self.processes.gathered(random_state(self.processes.device)),
             "batches": self.batches.state(),
             "not finite": (self.finite.skipped, self.finite.in_a_row),
-            "history": to_tree(self.history),
+            "history": history_to_tree(self.history),
             "monitor": (self.best.monitor, self.best.mode),
             "best": (self.best.value, self.best.step),
             "since best": self.best.since,
@@ -177,7 +175,7 @@ class RunState:
         self.rates.restore(saved["rates"])
         session.load_state_dict(saved["session"])
         self.finite.skipped, self.finite.in_a_row = saved["not finite"]
-        self.history = from_tree(saved["history"])
+        self.history = history_from_tree(saved["history"])
         if same_metric:
             (self.best.value, self.best.step), self.best.since = saved["best"], saved["since best"]
         else:
@@ -199,7 +197,8 @@ class RunState:
         changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
         differing = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in changed]
         adapters = {} if found.adapters is None else found.adapters.adapters
-        if _tensors(adapters) != _tensors(self.session.adapters):
+        tensors, present = ({at: [*a.state_dict()] for at, a in of.items()} for of in (adapters, self.session.adapters))
+        if tensors != present:
             raise StateError(f"{found.folder} is of a run with other adapters than these; apply those to resume it")
         mismatch = self.optimizer.mismatch(saved)
         named = {"lr", "weight decay"}.intersection(changed)
@@ -237,5 +236,14 @@ class RunState:
             torch.manual_seed((self.seed + 7919 * self.processes.rank + 104729 * step) % 2**63)
 
 
-def _tensors(adapters: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    return {at: list(adapter.state_dict()) for at, adapter in adapters.items()}
+def method_settings(placement: Placement | None) -> dict[str, Any]:
+    """The settings of `apply`, by name."""
+    if placement is None:
+        return {"method": "none"}
+    sizing, options = placement.sizing, placement.method.options()
+    dropout = next(iter(placement.adapters.values())).dropout
+    found = {"method": placement.spec, "start rank": sizing.rank, "budget at": sizing.budget_at, **options}
+    found |= {"dropout": dropout.p, "dropout kind": dropout.kind}
+    found |= {"budget": sizing.budget or 0, "rank budget": sizing.rank_budget or 0}
+    found |= dict.fromkeys(placement.method.layered, "by layer")
+    return {name: value if isinstance(value, (int, float)) else str(value) for name, value in found.items()}

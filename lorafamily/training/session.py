@@ -133,9 +133,8 @@ class Session:
             self.adapters, self._extra_trained, check_gradients, loop, self._processes, self._wanted_gradients
         )
         self._optimizer_steps = OptimizerSteps(self.optimizer, self.adapters)
-        self._buffers: FrozenBuffers | None = None
+        self._buffers = None if self.placement is None else FrozenBuffers(self.owner)
         if self.placement is not None:
-            self._buffers = FrozenBuffers(self.owner)
             if not loop.compiled:
                 watch_first_batch(model, targets_of(self.owner), self.placement, self.leave_out)
             self.placement.had_session = True
@@ -147,9 +146,8 @@ class Session:
         return next(p for p in self.model.parameters() if p.requires_grad).device
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the loss, and once a step that of the penalty.
-
-        Call it for every batch of a step: gradients add up, as those of `loss.backward()` do.
+        """Add the gradient of the loss, and once a step that of the penalty. Call it for every batch of a step:
+        gradients add up, as those of `loss.backward()` do.
 
         Raises:
             TrainingError: the loss depends on nothing that trains.
@@ -210,7 +208,8 @@ class Session:
         """
         if self.placement is not None and self._state is not None:
             refuse_other_adapters(self._state, self.placement, self.adapters)
-        self._optimizer_steps.check_order(None if self.loop.may_skip else self.gradients.finite)
+        may_skip = self.loop.reduces or self.loop.scaler is not None  # a step whose gradient is not finite
+        self._optimizer_steps.check_order(None if may_skip else self.gradients.finite)
         if self._awaits_state:
             raise StateError(
                 "the model went on from a state dict with adapters of other ranks, and the session did not: load the "
@@ -301,11 +300,8 @@ class Session:
             self.await_state()
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Remove adapters that have no effect, and begin the allocation anew with the others.
-
-        Raises:
-            TargetError: these targets were named in `apply`, or no other is left.
-        """
+        """Remove adapters that have no effect, and begin the allocation anew with the others. Raises TargetError if
+        these targets were named in `apply`, or no other is left."""
         before = set(self.adapters)
         if self.placement is not None and leave_out(self.owner, self.placement, list(names), self.optimizer):
             self.left_out = sorted({*self.left_out, *(before - set(self.adapters))})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +14,32 @@ from lorafamily.layers.site import base_parameters
 from lorafamily.training.checkpoints import Checkpoint
 
 
-@dataclass(frozen=True)
 class Snapshot:
-    """Copies on the CPU. `adapters`: the tensors of every adapter, by layer, at the ranks it had; `trained`: parameters
-    of the model itself that train; `buffers`: buffers that training may change, such as running statistics."""
+    """Copies on the CPU. `adapters`: the tensors of every adapter, by layer, at the ranks it had; `base`: parameters of
+    the model itself that train, and buffers that training may change, such as running statistics."""
 
-    adapters: dict[str, dict[str, Tensor]]
-    trained: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    def __init__(self, adapters: Mapping[str, Adapter], base: Mapping[str, Tensor]):
+        self.adapters = {at: _copies(adapter.state_dict()) for at, adapter in adapters.items()}
+        self.base = _copies(base)
 
     @staticmethod
     def of(model: nn.Module, adapters: Mapping[str, Adapter]) -> Snapshot:
         """Copy the model as it is now; with several processes each keeps the same copy."""
-        trained = {name: p.data for name, p in base_parameters(model).items() if p.requires_grad}
-        return Snapshot(_states(adapters), _copies(trained), _copies(movable_buffers(model)))
+        trained: dict[str, Tensor] = {n: p.data for n, p in base_parameters(model).items() if p.requires_grad}
+        return Snapshot(adapters, trained | movable_buffers(model))
 
     @staticmethod
     def read(found: Checkpoint, model: nn.Module) -> Snapshot:
         """Copy what a checkpoint has."""
         buffers = {name: found.state["buffers"][name] for name in movable_buffers(model)}
         adapters = {} if found.adapters is None else found.adapters.adapters
-        return Snapshot(_states(adapters), _copies(found.state["trained"]), _copies(buffers))
+        return Snapshot(adapters, found.state["trained"] | buffers)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All copies, by the names in a saved adapter's file."""
         factors = {f"{at}.{name}": value for at, state in self.adapters.items() for name, value in state.items()}
-        return factors | self.trained | self.buffers
+        return factors | self.base
 
     def put_into(self, model: nn.Module, adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer) -> None:
         """Copy everything into the model. Adapters get new parameters, for which the optimizer has no state yet."""
@@ -49,7 +47,7 @@ class Snapshot:
             for old, new in adapters[at].take(state):
                 replace_parameter(optimizer, old, new)
                 optimizer.state.pop(old, None)
-        copy_into(model, self.trained | self.buffers)
+        copy_into(model, self.base)
 
 
 @torch.no_grad()
@@ -58,10 +56,6 @@ def copy_into(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in values.items():
         tensors[name].copy_(value)
-
-
-def _states(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, Tensor]]:
-    return {at: _copies(adapter.state_dict()) for at, adapter in adapters.items()}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

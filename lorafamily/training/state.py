@@ -1,7 +1,9 @@
-"""Parts of a checkpoint: nested plain data with tensors, and the state of every random generator."""
+"""Parts of a checkpoint: nested plain data with tensors, a history, and the state of every random generator."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorafamily.errors import FileError
+from lorafamily.history import Decision, Evaluation, History, Step, Weights
 
 _TENSOR, _TUPLE, _PAIRS = "tensor", "tuple", "pairs"
 
@@ -29,10 +32,9 @@ def pack(tree: Any, at: str, tensors: dict[str, Tensor]) -> Any:
         return {_TENSOR: at}
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
-    if isinstance(tree, list):
-        return [pack(value, f"{at}.{i}", tensors) for i, value in enumerate(tree)]
-    if isinstance(tree, tuple):
-        return {_TUPLE: [pack(value, f"{at}.{i}", tensors) for i, value in enumerate(tree)]}
+    if isinstance(tree, (list, tuple)):
+        packed = [pack(value, f"{at}.{i}", tensors) for i, value in enumerate(tree)]
+        return packed if isinstance(tree, list) else {_TUPLE: packed}
     if isinstance(tree, Mapping) and all(isinstance(key, (str, int)) for key in tree):
         return {_PAIRS: [[key, pack(value, f"{at}.{key}", tensors)] for key, value in tree.items()]}
     raise FileError(f"{at} is a {type(tree).__name__}, which a checkpoint cannot hold (it pickles nothing)")
@@ -50,6 +52,33 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tuple(unpack(value, tensors) for value in inside)
         return {key: unpack(value, tensors) for key, value in inside}
     return packed
+
+
+def history_to_tree(history: History) -> dict[str, Any]:
+    """A history as plain data, with a float64 tensor for every field of its many steps, in which None is nan."""
+    columns = {}
+    for name in Step.__dataclass_fields__:
+        values = [getattr(step, name) for step in history.steps]
+        columns[name] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64, device="cpu")
+    return {**dataclasses.replace(history, steps=[]).to_dict(), "steps": columns}
+
+
+def history_from_tree(tree: Mapping[str, Any]) -> History:
+    """The history that `history_to_tree` took apart."""
+    columns = {name: column.tolist() for name, column in tree["steps"].items()}
+    for name in ("step", "slices", "trainable"):
+        columns[name] = [int(value) for value in columns[name]]
+    columns["orthogonality"] = [None if math.isnan(value) else value for value in columns["orthogonality"]]
+    rows = zip(*columns.values(), strict=True)
+    return History(
+        **{
+            **tree,
+            "steps": [Step(**dict(zip(columns, row, strict=True))) for row in rows],
+            "evaluations": [Evaluation(**entry) for entry in tree["evaluations"]],
+            "decisions": [Decision(**entry) for entry in tree["decisions"]],
+            **{name: tree[name] and Weights(**tree[name]) for name in ("best", "last")},
+        }
+    )
 
 
 def seed_all(seed: int) -> None:
@@ -79,8 +108,8 @@ def random_kept(device: torch.device) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's generators, those of all devices of this type included: a model may be
-    on several, none of which need be the current one."""
+    """The state of Python's, NumPy's and torch's generators, and of all devices of this type: a model may be on
+    several, none of which need be the current one."""
     numpy_state: Any = np.random.get_state()
     state = {
         "python": random.getstate(),

@@ -46,25 +46,19 @@ def check_optimizer(optimizer: Any) -> None:
 
 def steppers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The innermost optimizers, which change the parameters."""
-    return [
-        level for level in levels(optimizer) if isinstance(level, torch.optim.Optimizer) and len([*levels(level)]) == 1
-    ]
+    found = [level for level in levels(optimizer) if isinstance(level, torch.optim.Optimizer)]
+    return [level for level in found if len([*levels(level)]) == 1]
 
 
 class StepHooks:
     """The hooks of an optimizer, until `remove` or until new hooks replace them.
 
-    Tensors of modules at rank 0 leave the groups for the step and return afterwards, so that state dicts, learning rate
-    schedules and checkpoints find the groups unchanged. Parameters with a frozen copy of their initialisation are
-    decayed towards that copy, and not by the optimizer; the group's `weight_decay` is read at every step and kept.
+    Empty tensors leave the groups for the step and return afterwards, so that state dicts, learning rate schedules and
+    checkpoints find the groups unchanged. The group's `weight_decay` is read at every step and kept.
 
-    Args:
-        optimizer: may be wrapped, by accelerate for example.
-        adapters: the model's adapters by layer, a mapping that may change.
-
-    Raises:
-        TrainingError: the optimizer cannot train adapters, or a group without a learning rate decays parameters that
-            have a frozen copy.
+    `optimizer`: may be wrapped, by accelerate for example. `adapters`: the model's, by layer, a mapping that may
+    change. Raises TrainingError if the optimizer cannot train adapters, or a group without a learning rate decays
+    parameters that have a frozen copy.
     """
 
     def __init__(self, optimizer: Any, adapters: Mapping[str, Adapter]):

@@ -67,8 +67,7 @@ class TaskGradients:
         self.listen()
 
     def listen(self) -> None:
-        """Put hooks on the parameters whose gradients must be seen now, and on no others. Call it again when parameters
-        were replaced."""
+        """Put hooks on the parameters whose gradients must be seen now, and no others. Call it again after changes."""
         wanted: dict[nn.Parameter, str] = {}
         everywhere = any(self.wanted()) or self.loop.last_backward is not None
         for at, adapter in self.adapters.items():
