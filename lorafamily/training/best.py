@@ -16,8 +16,10 @@ from lorafamily.training.snapshot import Snapshot
 
 class Best:
     """The best evaluation since the ranks settled: its `value` and `step`, and the number of evaluations `since` then.
-    The arguments are those of `train`; with `keep` the weights are copied, for `restore_if_kept`. Raises TrainingError
-    for a mode that there is not, or none although the metric is not the loss.
+    The arguments are those of `train`; with `keep` the weights are copied, for `restore_if_kept`.
+
+    Raises:
+        TrainingError: a mode that there is not, or none although the metric is not the loss.
     """
 
     def __init__(

@@ -24,7 +24,8 @@ from lorafamily.training.batches import Batches
 from lorafamily.training.best import Best
 from lorafamily.training.checkpoints import Checkpoint, Checkpoints, Resume, name_of, read
 from lorafamily.training.guards import NonFiniteGuard, check_base
-from lorafamily.training.optimisation import OptimizerState, Rates, parameters_of
+from lorafamily.training.optimisation import Rates, parameters_of
+from lorafamily.training.optimizer_state import OptimizerState
 from lorafamily.training.processes import Processes
 from lorafamily.training.session import Session
 from lorafamily.training.snapshot import Snapshot, copy_into
