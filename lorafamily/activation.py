@@ -11,6 +11,7 @@ from lorafamily.layers.placement import (
     activate,
     adapted,
     let_train,
+    noted,
     placement_of,
     refuse_merged,
     refuse_routed,
@@ -32,7 +33,7 @@ def switch(model: Model, name: str | None) -> Model:
     owner, state = adapted(model)
     refuse_merged(state)
     refuse_routed(state)
-    activate(owner, name)
+    activate(owner, state, name)
     if placement is not None:
         for other in state.placements.values():
             if other is not placement:
@@ -48,19 +49,19 @@ def disabled(model: Model) -> Iterator[Model]:
     Raises:
         StateError: an adapter is merged.
     """
-    state = state_of(model)
+    owner, state = noted(model)
     if state is None:
         yield model
         return
     refuse_merged(state)
     before, routed = state.active, state.routed
-    activate(model, None)
+    activate(owner, state, None)
     state.routed = None
     try:
         yield model
     finally:
         state.routed = routed
-        activate(model, before)
+        activate(owner, state, before)
 
 
 def remove(model: Model, name: str | None = None) -> Model:
@@ -79,7 +80,7 @@ def remove(model: Model, name: str | None = None) -> Model:
     unmerge(owner)
     for placement in removed:
         if state.active == placement.name:
-            activate(owner, None)
+            activate(owner, state, None)
         targets = targets_of(owner)
         for path in placement.adapters:
             targets[path].site.drop(targets[path].part, placement.name)

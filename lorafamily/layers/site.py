@@ -39,6 +39,8 @@ class Site(nn.Module):
 
     def __init__(self, layer: nn.Module, kind: LayerKind, at: str, state: ModelState):
         super().__init__()
+        if hasattr(layer, NAME):
+            raise TargetError(f'{at} ({type(layer).__name__}) has an attribute "{NAME}" of its own; rename it')
         vars(self)["layer"] = layer  # not registered as a child: it is the site's parent
         self.kind, self.kinds, self.at, self.state = kind, dict[str, LayerKind](), at, state
         self.route: Callable[[Tensor], Tensor] | None = None
@@ -122,18 +124,6 @@ def site_on(layer: nn.Module) -> Site | None:
     """The site of a layer, even if it is detached; None where there is none."""
     site = layer._modules.get(NAME) or vars(layer).get(NAME)
     return site if isinstance(site, Site) else None
-
-
-def site_for(layer: nn.Module, kind: LayerKind, at: str, state: ModelState) -> Site:
-    """The site of a layer, or a new one.
-
-    Raises:
-        TargetError: the layer has another attribute of the site's name.
-    """
-    site = site_on(layer)
-    if site is None and hasattr(layer, NAME):
-        raise TargetError(f'{at} ({type(layer).__name__}) has an attribute "{NAME}" of its own; rename it')
-    return Site(layer, kind, at, state) if site is None else site
 
 
 def sites_in(model: nn.Module) -> Iterator[tuple[str, Site]]:
