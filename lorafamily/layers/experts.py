@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from jaxtyping import Float
@@ -39,16 +39,12 @@ class Expert(Part):
     held_in: str
     index: int
     transposed: bool
-    part: str = field(init=False)
 
     name = "expert"
     linear = True
     additive = False
     by_sample = False
     in_place = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "part", f"{self.index}_{self.held_in}")
 
     @property
     def path(self) -> str:

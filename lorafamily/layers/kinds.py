@@ -114,13 +114,11 @@ class Part(LayerKind):
 
     held_in: str
     """The name of the parameter that holds the part's weight."""
-    part: str
-    """The part's name in the layer's site."""
 
     @property
+    @abstractmethod
     def path(self) -> str:
         """The part's name in its layer, as users write it."""
-        return self.part
 
     @classmethod
     @abstractmethod

@@ -43,6 +43,10 @@ class Rows(Part):
     linear = True
 
     @property
+    def path(self) -> str:
+        return self.part
+
+    @property
     def period(self) -> int:
         """The number of rows after which the parts repeat."""
         return sum(size for _, size in self.sizes)

@@ -29,7 +29,8 @@ class Target:
 
     @property
     def part(self) -> str:
-        return self.kind.part if isinstance(self.kind, Part) else WHOLE
+        """The weight's name in the layer's site, where names of modules have no dots."""
+        return self.kind.path.replace(".", "_") if isinstance(self.kind, Part) else WHOLE
 
     @property
     def site(self) -> Site:
