@@ -65,22 +65,17 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, up: Tensor, down: Tensor) -> tuple[Tensor | None, ...]:
-        visited = _nonzero(up, down)
+        visited = [True] * len(up)
+        if not any(isinstance(gradient, FakeTensor) or gradient.is_meta for gradient in (up, down)):
+            visited = torch.stack([gradient.detach().flatten(1).any(1) for gradient in (up, down)]).any(0).tolist()
         views = zip(_views(up, down, ctx.experts, ctx.ranks), ctx.experts * 2, strict=True)
-        return None, None, None, *(view if visited is None or visited[i] else None for view, i in views)
+        return None, None, None, *(view if visited[i] else None for view, i in views)
 
 
 def _views(up: Tensor, down: Tensor, experts: list[int], ranks: list[int]) -> list[Tensor]:
     """The entries of two stacks that are each expert's factors: all ups, then all downs."""
     stacks = [up] * len(experts) + [down] * len(experts)
     return [stack[i, :rank] for stack, i, rank in zip(stacks, experts * 2, ranks, strict=True)]
-
-
-def _nonzero(*gradients: Float[Tensor, "E _ _"]) -> list[bool] | None:
-    """For each expert whether any gradient is not zero; None where the tensors have no values."""
-    if any(isinstance(g, FakeTensor) or g.is_meta for g in gradients):
-        return None
-    return torch.stack([g.detach().flatten(1).any(1) for g in gradients]).any(0).tolist()
 
 
 class UpdatedWeight:

@@ -62,9 +62,6 @@ class Expert(Part):
         self.matrix(weight).addmm_(U, V, alpha=scale)
         return weight
 
-    def stored_as(self, at: str) -> str:
-        return at.removesuffix(self.path) + self.held_in
-
     def described(self) -> dict[str, Any]:
         return {"kind": self.name, "held_in": self.held_in, "index": self.index, "transposed": self.transposed}
 

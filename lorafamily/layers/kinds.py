@@ -138,6 +138,9 @@ class Part(LayerKind):
     def weight(self, module: nn.Module) -> Tensor:
         return cast(Tensor, attrgetter(self.held_in)(module))
 
+    def stored_as(self, at: str) -> str:
+        return at.removesuffix(self.path) + self.held_in
+
 
 def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Tensor, float]:
     """U, V and s of the layer's whole ΔW: its adapter's, or those of all parts side by side."""

@@ -22,7 +22,6 @@ from lorafamily.layers.kinds import Acting, LayerKind, Part, kind_named, kind_of
 from lorafamily.layers.site import site_on
 from lorafamily.layers.weights import replaced_values
 from lorafamily.layers.wrapper import ForwardWrapper
-from lorafamily.names import join
 
 Fused = Mapping[str, Sequence[str] | Mapping[str, int]]
 """By a regular expression for layers: the names of their parts, which have one size, or names with sizes in rows. Sizes
@@ -83,9 +82,6 @@ class Rows(Part):
 
     def stored(self, module: nn.Module) -> dict[str, Tensor]:
         return self.of.stored(module)
-
-    def stored_as(self, at: str) -> str:
-        return join(at.rpartition(".")[0], self.held_in)
 
     def described(self) -> dict[str, Any]:
         of, parts = self.of.described()["kind"], dict(self.sizes)
