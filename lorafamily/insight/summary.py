@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
 from lorafamily.layers.target import Target
 from lorafamily.names import expert_of
+from lorafamily.planner.costs import aligned
 from lorafamily.targets import what_is
 
 
@@ -90,28 +91,22 @@ class Summary:
         return None if self.budget is None else self.budget - self.parameters
 
     def __str__(self) -> str:
-        grouped = _grouped(self.rows)
-        width = max(map(len, grouped))
         has_width = any(row.width is not None for row in self.rows)  # then rank and slices differ
-        cells = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if has_width else f"{'rank':>9}"
-        head = f"{'module':<{width}}  {'d_out × d_in':>13}  {cells}  {'parameters':>10}  {'‖ΔW‖':>9}"
         more = [name for name in ("step", "lost") if any(getattr(row, name) is not None for row in self.rows)]
-        head += "".join(f"  {name:>9}" for name in more)
-        lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, "─" * len(head)]
-        for module, rows in grouped.items():
+        sizes = [f"{'width':>7}", f"{'slices':>9}", f"{'rank':>7}"] if has_width else [f"{'rank':>9}"]
+        norms = [f"{name:>9}" for name in ("‖ΔW‖", *more)]
+        table = [["module", f"{'d_out × d_in':>13}", *sizes, "parameters", *norms]]
+        for module, rows in _grouped(self.rows).items():
             began, now = _range([row.initial_slices for row in rows]), _range([row.slices for row in rows])
-            slices = now if all(row.slices == row.initial_slices for row in rows) else f"{began} → {now}"
-            cells = f"{slices:>9}"
+            sizes = [now if all(row.slices == row.initial_slices for row in rows) else f"{began} → {now}"]
             if has_width:
-                widths, ranks = _range([row.width or 0 for row in rows]), _range([row.rank for row in rows])
-                cells = f"{widths:>7}  {slices:>9}  {ranks:>7}"
-            lines.append(
-                f"{module:<{width}}  {f'{rows[0].d_out} × {rows[0].d_in}':>13}  {cells}  "
-                f"{sum(row.parameters for row in rows):>10,}  {math.hypot(*(row.norm for row in rows)):>9.3g}"
-                + "".join(f"  {_joint_norm([getattr(row, name) for row in rows]):>9}" for name in more)
-            )
-        lines.append("─" * len(head))
-        share = self.parameters / self.base_parameters
+                sizes = [_range([row.width or 0 for row in rows]), *sizes, _range([row.rank for row in rows])]
+            norms = [_joint_norm([getattr(row, name) for row in rows]) for name in ("norm", *more)]
+            shape, parameters = f"{rows[0].d_out} × {rows[0].d_in}", sum(row.parameters for row in rows)
+            table.append([module, shape, *sizes, f"{parameters:,}", *norms])
+        head, *lines = aligned(table)
+        rule, share = "─" * len(head), self.parameters / self.base_parameters
+        lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, rule, *lines, rule]
         lines.append(
             f"adapters: {self.parameters:,} trainable ({share:.2%} of the base's {self.base_parameters:,}), "
             f"total rank {self.rank}"
@@ -137,14 +132,12 @@ class Summary:
 
 def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by line of the table: one for each module, and one for all experts of a layer, named by their indices."""
-    groups: dict[str, list[Row]] = {}
-    indices: dict[str, list[int]] = {}
+    groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         together, index = expert_of(row.module) or (row.module, -1)
-        groups.setdefault(together, []).append(row)
-        indices.setdefault(together, []).append(index)
+        groups[together][index] = row
     return {
-        name if indices[name] == [-1] else name.replace(".*.", f".{_range(indices[name])}."): members
+        name if -1 in members else name.replace(".*.", f".{_range([*members])}."): [*members.values()]
         for name, members in groups.items()
     }
 

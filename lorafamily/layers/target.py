@@ -1,7 +1,5 @@
-"""Targets: the weights of a model that can carry adapters, by name.
-
-A target is a layer's weight or a part of it: rows of a fused projection (`c_attn.q`), an expert (`experts.3.up_proj`).
-"""
+"""Targets: the weights of a model that can carry adapters, by name. A target is a layer's weight or a part of it: rows
+of a fused projection (`c_attn.q`), an expert (`experts.3.up_proj`)."""
 
 from __future__ import annotations
 
@@ -80,10 +78,8 @@ def possible_targets(model: nn.Module, fused: Fused | None = None) -> dict[str, 
     for at, module in model.named_modules():
         if module in of_adapters:
             continue
-        kinds: Sequence[LayerKind | None] = divided.get(module, expert_kinds(module))
-        if not kinds and module not in divided:
-            kinds = [kind_of(module)]
-        targets = [Target(module, kind) for kind in kinds if kind is not None]
+        whole: Sequence[LayerKind | None] = expert_kinds(module) or [kind_of(module)]
+        targets = [Target(module, kind) for kind in divided.get(module, whole) if kind is not None]
         found |= {target.full_name(at): target for target in targets}
     return found
 
