@@ -22,11 +22,8 @@ IGNORED = -100  # the label that torch's and transformers' cross entropy leave o
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tensor:
-    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns.
-
-    Raises:
-        DataError: the model returned no loss.
-    """
+    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns. Raises: DataError
+    if that has none."""
     if loss_fn is not None:
         return loss_fn(model, batch)
     output = call(model, batch)
@@ -66,11 +63,8 @@ def loss_weight(batch: Any, model: nn.Module | None = None) -> float:
 
 
 def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> Callable[[Any], float]:
-    """The function that gives a batch's weight: what its loss is a mean over.
-
-    Args:
-        over: "auto": `loss_weight`, but the rows if there is a `loss_fn`; "tokens": the labels that count; "rows"; or a
-            function of the batch.
+    """The function that gives a batch's weight: what its loss is a mean over. `over`: "auto", which is `loss_weight`,
+    but the rows if there is a `loss_fn`; "tokens", the labels that count; "rows"; or a function of the batch.
 
     Raises:
         DataError: `over` is something else. The function raises it where "tokens" finds no labels in a batch, or where
@@ -135,11 +129,8 @@ def _head(model: nn.Module | None) -> Any:
 
 
 def _predicts_next(head: Any) -> bool:
-    """Whether a transformers model compares its logits with the labels one position later.
-
-    XLNet, and decoders taken from an encoder-decoder model (BartForCausalLM), compute their cross entropy themselves,
-    without a shift.
-    """
+    """Whether a transformers model compares its logits with the labels one position later. XLNet, and decoders taken
+    from an encoder-decoder model (BartForCausalLM), compute their cross entropy themselves, without a shift."""
     if head is None or head.config.is_encoder_decoder:
         return False
     name = type(head).__name__

@@ -82,12 +82,9 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """The model to place adapters in: this one, or the one that torch.compile wrapped.
-
-    Raises:
-        StateError: the name is taken or not valid, an adapter is merged, samples are routed to adapters, or the model
-            cannot have adapters: it is wrapped, or has lazy layers without weights.
-    """
+    """The model to place adapters in: this one, or the one that torch.compile wrapped. Raises: StateError if the name
+    is taken or not valid, an adapter is merged, samples are routed, or the model cannot have adapters: it is wrapped,
+    or has lazy layers without weights."""
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):

@@ -1,7 +1,5 @@
-"""A `Site` holds the adapters of one layer, and is the only attribute that the layer gets.
-
-Everything the package knows of a model is found through its sites.
-"""
+"""A `Site` holds the adapters of one layer, and is the only attribute that the layer gets. Everything the package knows
+of a model is found through its sites."""
 
 from __future__ import annotations
 
@@ -25,14 +23,9 @@ WHOLE = "weight"
 class Site(nn.Module):
     """Everything lorafamily knows of one layer.
 
-    Args:
-        layer: whose forward is wrapped.
-        kind: the layer kind that computes the layer's output.
-        at: the layer's full name in the model that `apply` was given.
-        state: the model's state, the same object for all its sites.
-
-    `adapters`: by part of the layer, then by adapter name. `kinds`: the layer kind of each part. `route`: while each
-    sample has its own adapter, the function from inputs to what these add to the output (see `deploy/routing.py`).
+    `kind`: computes the layer's output. `at`: the layer's full name in the model that `apply` was given. `state`: the
+    model's, one object for all its sites. `adapters`: by part of the layer, then by adapter name. `kinds`: of each
+    part. `route`: while each sample has its own adapter, the function from inputs to what these add to the output.
     """
 
     layer: nn.Module

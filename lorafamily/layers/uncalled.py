@@ -29,10 +29,8 @@ _GRAD = vars(torch._C.TensorBase)["grad"].__get__
 
 
 class WeightReads(TorchFunctionMode):
-    """Inside a `with` block records which targets' layers a model calls, and which weights it reads outside of them.
-
-    A read is a function of torch that gets the weight and returns a tensor, not a dtype or a shape.
-    """
+    """Inside a `with` block records which targets' layers a model calls, and which weights it reads outside of them: as
+    an argument of a function of torch that returns a tensor, not a dtype or a shape."""
 
     def __init__(self, targets: Mapping[str, Target]):
         super().__init__()
@@ -132,9 +130,8 @@ def warn_read_elsewhere(model: nn.Module, names: Sequence[str]) -> None:
 def leave_out(
     model: nn.Module, placement: Placement, names: Sequence[str], optimizer: torch.optim.Optimizer | None = None
 ) -> bool:
-    """Remove the named adapters, since the model does not call their layers, and warn; the optimizer forgets their
-    parameters. Returns whether there were any. Raises TargetError if the user named these targets, or if no other
-    adapter would be left."""
+    """Remove the named adapters, also from the optimizer, since the model does not call their layers, and warn. Returns
+    whether there were any. Raises TargetError if the user named them, or if no other adapter would be left."""
     names = [name for name in names if name in placement.adapters]
     check_left_out(model, names, placement.by_default and len(names) < len(placement.adapters))
     targets = targets_of(model)

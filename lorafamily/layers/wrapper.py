@@ -1,7 +1,5 @@
-"""A wrapper around the `forward` of one module, set on the instance, so that the module keeps its class.
-
-It calls the forward that was there before: the class's, or one that somebody else set on the instance.
-"""
+"""A wrapper around the `forward` of one module, set on the instance, so that the module keeps its class. It calls the
+forward that was there before: the class's, or one that somebody else set on the instance."""
 
 from __future__ import annotations
 
