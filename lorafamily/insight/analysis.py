@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
-from lorafamily.layers.placement import noted, placement_of, refuse_merged, state_of, targets_of
+from lorafamily.layers.placement import adapted, placement_of, refuse_merged, targets_of
 from lorafamily.layers.target import Target
 from lorafamily.names import place_of
 
@@ -76,10 +76,8 @@ def spectrum(adapter: Adapter) -> Float[Tensor, " m"]:
 
 
 def effective_rank(values: Float[Tensor, " m"]) -> float:
-    """exp of the entropy of values / Σ values: how many directions carry the update; 0 for a zero update.
-
-    Source: Roy and Vetterli 2007, "The effective rank".
-    """
+    """exp of the entropy of values / Σ values: how many directions carry the update; 0 for a zero update (Roy and
+    Vetterli 2007, "The effective rank")."""
     total = values.sum()
     if not total > 0:
         return 0.0
@@ -155,10 +153,8 @@ def amplification(
 
 @torch.no_grad()
 def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
-    """Share of ‖ΔW‖²_F that lies in W's k strongest directions on both sides, ‖Pᵀ ΔW Qᵀ‖²_F / ‖ΔW‖²_F.
-
-    nan for a zero update. For a random update it is about k² / (d_in d_out).
-    """
+    """Share of ‖ΔW‖²_F that lies in W's k strongest directions on both sides, ‖Pᵀ ΔW Qᵀ‖²_F / ‖ΔW‖²_F: nan for a zero
+    update, about k² / (d_in d_out) for a random one."""
     left, values, right = adapter.svd()
     if not values.any():
         return math.nan
@@ -199,9 +195,9 @@ def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
 def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[Adapter, Float[Tensor, "d_out d_in"]]]:
     """Adapter and base weight of every adapted layer, by full name; quantised weights are dequantised on access. Raises
     what `norms` raises."""
-    placement = placement_of(model, name)
-    refuse_merged(state_of(model))
-    return _Layers(placement.adapters, targets_of(noted(model)[0]))
+    placement, (owner, state) = placement_of(model, name), adapted(model)
+    refuse_merged(state)
+    return _Layers(placement.adapters, targets_of(owner))
 
 
 @dataclass(frozen=True)

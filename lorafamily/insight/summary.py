@@ -12,7 +12,7 @@ from torch import nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.layers.experts import Expert
-from lorafamily.layers.placement import noted, placement_of, targets_of
+from lorafamily.layers.placement import adapted, placement_of, targets_of
 from lorafamily.layers.quantised import Quantised, counts_of
 from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
@@ -160,10 +160,9 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     Raises:
         StateError: the model has no adapter of that name, or no active one.
     """
-    placement = placement_of(model, name)
-    owner, state = noted(model)
+    placement, (owner, state) = placement_of(model, name), adapted(model)
     reached, not_reached = _coverage(owner, placement)
-    targets, lost = targets_of(owner), {} if state is None else state.quantised.lost
+    targets, lost = targets_of(owner), state.quantised.lost
     rows = tuple(_row(path, adapter, targets[path], lost.get(path)) for path, adapter in placement.adapters.items())
     tensors = [t for adapter in placement.adapters.values() for t in adapter.state_dict().values()]
     tensors += placement.inactive_values.values()

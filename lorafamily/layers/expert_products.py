@@ -79,11 +79,9 @@ def _views(up: Tensor, down: Tensor, experts: list[int], ranks: list[int]) -> li
 
 
 class UpdatedWeight:
-    """W + ΔW of all experts, or of those that an index picks; products with it do not form it.
-
-    It replaces W in a layer, and PyTorch hands operations on it to `__torch_function__`. W is (…, a, b), and ΔW is left
-    (…, a, m) times right (…, m, b). For other operations than products the sum is formed, so that they are right, too.
-    """
+    """W + ΔW of all experts, or of those that an index picks, in place of W in a layer. PyTorch hands operations on it
+    to `__torch_function__`: products do not form the sum; others do, so that they are right, too. W is (…, a, b), and
+    ΔW is left (…, a, m) times right (…, m, b)."""
 
     def __init__(self, W: Tensor, left: Tensor, right: Tensor):
         self.W, self.left, self.right = W, left, right

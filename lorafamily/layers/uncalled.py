@@ -89,10 +89,7 @@ class WeightReads(TorchFunctionMode):
 
 
 def watch_first_batch(
-    model: nn.Module,
-    targets: Mapping[str, Target],
-    placement: Placement,
-    without_effect: Callable[[list[str]], None],
+    model: nn.Module, targets: Mapping[str, Target], placement: Placement, without_effect: Callable[[list[str]], None]
 ) -> None:
     """After the model's first batch in training, call `without_effect` with the names of the targets whose weights it
     read without calling their layers; note, and warn of, adapted layers whose weights it read as well."""

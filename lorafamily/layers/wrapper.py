@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 
 class ForwardWrapper:
-    """Computes `adapted` in place of a module's forward while it is `installed`, with the same signature.
-
-    `inner`: the forward that was on the instance before, None where the class's was in use. `wrapped`: whether somebody
-    else has wrapped this wrapper since.
-    """
+    """Computes `adapted` in place of a module's forward while it is `installed`, with the same signature. `inner`: the
+    forward that was on the instance before, None where the class's was in use. `wrapped`: whether somebody else has
+    wrapped this wrapper since."""
 
     def __init__(self, module: nn.Module, adapted: Callable[..., Any]):
         self.module, self.adapted = module, adapted
