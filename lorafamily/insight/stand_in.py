@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafamily.layers.formats import TorchAO
 from lorafamily.layers.quantised import Quantised
-from lorafamily.layers.torchao import TorchAO
 
 
 class _ByKernel(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from lorafamily.errors import TrainingError
-from lorafamily.layers.bitsandbytes import scales_kept
+from lorafamily.layers.formats import scales_kept
 from lorafamily.training.state import random_kept
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
