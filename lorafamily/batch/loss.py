@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lorafamily.batch.axes import rows_in
 from lorafamily.batch.containers import items_of
+from lorafamily.batch.rows import rows_weight
 from lorafamily.errors import DataError
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -79,11 +79,6 @@ def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> 
     if callable(over):
         return lambda batch: _checked(over(batch))
     raise DataError(f'loss_over={over!r}: must be "auto", "tokens", "rows" or a function from a batch to a number')
-
-
-def rows_weight(batch: Any) -> float:
-    """The number of rows in a batch, 1 where nothing in it counts rows."""
-    return float(max(1, rows_in(batch)))
 
 
 def _tokens_asked_for(batch: Any, model: nn.Module) -> float:
