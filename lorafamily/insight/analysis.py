@@ -7,9 +7,10 @@ the d_out × d_in update. Axes: d_in, d_out of the weight; m = inner size of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
 from lorafamily.layers.placement import adapted, placement_of, refuse_merged, targets_of
-from lorafamily.layers.target import Target
 from lorafamily.names import place_of
 
 Side = Literal["down", "up"]
@@ -197,21 +197,13 @@ def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[A
     what `norms` raises."""
     placement, (owner, state) = placement_of(model, name), adapted(model)
     refuse_merged(state)
-    return _Layers(placement.adapters, targets_of(owner))
+    targets = targets_of(owner)
+    return _Layers({at: (adapter, targets[at]) for at, adapter in placement.adapters.items()})
 
 
-@dataclass(frozen=True)
-class _Layers(Mapping[str, tuple[Adapter, Tensor]]):
+class _Layers(UserDict[str, Any]):
     """Reads weights only when they are asked for, since dequantised ones of all layers may not fit into memory."""
 
-    adapters: Mapping[str, Adapter]
-    targets: Mapping[str, Target]
-
     def __getitem__(self, at: str) -> tuple[Adapter, Tensor]:
-        return self.adapters[at], self.targets[at].weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.adapters)
-
-    def __len__(self) -> int:
-        return len(self.adapters)
+        adapter, target = self.data[at]
+        return adapter, target.weight

@@ -45,9 +45,9 @@ class WeightReads(TorchFunctionMode):
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> WeightReads:
-        for layer in set(self._layers.values()):
-            self._hooks.append(layer.register_forward_pre_hook(self._begin))
-            self._hooks.append(layer.register_forward_hook(self._end, always_call=True))
+        layers = set(self._layers.values())
+        self._hooks += [layer.register_forward_pre_hook(self._begin) for layer in layers]
+        self._hooks += [layer.register_forward_hook(self._end, always_call=True) for layer in layers]
         super().__enter__()
         return self
 
@@ -55,7 +55,6 @@ class WeightReads(TorchFunctionMode):
         super().__exit__(*exception)
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
