@@ -114,25 +114,22 @@ def _places(node: Any, rows: int, second: bool, key: Any = None, top: bool = Fal
     if isinstance(node, PackedSequence):
         return ENTRIES if int(node.batch_sizes[0]) == rows else None
     if is_array(node):
-        return _axis(tuple(node.shape), rows, second, key)
+        shape = tuple(node.shape)
+        if key == "position_ids" and len(shape) > 1:  # (rows, length), or (3, rows, length) of texts with images
+            return len(shape) - 2 if shape[-2] == rows else None
+        if second and len(shape) > 1 and shape[1] == rows:
+            return 1
+        if shape and shape[0] == rows:
+            return 0
+        # States of recurrent layers are (layers, rows, width). Pairs such as (images, 3) and images (n, 3, h, w) must
+        # not match: a batch of three rows would cut their coordinates or colours.
+        return 1 if len(shape) == 3 and shape[1] == rows else None
     parts = items_of(node)
     if parts is None:
         return None
     if _is_sequence(node) and len(parts) == rows and not _is_setting(node) and (not top or _counts_itself(node)):
         return ENTRIES
     return [_places(value, rows, second, name) for name, value in parts]
-
-
-def _axis(shape: tuple[int, ...], rows: int, second: bool, key: Any) -> int | None:
-    if key == "position_ids" and len(shape) > 1:  # (rows, length), or (3, rows, length) of texts with images
-        return len(shape) - 2 if shape[-2] == rows else None
-    if second and len(shape) > 1 and shape[1] == rows:
-        return 1
-    if shape and shape[0] == rows:
-        return 0
-    # States of recurrent layers are (layers, rows, width). Pairs such as (images, 3) and images (n, 3, h, w) must not
-    # match: a batch of three rows would cut their coordinates or colours.
-    return 1 if len(shape) == 3 and shape[1] == rows else None
 
 
 def cut_rows(batch: Any, begin: int, end: int, places: Any = None) -> Any:

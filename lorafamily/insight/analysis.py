@@ -43,13 +43,10 @@ def directions(adapter: Adapter, side: Side = "down") -> Float[Tensor, "k d"]:
 
 
 def similarity(one: Float[Tensor, "k d"], other: Float[Tensor, "l e"]) -> Float[Tensor, "k l"]:
-    """φ(i, j) = ‖one[:i] other[:j]ᵀ‖²_F / min(i, j), for every i and j from 1 (LoRA, eq. 4).
+    """φ(i, j) = ‖one[:i] other[:j]ᵀ‖²_F / min(i, j), for every i and j from 1 (LoRA, eq. 4), of directions as rows.
 
     The share of one subspace that lies in the other: 1 if the smaller lies in the larger, about max(i, j) / d for
     random ones.
-
-    Args:
-        one, other: orthonormal directions as rows, see `directions`.
 
     Raises:
         StateError: they are not orthonormal, or their lengths differ.
