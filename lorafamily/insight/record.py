@@ -15,8 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorafamily.deploy.saved import RECORD as SAVED
-from lorafamily.deploy.saved import read
+from lorafamily.deploy import saved
 from lorafamily.errors import FileError
 from lorafamily.history import Decision, Step
 
@@ -86,10 +85,10 @@ def slices_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[s
         FileError: the folder holds neither, a file is damaged, or a step of a saved adapter was asked for.
         MethodError: the saved adapter's method is not installed.
     """
-    if (Path(folder) / SAVED).is_file() and not (Path(folder) / DECISIONS).is_file():
+    if (Path(folder) / saved.RECORD).is_file() and not (Path(folder) / DECISIONS).is_file():
         if step is not None:
             raise FileError(f"{folder} is a saved adapter with the slices of its end alone; leave out step={step}")
-        return {at: adapter.slices for at, adapter in read(folder).adapters.items()}
+        return {at: adapter.slices for at, adapter in saved.read(folder).adapters.items()}
     slices: dict[str, int] = {}
     for decision in read_decisions(folder):
         if step is None or decision.step <= step:

@@ -1,7 +1,4 @@
-"""Which formats of quantised weights can carry adapters, bitsandbytes' and torchao's, and which are refused by name.
-
-A model that has a layer of a format has imported its library.
-"""
+"""Which formats of quantised weights can carry adapters, bitsandbytes' and torchao's, and which are refused by name."""
 
 from __future__ import annotations
 
@@ -160,6 +157,7 @@ class TorchAO(Quantised):
     """nn.Linear whose weight is of one of torchao's tensor classes, which dequantise themselves."""
 
     name = "linear of torchao"
+    keeps_dequantised = True
 
     def matches(self, module: nn.Module) -> bool:
         library, weight = sys.modules.get("torchao.utils"), module._parameters.get("weight")

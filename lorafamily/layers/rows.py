@@ -106,8 +106,7 @@ class Rows(Part):
 
 @dataclass(frozen=True)
 class ReadRows(Rows):
-    """Rows of a weight that nn.MultiheadAttention reads: it reads W + ΔW instead. Dropout drops columns of V, which are
-    features of the input, the same ones for a whole batch."""
+    """Rows of a weight that is read. Dropout drops columns of V: features of the input, the same for a whole batch."""
 
     name = "read rows"
     additive = False
