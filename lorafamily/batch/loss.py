@@ -51,12 +51,12 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def loss_weight(batch: Any, model: nn.Module | None = None) -> float:
-    """The number of labels or rows that the loss of a batch is a mean over.
+    """The number of labels or rows that the loss of a batch is a mean over, so that the mean of two batches' losses
+    with these weights is the loss of both as one batch.
 
     Labels are whole numbers under `labels`, and those that are -100 do not count. Where the model predicts the next
     token (transformers' decoder-only language models), the first label of every row does not count either. Without
-    labels, and for CTC, rows are counted; where there are none, 1. The mean of two batches' losses with these weights
-    is the loss of both as one batch.
+    labels, and for CTC, rows are counted; where there are none, 1.
     """
     tokens = _label_tokens(batch, model)
     return rows_weight(batch) if tokens is None else float(tokens)
@@ -101,12 +101,12 @@ def _checked(weight: Any) -> float:
 def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
     """The number of labels that count; None where there are no labels, or where the loss is no mean over them."""
     given = dict(items_of(batch) or ())
-    labels, shifted = given.get("labels"), given.get("shift_labels")
-    if isinstance(shifted, Tensor):
-        labels = shifted
+    shifted = given.get("shift_labels")
+    labels = shifted if isinstance(shifted, Tensor) else given.get("labels")
     if not isinstance(labels, Tensor) or not labels.ndim or labels.is_floating_point() or labels.dtype == torch.bool:
         return None
-    head = _head(model)
+    inside = () if model is None else model.modules()  # the outermost transformers model's class determines the loss
+    head: Any = next((m for m in inside if hasattr(getattr(m, "config", None), "is_encoder_decoder")), None)
     if getattr(head, "loss_type", None) == "ForCTC":  # a mean over rows
         return None
     if labels.ndim > 1 and shifted is None and _predicts_next(head):
@@ -115,12 +115,6 @@ def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
     if getattr(head, "loss_type", None) == "ForSemanticSegmentation":
         ignored = getattr(head.config, "semantic_loss_ignore_index", IGNORED)
     return int((labels != ignored).sum())
-
-
-def _head(model: nn.Module | None) -> Any:
-    """The outermost transformers model inside: its class determines the loss."""
-    inside = () if model is None else model.modules()
-    return next((m for m in inside if hasattr(getattr(m, "config", None), "is_encoder_decoder")), None)
 
 
 def _predicts_next(head: Any) -> bool:

@@ -18,7 +18,7 @@ ENTRIES = "entries"  # in place of an axis: each entry of a list, or of packed s
 
 
 def batch_axes(batch: Any) -> tuple[int, Any]:
-    """The number of rows in a batch, and which axes of its tensors they lie on.
+    """The number of rows in a batch, 0 where nothing votes, and a tree in its shape of the axes that they lie on.
 
     Nothing in a batch says which axis counts its rows, so its tensors and lists vote: a tensor for the size of its
     first axis and, with half the weight, of its second; a list or tuple inside the batch for its length and, with less
@@ -26,10 +26,8 @@ def batch_axes(batch: Any) -> tuple[int, Any]:
     arguments, so only they vote; unless they are texts, or rows that were not collated ([(image, 3), (image, 5)]).
     `position_ids` are (..., rows, length), known by their name. A tie goes to the first axis.
 
-    Returns:
-        The number of rows, 0 where nothing votes, and a tree in the batch's shape. A tensor or array has its batch axis
-        there, or None (scalars, class weights, an image in a list of images), and is then never cut; a list or packed
-        sequences have ENTRIES, or a list of their parts' trees.
+    In the tree a tensor or array has its batch axis, or None (scalars, class weights, an image in a list of images),
+    and is then never cut; a list or packed sequences have ENTRIES, or a list of their parts' trees.
     """
     votes, shapes = _votes(batch, top=True), _shapes(batch)
     if not votes:
@@ -146,13 +144,11 @@ def first_rows(batch: Any, rows: int) -> Any:
 def gather_rows(
     batches: Iterable[Any], count: int, weigh: Callable[[Any], float] = rows_weight
 ) -> list[tuple[Any, float]]:
-    """The first `count` rows of some batches, fewer where there are no more; mostly as one piece.
+    """The first `count` rows of some batches, fewer where there are no more, in pieces: the loss over all rows is the
+    sum of share · loss over the pieces.
 
     Batches that agree in everything but their rows are joined along the batch axis; others, such as texts padded to
     different lengths, stay separate pieces. `weigh` gives what the loss of a batch is a mean over (see `weigher`).
-
-    Returns:
-        Pieces and their shares, which add up to 1. The loss over all rows is the sum of share · loss over the pieces.
 
     Raises:
         DataError: there is no batch, or none of the rows has a label that counts.

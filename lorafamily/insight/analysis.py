@@ -78,8 +78,7 @@ def effective_rank(values: Float[Tensor, " m"]) -> float:
     total = values.sum()
     if not total > 0:
         return 0.0
-    share = values / total
-    return math.exp(torch.special.entr(share).sum().item())
+    return math.exp(torch.special.entr(values / total).sum().item())
 
 
 def leading(W: Float[Tensor, "d_out d_in"], k: int) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "k d_in"]]:

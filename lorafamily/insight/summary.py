@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorafamily.adapter import Adapter
 from lorafamily.layers.experts import Expert
 from lorafamily.layers.placement import adapted, placement_of, targets_of
 from lorafamily.layers.quantised import Quantised, counts_of
 from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
-from lorafamily.layers.target import Target
 from lorafamily.names import expert_of
 from lorafamily.planner.costs import aligned
 from lorafamily.targets import what_is
@@ -113,12 +111,10 @@ class Summary:
             + (f" from {self.slices} slices" if has_width else "")
             + f"; {self.initial_parameters:,} at the start"
         )
-        if self.budget is not None:
-            lines.append(f"budget (at the {self.budget_at}): {self.budget:,}, of which {self.unused:,} unused")
-        if self.rank_budget is not None:
-            lines.append(
-                f"rank budget (at the {self.budget_at}): {self.rank_budget:,} slices, of which {self.unused:,} unused"
-            )
+        if self.unused is not None:
+            by_rank = self.rank_budget is not None
+            what, size = ("rank budget", f"{self.rank_budget:,} slices") if by_rank else ("budget", f"{self.budget:,}")
+            lines.append(f"{what} (at the {self.budget_at}): {size}, of which {self.unused:,} unused")
         others = sorted(self.not_reached.items(), key=lambda item: -item[1])
         lines.append(
             f"in adapted layers: {self.reached:,} of the base's parameters ({self.reached / self.base_parameters:.1%})"
@@ -162,15 +158,20 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     """
     placement, (owner, state) = placement_of(model, name), adapted(model)
     reached, not_reached = _coverage(owner, placement)
-    targets, lost = targets_of(owner), state.quantised.lost
-    rows = tuple(_row(path, adapter, targets[path], lost.get(path)) for path, adapter in placement.adapters.items())
+    targets, rows = targets_of(owner), []
+    for path, adapter in placement.adapters.items():
+        update, target, step = adapter.update, targets[path], None
+        if isinstance(kind := target.layer_kind, Quantised) and not target.stored.is_meta:
+            step = float(target.kind.matrix(kind.rounding(target.layer)).sum().sqrt())
+        sizes = update.d_out, update.d_in, adapter.initial_slices, adapter.slices, update.sizes().get("width")
+        rows.append(Row(path, *sizes, adapter.trainable(), adapter.norm(), step, state.quantised.lost.get(path)))
     tensors = [t for adapter in placement.adapters.values() for t in adapter.state_dict().values()]
     tensors += placement.inactive_values.values()
     first, sizing = next(iter(placement.adapters.values())), placement.sizing
     return Summary(
         name=placement.name,
         method=placement.spec,
-        rows=rows,
+        rows=tuple(rows),
         base_parameters=sum(counts_of(owner).values()),
         extra_trained=sum(value.numel() for value in placement.inactive_values.values()),
         budget=sizing.budget,
@@ -201,12 +202,3 @@ def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, in
         if in_adapted < counts[name]:
             others[description(name)] += counts[name] - in_adapted
     return reached, dict(others)
-
-
-def _row(path: str, adapter: Adapter, target: Target, lost: float | None) -> Row:
-    update, kind, step = adapter.update, target.layer_kind, None
-    if isinstance(kind, Quantised) and not target.stored.is_meta:
-        step = float(target.kind.matrix(kind.rounding(target.layer)).sum().sqrt())
-    shape, slices = (update.d_out, update.d_in), (adapter.initial_slices, adapter.slices)
-    width, parameters = update.sizes().get("width"), adapter.trainable()
-    return Row(path, *shape, *slices, width, parameters, adapter.norm(), step, lost)

@@ -142,13 +142,11 @@ def factors_of_all(
     most += -most % 8 if W.is_cuda else 0  # grouped products on a GPU need rows of a multiple of 16 bytes
     stack = _Stacked.apply if fast else _stacked
     U, V = stack(experts, len(W), most, *(U.T for U in Us), *Vs)
-    scales = {adapter.scale for adapter in adapted}
-    if len(scales) == 1:
-        U = U * scales.pop()
-    else:
-        s = U.new_ones(len(W))
-        s[experts] = U.new_tensor([adapter.scale for adapter in adapted])
-        U = U * s[:, None, None]
+    s: Any = adapted[0].scale
+    if any(adapter.scale != s for adapter in adapted):
+        s = U.new_ones(len(W), 1, 1)
+        s[experts, 0, 0] = U.new_tensor([adapter.scale for adapter in adapted])
+    U = U * s
     if p := adapted[0].drops("entries"):
         V = V * F.dropout(V.new_ones(len(V), 1, V.shape[2]), p)
     U, V = in_dtype(U.mT, V, W.dtype)

@@ -4,7 +4,7 @@ of a fused projection (`c_attn.q`), an expert (`experts.3.up_proj`)."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,7 +73,14 @@ def possible_targets(model: nn.Module, fused: Fused | None = None) -> dict[str, 
     TargetError if an entry of `fused` matches no linear layer, or does not fit one that it matches.
     """
     divided = dict(divided_layers(model, fused or {}))
-    of_adapters = {inner for module in model.modules() for root in _adapters_in(module) for inner in root.modules()}
+    of_adapters: set[nn.Module] = set()
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    for module in model.modules():
+        if isinstance(module, Site):
+            of_adapters.update(module.modules())
+        elif peft is not None and isinstance(module, peft.BaseTunerLayer):  # all but its base are adapters
+            others = (child for name, child in module.named_children() if name != "base_layer")
+            of_adapters.update(inner for child in others for inner in child.modules())
     found: dict[str, Target] = {}
     for at, module in model.named_modules():
         if module in of_adapters:
@@ -101,12 +108,3 @@ def kind_of_record(entry: Mapping[str, Any]) -> LayerKind | None:
         if entry.get("kind") == cls.name:
             return cls.from_record(entry)
     return kind_named(str(entry.get("kind")))
-
-
-def _adapters_in(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules right here that belong to adapters: a site, or all of a layer of `peft`'s but its base."""
-    if isinstance(module, Site):
-        yield module
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    if peft is not None and isinstance(module, peft.BaseTunerLayer):
-        yield from (child for name, child in module.named_children() if name != "base_layer")
