@@ -11,7 +11,6 @@ from lorafamily.layers.placement import (
     activate,
     adapted,
     let_train,
-    noted,
     placement_of,
     refuse_merged,
     refuse_routed,
@@ -49,19 +48,19 @@ def disabled(model: Model) -> Iterator[Model]:
     Raises:
         StateError: an adapter is merged.
     """
-    owner, state = noted(model)
+    state = state_of(model)
     if state is None:
         yield model
         return
     refuse_merged(state)
     before, routed = state.active, state.routed
-    activate(owner, state, None)
+    activate(*adapted(model), None)
     state.routed = None
     try:
         yield model
     finally:
         state.routed = routed
-        activate(owner, state, before)
+        activate(*adapted(model), before)
 
 
 def remove(model: Model, name: str | None = None) -> Model:
