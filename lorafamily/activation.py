@@ -32,7 +32,7 @@ def switch(model: Model, name: str | None) -> Model:
     owner, state = adapted(model)
     refuse_merged(state)
     refuse_routed(state)
-    activate(owner, name)
+    activate(owner, state, name)
     if placement is not None:
         for other in state.placements.values():
             if other is not placement:
@@ -54,13 +54,13 @@ def disabled(model: Model) -> Iterator[Model]:
         return
     refuse_merged(state)
     before, routed = state.active, state.routed
-    activate(model, None)
+    activate(*adapted(model), None)
     state.routed = None
     try:
         yield model
     finally:
         state.routed = routed
-        activate(model, before)
+        activate(*adapted(model), before)
 
 
 def remove(model: Model, name: str | None = None) -> Model:
@@ -79,7 +79,7 @@ def remove(model: Model, name: str | None = None) -> Model:
     unmerge(owner)
     for placement in removed:
         if state.active == placement.name:
-            activate(owner, None)
+            activate(owner, state, None)
         targets = targets_of(owner)
         for path in placement.adapters:
             targets[path].site.drop(targets[path].part, placement.name)

@@ -18,11 +18,10 @@ import lorafamily
 from conftest import data, few_rounds, tiny
 from lorafamily import cli
 from lorafamily.history import Decision, History, Step
-from lorafamily.insight.curves import POINTS
 from lorafamily.insight.drawing import pixels
 from lorafamily.insight.grids import COLUMNS, ROWS, STACKS, slices_by_matrix, small_grids
 from lorafamily.insight.heatmaps import rank_heatmap
-from lorafamily.insight.pictures import pictures_of
+from lorafamily.insight.pictures import POINTS, pictures_of
 from lorafamily.insight.record import read_decisions, read_steps
 from lorafamily.training import board
 from pages.groups import Group

@@ -1,9 +1,8 @@
 """A batch: its rows, pieces of it, the call of the model with it, its loss and what that loss is a mean over."""
 
-from lorafamily.batch.axes import batch_axes, rows_in
 from lorafamily.batch.containers import fingerprint, refuse_one_batch, to_device
 from lorafamily.batch.loss import IGNORED, LossFn, LossOver, call, loss_of, loss_weight, weigher
-from lorafamily.batch.pieces import cut_rows, first_rows, gather_rows
+from lorafamily.batch.rows import batch_axes, cut_rows, first_rows, gather_rows, rows_in
 
 __all__ = ["batch_axes", "cut_rows", "first_rows", "gather_rows", "rows_in"]
 __all__ += ["fingerprint", "refuse_one_batch", "to_device"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lorafamily.batch.axes import rows_in
 from lorafamily.batch.containers import items_of
+from lorafamily.batch.rows import rows_weight
 from lorafamily.errors import DataError
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -22,11 +22,8 @@ IGNORED = -100  # the label that torch's and transformers' cross entropy leave o
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tensor:
-    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns.
-
-    Raises:
-        DataError: the model returned no loss.
-    """
+    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns. Raises: DataError
+    if that has none."""
     if loss_fn is not None:
         return loss_fn(model, batch)
     output = call(model, batch)
@@ -54,23 +51,20 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def loss_weight(batch: Any, model: nn.Module | None = None) -> float:
-    """The number of labels or rows that the loss of a batch is a mean over.
+    """The number of labels or rows that the loss of a batch is a mean over, so that the mean of two batches' losses
+    with these weights is the loss of both as one batch.
 
     Labels are whole numbers under `labels`, and those that are -100 do not count. Where the model predicts the next
     token (transformers' decoder-only language models), the first label of every row does not count either. Without
-    labels, and for CTC, rows are counted; where there are none, 1. The mean of two batches' losses with these weights
-    is the loss of both as one batch.
+    labels, and for CTC, rows are counted; where there are none, 1.
     """
     tokens = _label_tokens(batch, model)
     return rows_weight(batch) if tokens is None else float(tokens)
 
 
 def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> Callable[[Any], float]:
-    """The function that gives a batch's weight: what its loss is a mean over.
-
-    Args:
-        over: "auto": `loss_weight`, but the rows if there is a `loss_fn`; "tokens": the labels that count; "rows"; or a
-            function of the batch.
+    """The function that gives a batch's weight: what its loss is a mean over. `over`: "auto", which is `loss_weight`,
+    but the rows if there is a `loss_fn`; "tokens", the labels that count; "rows"; or a function of the batch.
 
     Raises:
         DataError: `over` is something else. The function raises it where "tokens" finds no labels in a batch, or where
@@ -85,11 +79,6 @@ def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> 
     if callable(over):
         return lambda batch: _checked(over(batch))
     raise DataError(f'loss_over={over!r}: must be "auto", "tokens", "rows" or a function from a batch to a number')
-
-
-def rows_weight(batch: Any) -> float:
-    """The number of rows in a batch, 1 where nothing in it counts rows."""
-    return float(max(1, rows_in(batch)))
 
 
 def _tokens_asked_for(batch: Any, model: nn.Module) -> float:
@@ -112,12 +101,12 @@ def _checked(weight: Any) -> float:
 def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
     """The number of labels that count; None where there are no labels, or where the loss is no mean over them."""
     given = dict(items_of(batch) or ())
-    labels, shifted = given.get("labels"), given.get("shift_labels")
-    if isinstance(shifted, Tensor):
-        labels = shifted
+    shifted = given.get("shift_labels")
+    labels = shifted if isinstance(shifted, Tensor) else given.get("labels")
     if not isinstance(labels, Tensor) or not labels.ndim or labels.is_floating_point() or labels.dtype == torch.bool:
         return None
-    head = _head(model)
+    inside = () if model is None else model.modules()  # the outermost transformers model's class determines the loss
+    head: Any = next((m for m in inside if hasattr(getattr(m, "config", None), "is_encoder_decoder")), None)
     if getattr(head, "loss_type", None) == "ForCTC":  # a mean over rows
         return None
     if labels.ndim > 1 and shifted is None and _predicts_next(head):
@@ -128,18 +117,9 @@ def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
     return int((labels != ignored).sum())
 
 
-def _head(model: nn.Module | None) -> Any:
-    """The outermost transformers model inside: its class determines the loss."""
-    inside = () if model is None else model.modules()
-    return next((m for m in inside if hasattr(getattr(m, "config", None), "is_encoder_decoder")), None)
-
-
 def _predicts_next(head: Any) -> bool:
-    """Whether a transformers model compares its logits with the labels one position later.
-
-    XLNet, and decoders taken from an encoder-decoder model (BartForCausalLM), compute their cross entropy themselves,
-    without a shift.
-    """
+    """Whether a transformers model compares its logits with the labels one position later. XLNet, and decoders taken
+    from an encoder-decoder model (BartForCausalLM), compute their cross entropy themselves, without a shift."""
     if head is None or head.config.is_encoder_decoder:
         return False
     name = type(head).__name__

@@ -84,14 +84,14 @@ def routing(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     sites = [site for _, site in sites_in(owner)]
     active, routes = state.active, [site.route for site in sites]
     try:
-        activate(owner, None)
+        activate(owner, state, None)
         _check_buffers(owner, placements)
         for site in sites:
             site.route = _route(site, list(placements), entry, samples)
         with samples.watching(owner, state):
             yield model
     finally:
-        activate(owner, active)
+        activate(owner, state, active)
         for site, route in zip(sites, routes, strict=True):
             site.route = route
 

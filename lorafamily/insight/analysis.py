@@ -7,9 +7,10 @@ the d_out × d_in update. Axes: d_in, d_out of the weight; m = inner size of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.errors import StateError
-from lorafamily.layers.placement import noted, placement_of, refuse_merged, state_of, targets_of
-from lorafamily.layers.target import Target
+from lorafamily.layers.placement import adapted, placement_of, refuse_merged, targets_of
 from lorafamily.names import place_of
 
 Side = Literal["down", "up"]
@@ -43,13 +43,10 @@ def directions(adapter: Adapter, side: Side = "down") -> Float[Tensor, "k d"]:
 
 
 def similarity(one: Float[Tensor, "k d"], other: Float[Tensor, "l e"]) -> Float[Tensor, "k l"]:
-    """φ(i, j) = ‖one[:i] other[:j]ᵀ‖²_F / min(i, j), for every i and j from 1 (LoRA, eq. 4).
+    """φ(i, j) = ‖one[:i] other[:j]ᵀ‖²_F / min(i, j), for every i and j from 1 (LoRA, eq. 4), of directions as rows.
 
     The share of one subspace that lies in the other: 1 if the smaller lies in the larger, about max(i, j) / d for
     random ones.
-
-    Args:
-        one, other: orthonormal directions as rows, see `directions`.
 
     Raises:
         StateError: they are not orthonormal, or their lengths differ.
@@ -76,15 +73,12 @@ def spectrum(adapter: Adapter) -> Float[Tensor, " m"]:
 
 
 def effective_rank(values: Float[Tensor, " m"]) -> float:
-    """exp of the entropy of values / Σ values: how many directions carry the update; 0 for a zero update.
-
-    Source: Roy and Vetterli 2007, "The effective rank".
-    """
+    """exp of the entropy of values / Σ values: how many directions carry the update; 0 for a zero update (Roy and
+    Vetterli 2007, "The effective rank")."""
     total = values.sum()
     if not total > 0:
         return 0.0
-    share = values / total
-    return math.exp(torch.special.entr(share).sum().item())
+    return math.exp(torch.special.entr(values / total).sum().item())
 
 
 def leading(W: Float[Tensor, "d_out d_in"], k: int) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "k d_in"]]:
@@ -155,10 +149,8 @@ def amplification(
 
 @torch.no_grad()
 def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
-    """Share of ‖ΔW‖²_F that lies in W's k strongest directions on both sides, ‖Pᵀ ΔW Qᵀ‖²_F / ‖ΔW‖²_F.
-
-    nan for a zero update. For a random update it is about k² / (d_in d_out).
-    """
+    """Share of ‖ΔW‖²_F that lies in W's k strongest directions on both sides, ‖Pᵀ ΔW Qᵀ‖²_F / ‖ΔW‖²_F: nan for a zero
+    update, about k² / (d_in d_out) for a random one."""
     left, values, right = adapter.svd()
     if not values.any():
         return math.nan
@@ -199,23 +191,15 @@ def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
 def layers_of(model: nn.Module, name: str | None = None) -> Mapping[str, tuple[Adapter, Float[Tensor, "d_out d_in"]]]:
     """Adapter and base weight of every adapted layer, by full name; quantised weights are dequantised on access. Raises
     what `norms` raises."""
-    placement = placement_of(model, name)
-    refuse_merged(state_of(model))
-    return _Layers(placement.adapters, targets_of(noted(model)[0]))
+    placement, (owner, state) = placement_of(model, name), adapted(model)
+    refuse_merged(state)
+    targets = targets_of(owner)
+    return _Layers({at: (adapter, targets[at]) for at, adapter in placement.adapters.items()})
 
 
-@dataclass(frozen=True)
-class _Layers(Mapping[str, tuple[Adapter, Tensor]]):
+class _Layers(UserDict[str, Any]):
     """Reads weights only when they are asked for, since dequantised ones of all layers may not fit into memory."""
 
-    adapters: Mapping[str, Adapter]
-    targets: Mapping[str, Target]
-
     def __getitem__(self, at: str) -> tuple[Adapter, Tensor]:
-        return self.adapters[at], self.targets[at].weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.adapters)
-
-    def __len__(self) -> int:
-        return len(self.adapters)
+        adapter, target = self.data[at]
+        return adapter, target.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -77,10 +78,9 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
     cell is the mean of the modules it stands for."""
     stacks = by_stack(names)
     shown_as = merged(list(stacks), STACKS)
-    places: dict[str, dict[str, Place]] = {}
+    places: dict[str, dict[str, Place]] = defaultdict(dict)
     for stack, members in stacks.items():
-        for name in members:
-            places.setdefault(shown_as[stack], {})[name] = place_of(name)
+        places[shown_as[stack]] |= {name: place_of(name) for name in members}
     grids: dict[str, list[Grid]] = {}
     for stack, modules_at in places.items():
         matrices = list(dict.fromkeys(matrix for _, _, matrix in modules_at.values()))
@@ -91,7 +91,7 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
         column = {layer: i * wide // len(layers) for i, layer in enumerate(layers)}
         chunks = [[labels[i] for i, layer in enumerate(layers) if column[layer] == at] for at in range(wide)]
         heads = [chunk[0] if len(chunk) == 1 else f"{chunk[0]}–{chunk[-1]}" for chunk in chunks]
-        named = list(dict.fromkeys(rows[matrix] for matrix in matrices))
+        named = list(dict.fromkeys(rows.values()))
         index = {matrix: named.index(rows[matrix]) for matrix in matrices}
         cells = np.array([(index[matrix], column[layer]) for _, layer, matrix in modules_at.values()])
         modules = np.zeros((len(named), wide))
@@ -108,11 +108,11 @@ def small_grids(names: Sequence[str], shown: Sequence[Mapping[str, float]]) -> d
 def expert_grids(ranks: Mapping[str, float]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
     """By matrix (`mlp.experts.*.up_proj`): labels of layers, labels of experts, and ranks as (layers, experts),
     nan if a layer has no such expert. Empty for a model without experts."""
-    cells_of: dict[str, list[tuple[int | None, int, float]]] = {}
+    cells_of: dict[str, list[tuple[int | None, int, float]]] = defaultdict(list)
     experts = {name: found for name in ranks if (found := expert_of(name)) is not None}
     labels = matrix_labels(dict.fromkeys(of_all for of_all, _ in experts.values()))
     for name, (of_all, index) in experts.items():
-        cells_of.setdefault(labels[of_all], []).append((place_of(of_all).layer, index, ranks[name]))
+        cells_of[labels[of_all]].append((place_of(of_all).layer, index, ranks[name]))
     grids = {}
     for matrix, cells in cells_of.items():
         layers = sorted({layer for layer, _, _ in cells}, key=lambda layer: (layer is None, layer))

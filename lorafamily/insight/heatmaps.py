@@ -36,10 +36,8 @@ def rank_heatmap(
     top = max(1.0, largest) if highest is None else max(1, highest)
     longest = max(len(layers) for of_stack in grids.values() for _, layers, _, _ in of_stack)
     side_by_side = longest <= SIDE_BY_SIDE
-    tall = [
-        len(of_stack[0].matrices) for of_stack in grids.values() for _ in (shown if not side_by_side else ["start"])
-    ]
     wide = len(shown) if side_by_side else 1
+    tall = [len(grid.matrices) for of_stack in grids.values() for grid in of_stack[::wide]]
     numbered = cells * len(shown) <= NUMBERED
     row, column = (0.32, 0.45) if numbered else (0.18, 0.2)
     room = 2.2 if len(grids) == 1 else max(2.2, 0.08 * len(f"{max(grids, key=len)}, start: 1234 in all"))
@@ -61,12 +59,9 @@ def rank_heatmap(
     return figure
 
 
-def expert_heatmap(
-    start: Mapping[str, int], now: Mapping[str, int] | None, title: str, highest: int | None = None
-) -> Figure | None:
-    """Layers × experts with the slices of each expert, a panel for each matrix, at the start and now, on one
-    colour scale; None for a model without experts. If there are many layers or experts, a cell is the mean of
-    neighbours. Arguments as in `rank_heatmap`."""
+def expert_heatmap(start: Mapping[str, int], now: Mapping[str, int] | None, title: str) -> Figure | None:
+    """Layers × experts with the slices of each expert, a panel for each matrix, at the start and now, on one colour
+    scale; None for a model without experts. A cell is the mean of neighbours if there are many layers or experts."""
     shown = {"start": start} if now is None else {"start": start, "now": now}
     grids = {when: expert_grids(ranks) for when, ranks in shown.items()}
     matrices = list(grids["start"])[:STACKS]
@@ -82,8 +77,7 @@ def expert_heatmap(
             layers, grid = in_chunks(layers, grid, max(4, ROWS // len(matrices)))
             experts, turned = in_chunks(experts, grid.T, 2 * COLUMNS)
             panels.append((panel, layers, experts, turned.T))
-    largest = max(float(np.nanmax(grid)) for *_, grid in panels)
-    top = max(1.0, largest) if highest is None else max(1, highest)
+    top = max(1.0, *(float(np.nanmax(grid)) for *_, grid in panels))
     tall, wide = [len(layers) for _, layers, _, _ in panels], max(len(experts) for _, _, experts, _ in panels)
     numbered = sum(grid.size for *_, grid in panels) <= NUMBERED and wide <= COLUMNS
     row, column = (0.32, 0.4) if numbered else (0.18, 0.1)
@@ -96,8 +90,7 @@ def expert_heatmap(
         axes.set_xlabel("expert", fontsize=8)
         axes.set_ylabel("layer", fontsize=8)
     figure.suptitle(title, fontsize=10)
-    extend = "max" if largest > top else "neither"
-    figure.colorbar(image, ax=figure.axes, label="slices", shrink=0.9, extend=extend)
+    figure.colorbar(image, ax=figure.axes, label="slices", shrink=0.9)
     return figure
 
 
@@ -110,11 +103,9 @@ def draw_grid(
     room: int = 0,
     numbered: bool = True,
 ) -> AxesImage:
-    """Draw a grid into axes, each number in its cell, on a colour scale from 0 to `top`.
-
-    `room`: how many layers the axes have room for, so that cells are equally wide in the panels of all stacks.
-    `numbered`: whether there is room for numbers in the cells and for a label at every column.
-    """
+    """Draw a grid into axes on a colour scale from 0 to `top`. `room`: how many layers the axes have room for, so that
+    cells are equally wide in the panels of all stacks; `numbered`: whether cells have room for their numbers, and
+    columns for a label each."""
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
     axes.set_xlabel("layer", fontsize=8)
     if room > len(layers):

@@ -15,8 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorafamily.deploy.saved import RECORD as SAVED
-from lorafamily.deploy.saved import read
+from lorafamily.deploy import saved
 from lorafamily.errors import FileError
 from lorafamily.history import Decision, Step
 
@@ -57,11 +56,8 @@ def recorded(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move an earlier run's record, events and pictures to the first free of `earlier-1`, `earlier-2`, …
-
-    Raises:
-        FileError: they cannot be moved.
-    """
+    """Move an earlier run's record, events and pictures to the first free of `earlier-1`, `earlier-2`, … Raises:
+    FileError if they cannot be moved."""
     number = next(number for number in count(1) if not (folder / f"earlier-{number}").exists())
     place = folder / f"earlier-{number}"
     pictures = [folder / f"{name}.png" for name in PICTURES]
@@ -89,10 +85,10 @@ def slices_at(folder: str | os.PathLike[str], step: int | None = None) -> dict[s
         FileError: the folder holds neither, a file is damaged, or a step of a saved adapter was asked for.
         MethodError: the saved adapter's method is not installed.
     """
-    if (Path(folder) / SAVED).is_file() and not (Path(folder) / DECISIONS).is_file():
+    if (Path(folder) / saved.RECORD).is_file() and not (Path(folder) / DECISIONS).is_file():
         if step is not None:
             raise FileError(f"{folder} is a saved adapter with the slices of its end alone; leave out step={step}")
-        return {at: adapter.slices for at, adapter in read(folder).adapters.items()}
+        return {at: adapter.slices for at, adapter in saved.read(folder).adapters.items()}
     slices: dict[str, int] = {}
     for decision in read_decisions(folder):
         if step is None or decision.step <= step:
@@ -112,11 +108,8 @@ def redraw(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
-    """The decisions of a recorded run. The first holds the ranks at the start.
-
-    Raises:
-        FileError: there is no record, or it is damaged or empty.
-    """
+    """The decisions of a recorded run. The first holds the ranks at the start. Raises: FileError if there is no record,
+    or it is damaged or empty."""
     decisions: list[Decision] = _read(Path(folder) / DECISIONS, Decision)
     if not decisions:
         raise FileError(f"{Path(folder) / DECISIONS}: empty; a record begins with the ranks at the start")

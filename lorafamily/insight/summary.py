@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lorafamily.adapter import Adapter
 from lorafamily.layers.experts import Expert
-from lorafamily.layers.placement import noted, placement_of, targets_of
+from lorafamily.layers.placement import adapted, placement_of, targets_of
 from lorafamily.layers.quantised import Quantised, counts_of
 from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
-from lorafamily.layers.target import Target
 from lorafamily.names import expert_of
+from lorafamily.planner.costs import aligned
 from lorafamily.targets import what_is
 
 
@@ -90,40 +89,32 @@ class Summary:
         return None if self.budget is None else self.budget - self.parameters
 
     def __str__(self) -> str:
-        grouped = _grouped(self.rows)
-        width = max(map(len, grouped))
         has_width = any(row.width is not None for row in self.rows)  # then rank and slices differ
-        cells = f"{'width':>7}  {'slices':>9}  {'rank':>7}" if has_width else f"{'rank':>9}"
-        head = f"{'module':<{width}}  {'d_out × d_in':>13}  {cells}  {'parameters':>10}  {'‖ΔW‖':>9}"
         more = [name for name in ("step", "lost") if any(getattr(row, name) is not None for row in self.rows)]
-        head += "".join(f"  {name:>9}" for name in more)
-        lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, "─" * len(head)]
-        for module, rows in grouped.items():
+        sizes = [f"{'width':>7}", f"{'slices':>9}", f"{'rank':>7}"] if has_width else [f"{'rank':>9}"]
+        norms = [f"{name:>9}" for name in ("‖ΔW‖", *more)]
+        table = [["module", f"{'d_out × d_in':>13}", *sizes, "parameters", *norms]]
+        for module, rows in _grouped(self.rows).items():
             began, now = _range([row.initial_slices for row in rows]), _range([row.slices for row in rows])
-            slices = now if all(row.slices == row.initial_slices for row in rows) else f"{began} → {now}"
-            cells = f"{slices:>9}"
+            sizes = [now if all(row.slices == row.initial_slices for row in rows) else f"{began} → {now}"]
             if has_width:
-                widths, ranks = _range([row.width or 0 for row in rows]), _range([row.rank for row in rows])
-                cells = f"{widths:>7}  {slices:>9}  {ranks:>7}"
-            lines.append(
-                f"{module:<{width}}  {f'{rows[0].d_out} × {rows[0].d_in}':>13}  {cells}  "
-                f"{sum(row.parameters for row in rows):>10,}  {math.hypot(*(row.norm for row in rows)):>9.3g}"
-                + "".join(f"  {_joint_norm([getattr(row, name) for row in rows]):>9}" for name in more)
-            )
-        lines.append("─" * len(head))
-        share = self.parameters / self.base_parameters
+                sizes = [_range([row.width or 0 for row in rows]), *sizes, _range([row.rank for row in rows])]
+            norms = [_joint_norm([getattr(row, name) for row in rows]) for name in ("norm", *more)]
+            shape, parameters = f"{rows[0].d_out} × {rows[0].d_in}", sum(row.parameters for row in rows)
+            table.append([module, shape, *sizes, f"{parameters:,}", *norms])
+        head, *lines = aligned(table)
+        rule, share = "─" * len(head), self.parameters / self.base_parameters
+        lines = [f'adapter "{self.name}": {self.method}, {self.dtype} factors', head, rule, *lines, rule]
         lines.append(
             f"adapters: {self.parameters:,} trainable ({share:.2%} of the base's {self.base_parameters:,}), "
             f"total rank {self.rank}"
             + (f" from {self.slices} slices" if has_width else "")
             + f"; {self.initial_parameters:,} at the start"
         )
-        if self.budget is not None:
-            lines.append(f"budget (at the {self.budget_at}): {self.budget:,}, of which {self.unused:,} unused")
-        if self.rank_budget is not None:
-            lines.append(
-                f"rank budget (at the {self.budget_at}): {self.rank_budget:,} slices, of which {self.unused:,} unused"
-            )
+        if self.unused is not None:
+            by_rank = self.rank_budget is not None
+            what, size = ("rank budget", f"{self.rank_budget:,} slices") if by_rank else ("budget", f"{self.budget:,}")
+            lines.append(f"{what} (at the {self.budget_at}): {size}, of which {self.unused:,} unused")
         others = sorted(self.not_reached.items(), key=lambda item: -item[1])
         lines.append(
             f"in adapted layers: {self.reached:,} of the base's parameters ({self.reached / self.base_parameters:.1%})"
@@ -137,14 +128,12 @@ class Summary:
 
 def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by line of the table: one for each module, and one for all experts of a layer, named by their indices."""
-    groups: dict[str, list[Row]] = {}
-    indices: dict[str, list[int]] = {}
+    groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
         together, index = expert_of(row.module) or (row.module, -1)
-        groups.setdefault(together, []).append(row)
-        indices.setdefault(together, []).append(index)
+        groups[together][index] = row
     return {
-        name if indices[name] == [-1] else name.replace(".*.", f".{_range(indices[name])}."): members
+        name if -1 in members else name.replace(".*.", f".{_range([*members])}."): [*members.values()]
         for name, members in groups.items()
     }
 
@@ -167,18 +156,22 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     Raises:
         StateError: the model has no adapter of that name, or no active one.
     """
-    placement = placement_of(model, name)
-    owner, state = noted(model)
+    placement, (owner, state) = placement_of(model, name), adapted(model)
     reached, not_reached = _coverage(owner, placement)
-    targets, lost = targets_of(owner), {} if state is None else state.quantised.lost
-    rows = tuple(_row(path, adapter, targets[path], lost.get(path)) for path, adapter in placement.adapters.items())
+    targets, rows = targets_of(owner), []
+    for path, adapter in placement.adapters.items():
+        update, target, step = adapter.update, targets[path], None
+        if isinstance(kind := target.layer_kind, Quantised) and not target.stored.is_meta:
+            step = float(target.kind.matrix(kind.rounding(target.layer)).sum().sqrt())
+        sizes = update.d_out, update.d_in, adapter.initial_slices, adapter.slices, update.sizes().get("width")
+        rows.append(Row(path, *sizes, adapter.trainable(), adapter.norm(), step, state.quantised.lost.get(path)))
     tensors = [t for adapter in placement.adapters.values() for t in adapter.state_dict().values()]
     tensors += placement.inactive_values.values()
     first, sizing = next(iter(placement.adapters.values())), placement.sizing
     return Summary(
         name=placement.name,
         method=placement.spec,
-        rows=rows,
+        rows=tuple(rows),
         base_parameters=sum(counts_of(owner).values()),
         extra_trained=sum(value.numel() for value in placement.inactive_values.values()),
         budget=sizing.budget,
@@ -209,12 +202,3 @@ def _coverage(model: nn.Module, placement: Placement) -> tuple[int, dict[str, in
         if in_adapted < counts[name]:
             others[description(name)] += counts[name] - in_adapted
     return reached, dict(others)
-
-
-def _row(path: str, adapter: Adapter, target: Target, lost: float | None) -> Row:
-    update, kind, step = adapter.update, target.layer_kind, None
-    if isinstance(kind, Quantised) and not target.stored.is_meta:
-        step = float(target.kind.matrix(kind.rounding(target.layer)).sum().sqrt())
-    shape, slices = (update.d_out, update.d_in), (adapter.initial_slices, adapter.slices)
-    width, parameters = update.sizes().get("width"), adapter.trainable()
-    return Row(path, *shape, *slices, width, parameters, adapter.norm(), step, lost)

@@ -13,20 +13,17 @@ PIECE = 1 << 18
 """Entries that a CPU sums at once: it makes 64-bit copies of them first, which should be small."""
 
 
+@torch.no_grad()
 def fingerprints(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """For each tensor the sum of its entries' bits, read as integers: any single flipped bit changes it."""
-    sums = {name: _fingerprint(value) for name, value in parameters}
-    return {name: int(value) for name, value in sums.items()}
-
-
-@torch.no_grad()
-def _fingerprint(value: Tensor) -> Tensor:
-    here = local(value)
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(here.element_size(), torch.int64)
-    bits = here.contiguous().view(words).flatten()
-    if bits.device.type != "cpu" or bits.numel() <= PIECE:
-        return bits.sum(dtype=torch.int64)
-    return torch.stack([piece.sum(dtype=torch.int64) for piece in bits.split(PIECE)]).sum()
+    sums: dict[str, list[Tensor]] = {}
+    for name, value in parameters:
+        here = local(value)
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(here.element_size(), torch.int64)
+        bits = here.contiguous().view(words).flatten()
+        pieces = bits.split(PIECE) if bits.device.type == "cpu" else [bits]
+        sums[name] = [piece.sum(dtype=torch.int64) for piece in pieces]
+    return {name: added_up([int(piece) for piece in found]) for name, found in sums.items()}
 
 
 def added_up(pieces: list[int]) -> int:

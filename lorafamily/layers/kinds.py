@@ -114,13 +114,11 @@ class Part(LayerKind):
 
     held_in: str
     """The name of the parameter that holds the part's weight."""
-    part: str
-    """The part's name in the layer's site."""
 
     @property
+    @abstractmethod
     def path(self) -> str:
         """The part's name in its layer, as users write it."""
-        return self.part
 
     @classmethod
     @abstractmethod
@@ -139,6 +137,9 @@ class Part(LayerKind):
 
     def weight(self, module: nn.Module) -> Tensor:
         return cast(Tensor, attrgetter(self.held_in)(module))
+
+    def stored_as(self, at: str) -> str:
+        return at.removesuffix(self.path) + self.held_in
 
 
 def whole_update(acting: Acting, *, dropping: bool = False) -> tuple[Tensor, Tensor, float]:

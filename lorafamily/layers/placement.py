@@ -15,7 +15,7 @@ from lorafamily.allocation.allocator import Fixed
 from lorafamily.errors import StateError
 from lorafamily.layers.extra_trained import base_values, movable_buffers, swap_values
 from lorafamily.layers.offloaded import refuse_whole_blocks
-from lorafamily.layers.site import Site, base_parameters, keep_padding, site_for, sites_in
+from lorafamily.layers.site import Site, base_parameters, keep_padding, site_on, sites_in
 from lorafamily.layers.state import ModelState, Placement
 from lorafamily.layers.target import Target
 
@@ -23,11 +23,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
-    """The model that `apply` was given, inside whatever wraps it, and its state, None if it has no adapters.
-
-    Raises:
-        StateError: this model is only a part of that one, or holds several such models.
-    """
+    """The model that `apply` was given, inside whatever wraps it, and its state, None if it has no adapters. Raises:
+    StateError where this model is only a part of that one, or holds several such models."""
     found = list(sites_in(model))
     states = {id(site.state): (at, site) for at, site in found}
     if len(states) > 1:
@@ -59,11 +56,7 @@ def state_of(model: nn.Module) -> ModelState | None:
 
 
 def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
-    """As `noted`, for a model that must have adapters.
-
-    Raises:
-        StateError: it has none; or as `noted`.
-    """
+    """As `noted`, for a model that must have adapters. Raises: StateError where it has none; or as `noted`."""
     owner, state = noted(model)
     if state is None:
         raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
@@ -71,17 +64,14 @@ def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def placement_of(model: nn.Module, name: str | None = None) -> Placement:
-    """The placement of that name, or the active one.
-
-    Raises:
-        StateError: there is none.
-    """
+    """The placement of that name, or the active one. Raises: StateError where there is none."""
     _, state = adapted(model)
     name = state.active if name is None else name
+    known = ", ".join(f'"{other}"' for other in state.placements)
     if name is None:
-        raise StateError(f"no adapter is active; choose one with lorafamily.switch: {_known(state)}")
+        raise StateError(f"no adapter is active; choose one with lorafamily.switch: {known}")
     if name not in state.placements:
-        raise StateError(f'no adapter named "{name}"; this model has {_known(state)}')
+        raise StateError(f'no adapter named "{name}"; this model has {known}')
     return state.placements[name]
 
 
@@ -92,12 +82,9 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """The model to place adapters in: this one, or the one that torch.compile wrapped.
-
-    Raises:
-        StateError: the name is taken or not valid, an adapter is merged, samples are routed to adapters, or the model
-            cannot have adapters: it is wrapped, or has lazy layers without weights.
-    """
+    """The model to place adapters in: this one, or the one that torch.compile wrapped. Raises: StateError if the name
+    is taken or not valid, an adapter is merged, samples are routed, or the model cannot have adapters: it is wrapped,
+    or has lazy layers without weights."""
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
@@ -125,31 +112,20 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
 
 
 def refuse_merged(state: ModelState | None) -> None:
-    """Check that no adapter is merged, for what needs the base weights.
-
-    Raises:
-        StateError: an adapter is merged.
-    """
+    """Refuse what needs the base weights while an adapter is merged. Raises: StateError."""
     if state is not None and state.merged:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 
 
 def refuse_routed(state: ModelState | None) -> None:
-    """Check that samples are not routed to adapters now, for what changes which adapters there are or act.
-
-    Raises:
-        StateError: this is inside a block of `routing`.
-    """
+    """Refuse to change which adapters there are or act inside a block of `routing`. Raises: StateError."""
     if state is not None and state.routed is not None:
         raise StateError("inside a block of lorafamily.routing every sample has its adapter; leave the block first")
 
 
 def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
-    """Check that a file of an adapter would hold all that trains, and fit its layers.
-
-    Raises:
-        StateError: somebody unfroze other parameters of the base, which no file would hold; a layer was resized.
-    """
+    """Refuse to save an adapter if its file would not hold all that trains, since somebody unfroze other parameters of
+    the base, or would fit no model, since a layer was resized. Raises: StateError."""
     owner, state = noted(model)
     targets = targets_of(owner)
     for at, adapter in placement.adapters.items():
@@ -208,8 +184,8 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
     sites: dict[nn.Module, Site] = {}
     for target in map(targets.__getitem__, placement.adapters):
         layer = target.layer
-        sites[layer] = sites.get(layer) or site_for(layer, target.layer_kind, names[layer], state)
-    _activate(model, state, None)
+        sites[layer] = sites.get(layer) or site_on(layer) or Site(layer, target.layer_kind, names[layer], state)
+    activate(model, state, None)
     for path, adapter in placement.adapters.items():
         target = targets[path]
         sites[target.layer].put(target.part, target.kind, placement.name, adapter)
@@ -217,7 +193,7 @@ def place(model: nn.Module, placement: Placement, targets: Mapping[str, Target])
     keep_padding(model)
     placement.inactive_buffers = base_values(movable_buffers(model), {}) | placement.inactive_buffers
     state.placements[placement.name] = placement
-    _activate(model, state, placement.name)
+    activate(model, state, placement.name)
     model.requires_grad_(False)
     let_train(model, placement, True)
 
@@ -231,13 +207,8 @@ def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
         model.get_parameter(path).requires_grad = flag
 
 
-def activate(model: nn.Module, name: str | None) -> None:
+def activate(model: nn.Module, state: ModelState, name: str | None) -> None:
     """Make one placement take effect, with its extra trained parameters; None: the base model alone."""
-    owner, state = adapted(model)
-    _activate(owner, state, name)
-
-
-def _activate(model: nn.Module, state: ModelState, name: str | None) -> None:
     if state.active == name:
         return
     for changing in (state.active, name):  # the one that leaves, then the one that enters
@@ -246,7 +217,3 @@ def _activate(model: nn.Module, state: ModelState, name: str | None) -> None:
             swap_values(placement.inactive_values, model.get_parameter)
             swap_values(placement.inactive_buffers, model.get_buffer)
     state.active = name
-
-
-def _known(state: ModelState) -> str:
-    return ", ".join(f'"{name}"' for name in state.placements)

@@ -22,7 +22,6 @@ from lorafamily.layers.kinds import Acting, LayerKind, Part, kind_named, kind_of
 from lorafamily.layers.site import site_on
 from lorafamily.layers.weights import replaced_values
 from lorafamily.layers.wrapper import ForwardWrapper
-from lorafamily.names import join
 
 Fused = Mapping[str, Sequence[str] | Mapping[str, int]]
 """By a regular expression for layers: the names of their parts, which have one size, or names with sizes in rows. Sizes
@@ -41,6 +40,10 @@ class Rows(Part):
 
     name = "rows"
     linear = True
+
+    @property
+    def path(self) -> str:
+        return self.part
 
     @property
     def period(self) -> int:
@@ -80,9 +83,6 @@ class Rows(Part):
     def stored(self, module: nn.Module) -> dict[str, Tensor]:
         return self.of.stored(module)
 
-    def stored_as(self, at: str) -> str:
-        return join(at.rpartition(".")[0], self.held_in)
-
     def described(self) -> dict[str, Any]:
         of, parts = self.of.described()["kind"], dict(self.sizes)
         return {"kind": self.name, "of": of, "held_in": self.held_in, "parts": parts, "part": self.part}
@@ -106,8 +106,7 @@ class Rows(Part):
 
 @dataclass(frozen=True)
 class ReadRows(Rows):
-    """Rows of a weight that nn.MultiheadAttention reads: it reads W + ΔW instead. Dropout drops columns of V, which are
-    features of the input, the same ones for a whole batch."""
+    """Rows of a weight that is read. Dropout drops columns of V: features of the input, the same for a whole batch."""
 
     name = "read rows"
     additive = False
@@ -128,11 +127,7 @@ class ReadRows(Rows):
 
 def divided_layers(model: nn.Module, fused: Fused) -> Iterator[tuple[nn.Module, list[Rows]]]:
     """Every layer that is divided into parts, with their layer kinds: each nn.MultiheadAttention, layers with adapters
-    on parts, and those that `fused` declares.
-
-    Raises:
-        TargetError: a declaration in `fused` fits no layer; see `possible_targets`.
-    """
+    on parts, and those that `fused` declares. Raises: TargetError if a declaration fits no layer."""
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             yield module, _attention_rows(module)

@@ -1,7 +1,5 @@
-"""Weights that FSDP2 shards: each process has a part of every weight; factors stay whole.
-
-Weights are gathered one at a time; every process must take part.
-"""
+"""Weights that FSDP2 shards: each process has a part of every weight; factors stay whole. Weights are gathered one at a
+time, for which every process must take part."""
 
 from __future__ import annotations
 

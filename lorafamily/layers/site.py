@@ -1,7 +1,5 @@
-"""A `Site` holds the adapters of one layer, and is the only attribute that the layer gets.
-
-Everything the package knows of a model is found through its sites.
-"""
+"""A `Site` holds the adapters of one layer, and is the only attribute that the layer gets. Everything the package knows
+of a model is found through its sites."""
 
 from __future__ import annotations
 
@@ -25,20 +23,17 @@ WHOLE = "weight"
 class Site(nn.Module):
     """Everything lorafamily knows of one layer.
 
-    Args:
-        layer: whose forward is wrapped.
-        kind: the layer kind that computes the layer's output.
-        at: the layer's full name in the model that `apply` was given.
-        state: the model's state, the same object for all its sites.
-
-    `adapters`: by part of the layer, then by adapter name. `kinds`: the layer kind of each part. `route`: while each
-    sample has its own adapter, the function from inputs to what these add to the output (see `deploy/routing.py`).
+    `kind`: computes the layer's output. `at`: the layer's full name in the model that `apply` was given. `state`: the
+    model's, one object for all its sites. `adapters`: by part of the layer, then by adapter name. `kinds`: of each
+    part. `route`: while each sample has its own adapter, the function from inputs to what these add to the output.
     """
 
     layer: nn.Module
 
     def __init__(self, layer: nn.Module, kind: LayerKind, at: str, state: ModelState):
         super().__init__()
+        if hasattr(layer, NAME):
+            raise TargetError(f'{at} ({type(layer).__name__}) has an attribute "{NAME}" of its own; rename it')
         vars(self)["layer"] = layer  # not registered as a child: it is the site's parent
         self.kind, self.kinds, self.at, self.state = kind, dict[str, LayerKind](), at, state
         self.route: Callable[[Tensor], Tensor] | None = None
@@ -122,18 +117,6 @@ def site_on(layer: nn.Module) -> Site | None:
     """The site of a layer, even if it is detached; None where there is none."""
     site = layer._modules.get(NAME) or vars(layer).get(NAME)
     return site if isinstance(site, Site) else None
-
-
-def site_for(layer: nn.Module, kind: LayerKind, at: str, state: ModelState) -> Site:
-    """The site of a layer, or a new one.
-
-    Raises:
-        TargetError: the layer has another attribute of the site's name.
-    """
-    site = site_on(layer)
-    if site is None and hasattr(layer, NAME):
-        raise TargetError(f'{at} ({type(layer).__name__}) has an attribute "{NAME}" of its own; rename it')
-    return Site(layer, kind, at, state) if site is None else site
 
 
 def sites_in(model: nn.Module) -> Iterator[tuple[str, Site]]:

@@ -30,9 +30,9 @@ class Known(LayerKind):
     @abstractmethod
     def classes(self) -> tuple[type[nn.Module], ...]: ...
 
-    @abstractmethod
     def example(self, module: Any) -> Tensor:
-        """An input for the layer, on the CPU."""
+        """An input for the layer, on the CPU; here for a linear layer."""
+        return torch.randn(3, self.matrix(module.weight).shape[1])
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, self.classes)
@@ -92,9 +92,6 @@ class _Linear(Known):
         # nn.MultiheadAttention reads its output projection's weight and never calls the module.
         return super().matches(module) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
-    def example(self, module: Any) -> Tensor:
-        return torch.randn(3, module.weight.shape[1])
-
 
 class _Transposed(Known):
     """Layers whose weight is stored as (d_in, d_out)."""
@@ -117,9 +114,6 @@ class _Conv1D(_Transposed):
         # A model that has one has imported it; no other model should pay for importing transformers.
         home = sys.modules.get("transformers.pytorch_utils")
         return () if home is None else (home.Conv1D,)
-
-    def example(self, module: Any) -> Tensor:
-        return torch.randn(3, module.weight.shape[0])
 
 
 class _Embedding(_Transposed):

@@ -1,7 +1,5 @@
-"""The state of a model with adapters: what was placed in it, and which placement is active or merged.
-
-All sites of the model refer to the same `ModelState`, so that it is found through whatever wraps the model.
-"""
+"""The state of a model with adapters: what was placed in it, and which placement is active or merged. All its sites
+refer to the same `ModelState`, so that it is found through whatever wraps the model."""
 
 from __future__ import annotations
 
@@ -66,8 +64,7 @@ class ModelState:
     """A model's placements by name, and the name of the active one. `trained_before`: by name, whether the base's
     parameters were trainable before adapters came. `originals`: while a placement is merged, the base weights by module
     name, None for those that were not kept. `merged_fingerprints`: dtype and fingerprint of each merged weight.
-    `routed`: the samples of the innermost block of `routing`, None outside of it and where `disabled` is further
-    inside."""
+    `routed`: the samples of the innermost block of `routing`; None outside of it, or inside `disabled` in it."""
 
     trained_before: dict[str, bool]
     placements: dict[str, Placement] = field(default_factory=dict)

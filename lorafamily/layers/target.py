@@ -1,12 +1,10 @@
-"""Targets: the weights of a model that can carry adapters, by name.
-
-A target is a layer's weight or a part of it: rows of a fused projection (`c_attn.q`), an expert (`experts.3.up_proj`).
-"""
+"""Targets: the weights of a model that can carry adapters, by name. A target is a layer's weight or a part of it: rows
+of a fused projection (`c_attn.q`), an expert (`experts.3.up_proj`)."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,7 +27,8 @@ class Target:
 
     @property
     def part(self) -> str:
-        return self.kind.part if isinstance(self.kind, Part) else WHOLE
+        """The weight's name in the layer's site, where names of modules have no dots."""
+        return self.kind.path.replace(".", "_") if isinstance(self.kind, Part) else WHOLE
 
     @property
     def site(self) -> Site:
@@ -74,15 +73,20 @@ def possible_targets(model: nn.Module, fused: Fused | None = None) -> dict[str, 
     TargetError if an entry of `fused` matches no linear layer, or does not fit one that it matches.
     """
     divided = dict(divided_layers(model, fused or {}))
-    of_adapters = {inner for module in model.modules() for root in _adapters_in(module) for inner in root.modules()}
+    of_adapters: set[nn.Module] = set()
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    for module in model.modules():
+        if isinstance(module, Site):
+            of_adapters.update(module.modules())
+        elif peft is not None and isinstance(module, peft.BaseTunerLayer):  # all but its base are adapters
+            others = (child for name, child in module.named_children() if name != "base_layer")
+            of_adapters.update(inner for child in others for inner in child.modules())
     found: dict[str, Target] = {}
     for at, module in model.named_modules():
         if module in of_adapters:
             continue
-        kinds: Sequence[LayerKind | None] = divided.get(module, expert_kinds(module))
-        if not kinds and module not in divided:
-            kinds = [kind_of(module)]
-        targets = [Target(module, kind) for kind in kinds if kind is not None]
+        whole: Sequence[LayerKind | None] = expert_kinds(module) or [kind_of(module)]
+        targets = [Target(module, kind) for kind in divided.get(module, whole) if kind is not None]
         found |= {target.full_name(at): target for target in targets}
     return found
 
@@ -104,12 +108,3 @@ def kind_of_record(entry: Mapping[str, Any]) -> LayerKind | None:
         if entry.get("kind") == cls.name:
             return cls.from_record(entry)
     return kind_named(str(entry.get("kind")))
-
-
-def _adapters_in(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules right here that belong to adapters: a site, or all of a layer of `peft`'s but its base."""
-    if isinstance(module, Site):
-        yield module
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    if peft is not None and isinstance(module, peft.BaseTunerLayer):
-        yield from (child for name, child in module.named_children() if name != "base_layer")

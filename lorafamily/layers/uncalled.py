@@ -29,10 +29,8 @@ _GRAD = vars(torch._C.TensorBase)["grad"].__get__
 
 
 class WeightReads(TorchFunctionMode):
-    """Inside a `with` block records which targets' layers a model calls, and which weights it reads outside of them.
-
-    A read is a function of torch that gets the weight and returns a tensor, not a dtype or a shape.
-    """
+    """Inside a `with` block records which targets' layers a model calls, and which weights it reads outside of them: as
+    an argument of a function of torch that returns a tensor, not a dtype or a shape."""
 
     def __init__(self, targets: Mapping[str, Target]):
         super().__init__()
@@ -47,9 +45,9 @@ class WeightReads(TorchFunctionMode):
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> WeightReads:
-        for layer in set(self._layers.values()):
-            self._hooks.append(layer.register_forward_pre_hook(self._begin))
-            self._hooks.append(layer.register_forward_hook(self._end, always_call=True))
+        layers = set(self._layers.values())
+        self._hooks += [layer.register_forward_pre_hook(self._begin) for layer in layers]
+        self._hooks += [layer.register_forward_hook(self._end, always_call=True) for layer in layers]
         super().__enter__()
         return self
 
@@ -57,7 +55,6 @@ class WeightReads(TorchFunctionMode):
         super().__exit__(*exception)
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -91,10 +88,7 @@ class WeightReads(TorchFunctionMode):
 
 
 def watch_first_batch(
-    model: nn.Module,
-    targets: Mapping[str, Target],
-    placement: Placement,
-    without_effect: Callable[[list[str]], None],
+    model: nn.Module, targets: Mapping[str, Target], placement: Placement, without_effect: Callable[[list[str]], None]
 ) -> None:
     """After the model's first batch in training, call `without_effect` with the names of the targets whose weights it
     read without calling their layers; note, and warn of, adapted layers whose weights it read as well."""
@@ -132,9 +126,8 @@ def warn_read_elsewhere(model: nn.Module, names: Sequence[str]) -> None:
 def leave_out(
     model: nn.Module, placement: Placement, names: Sequence[str], optimizer: torch.optim.Optimizer | None = None
 ) -> bool:
-    """Remove the named adapters, since the model does not call their layers, and warn; the optimizer forgets their
-    parameters. Returns whether there were any. Raises TargetError if the user named these targets, or if no other
-    adapter would be left."""
+    """Remove the named adapters, also from the optimizer, since the model does not call their layers, and warn. Returns
+    whether there were any. Raises TargetError if the user named them, or if no other adapter would be left."""
     names = [name for name in names if name in placement.adapters]
     check_left_out(model, names, placement.by_default and len(names) < len(placement.adapters))
     targets = targets_of(model)
@@ -148,11 +141,7 @@ def leave_out(
 
 
 def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None:
-    """Warn of targets without effect, which are left out.
-
-    Raises:
-        TargetError: they may not be left out.
-    """
+    """Warn of targets without effect, which are left out. Raises: TargetError if they may not be."""
     if names:
         reads = f"{type(model).__name__} reads the weight of {_few(names)}"
         why = f"{reads} and never calls the layer: an adapter has no effect"

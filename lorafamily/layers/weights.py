@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,12 +15,11 @@ from lorafamily.layers.sharded import is_sharded, whole
 def replaced_values(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block the layer has these values in place of its parameters, by name."""
     before: list[tuple[dict[str, Any], str, Any]] = []
-    for path in values:
-        at, _, name = path.rpartition(".")
-        parameters: dict[str, Any] = layer.get_submodule(at)._parameters
-        before.append((parameters, name, parameters[name]))
     try:
-        for (parameters, name, _), value in zip(before, values.values(), strict=True):
+        for path, value in values.items():
+            at, _, name = path.rpartition(".")
+            parameters: dict[str, Any] = layer.get_submodule(at)._parameters
+            before.append((parameters, name, parameters[name]))
             parameters[name] = value
         yield
     finally:
@@ -28,16 +27,13 @@ def replaced_values(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
             parameters[name] = old
 
 
-@contextmanager
-def onloaded(layer: nn.Module) -> Iterator[None]:
-    """Inside the block an offloaded layer has its weights on its device."""
+def onloaded(layer: nn.Module) -> AbstractContextManager[Any]:
+    """A block in which an offloaded layer has its weights on its device."""
     if "_hf_hook" not in vars(layer):
-        yield
-        return
+        return nullcontext()
     from accelerate.utils import align_module_device  # type: ignore[import-untyped, unused-ignore]
 
-    with align_module_device(layer):
-        yield
+    return align_module_device(layer)
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorafamily.insight.stand_in import stand_in
-from lorafamily.layers.quantised import quantised_layers
+from lorafamily.layers.quantised import quantised_layers, stand_in
 
 
 @dataclass(frozen=True)
