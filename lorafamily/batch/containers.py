@@ -51,7 +51,11 @@ def fingerprint(batch: Any) -> str:
 
 
 def refuse_one_batch(data: Any, name: str = "data") -> None:
-    """Refuse a single batch in place of batches: iterating over it would give keys or rows. Raises: DataError."""
+    """Tell a single batch from batches: iterating over it would give keys or rows.
+
+    Raises:
+        DataError: `data` is a single batch.
+    """
     if isinstance(data, Mapping):
         details = f" with the keys {', '.join(map(str, data))}"
     elif is_array(data):

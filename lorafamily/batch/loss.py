@@ -22,8 +22,11 @@ IGNORED = -100  # the label that torch's and transformers' cross entropy leave o
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Tensor:
-    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns. Raises: DataError
-    if that has none."""
+    """The task loss of one batch: `loss_fn(model, batch)`, or the `.loss` of what the model returns.
+
+    Raises:
+        DataError: the model returned no loss.
+    """
     if loss_fn is not None:
         return loss_fn(model, batch)
     output = call(model, batch)

@@ -23,8 +23,8 @@ from lorafamily.deploy.merge_quantised import (
 from lorafamily.deploy.merged_weights import bits_equal, merged_fingerprints, refuse_replaced, warn_of_changed
 from lorafamily.errors import StateError
 from lorafamily.functional import without_autocast
+from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.layers.extra_trained import parameter_names
-from lorafamily.layers.formats import scales_kept
 from lorafamily.layers.kinds import Acting
 from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
 from lorafamily.layers.placement import Model, adapted, noted, placement_of, targets_of, warn_over_budget

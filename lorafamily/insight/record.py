@@ -56,8 +56,11 @@ def recorded(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move an earlier run's record, events and pictures to the first free of `earlier-1`, `earlier-2`, … Raises:
-    FileError if they cannot be moved."""
+    """Move an earlier run's record, events and pictures to the first free of `earlier-1`, `earlier-2`, …
+
+    Raises:
+        FileError: they cannot be moved.
+    """
     number = next(number for number in count(1) if not (folder / f"earlier-{number}").exists())
     place = folder / f"earlier-{number}"
     pictures = [folder / f"{name}.png" for name in PICTURES]
@@ -108,8 +111,11 @@ def redraw(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_decisions(folder: str | os.PathLike[str]) -> list[Decision]:
-    """The decisions of a recorded run. The first holds the ranks at the start. Raises: FileError if there is no record,
-    or it is damaged or empty."""
+    """The decisions of a recorded run. The first holds the ranks at the start.
+
+    Raises:
+        FileError: there is no record, or it is damaged or empty.
+    """
     decisions: list[Decision] = _read(Path(folder) / DECISIONS, Decision)
     if not decisions:
         raise FileError(f"{Path(folder) / DECISIONS}: empty; a record begins with the ranks at the start")

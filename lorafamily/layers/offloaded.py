@@ -28,8 +28,11 @@ def offloaded_value(model: nn.Module, name: str) -> Tensor | None:
 
 
 def refuse_whole_blocks(model: nn.Module) -> None:
-    """Refuse a model whose whole blocks accelerate onloads, by lists of weights that were made before adapters came.
-    Raises: StateError."""
+    """Check that accelerate onloads layer by layer, if at all.
+
+    Raises:
+        StateError: accelerate onloads whole blocks, by lists of weights that were made before adapters came.
+    """
     for at, module in model.named_modules():
         if any(getattr(h, "offload", False) and getattr(h, "place_submodules", False) for h in _hooks_on(module)):
             raise StateError(
@@ -40,7 +43,11 @@ def refuse_whole_blocks(model: nn.Module) -> None:
 
 
 def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
-    """Refuse adapters that were in the model when accelerate offloaded it. Raises: StateError."""
+    """Check that adapters are where they train.
+
+    Raises:
+        StateError: adapters are offloaded, since they were in the model when accelerate offloaded it.
+    """
     for at, adapter in adapters.items():
         hooked = any(_hooks_on(module) for module in adapter.modules())
         if hooked and any(parameter.is_meta for parameter in adapter.parameters()):
@@ -51,8 +58,11 @@ def refuse_offloaded_adapters(adapters: Mapping[str, nn.Module]) -> None:
 
 
 def refuse_absent(tensors: Mapping[str, Tensor], names: Iterable[str], what: str) -> None:
-    """Refuse named tensors that are offloaded or sharded, so that new values would be lost; `what` says in the message
-    why they should get some. Raises: StateError."""
+    """Look whether tensors can get new values; `what` says in the message why they should.
+
+    Raises:
+        StateError: a named tensor is offloaded or sharded, so that new values would be lost.
+    """
     for name in names:
         if name in tensors and tensors[name].is_meta:
             raise StateError(

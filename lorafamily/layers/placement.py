@@ -23,8 +23,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
-    """The model that `apply` was given, inside whatever wraps it, and its state, None if it has no adapters. Raises:
-    StateError where this model is only a part of that one, or holds several such models."""
+    """The model that `apply` was given, inside whatever wraps it, and its state, None if it has no adapters.
+
+    Raises:
+        StateError: this model is only a part of that one, or holds several such models.
+    """
     found = list(sites_in(model))
     states = {id(site.state): (at, site) for at, site in found}
     if len(states) > 1:
@@ -56,7 +59,11 @@ def state_of(model: nn.Module) -> ModelState | None:
 
 
 def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
-    """As `noted`, for a model that must have adapters. Raises: StateError where it has none; or as `noted`."""
+    """As `noted`, for a model that must have adapters.
+
+    Raises:
+        StateError: it has none; or as `noted`.
+    """
     owner, state = noted(model)
     if state is None:
         raise StateError(f"this {type(model).__name__} has no adapters; lorafamily.apply or load puts them in")
@@ -64,7 +71,11 @@ def adapted(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 
 def placement_of(model: nn.Module, name: str | None = None) -> Placement:
-    """The placement of that name, or the active one. Raises: StateError where there is none."""
+    """The placement of that name, or the active one.
+
+    Raises:
+        StateError: there is none.
+    """
     _, state = adapted(model)
     name = state.active if name is None else name
     known = ", ".join(f'"{other}"' for other in state.placements)
@@ -82,9 +93,12 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def check_can_place(model: nn.Module, name: str) -> nn.Module:
-    """The model to place adapters in: this one, or the one that torch.compile wrapped. Raises: StateError if the name
-    is taken or not valid, an adapter is merged, samples are routed, or the model cannot have adapters: it is wrapped,
-    or has lazy layers without weights."""
+    """The model to place adapters in: this one, or the one that torch.compile wrapped.
+
+    Raises:
+        StateError: the name is taken or not valid, an adapter is merged, samples are routed to adapters, or the model
+            cannot have adapters: it is wrapped, or has lazy layers without weights.
+    """
     if not isinstance(model, nn.Module):
         raise StateError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
@@ -112,20 +126,31 @@ def check_can_place(model: nn.Module, name: str) -> nn.Module:
 
 
 def refuse_merged(state: ModelState | None) -> None:
-    """Refuse what needs the base weights while an adapter is merged. Raises: StateError."""
+    """Check that no adapter is merged, for what needs the base weights.
+
+    Raises:
+        StateError: an adapter is merged.
+    """
     if state is not None and state.merged:
         raise StateError(f'adapter "{state.active}" is merged into the weights; lorafamily.unmerge(model) first')
 
 
 def refuse_routed(state: ModelState | None) -> None:
-    """Refuse to change which adapters there are or act inside a block of `routing`. Raises: StateError."""
+    """Check that samples are not routed to adapters now, for what changes which adapters there are or act.
+
+    Raises:
+        StateError: this is inside a block of `routing`.
+    """
     if state is not None and state.routed is not None:
         raise StateError("inside a block of lorafamily.routing every sample has its adapter; leave the block first")
 
 
 def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
-    """Refuse to save an adapter if its file would not hold all that trains, since somebody unfroze other parameters of
-    the base, or would fit no model, since a layer was resized. Raises: StateError."""
+    """Check that a file of an adapter would hold all that trains, and fit its layers.
+
+    Raises:
+        StateError: somebody unfroze other parameters of the base, which no file would hold; a layer was resized.
+    """
     owner, state = noted(model)
     targets = targets_of(owner)
     for at, adapter in placement.adapters.items():

@@ -127,7 +127,11 @@ class ReadRows(Rows):
 
 def divided_layers(model: nn.Module, fused: Fused) -> Iterator[tuple[nn.Module, list[Rows]]]:
     """Every layer that is divided into parts, with their layer kinds: each nn.MultiheadAttention, layers with adapters
-    on parts, and those that `fused` declares. Raises: TargetError if a declaration fits no layer."""
+    on parts, and those that `fused` declares.
+
+    Raises:
+        TargetError: a declaration in `fused` fits no layer; see `possible_targets`.
+    """
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             yield module, _attention_rows(module)

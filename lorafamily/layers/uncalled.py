@@ -141,7 +141,11 @@ def leave_out(
 
 
 def check_left_out(model: nn.Module, names: Sequence[str], may_be: bool) -> None:
-    """Warn of targets without effect, which are left out. Raises: TargetError if they may not be."""
+    """Warn of targets without effect, which are left out.
+
+    Raises:
+        TargetError: they may not be left out.
+    """
     if names:
         reads = f"{type(model).__name__} reads the weight of {_few(names)}"
         why = f"{reads} and never calls the layer: an adapter has no effect"

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafamily.allocation.replay import forwards_replaced
 from lorafamily.errors import TrainingError
-from lorafamily.layers.formats import scales_kept
+from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.training.state import random_kept
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
