@@ -152,6 +152,7 @@ class Saved:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_keeps_one_copy_of_x_in_its_own_dtype_none_of_the_weight_and_float32_factors(dtype):
+    torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
     lorafamily.apply(layer, "lora", rank=2, seed=0)
     perturb_(layer)
