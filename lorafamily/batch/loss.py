@@ -121,8 +121,11 @@ def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
 
 
 def _predicts_next(head: Any) -> bool:
-    """Whether a transformers model compares its logits with the labels one position later. XLNet, and decoders taken
-    from an encoder-decoder model (BartForCausalLM), compute their cross entropy themselves, without a shift."""
+    """Whether a transformers model compares its logits with the labels one position later.
+
+    XLNet, and decoders taken from an encoder-decoder model (BartForCausalLM), compute their cross entropy themselves,
+    without a shift.
+    """
     if head is None or head.config.is_encoder_decoder:
         return False
     name = type(head).__name__

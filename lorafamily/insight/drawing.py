@@ -1,5 +1,7 @@
-"""Figures as pixels and as files, made without matplotlib's global state. Colours are those of Okabe and Ito and the
-map cividis, which colour-blind readers can tell apart."""
+"""Figures as pixels and as files, made without matplotlib's global state.
+
+Colours are those of Okabe and Ito and the map cividis, which colour-blind readers can tell apart.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 def movable_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The base's persistent buffers that a forward in training mode may move, by name: statistics and counters.
-    Integers of more than one element are indices or packed weights, which do not move."""
+
+    Integers of more than one element are indices or packed weights, which do not move.
+    """
     of_adapters = {module for _, site in sites_in(model) for module in site.modules()}
     found = {}
     for at, module in model.named_modules():

@@ -1,5 +1,7 @@
-"""A `Site` holds the adapters of one layer, and is the only attribute that the layer gets. Everything the package knows
-of a model is found through its sites."""
+"""A `Site` holds the adapters of one layer, and is the only attribute that the layer gets.
+
+Everything the package knows of a model is found through its sites.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Targets: the weights of a model that can carry adapters, by name. A target is a layer's weight or a part of it: rows
-of a fused projection (`c_attn.q`), an expert (`experts.3.up_proj`)."""
+"""Targets: the weights of a model that can carry adapters, by name.
+
+A target is a layer's weight or a part of it: rows of a fused projection (`c_attn.q`), an expert (`experts.3.up_proj`).
+"""
 
 from __future__ import annotations
 

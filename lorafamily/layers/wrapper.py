@@ -1,5 +1,7 @@
-"""A wrapper around the `forward` of one module, set on the instance, so that the module keeps its class. It calls the
-forward that was there before: the class's, or one that somebody else set on the instance."""
+"""A wrapper around the `forward` of one module, set on the instance, so that the module keeps its class.
+
+It calls the forward that was there before: the class's, or one that somebody else set on the instance.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 
 class ForwardWrapper:
-    """Computes `adapted` in place of a module's forward while it is `installed`, with the same signature. `inner`: the
-    forward that was on the instance before, None where the class's was in use. `wrapped`: whether somebody else has
-    wrapped this wrapper since."""
+    """Computes `adapted` in place of a module's forward while it is `installed`, with the same signature.
+
+    `inner`: the forward that was on the instance before, None where the class's was in use. `wrapped`: whether somebody
+    else has wrapped this wrapper since.
+    """
 
     def __init__(self, module: nn.Module, adapted: Callable[..., Any]):
         self.module, self.adapted = module, adapted

@@ -146,8 +146,9 @@ class Session:
         return next(p for p in self.model.parameters() if p.requires_grad).device
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the loss, and once a step that of the penalty. Call it for every batch of a step:
-        gradients add up, as those of `loss.backward()` do.
+        """Add the gradient of the loss, and once a step that of the penalty.
+
+        Call it for every batch of a step: gradients add up, as those of `loss.backward()` do.
 
         Raises:
             TrainingError: the loss depends on nothing that trains.
