@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lorafamily.deploy.checkpoint_changes import Change, changes_of
-from lorafamily.deploy.checkpoint_entries import Entry, bits_of, entries_of, is_weights, read_entry, refuse_used
+from lorafamily.deploy.checkpoint_entries import Entry, entries_of, is_weights, read_entry, refuse_used
 from lorafamily.deploy.conversion import Group
+from lorafamily.deploy.folder import bits_of
 from lorafamily.deploy.saved import Saved
 from lorafamily.errors import FileError
 

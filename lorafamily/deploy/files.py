@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.deploy.folder import listed
-from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes, warn_of_other_base
-from lorafamily.deploy.saved import FORMAT, Saved, read, write
-from lorafamily.deploy.writable import AGAIN, refuse_not_finite
+from lorafamily.deploy.folder import AGAIN, listed, refuse_not_finite
+from lorafamily.deploy.saved import FORMAT, Saved, hash_of_bits, hash_of_shapes, read, warn_of_other_base, write
 from lorafamily.errors import FileError, StateError
 from lorafamily.layers.extra_trained import (
     extra_trained_values,

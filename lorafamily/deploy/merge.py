@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.batch import call
+from lorafamily.deploy.folder import bits_of
 from lorafamily.deploy.merge_quantised import (
     check_replacement,
     forget_quantised,
@@ -20,7 +21,7 @@ from lorafamily.deploy.merge_quantised import (
     remember_quantised,
     replace_layer,
 )
-from lorafamily.deploy.merged_weights import bits_equal, merged_fingerprints, refuse_replaced, warn_of_changed
+from lorafamily.deploy.merged_weights import merged_fingerprints, refuse_replaced, warn_of_changed
 from lorafamily.errors import StateError
 from lorafamily.functional import without_autocast
 from lorafamily.layers.bitsandbytes import scales_kept
@@ -199,7 +200,8 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
         else:
             value = original.to(parameter.device, parameter.dtype)  # the model may have moved since
             parameter.data = value
-            if not value.is_meta and not bits_equal(parameter.data, value):
+            # Comparing is free where they share memory, as is usual.
+            if not value.is_meta and not torch.equal(bits_of(parameter.data), bits_of(value)):
                 raise StateError(
                     f"{path}: its {type(parameter.data).__name__} did not take the original weight, and is still "
                     "merged; load the base again"

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafamily.deploy.folder import listed
 from lorafamily.errors import StateError
@@ -62,8 +62,3 @@ def warn_of_changed(state: ModelState, targets: Mapping[str, Target]) -> None:
             "keep it, save the merged model first",
             stacklevel=4,
         )
-
-
-def bits_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same bits; free where they share memory."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

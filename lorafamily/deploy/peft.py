@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.diffusers_files import prefix_of, write_diffusers
-from lorafamily.deploy.folder import write_json, write_tensors
+from lorafamily.deploy.folder import refuse_not_finite, write_json, write_tensors
 from lorafamily.deploy.model_card import write_card
 from lorafamily.deploy.peft_config import base_settings, patterns, refuse_kernels, short_names, target_settings
 from lorafamily.deploy.peft_experts import Stack, stacked, stored
@@ -37,7 +37,6 @@ from lorafamily.deploy.peft_names import (
 from lorafamily.deploy.plain import padded
 from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
 from lorafamily.deploy.tied import tying, under_all_names
-from lorafamily.deploy.writable import AGAIN, refuse_not_finite
 from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
 from lorafamily.layers.extra_trained import extra_trained_values
@@ -115,14 +114,14 @@ def export_peft(
     lora = _as_plain(model, name)
     folder = Path(path)
     if layout == "diffusers":
-        prefix, tensors, settings = _for_diffusers(lora)
-        refuse_not_finite(tensors, AGAIN)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_diffusers(folder, prefix, tensors, settings)
+        tensors, config = _for_diffusers(lora)
     else:
         tensors, config = _for_peft(lora, base) if layout == "peft" else _for_servers(lora, ranks, base)
-        refuse_not_finite(tensors, AGAIN)
-        folder.mkdir(parents=True, exist_ok=True)
+    refuse_not_finite(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "diffusers":
+        write_diffusers(folder, lora.model, tensors, config)
+    else:
         write_tensors(folder / TENSORS, {f"{PREFIX}{key}": value for key, value in tensors.items()}, {"format": "pt"})
         write_json(folder / CONFIG, config)
     if card:
@@ -187,10 +186,9 @@ def _for_servers(lora: _PlainLoRA, ranks: Sequence[int], base: str | None) -> tu
     return tensors, config | {"target_modules": short_names(lora.model, factors)}
 
 
-def _for_diffusers(lora: _PlainLoRA) -> tuple[str, Tensors, dict[str, Any]]:
-    """The pipeline's name for the model, tensors without that name in their keys, and peft's settings."""
-    prefix = prefix_of(lora.model)
-    if prefix is None:
+def _for_diffusers(lora: _PlainLoRA) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and settings for `layout="diffusers"`."""
+    if prefix_of(lora.model) is None:
         raise StateError(
             f'a {type(lora.model).__name__} is no model of diffusers; layout="diffusers" is for a UNet or a '
             "transformer of one of its pipelines"
@@ -207,7 +205,7 @@ def _for_diffusers(lora: _PlainLoRA) -> tuple[str, Tensors, dict[str, Any]]:
         if len(V):
             tensors |= _stored(at, layer, lora.scales[at] * U, V)
             ranks[at] = len(V) * groups_of(layer)
-    return prefix, tensors, patterns(ranks, dict.fromkeys(ranks, 1.0)) | {"target_modules": sorted(ranks)}
+    return tensors, patterns(ranks, dict.fromkeys(ranks, 1.0)) | {"target_modules": sorted(ranks)}
 
 
 def _refuse_more_than_layers(lora: _PlainLoRA, they_load: str, their_file: str) -> None:

@@ -6,8 +6,10 @@ Reading uses safetensors and json only, and checks that the two files fit each o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,15 @@ from torch import Tensor
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
-from lorafamily.deploy.folder import in_one_line, listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
+from lorafamily.deploy.folder import (
+    bits_of,
+    in_one_line,
+    listed,
+    read_record,
+    read_sealed_tensors,
+    sealed_sizes,
+    write_sealed,
+)
 from lorafamily.deploy.plain import noted_dropout
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.method import Method
@@ -145,3 +155,27 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[i
             wrong.append(f"{key} is not all finite floating-point numbers")
     if wrong:
         raise FileError(f"{folder / TENSORS}: {listed(wrong)}")
+
+
+def hash_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A hash of the names and shapes of a base's parameters, in any order."""
+    lines = [f"{name} {shape}" for name, shape in sorted(shapes.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def hash_of_bits(*tensors: Tensor) -> str:
+    """A hash of the bits of tensors, on any device."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(bits_of(tensor.detach().cpu()).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def warn_of_other_base(saved: Saved, shapes: str, base: str) -> None:
+    """Warn if a base, into whose layers an adapter fits, has others besides; `shapes`: the hash of its shapes."""
+    if saved.record["base"].get("shapes") != shapes:
+        warnings.warn(
+            f"{saved.folder}: every adapted layer fits, but {base} has other parameters besides them than the "
+            f"{saved.record['base']['architecture']} the adapter was made for",
+            stacklevel=3,
+        )
