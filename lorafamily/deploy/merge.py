@@ -152,10 +152,10 @@ def _merge_quantised(
 
 def _warn_of_lost(placement: Placement, lost: Mapping[str, float]) -> None:
     shares = {path: error / (placement.adapters[path].norm() or math.inf) for path, error in lost.items()}
-    least, most = min(shares, key=lambda path: shares[path]), max(shares, key=lambda path: shares[path])
+    worst = max(shares, key=shares.__getitem__)
     warnings.warn(
-        f"quantising W + ΔW again left an error of {shares[least]:.0%} to {shares[most]:.0%} of ‖ΔW‖ (the most in "
-        f"{most}); summary has the error of every layer, and dequantise=... avoids it",
+        f"quantising W + ΔW again left an error of {min(shares.values()):.0%} to {shares[worst]:.0%} of ‖ΔW‖ (the "
+        f"most in {worst}); summary has the error of every layer, and dequantise=... avoids it",
         stacklevel=4,
     )
 
