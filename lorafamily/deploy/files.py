@@ -95,7 +95,7 @@ def described(
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
         "method": placement.spec,
-        "base": {"architecture": class_of(model).__name__, "shapes": _shapes(model)},
+        "base": {"architecture": class_of(model).__name__, "shapes": hash_of_shapes(shapes_of(model))},
         "modules": modules,
     }
     tied = tied_names(model)
@@ -121,7 +121,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     owner = check_can_place(model, name)
     saved = read(path)
     targets = _targets(owner, saved)
-    warn_of_other_base(saved, _shapes(owner), f"this {type(model).__name__}")
+    warn_of_other_base(saved, hash_of_shapes(shapes_of(owner)), f"this {type(model).__name__}")
     for at, adapter in saved.adapters.items():
         with onloaded(targets[at].layer):
             adapter.to(targets[at].stored.device)
@@ -130,11 +130,6 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     take_values(owner, placement, saved.extra_trained)
     place(owner, placement, targets)
     return model
-
-
-def _shapes(model: nn.Module) -> str:
-    """A hash of the names and shapes of the base's parameters; quantising the base does not change it."""
-    return hash_of_shapes(shapes_of(model))
 
 
 def _base_values(owner: nn.Module, state: ModelState, targets: Mapping[str, Target]) -> dict[str, Tensor]:

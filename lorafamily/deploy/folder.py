@@ -35,7 +35,7 @@ def write_sealed(
 ) -> None:
     """Write tensors and their record, with the hashes of both in the record."""
     data = _bytes_of(tensors)
-    _write(folder / name, data)
+    write_bytes(folder / name, data)
     write_json(folder / record_name, _sealed(record_name, record, name, hashlib.sha256(data).hexdigest()))
 
 
@@ -103,17 +103,12 @@ def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dic
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors of any device, but meta, as a safetensors file."""
-    _write(path, _bytes_of(tensors, metadata))
+    write_bytes(path, _bytes_of(tensors, metadata))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    _write(path, _text_of(record))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    _write(path, text.encode())
+    """Write a record as a JSON file."""
+    write_bytes(path, _text_of(record))
 
 
 def _bytes_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -205,7 +200,12 @@ def check_there(path: Path, what: str) -> None:
         raise FileError(f"{path.parent}: no {path.name} there; {what}")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
