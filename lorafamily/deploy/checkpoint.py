@@ -87,15 +87,14 @@ class _ChangedTensors:
             group = self.group_of[name]
             stored = {source: read_entry(self.entries[source]) for source in group.sources}
             in_memory = group.in_memory(stored)
-            if group.converter is not None:  # transformers' operations, which may lose something unnoticed
+            if group.transform is not None:  # transformers' operations, which may lose something unnoticed
                 for source, again in group.on_disk(in_memory).items():
                     if not torch.equal(bits_of(again), bits_of(stored[source])):
                         file = self.entries[source].file
                         raise FileError(f"{file}: {source} would not come back from the model as it is on disk")
             del stored
-            for target in group.targets:
-                if target in self.changes:
-                    in_memory[target] = self.changes[target](in_memory[target])
+            for target in in_memory.keys() & self.changes.keys():
+                in_memory[target] = self.changes[target](in_memory[target])
             self.ready |= group.on_disk(in_memory)
         return self.ready.pop(name)
 
