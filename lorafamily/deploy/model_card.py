@@ -27,11 +27,7 @@ PIPELINES = {
 
 
 def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str, base: str | None) -> None:
-    """Write `README.md` and the picture it shows, unless somebody else's `README.md` is there.
-
-    Raises:
-        FileError: a file cannot be written.
-    """
+    """Write `README.md` and the picture it shows, unless somebody else's `README.md` is there."""
     card = folder / CARD
     if card.is_file() and OURS not in card.read_text(encoding="utf-8", errors="replace"):
         return

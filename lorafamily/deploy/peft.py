@@ -22,7 +22,7 @@ from lorafamily.adapter import Adapter
 from lorafamily.deploy.diffusers_files import prefix_of, write_diffusers
 from lorafamily.deploy.folder import refuse_not_finite, write_json, write_tensors
 from lorafamily.deploy.model_card import write_card
-from lorafamily.deploy.peft_config import base_settings, patterns, refuse_kernels, short_names, target_settings
+from lorafamily.deploy.peft_config import base_settings, patterns, refuse_kernels, target_settings
 from lorafamily.deploy.peft_experts import Stack, stacked, stored
 from lorafamily.deploy.peft_names import (
     CONFIG,
@@ -181,7 +181,10 @@ def _for_servers(lora: _PlainLoRA, ranks: Sequence[int], base: str | None) -> tu
         tensors |= _stored(at, layer, U, V)
     config = base_settings(lora.model, [able[at].layer for at in factors], (), base)
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
-    return tensors, config | {"target_modules": short_names(lora.model, factors)}
+    # Servers expect the last components of names, which must match no other layers.
+    short = {at.rpartition(".")[2] for at in factors}
+    only_these = factors.keys() == {at for at in able if at.rpartition(".")[2] in short}
+    return tensors, config | {"target_modules": sorted(short if only_these else factors)}
 
 
 def _for_diffusers(lora: _PlainLoRA) -> tuple[Tensors, dict[str, Any]]:

@@ -77,10 +77,7 @@ def shared_out(
     """Divide a file's factors of whole parameters, in `factors`, among their experts.
 
     Returns the experts as targets, and for each expert the full name of its parameter, which ranks and scales go by.
-
-    Args:
-        target_parameters: those in the file's settings: names or ends of names.
-        rank_of: rank of a parameter by its full name.
+    `target_parameters`: those in the file's settings, names or ends of names; `rank_of`: by a parameter's full name.
 
     Raises:
         FileError: factors of a parameter are missing, or not of the size that all its experts need.

@@ -58,11 +58,7 @@ class Saved:
 
 
 def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
-    """Write an adapter without a model.
-
-    Raises:
-        FileError: a file cannot be written.
-    """
+    """Write an adapter without a model; raises FileError if a file cannot be written."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     record, tensors = _contents(saved)
