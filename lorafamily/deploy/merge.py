@@ -92,7 +92,7 @@ def merge(
     try:
         _merge_plain(placement, targets, state.originals, keep)
         if dequantise or requantise:
-            _merge_quantised(owner, state, placement, targets, keep, dequantise)
+            _merge_quantised(owner, state, targets, keep, dequantise)
     except BaseException as error:
         if keep == "none" and (state.originals or state.quantised.layers):
             raise StateError(
@@ -125,21 +125,17 @@ def _merge_plain(
 
 
 def _merge_quantised(
-    owner: nn.Module,
-    state: ModelState,
-    placement: Placement,
-    targets: Mapping[str, Target],
-    keep: str,
-    dequantise: torch.dtype | None,
+    owner: nn.Module, state: ModelState, targets: Mapping[str, Target], keep: str, dequantise: torch.dtype | None
 ) -> None:
+    adapters = placement_of(owner).adapters
     by_layer: dict[int, list[str]] = defaultdict(list)
-    for path in placement.adapters:
+    for path in adapters:
         by_layer[id(targets[path].layer)].append(path)
     assert state.originals is not None
     for at, layer, kind in [*quantised_layers(owner)]:
         paths = by_layer[id(layer)]
         if paths or dequantise:
-            W = changed_weight(kind.weight(layer), [(targets[path].kind, placement.adapters[path]) for path in paths])
+            W = changed_weight(kind.weight(layer), [(targets[path].kind, adapters[path]) for path in paths])
             new = plain_layer(kind, layer, W, dequantise) if dequantise else kind.requantised(layer, W)
             state.quantised.layers[at] = replace_layer(owner, at, new, keep)
             if not dequantise:

@@ -35,7 +35,7 @@ from lorafamily.deploy.peft_names import (
     whole_layers,
 )
 from lorafamily.deploy.plain import padded
-from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
+from lorafamily.deploy.serving import SERVED_RANKS, left_out
 from lorafamily.deploy.tied import tying, under_all_names
 from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
@@ -165,7 +165,13 @@ def _for_peft(lora: _PlainLoRA, base: str | None) -> tuple[Tensors, dict[str, An
 def _for_servers(lora: _PlainLoRA, ranks: Sequence[int], base: str | None) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and settings for `layout="serving"`."""
     _refuse_more_than_layers(lora, "servers load", "a file of plain layers")
-    rank = served_rank(max(len(V) for _, V, _ in lora.updates.values()), ranks)
+    largest = max(len(V) for _, V, _ in lora.updates.values())
+    rank = min((rank for rank in ranks if rank >= largest), default=None)
+    if rank is None:
+        raise StateError(
+            f"the largest rank is {largest}, and the server accepts {', '.join(map(str, sorted(ranks)))}; compress the "
+            "adapter first, or give ranks=[...] that it accepts"
+        )
     able = whole_layers(lora.model)
     factors = {at: padded(s * U, V, rank) for at, (U, V, s) in lora.updates.items()}
     some, _ = next(iter(factors.values()))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
-from lorafamily.errors import StateError
 from lorafamily.layers.target import Target
 from lorafamily.names import join
 
@@ -19,21 +18,6 @@ FUSED = (
 )
 """Groups of layers that SGLang fuses. It assumes that an adapter on the first is on the others too."""
 _EXPERTS = re.compile(r"(.*experts)\.\d+\..+")
-
-
-def served_rank(needed: int, ranks: Sequence[int]) -> int:
-    """The lowest of the server's ranks that is high enough.
-
-    Raises:
-        StateError: none is.
-    """
-    enough = min((rank for rank in ranks if rank >= needed), default=None)
-    if enough is None:
-        raise StateError(
-            f"the largest rank is {needed}, and the server accepts {', '.join(map(str, sorted(ranks)))}; compress the "
-            "adapter first, or give ranks=[...] that it accepts"
-        )
-    return enough
 
 
 def left_out(able: Mapping[str, Target], adapted: Collection[str]) -> Iterator[str]:
