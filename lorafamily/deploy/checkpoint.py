@@ -71,11 +71,6 @@ class _ChangedTensors:
         self.changes, self.group_of, self.entries = changes, group_of, entries
         self.ready: dict[str, Tensor] = {}
 
-    def of_file(self, file: Path) -> list[tuple[str, Entry]]:
-        """Those in one file, in their order there."""
-        found = [(name, self.entries[name]) for name in self.group_of if self.entries[name].file == file]
-        return sorted(found, key=lambda item: (item[1].begin, item[1].end))
-
     @torch.no_grad()
     def take(self, name: str) -> Tensor:
         """The new value of a tensor on disk; to be called once for each.
@@ -102,7 +97,8 @@ class _ChangedTensors:
 def _rewrite(source: Path, changed: _ChangedTensors, target: Path, progress: Callable[[int], None]) -> None:
     """Copy a safetensors file, with the changed tensors in place of the old ones."""
     with open(source, "rb") as old, open(target, "wb") as new:
-        for name, entry in changed.of_file(source):
+        here = [(name, changed.entries[name]) for name in changed.group_of if changed.entries[name].file == source]
+        for name, entry in sorted(here, key=lambda item: (item[1].begin, item[1].end)):
             _copy(old, new, entry.begin - old.tell(), progress)
             value = changed.take(name)
             new.write(bits_of(value).numpy().tobytes() if value.numel() else b"")

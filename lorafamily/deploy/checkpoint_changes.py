@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lorafamily.deploy.checkpoint_entries import DTYPES, Entry, read_entry
 from lorafamily.deploy.conversion import Group, Names, config_of, names_of
-from lorafamily.deploy.folder import listed
+from lorafamily.deploy.folder import hash_of_bits, hash_of_shapes, listed
 from lorafamily.deploy.merge import changed_weight
-from lorafamily.deploy.saved import Saved, hash_of_bits, hash_of_shapes, warn_of_other_base
+from lorafamily.deploy.saved import Saved, warn_of_other_base
 from lorafamily.errors import FileError, StateError
 from lorafamily.layers.kinds import LayerKind
 from lorafamily.layers.target import kind_of_record

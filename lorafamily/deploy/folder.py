@@ -179,6 +179,20 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
+def hash_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A hash of the names and shapes of a base's parameters, in any order."""
+    lines = [f"{name} {shape}" for name, shape in sorted(shapes.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def hash_of_bits(*tensors: Tensor) -> str:
+    """A hash of the bits of tensors, on any device."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(bits_of(tensor.detach().cpu()).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
 def listed(problems: list[str]) -> str:
     """The first five problems, and how many more there are."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -31,11 +31,11 @@ from lorafamily.deploy.peft_names import (
     TENSORS,
     groups_of,
     layer_name,
+    left_out,
     refuse_shared,
     whole_layers,
 )
 from lorafamily.deploy.plain import padded
-from lorafamily.deploy.serving import SERVED_RANKS, left_out
 from lorafamily.deploy.tied import tying, under_all_names
 from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
@@ -57,6 +57,8 @@ from lorafamily.layers.state import Placement
 from lorafamily.layers.target import Target
 
 Layout = Literal["peft", "serving", "diffusers"]
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM accepts, without 1, which other servers do not accept."""
 Tensors = dict[str, Tensor]
 Update = tuple[Tensor, Tensor, float]
 """U, V and s of a layer's ΔW."""

@@ -6,7 +6,6 @@ Reading uses safetensors and json only, and checks that the two files fit each o
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import warnings
@@ -20,15 +19,7 @@ from torch import Tensor
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing
-from lorafamily.deploy.folder import (
-    bits_of,
-    in_one_line,
-    listed,
-    read_record,
-    read_sealed_tensors,
-    sealed_sizes,
-    write_sealed,
-)
+from lorafamily.deploy.folder import in_one_line, listed, read_record, read_sealed_tensors, sealed_sizes, write_sealed
 from lorafamily.deploy.plain import noted_dropout
 from lorafamily.errors import FileError, LoraFamilyError
 from lorafamily.method import Method
@@ -151,20 +142,6 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[i
             wrong.append(f"{key} is not all finite floating-point numbers")
     if wrong:
         raise FileError(f"{folder / TENSORS}: {listed(wrong)}")
-
-
-def hash_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """A hash of the names and shapes of a base's parameters, in any order."""
-    lines = [f"{name} {shape}" for name, shape in sorted(shapes.items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def hash_of_bits(*tensors: Tensor) -> str:
-    """A hash of the bits of tensors, on any device."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(bits_of(tensor.detach().cpu()).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def warn_of_other_base(saved: Saved, shapes: str, base: str) -> None:
