@@ -136,12 +136,7 @@ def compress(
 
 @dataclass(frozen=True)
 class Cut:
-    """Where to cut the singular values: the arguments of `compress`.
-
-    Raises:
-        StateError: not exactly one is given, or it is out of range.
-        BudgetError: it is no budget.
-    """
+    """Where to cut the singular values: the arguments of `compress`, whose errors it raises."""
 
     rank: int | None = None
     energy: float | None = None

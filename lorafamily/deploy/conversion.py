@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +122,12 @@ def names_of(base: Path, stored: Mapping[str, tuple[int, ...]], architecture: st
     """
     if (made_for := _class_of(architecture)) is not None:
         model = _on_meta(made_for, base)
-        names = _found(model, stored)
-        names.parameters = shapes_of(model)
-        return names
+        return replace(_found(model, stored), parameters=shapes_of(model))
     wanted = list(wanted)
     for name in config_of(base).get("architectures") or ():
         if (inside := _class_of(str(name))) is not None:
             names = _found(_on_meta(inside, base), stored)
-            names.prefix = _prefix(wanted, names.groups)
-            return names
+            return replace(names, prefix=_prefix(wanted, names.groups))
     unchanged = {name: Group(name, {name: None}) for name in stored}
     return Names(_prefix(wanted, unchanged), unchanged)
 

@@ -215,13 +215,12 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
 def _merged_fingerprints(state: ModelState, targets: Mapping[str, Target]) -> dict[str, tuple[torch.dtype, int]]:
     """Dtype and fingerprint of every merged weight, by the first target on it; quantised layers, which are replaced as
     a whole, have none."""
-    first: dict[int, tuple[str, nn.Parameter]] = {}
+    first: dict[nn.Parameter, str] = {}
     for path in state.originals or {}:
         if not isinstance(targets[path].layer_kind, Quantised):
-            parameter = targets[path].parameter
-            first.setdefault(id(parameter), (path, parameter))
-    found = fingerprints(first.values())
-    return {path: (parameter.dtype, found[path]) for path, parameter in first.values()}
+            first.setdefault(targets[path].parameter, path)
+    found = fingerprints((path, parameter) for parameter, path in first.items())
+    return {path: (parameter.dtype, found[path]) for parameter, path in first.items()}
 
 
 def _refuse_replaced(state: ModelState, targets: Mapping[str, Target]) -> None:
