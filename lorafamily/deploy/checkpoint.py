@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lorafamily.deploy.checkpoint_changes import Change, changes_of
-from lorafamily.deploy.checkpoint_entries import Entry, bits_of, entries_of, is_weights, read_entry, refuse_used
+from lorafamily.deploy.checkpoint_entries import Entry, entries_of, is_weights, read_entry, refuse_used
 from lorafamily.deploy.conversion import Group
+from lorafamily.deploy.folder import bits_of
 from lorafamily.deploy.saved import Saved
 from lorafamily.errors import FileError
 
@@ -70,11 +71,6 @@ class _ChangedTensors:
         self.changes, self.group_of, self.entries = changes, group_of, entries
         self.ready: dict[str, Tensor] = {}
 
-    def of_file(self, file: Path) -> list[tuple[str, Entry]]:
-        """Those in one file, in their order there."""
-        found = [(name, self.entries[name]) for name in self.group_of if self.entries[name].file == file]
-        return sorted(found, key=lambda item: (item[1].begin, item[1].end))
-
     @torch.no_grad()
     def take(self, name: str) -> Tensor:
         """The new value of a tensor on disk; to be called once for each.
@@ -86,15 +82,14 @@ class _ChangedTensors:
             group = self.group_of[name]
             stored = {source: read_entry(self.entries[source]) for source in group.sources}
             in_memory = group.in_memory(stored)
-            if group.converter is not None:  # transformers' operations, which may lose something unnoticed
+            if group.transform is not None:  # transformers' operations, which may lose something unnoticed
                 for source, again in group.on_disk(in_memory).items():
                     if not torch.equal(bits_of(again), bits_of(stored[source])):
                         file = self.entries[source].file
                         raise FileError(f"{file}: {source} would not come back from the model as it is on disk")
             del stored
-            for target in group.targets:
-                if target in self.changes:
-                    in_memory[target] = self.changes[target](in_memory[target])
+            for target in in_memory.keys() & self.changes.keys():
+                in_memory[target] = self.changes[target](in_memory[target])
             self.ready |= group.on_disk(in_memory)
         return self.ready.pop(name)
 
@@ -102,7 +97,8 @@ class _ChangedTensors:
 def _rewrite(source: Path, changed: _ChangedTensors, target: Path, progress: Callable[[int], None]) -> None:
     """Copy a safetensors file, with the changed tensors in place of the old ones."""
     with open(source, "rb") as old, open(target, "wb") as new:
-        for name, entry in changed.of_file(source):
+        here = [(name, changed.entries[name]) for name in changed.group_of if changed.entries[name].file == source]
+        for name, entry in sorted(here, key=lambda item: (item[1].begin, item[1].end)):
             _copy(old, new, entry.begin - old.tell(), progress)
             value = changed.take(name)
             new.write(bits_of(value).numpy().tobytes() if value.numel() else b"")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +16,9 @@ from torch import Tensor
 
 from lorafamily.deploy.checkpoint_entries import DTYPES, Entry, read_entry
 from lorafamily.deploy.conversion import Group, Names, config_of, names_of
-from lorafamily.deploy.folder import listed
-from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes, warn_of_other_base
+from lorafamily.deploy.folder import hash_of_bits, hash_of_shapes, listed
 from lorafamily.deploy.merge import changed_weight
-from lorafamily.deploy.saved import Saved
+from lorafamily.deploy.saved import Saved, warn_of_other_base
 from lorafamily.errors import FileError, StateError
 from lorafamily.layers.kinds import LayerKind
 from lorafamily.layers.target import kind_of_record
@@ -31,15 +31,57 @@ INSTEAD = (
 """What to do with a quantised checkpoint."""
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint, asked by the names that tensors have in the model that the adapter was made for."""
+
+    base: Path
+    entries: Mapping[str, Entry]
+    names: Names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._in_memory(name, lambda entry: torch.empty(entry.shape, device="meta")).shape)
+
+    def value(self, name: str) -> Tensor:
+        return self._in_memory(name, read_entry)
+
+    def _in_memory(self, name: str, read: Callable[[Entry], Tensor]) -> Tensor:
+        """A tensor of the model that the checkpoint has, from plain floating-point tensors of one dtype."""
+        group = self.names.of(name)
+        assert group is not None
+        sources = {source: self.entries[source] for source in group.sources}
+        first = next(iter(sources))
+        for source, entry in sources.items():
+            if entry.dtype not in DTYPES:
+                raise FileError(
+                    f"{self.base}: {source} is stored as {entry.dtype}; merging needs plain floating-point weights. "
+                    f"Where it is quantised, {INSTEAD}"
+                )
+            if entry.dtype != sources[first].dtype:
+                raise FileError(
+                    f"{self.base}: {source} is {entry.dtype} and {first} {sources[first].dtype}, and both "
+                    "are in one tensor of the model; save the checkpoint in one dtype"
+                )
+        found = group.in_memory({source: read(entry) for source, entry in sources.items()})
+        return found[name.removeprefix(self.names.prefix)]
+
+    def refuse_tied(self, name: str) -> None:
+        """Refuse a changed weight that the config ties to one that the checkpoint does not hold."""
+        if absent := [at for at in self.names.partners(name) if at != name and self.names.of(at) is None]:
+            raise StateError(
+                f"{self.base}: {name} is {absent[0]} too, by the config's tie_word_embeddings: merging would change "
+                "both, and in the model that the adapter was made for they were apart; save that model with both, and "
+                "merge into it"
+            )
+
+
 def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[dict[str, Change], dict[str, Group]]:
     """The change of each tensor by its name in the model, and the groups that hold these tensors by names on disk.
 
     If the adapted layers fit and the checkpoint's model has other parameters besides, a warning says so, as in `load`.
 
     Raises:
-        FileError: the adapter was not made for this checkpoint.
-        StateError: in the model an adapted weight is tied to another, which merging would change too, or what is one
-            trained tensor in the model is not one in the checkpoint.
+        FileError, StateError: as `merge_checkpoint`, of which this is the check.
     """
     adapters: dict[str, list[tuple[str, LayerKind]]] = defaultdict(list)
     wrong = []
@@ -56,6 +98,7 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
         adapters[kind.stored_as(at)].append((at, kind))
     shapes = {name: entry.shape for name, entry in entries.items()}
     names = names_of(base, shapes, saved.record["base"]["architecture"], [*adapters, *saved.extra_trained])
+    checkpoint = _Checkpoint(base, entries, names)
     groups: dict[str, Group] = {}
     changes: dict[str, Change] = {}
     for name, on_weight in adapters.items():
@@ -63,30 +106,28 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
         if group is None:
             wrong.append(f"{name} {names.why_not(name)}")
             continue
-        _refuse_tied(name, names, base)
-        in_model = name.removeprefix(names.prefix)
-        shape = _shape_in_memory(group, in_model, entries, base)
+        checkpoint.refuse_tied(name)
+        shape = checkpoint.shape(name)
         misfits = [
             f"{name} is {as_matrix} as (d_out, d_in), not {saved.modules[at]['shape']}"
             for at, kind in on_weight
             if (as_matrix := _as_matrix(kind, shape)) != saved.modules[at]["shape"]
         ]
-        wrong += misfits or _other_weights([at for at, _ in on_weight], names, name, entries, saved, base)
-        changes[in_model] = partial(changed_weight, acting=[(kind, saved.adapters[at]) for at, kind in on_weight])
+        wrong += misfits or _other_weights([at for at, _ in on_weight], name, saved, checkpoint)
+        acting = [(kind, saved.adapters[at]) for at, kind in on_weight]
+        changes[name.removeprefix(names.prefix)] = partial(changed_weight, acting=acting)
         groups |= dict.fromkeys(group.sources, group)
     for name, value in saved.extra_trained.items():
-        found = [
-            (other, group) for other in _all_names(name, saved, names, entries, base) if (group := names.of(other))
-        ]
+        named = [(other, names.of(other)) for other in _all_names(name, saved, checkpoint)]
+        found = [(other, group) for other, group in named if group is not None]
         if not found:
             wrong.append(
                 f"{name}, which trained along with the adapter, {names.why_not(name)}; save the model with it first"
             )
         for other, group in found:
-            in_model = other.removeprefix(names.prefix)
-            if (shape := _shape_in_memory(group, in_model, entries, base)) != tuple(value.shape):
+            if (shape := checkpoint.shape(other)) != tuple(value.shape):
                 wrong.append(f"{other} is {list(shape)}, not {list(value.shape)}")
-            changes[in_model] = value.to  # the weight on disk gives the dtype
+            changes[other.removeprefix(names.prefix)] = value.to  # the weight on disk gives the dtype
             groups |= dict.fromkeys(group.sources, group)
     if wrong:
         hint = f"; by its config it is quantised: {INSTEAD}" if config_of(base).get("quantization_config") else ""
@@ -96,24 +137,16 @@ def changes_of(saved: Saved, entries: Mapping[str, Entry], base: Path) -> tuple[
     return changes, groups
 
 
-def _refuse_tied(name: str, names: Names, base: Path) -> None:
-    """Refuse a changed weight that the config ties to one that the checkpoint does not hold."""
-    if absent := [other for other in names.partners(name) if other != name and names.of(other) is None]:
-        raise StateError(
-            f"{base}: {name} is {absent[0]} too, by the config's tie_word_embeddings: merging would change both, and "
-            "in the model that the adapter was made for they were apart; save that model with both, and merge into it"
-        )
-
-
-def _all_names(name: str, saved: Saved, names: Names, entries: Mapping[str, Entry], base: Path) -> list[str]:
+def _all_names(name: str, saved: Saved, checkpoint: _Checkpoint) -> list[str]:
     """The names in the model of an extra trained parameter: its own, and those of weights that were tied to it. Refused
     if it was tied in the model and not in the checkpoint, or the other way round: a tensor would be missing, or be
     overwritten that is another."""
     tied: list[str] | None = saved.record.get("tied", {}).get(name)
     if tied is None:
-        _refuse_tied(name, names, base)
+        checkpoint.refuse_tied(name)
         return [name]
-    were = f"{base}: {' and '.join(tied)} were one tied tensor in the model"
+    names = checkpoint.names
+    were = f"{checkpoint.base}: {' and '.join(tied)} were one tied tensor in the model"
     stored = [other for other in tied if names.of(other) is not None]
     untied = [other for other in tied if other not in names.partners(name)]
     if missing := sorted(set(untied) - set(stored)):
@@ -124,7 +157,7 @@ def _all_names(name: str, saved: Saved, names: Names, entries: Mapping[str, Entr
             "into a checkpoint that ties them, or train with a base of which they are apart"
         )
     copies = stored if len(stored) > 1 else []
-    values = {other: _value_in_memory(names, other, entries, base) for other in copies}
+    values = {other: checkpoint.value(other) for other in copies}
     if other := next((at for at, value in values.items() if not torch.equal(value, values[stored[0]])), None):
         raise StateError(
             f"{were}, and this checkpoint has another value for {other} than for {stored[0]}, so that transformers "
@@ -133,35 +166,7 @@ def _all_names(name: str, saved: Saved, names: Names, entries: Mapping[str, Entr
     return tied
 
 
-def _value_in_memory(names: Names, name: str, entries: Mapping[str, Entry], base: Path) -> Tensor:
-    """The value of a tensor of the model, which the checkpoint has."""
-    group, in_model = names.of(name), name.removeprefix(names.prefix)
-    assert group is not None
-    _shape_in_memory(group, in_model, entries, base)  # refuses what is no plain tensor
-    return group.in_memory({source: read_entry(entries[source]) for source in group.sources})[in_model]
-
-
-def _shape_in_memory(group: Group, name: str, entries: Mapping[str, Entry], base: Path) -> tuple[int, ...]:
-    """The shape of a tensor of the model, whose sources must be plain floating-point tensors of one dtype."""
-    first = group.sources[0]
-    for source in group.sources:
-        if entries[source].dtype not in DTYPES:
-            raise FileError(
-                f"{base}: {source} is stored as {entries[source].dtype}; merging needs plain floating-point weights. "
-                f"Where it is quantised, {INSTEAD}"
-            )
-        if entries[source].dtype != entries[first].dtype:
-            raise FileError(
-                f"{base}: {source} is {entries[source].dtype} and {first} {entries[first].dtype}, and both "
-                "are in one tensor of the model; save the checkpoint in one dtype"
-            )
-    on_meta = {source: torch.empty(entries[source].shape, device="meta") for source in group.sources}
-    return tuple(group.in_memory(on_meta)[name].shape)
-
-
-def _other_weights(
-    adapted: list[str], names: Names, name: str, entries: Mapping[str, Entry], saved: Saved, base: Path
-) -> list[str]:
+def _other_weights(adapted: list[str], name: str, saved: Saved, checkpoint: _Checkpoint) -> list[str]:
     """The targets whose weight is not the one that `save(hash_base=True)` noted.
 
     The model may have had another dtype than the checkpoint: then its weights were these in that dtype.
@@ -169,7 +174,7 @@ def _other_weights(
     noted = {at: saved.modules[at]["weight_hash"] for at in adapted if "weight_hash" in saved.modules[at]}
     if not noted:
         return []
-    weight = _value_in_memory(names, name, entries, base)
+    weight = checkpoint.value(name)
     dtypes = [weight.dtype, *(dtype for dtype in DTYPES.values() if dtype != weight.dtype)]
     if any(set(noted.values()) == {hash_of_bits(weight.to(dtype))} for dtype in dtypes):
         return []

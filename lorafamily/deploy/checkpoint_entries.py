@@ -96,11 +96,6 @@ def _header(file: Path) -> dict[str, Entry]:
         raise FileError(f"{file}: damaged, not a safetensors file ({error})") from None
 
 
-def bits_of(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, as a view."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
 def read_entry(entry: Entry) -> Tensor:
     """The tensor, on the CPU, read from its place in the file."""
     with open(entry.file, "rb") as file:

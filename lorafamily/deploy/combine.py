@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing, check_budgets, highest
+from lorafamily.deploy.folder import refuse_not_finite
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters
-from lorafamily.deploy.writable import refuse_not_finite
 from lorafamily.errors import StateError
 from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.placement import (
@@ -25,7 +25,6 @@ from lorafamily.layers.placement import (
     refuse_merged,
     targets_of,
 )
-from lorafamily.layers.state import Placement
 from lorafamily.method import Method
 
 
@@ -49,7 +48,15 @@ def combine(model: Model, weights: Mapping[str, float], name: str) -> Model:
         if not math.isfinite(weight):
             raise StateError(f'the weight of "{summand}" is {weight}: it must be a finite number')
     owner = check_can_place(model, name)
-    extra_trained = _extra_trained(owner, placements)
+    _, state = adapted(owner)
+    extra_trained: dict[str, Tensor] = {}
+    for placement in placements:
+        values = extra_trained_values(owner, state, placement)
+        if twice := [at for at in values if at in extra_trained]:
+            raise StateError(
+                f"{twice[0]} was trained with several of these adapters; which of them counts is not defined"
+            )
+        extra_trained |= {at: value.clone() for at, value in values.items()}
     U_of: dict[str, list[Tensor]] = defaultdict(list)
     V_of: dict[str, list[Tensor]] = defaultdict(list)
     for weight, placement in zip(weights.values(), placements, strict=True):
@@ -129,12 +136,7 @@ def compress(
 
 @dataclass(frozen=True)
 class Cut:
-    """Where to cut the singular values: the arguments of `compress`.
-
-    Raises:
-        StateError: not exactly one is given, or it is out of range.
-        BudgetError: it is no budget.
-    """
+    """Where to cut the singular values: the arguments of `compress`, whose errors it raises."""
 
     rank: int | None = None
     energy: float | None = None
@@ -190,17 +192,3 @@ def compressed(adapters: Mapping[str, Adapter], cut: Cut) -> tuple[Method, Sizin
     budget = None if cut.budget is None else math.floor(cut.budget)
     parameters = sum(adapter.trainable() for adapter in made.values())
     return method, Sizing(budget, "peak", largest, parameters, cut.rank_budget), made, report
-
-
-def _extra_trained(owner: nn.Module, placements: Iterable[Placement]) -> dict[str, Tensor]:
-    """Copies of the extra trained values of all placements, of which only one may have a value for a parameter."""
-    found: dict[str, Tensor] = {}
-    _, state = adapted(owner)
-    for placement in placements:
-        for at, value in extra_trained_values(owner, state, placement).items():
-            if at in found:
-                raise StateError(
-                    f"{at} was trained with several of these adapters; which of them counts is not defined"
-                )
-            found[at] = value.clone()
-    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,51 @@ CONFIG = "config.json"
 class Group:
     """Tensors on disk that together become tensors of the model; mostly one that becomes one and is only renamed.
 
-    `sources`: names on disk, in the order in which they are joined; `targets`: names in the model; `converter`: what
-    joins and splits them, None where they are only renamed.
+    `first`: the model's tensor; of several the one by which transformers collects them. `sources`: for each name on
+    disk, in the order in which they are joined, the pattern that it matched. `transform`: transformers' conversion that
+    joins and splits the tensors of `model`; None where they are only renamed. `disk_names`: the names on disk, by those
+    that the reversed conversion yields.
     """
 
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    converter: _Converter | None = None
+    first: str
+    sources: Mapping[str, str | None]
+    transform: Any = None
+    model: Any = None
+    disk_names: Mapping[str, str] = field(default_factory=dict)
 
     def in_memory(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors from those on disk."""
-        return self.converter.join(stored) if self.converter else {self.targets[0]: stored[self.sources[0]]}
+        if self.transform is None:
+            return {self.first: stored[next(iter(self.sources))]}
+        transform = copy.deepcopy(self.transform)
+        for name, pattern in self.sources.items():
+            transform.add_tensor(self.first, name, pattern, stored[name])
+        return self._converted(transform, self.first)
 
     def on_disk(self, in_memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors on disk from the model's; the inverse of `in_memory`."""
-        return self.converter.split(in_memory) if self.converter else {self.sources[0]: in_memory[self.targets[0]]}
+        """The tensors on disk from the model's; the inverse of `in_memory`.
+
+        Raises:
+            ValueError: the conversion has no way back from them.
+        """
+        if self.transform is None:
+            return dict.fromkeys(self.sources, in_memory[self.first])
+        transform = self.transform.reverse_transform()
+        firsts = set()
+        for name, value in in_memory.items():
+            first, pattern = transform.rename_source_key(name)
+            if pattern is None:
+                raise ValueError(f"no way back from {name}")
+            transform.add_tensor(first, name, pattern, value)
+            firsts.add(first)
+        if len(firsts) > 1:
+            raise ValueError(f"{' and '.join(in_memory)} go back to different tensors")
+        found = self._converted(transform, firsts.pop())
+        return {self.disk_names.get(name, name): value for name, value in found.items()}
+
+    def _converted(self, transform: Any, first: str) -> dict[str, Tensor]:
+        found = transform.convert(first, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
 
 @dataclass
@@ -83,32 +113,22 @@ def config_of(base: Path) -> dict[str, Any]:
 
 
 def names_of(base: Path, stored: Mapping[str, tuple[int, ...]], architecture: str, wanted: Iterable[str]) -> Names:
-    """Where a checkpoint has the tensors of a model.
+    """Where a checkpoint, whose tensors have the shapes `stored`, has the tensors `wanted` of a model of this class.
 
     If transformers does not have the model's class, names on disk are those in the model. If such a class wraps a
     model of transformers, and the checkpoint is of that one, names on disk lack the prefix that the wrapper adds.
 
-    Args:
-        base: the checkpoint's folder; its config.json is read.
-        stored: shapes by name on disk.
-        architecture: the class of the model that the adapter was made for.
-        wanted: names in that model.
-
-    Raises:
-        FileError: the config is missing, or is not one of that architecture.
+    Raises FileError if the checkpoint's config is missing, or is not one of that architecture.
     """
     if (made_for := _class_of(architecture)) is not None:
         model = _on_meta(made_for, base)
-        names = _found(model, stored)
-        names.parameters = shapes_of(model)
-        return names
+        return replace(_found(model, stored), parameters=shapes_of(model))
     wanted = list(wanted)
     for name in config_of(base).get("architectures") or ():
         if (inside := _class_of(str(name))) is not None:
             names = _found(_on_meta(inside, base), stored)
-            names.prefix = _prefix(wanted, names.groups)
-            return names
-    unchanged = {name: Group((name,), (name,)) for name in stored}
+            return replace(names, prefix=_prefix(wanted, names.groups))
+    unchanged = {name: Group(name, {name: None}) for name in stored}
     return Names(_prefix(wanted, unchanged), unchanged)
 
 
@@ -184,13 +204,13 @@ def _found(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:
     for first, sources in collected.items():
         patterns = set(sources.values())
         if patterns == {None} and len(sources) == 1:
-            names.groups[first] = Group(tuple(sources), (first,))
+            names.groups[first] = Group(first, sources)
         elif None in patterns or len({id(by_pattern[str(pattern)]) for pattern in patterns}) > 1:
             names.refused[first] = f"is in the checkpoint more than once, as {' and as '.join(sources)}"
         else:
             transform = by_pattern[str(next(iter(patterns)))]
-            converter = _Converter(transform, first, {k: str(v) for k, v in sources.items()}, halfway, model)
-            _add_group(names, converter, stored, state)
+            disk_names = {halfway[name]: name for name in sources}
+            _add_group(names, Group(first, sources, transform, model, disk_names), stored, state)
     # What the config ties. If the checkpoint holds both, transformers ties them only where they are equal.
     targets_of: dict[str, list[str]] = defaultdict(list)
     for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
@@ -207,61 +227,23 @@ def _moved(halfway: str, bare: str, renamed: str) -> str:
     return halfway.removeprefix(bare.removesuffix(renamed))
 
 
-def _add_group(
-    names: Names, converter: _Converter, stored: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
-) -> None:
+def _add_group(names: Names, group: Group, stored: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
     """Add a group, or why there is none: joining and splitting tensors without values must restore names and shapes."""
-    shapes = {name: torch.empty(stored[name], device="meta") for name in converter.sources}
+    shapes = {name: torch.empty(stored[name], device="meta") for name in group.sources}
     try:
-        joined = converter.join(shapes)
-        again = {name: value.shape for name, value in converter.split(joined).items()}
+        joined = group.in_memory(shapes)
+        again = {name: value.shape for name, value in group.on_disk(joined).items()}
     except Exception as error:  # models may define operations of their own, which can raise anything
-        names.refused[converter.first] = f"cannot be put back as it is on disk ({in_one_line(error)})"
+        names.refused[group.first] = f"cannot be put back as it is on disk ({in_one_line(error)})"
         return
     for target, value in joined.items():
         if target not in state or state[target].shape != value.shape:
             wanted = list(state[target].shape) if target in state else "no tensor of the model"
             shape, source = list(value.shape), next(iter(shapes))
-            names.refused[converter.first] = f"comes out as {shape} from {source} and others, not {wanted}"
+            names.refused[group.first] = f"comes out as {shape} from {source} and others, not {wanted}"
             return
     if again != {name: value.shape for name, value in shapes.items()}:
         lost = sorted(shapes.keys() ^ again.keys()) or [name for name in shapes if again[name] != shapes[name].shape]
-        names.refused[converter.first] = f"cannot be put back as it is on disk ({lost[0]} would not come back)"
+        names.refused[group.first] = f"cannot be put back as it is on disk ({lost[0]} would not come back)"
         return
-    names.groups |= dict.fromkeys(joined, Group(tuple(shapes), tuple(joined), converter))
-
-
-class _Converter:
-    """A conversion of transformers on certain tensors, in both directions.
-
-    `first`: the tensor of the model by which transformers collects them. `sources`: for each name on disk the pattern
-    that it matched. `halfway`: the names on disk after renaming, which the reversed conversion yields.
-    """
-
-    def __init__(self, transform: Any, first: str, sources: dict[str, str], halfway: Mapping[str, str], model: Any):
-        self.transform, self.first, self.sources, self.model = transform, first, sources, model
-        self.disk_name = {halfway[name]: name for name in sources}
-
-    def join(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        transform = copy.deepcopy(self.transform)
-        for name, pattern in self.sources.items():
-            transform.add_tensor(self.first, name, pattern, stored[name])
-        return self._converted(transform, self.first)
-
-    def split(self, in_memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        transform = self.transform.reverse_transform()
-        firsts = set()
-        for name, value in in_memory.items():
-            first, pattern = transform.rename_source_key(name)
-            if pattern is None:
-                raise ValueError(f"no way back from {name}")
-            transform.add_tensor(first, name, pattern, value)
-            firsts.add(first)
-        if len(firsts) > 1:
-            raise ValueError(f"{' and '.join(in_memory)} go back to different tensors")
-        found = self._converted(transform, firsts.pop())
-        return {self.disk_name.get(name, name): value for name, value in found.items()}
-
-    def _converted(self, transform: Any, first: str) -> dict[str, Tensor]:
-        found = transform.convert(first, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+    names.groups |= dict.fromkeys(joined, group)

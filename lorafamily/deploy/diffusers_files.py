@@ -44,12 +44,9 @@ def prefix_of(model: nn.Module) -> str | None:
     return "unet" if type(model).__name__.startswith("UNet") else "transformer"
 
 
-def write_diffusers(folder: Path, prefix: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Write tensors under peft's names, and peft's settings, as the file of a pipeline.
-
-    Raises:
-        FileError: it cannot be written.
-    """
+def write_diffusers(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write tensors under peft's names, and peft's settings, as the file of the model's pipeline."""
+    prefix = prefix_of(model)
     metadata = json.dumps({f"{prefix}.{key}": value for key, value in settings.items()}, indent=1)
     prefixed = {f"{prefix}.{key}": value for key, value in tensors.items()}
     write_tensors(folder / DIFFUSERS, prefixed, {"format": "pt", SETTINGS: metadata})

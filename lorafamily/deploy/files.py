@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.deploy.folder import listed
-from lorafamily.deploy.hashes import hash_of_bits, hash_of_shapes, warn_of_other_base
-from lorafamily.deploy.saved import FORMAT, Saved, read, write
-from lorafamily.deploy.writable import AGAIN, refuse_not_finite
+from lorafamily.deploy.folder import AGAIN, hash_of_bits, hash_of_shapes, listed, refuse_not_finite
+from lorafamily.deploy.saved import FORMAT, Saved, read, warn_of_other_base, write
 from lorafamily.errors import FileError, StateError
 from lorafamily.layers.extra_trained import (
     extra_trained_values,
@@ -97,7 +95,7 @@ def described(
         "format": FORMAT,
         "written by": {"lorafamily": version("lorafamily"), "torch": torch.__version__},
         "method": placement.spec,
-        "base": {"architecture": class_of(model).__name__, "shapes": _shapes(model)},
+        "base": {"architecture": class_of(model).__name__, "shapes": hash_of_shapes(shapes_of(model))},
         "modules": modules,
     }
     tied = tied_names(model)
@@ -123,7 +121,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     owner = check_can_place(model, name)
     saved = read(path)
     targets = _targets(owner, saved)
-    warn_of_other_base(saved, _shapes(owner), f"this {type(model).__name__}")
+    warn_of_other_base(saved, hash_of_shapes(shapes_of(owner)), f"this {type(model).__name__}")
     for at, adapter in saved.adapters.items():
         with onloaded(targets[at].layer):
             adapter.to(targets[at].stored.device)
@@ -132,11 +130,6 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None) ->
     take_values(owner, placement, saved.extra_trained)
     place(owner, placement, targets)
     return model
-
-
-def _shapes(model: nn.Module) -> str:
-    """A hash of the names and shapes of the base's parameters; quantising the base does not change it."""
-    return hash_of_shapes(shapes_of(model))
 
 
 def _base_values(owner: nn.Module, state: ModelState, targets: Mapping[str, Target]) -> dict[str, Tensor]:

@@ -22,9 +22,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lorafamily.errors import FileError
+from lorafamily.errors import FileError, StateError
+from lorafamily.layers.sharded import local
 
 SEAL = "sha256"
+AGAIN = "training diverged: take an earlier checkpoint, or train again at a lower rate"
+"""What to do with an adapter whose numbers are not finite, for messages."""
 
 
 def write_sealed(
@@ -32,7 +35,7 @@ def write_sealed(
 ) -> None:
     """Write tensors and their record, with the hashes of both in the record."""
     data = _bytes_of(tensors)
-    _write(folder / name, data)
+    write_bytes(folder / name, data)
     write_json(folder / record_name, _sealed(record_name, record, name, hashlib.sha256(data).hexdigest()))
 
 
@@ -100,17 +103,12 @@ def read_sealed_tensors(path: Path, what: str, record: Mapping[str, Any]) -> dic
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors of any device, but meta, as a safetensors file."""
-    _write(path, _bytes_of(tensors, metadata))
+    write_bytes(path, _bytes_of(tensors, metadata))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    _write(path, _text_of(record))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    _write(path, text.encode())
+    """Write a record as a JSON file."""
+    write_bytes(path, _text_of(record))
 
 
 def _bytes_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -165,6 +163,36 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor], instead: str = AGAIN) -> None:
+    """Check that `load` and clients would take a file of these; `instead`: what to do otherwise, for the message.
+
+    Raises:
+        StateError: a tensor has entries that are nan or infinite. Tensors on the meta device have none.
+    """
+    here = {name: local(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
+    if wrong := [name for name, tensor in here.items() if not tensor.isfinite().all()]:
+        raise StateError(f"{listed(wrong)}: not all finite numbers; {instead}")
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in one row; a view where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def hash_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A hash of the names and shapes of a base's parameters, in any order."""
+    lines = [f"{name} {shape}" for name, shape in sorted(shapes.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def hash_of_bits(*tensors: Tensor) -> str:
+    """A hash of the bits of tensors, on any device."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(bits_of(tensor.detach().cpu()).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
 def listed(problems: list[str]) -> str:
     """The first five problems, and how many more there are."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -186,7 +214,12 @@ def check_there(path: Path, what: str) -> None:
         raise FileError(f"{path.parent}: no {path.name} there; {what}")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.batch import call
+from lorafamily.deploy.folder import bits_of, listed
 from lorafamily.deploy.merge_quantised import (
     check_replacement,
     forget_quantised,
@@ -20,11 +21,11 @@ from lorafamily.deploy.merge_quantised import (
     remember_quantised,
     replace_layer,
 )
-from lorafamily.deploy.merged_weights import bits_equal, merged_fingerprints, refuse_replaced, warn_of_changed
 from lorafamily.errors import StateError
 from lorafamily.functional import without_autocast
 from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.layers.extra_trained import parameter_names
+from lorafamily.layers.fingerprints import fingerprints
 from lorafamily.layers.kinds import Acting
 from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
 from lorafamily.layers.placement import Model, adapted, noted, placement_of, targets_of, warn_over_budget
@@ -91,7 +92,7 @@ def merge(
     try:
         _merge_plain(placement, targets, state.originals, keep)
         if dequantise or requantise:
-            _merge_quantised(owner, state, placement, targets, keep, dequantise)
+            _merge_quantised(owner, state, targets, keep, dequantise)
     except BaseException as error:
         if keep == "none" and (state.originals or state.quantised.layers):
             raise StateError(
@@ -102,7 +103,7 @@ def merge(
         raise
     keep_padding(owner)
     if keep != "none":
-        state.merged_fingerprints = merged_fingerprints(state, targets)
+        state.merged_fingerprints = _merged_fingerprints(state, targets)
     if state.quantised.lost:
         _warn_of_lost(placement, state.quantised.lost)
     return model
@@ -124,21 +125,17 @@ def _merge_plain(
 
 
 def _merge_quantised(
-    owner: nn.Module,
-    state: ModelState,
-    placement: Placement,
-    targets: Mapping[str, Target],
-    keep: str,
-    dequantise: torch.dtype | None,
+    owner: nn.Module, state: ModelState, targets: Mapping[str, Target], keep: str, dequantise: torch.dtype | None
 ) -> None:
+    adapters = placement_of(owner).adapters
     by_layer: dict[int, list[str]] = defaultdict(list)
-    for path in placement.adapters:
+    for path in adapters:
         by_layer[id(targets[path].layer)].append(path)
     assert state.originals is not None
     for at, layer, kind in [*quantised_layers(owner)]:
         paths = by_layer[id(layer)]
         if paths or dequantise:
-            W = changed_weight(kind.weight(layer), [(targets[path].kind, placement.adapters[path]) for path in paths])
+            W = changed_weight(kind.weight(layer), [(targets[path].kind, adapters[path]) for path in paths])
             new = plain_layer(kind, layer, W, dequantise) if dequantise else kind.requantised(layer, W)
             state.quantised.layers[at] = replace_layer(owner, at, new, keep)
             if not dequantise:
@@ -151,10 +148,10 @@ def _merge_quantised(
 
 def _warn_of_lost(placement: Placement, lost: Mapping[str, float]) -> None:
     shares = {path: error / (placement.adapters[path].norm() or math.inf) for path, error in lost.items()}
-    least, most = min(shares, key=lambda path: shares[path]), max(shares, key=lambda path: shares[path])
+    worst = max(shares, key=shares.__getitem__)
     warnings.warn(
-        f"quantising W + ΔW again left an error of {shares[least]:.0%} to {shares[most]:.0%} of ‖ΔW‖ (the most in "
-        f"{most}); summary has the error of every layer, and dequantise=... avoids it",
+        f"quantising W + ΔW again left an error of {min(shares.values()):.0%} to {shares[worst]:.0%} of ‖ΔW‖ (the "
+        f"most in {worst}); summary has the error of every layer, and dequantise=... avoids it",
         stacklevel=4,
     )
 
@@ -179,8 +176,8 @@ def unmerge(model: Model) -> Model:
         )
     reshard(owner)
     targets = targets_of(owner)
-    refuse_replaced(state, targets)
-    warn_of_changed(state, targets)
+    _refuse_replaced(state, targets)
+    _warn_of_changed(state, targets)
     _undo(owner, state)
     return model
 
@@ -199,7 +196,8 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
         else:
             value = original.to(parameter.device, parameter.dtype)  # the model may have moved since
             parameter.data = value
-            if not value.is_meta and not bits_equal(parameter.data, value):
+            # Comparing is free where they share memory, as is usual.
+            if not value.is_meta and not torch.equal(bits_of(parameter.data), bits_of(value)):
                 raise StateError(
                     f"{path}: its {type(parameter.data).__name__} did not take the original weight, and is still "
                     "merged; load the base again"
@@ -212,6 +210,48 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
         site.attach()
     keep_padding(owner)
     state.originals, state.quantised, state.merged_fingerprints = None, Replaced(), {}
+
+
+def _merged_fingerprints(state: ModelState, targets: Mapping[str, Target]) -> dict[str, tuple[torch.dtype, int]]:
+    """Dtype and fingerprint of every merged weight, by the first target on it; quantised layers, which are replaced as
+    a whole, have none."""
+    first: dict[nn.Parameter, str] = {}
+    for path in state.originals or {}:
+        if not isinstance(targets[path].layer_kind, Quantised):
+            first.setdefault(targets[path].parameter, path)
+    found = fingerprints((path, parameter) for parameter, path in first.items())
+    return {path: (parameter.dtype, found[path]) for parameter, path in first.items()}
+
+
+def _refuse_replaced(state: ModelState, targets: Mapping[str, Target]) -> None:
+    """Check that no merged weight was offloaded since, or became a tensor of another class, as where it is quantised:
+    that keeps its own values, whatever it is given."""
+    replaced = []
+    for path, original in (state.originals or {}).items():
+        now, layer = targets[path].parameter, targets[path].layer
+        offloaded = now.is_meta and hasattr(layer, "_hf_hook")  # without accelerate's hook there are no values at all
+        if offloaded or (not is_sharded(now) and type(now.data) is not type(original)):
+            replaced.append(f"{path} is {'offloaded' if offloaded else f'of class {type(now.data).__name__}'}")
+    if replaced:
+        raise StateError(
+            f'the weights that "{state.active}" was merged into are others now, and the original ones cannot be put '
+            f"back ({listed(replaced)}); load the base again, or unmerge before you quantise or offload"
+        )
+
+
+def _warn_of_changed(state: ModelState, targets: Mapping[str, Target]) -> None:
+    """Warn if merged weights have other values than the merge gave them. A model cast since is not compared."""
+    before = state.merged_fingerprints
+    now = {path: targets[path].parameter for path in before}
+    here = ((path, p) for path, p in now.items() if p.dtype == before[path][0] and not p.is_meta)
+    found = fingerprints(here)
+    if changed := [path for path, value in found.items() if value != before[path][1]]:
+        warnings.warn(
+            f'weights changed since "{state.active}" was merged into them, by training or by loading others: '
+            f"{listed(changed)}; unmerging discards that, and leaves what changed in other layers. If you meant to "
+            "keep it, save the merged model first",
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorafamily.deploy.folder import write_text
+from lorafamily.deploy.folder import write_bytes
 from lorafamily.deploy.peft_config import found_at, task_of
 from lorafamily.layers.state import Placement
 
@@ -27,11 +27,7 @@ PIPELINES = {
 
 
 def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str, base: str | None) -> None:
-    """Write `README.md` and the picture it shows, unless somebody else's `README.md` is there.
-
-    Raises:
-        FileError: a file cannot be written.
-    """
+    """Write `README.md` and the picture it shows, unless somebody else's `README.md` is there."""
     card = folder / CARD
     if card.is_file() and OURS not in card.read_text(encoding="utf-8", errors="replace"):
         return
@@ -41,7 +37,7 @@ def write_card(folder: Path, model: nn.Module, placement: Placement, layout: str
     start = {at: adapter.initial_slices for at, adapter in placement.adapters.items()}
     slices = {at: adapter.slices for at, adapter in placement.adapters.items()}
     draw(rank_heatmap(start, slices, f"{placement.spec}: rank by layer and matrix"), folder / PICTURE)
-    write_text(card, _text(model, placement, layout, base or found_at(model)))
+    write_bytes(card, _text(model, placement, layout, base or found_at(model)).encode())
 
 
 def _text(model: nn.Module, placement: Placement, layout: str, base: str | None) -> str:

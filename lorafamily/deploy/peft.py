@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.diffusers_files import prefix_of, write_diffusers
-from lorafamily.deploy.folder import write_json, write_tensors
+from lorafamily.deploy.folder import refuse_not_finite, write_json, write_tensors
 from lorafamily.deploy.model_card import write_card
-from lorafamily.deploy.peft_config import base_settings, patterns, refuse_kernels, short_names, target_settings
+from lorafamily.deploy.peft_config import base_settings, patterns, refuse_kernels, target_settings
 from lorafamily.deploy.peft_experts import Stack, stacked, stored
 from lorafamily.deploy.peft_names import (
     CONFIG,
@@ -31,13 +31,12 @@ from lorafamily.deploy.peft_names import (
     TENSORS,
     groups_of,
     layer_name,
+    left_out,
     refuse_shared,
     whole_layers,
 )
 from lorafamily.deploy.plain import padded
-from lorafamily.deploy.serving import SERVED_RANKS, left_out, served_rank
 from lorafamily.deploy.tied import tying, under_all_names
-from lorafamily.deploy.writable import AGAIN, refuse_not_finite
 from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
 from lorafamily.layers.extra_trained import extra_trained_values
@@ -58,21 +57,22 @@ from lorafamily.layers.state import Placement
 from lorafamily.layers.target import Target
 
 Layout = Literal["peft", "serving", "diffusers"]
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM accepts, without 1, which other servers do not accept."""
 Tensors = dict[str, Tensor]
+Update = tuple[Tensor, Tensor, float]
+"""U, V and s of a layer's ΔW."""
 
 
 @dataclass(frozen=True)
 class _PlainLoRA:
-    """Adapters as plain LoRA. `layers`, `factors`, `scales`: the modules, (U, V) and s by layer; `stacks`: experts in
-    3-D parameters, by the parameter's name; `largest`: the largest rank."""
+    """Adapters as plain LoRA: modules and updates by layer, and experts in 3-D parameters by the parameter's name."""
 
     model: nn.Module
     placement: Placement
     layers: dict[str, nn.Module]
-    factors: dict[str, tuple[Tensor, Tensor]]
-    scales: dict[str, float]
-    stacks: Mapping[str, Stack]
-    largest: int
+    updates: dict[str, Update]
+    stacks: dict[str, Stack]
 
 
 def export_peft(
@@ -115,14 +115,14 @@ def export_peft(
     lora = _as_plain(model, name)
     folder = Path(path)
     if layout == "diffusers":
-        prefix, tensors, settings = _for_diffusers(lora)
-        refuse_not_finite(tensors, AGAIN)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_diffusers(folder, prefix, tensors, settings)
+        tensors, config = _for_diffusers(lora)
     else:
         tensors, config = _for_peft(lora, base) if layout == "peft" else _for_servers(lora, ranks, base)
-        refuse_not_finite(tensors, AGAIN)
-        folder.mkdir(parents=True, exist_ok=True)
+    refuse_not_finite(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "diffusers":
+        write_diffusers(folder, lora.model, tensors, config)
+    else:
         write_tensors(folder / TENSORS, {f"{PREFIX}{key}": value for key, value in tensors.items()}, {"format": "pt"})
         write_json(folder / CONFIG, config)
     if card:
@@ -139,28 +139,27 @@ def _as_plain(model: nn.Module, name: str | None) -> _PlainLoRA:
     targets = targets_of(model)
     refuse_shared(model, [targets[at].layer for at in placement.adapters])
     stacks = stacked(placement.adapters, targets)
-    factors, scales = _by_layer(placement.adapters, targets)
+    updates = _by_layer(placement.adapters, targets)
     layers = {layer_name(at, target): target.layer for at, target in targets.items()}
-    largest = max([*(len(V) for _, V in factors.values()), *(V.shape[1] for _, V, _ in stacks.values())], default=0)
-    if not largest:
+    if not stacks and not any(len(V) for _, V, _ in updates.values()):
         raise StateError(f'adapter "{placement.name}" has no rank left in any module: there is nothing to export')
-    return _PlainLoRA(model, placement, layers, factors, scales, stacks, largest)
+    return _PlainLoRA(model, placement, layers, updates, stacks)
 
 
 def _for_peft(lora: _PlainLoRA, base: str | None) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and settings for `layout="peft"`."""
     model, layers, stacks = lora.model, lora.layers, lora.stacks
-    factors = {at: (U, V) for at, (U, V) in lora.factors.items() if len(V)}
-    refuse_kernels(model, factors)
+    updates = {at: (U, V, s) for at, (U, V, s) in lora.updates.items() if len(V)}
+    refuse_kernels(model, updates)
     heads = _heads(model, lora.placement)
-    all_ranks = {at: len(V) * groups_of(layers[at]) for at, (_, V) in factors.items()}
-    all_ranks |= {at: V.shape[1] for at, (_, V, _) in stacks.items()}
-    all_scales = {at: lora.scales[at] for at in factors} | {at: scale for at, (*_, scale) in stacks.items()}
-    config = base_settings(model, [layers[at] for at in factors], heads, base) | patterns(all_ranks, all_scales)
-    config |= target_settings(model, sorted(factors), sorted(stacks)) | {"modules_to_save": sorted(heads) or None}
+    ranks = {at: len(V) * groups_of(layers[at]) for at, (_, V, _) in updates.items()}
+    ranks |= {at: V.shape[1] for at, (_, V, _) in stacks.items()}
+    scales = {at: s for at, (_, _, s) in (updates | stacks).items()}
+    config = base_settings(model, [layers[at] for at in updates], heads, base) | patterns(ranks, scales)
+    config |= target_settings(model, sorted(updates), sorted(stacks)) | {"modules_to_save": sorted(heads) or None}
     config |= tying(model, heads)
     tensors = stored(model, stacks)
-    for at, (U, V) in factors.items():
+    for at, (U, V, _) in updates.items():
         tensors |= _stored(at, layers[at], U, V)
     return tensors | {f"{at}.{key}": value for at, values in heads.items() for key, value in values.items()}, config
 
@@ -168,11 +167,17 @@ def _for_peft(lora: _PlainLoRA, base: str | None) -> tuple[Tensors, dict[str, An
 def _for_servers(lora: _PlainLoRA, ranks: Sequence[int], base: str | None) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and settings for `layout="serving"`."""
     _refuse_more_than_layers(lora, "servers load", "a file of plain layers")
-    rank = served_rank(lora.largest, ranks)
+    largest = max(len(V) for _, V, _ in lora.updates.values())
+    rank = min((rank for rank in ranks if rank >= largest), default=None)
+    if rank is None:
+        raise StateError(
+            f"the largest rank is {largest}, and the server accepts {', '.join(map(str, sorted(ranks)))}; compress the "
+            "adapter first, or give ranks=[...] that it accepts"
+        )
     able = whole_layers(lora.model)
-    factors = {at: padded(lora.scales[at] * U, V, rank) for at, (U, V) in lora.factors.items()}
+    factors = {at: padded(s * U, V, rank) for at, (U, V, s) in lora.updates.items()}
     some, _ = next(iter(factors.values()))
-    for at in left_out(able, lora.factors):
+    for at in left_out(able, lora.updates):
         d_out, d_in = able[at].shape
         factors[at] = some.new_zeros(d_out, rank), some.new_zeros(rank, d_in)
     tensors: Tensors = {}
@@ -184,13 +189,15 @@ def _for_servers(lora: _PlainLoRA, ranks: Sequence[int], base: str | None) -> tu
         tensors |= _stored(at, layer, U, V)
     config = base_settings(lora.model, [able[at].layer for at in factors], (), base)
     config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
-    return tensors, config | {"target_modules": short_names(lora.model, factors)}
+    # Servers expect the last components of names, which must match no other layers.
+    short = {at.rpartition(".")[2] for at in factors}
+    only_these = factors.keys() == {at for at in able if at.rpartition(".")[2] in short}
+    return tensors, config | {"target_modules": sorted(short if only_these else factors)}
 
 
-def _for_diffusers(lora: _PlainLoRA) -> tuple[str, Tensors, dict[str, Any]]:
-    """The pipeline's name for the model, tensors without that name in their keys, and peft's settings."""
-    prefix = prefix_of(lora.model)
-    if prefix is None:
+def _for_diffusers(lora: _PlainLoRA) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and settings for `layout="diffusers"`."""
+    if prefix_of(lora.model) is None:
         raise StateError(
             f'a {type(lora.model).__name__} is no model of diffusers; layout="diffusers" is for a UNet or a '
             "transformer of one of its pipelines"
@@ -198,16 +205,16 @@ def _for_diffusers(lora: _PlainLoRA) -> tuple[str, Tensors, dict[str, Any]]:
     _refuse_more_than_layers(lora, "diffusers loads", "diffusers' LoRA files")
     tensors: Tensors = {}
     ranks: dict[str, int] = {}
-    for at, (U, V) in lora.factors.items():
+    for at, (U, V, s) in lora.updates.items():
         layer = lora.layers[at]
         if isinstance(layer, nn.MultiheadAttention | nn.Embedding):
             raise StateError(
                 f"{at} is a {type(layer).__name__}: diffusers loads adapters of linear layers and convolutions"
             )
         if len(V):
-            tensors |= _stored(at, layer, lora.scales[at] * U, V)
+            tensors |= _stored(at, layer, s * U, V)
             ranks[at] = len(V) * groups_of(layer)
-    return prefix, tensors, patterns(ranks, dict.fromkeys(ranks, 1.0)) | {"target_modules": sorted(ranks)}
+    return tensors, patterns(ranks, dict.fromkeys(ranks, 1.0)) | {"target_modules": sorted(ranks)}
 
 
 def _refuse_more_than_layers(lora: _PlainLoRA, they_load: str, their_file: str) -> None:
@@ -244,13 +251,9 @@ def _stored(at: str, module: nn.Module, U: Tensor, V: Tensor) -> Tensors:
 
 
 @torch.no_grad()
-def _by_layer(
-    adapters: Mapping[str, Adapter], targets: Mapping[str, Target]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
-    """(U, V) on the CPU and scale by layer. Adapters on parts of a layer become one with their ranks side by side.
-
-    Experts are left to `stacked`.
-    """
+def _by_layer(adapters: Mapping[str, Adapter], targets: Mapping[str, Target]) -> dict[str, Update]:
+    """The update of every layer, on the CPU. Adapters on parts of a layer become one with their ranks side by side;
+    experts are left to `stacked`."""
     acting: dict[str, list[tuple[LayerKind, Adapter]]] = defaultdict(list)
     for at, adapter in adapters.items():
         kind = targets[at].kind
@@ -261,12 +264,12 @@ def _by_layer(
             )
         if not isinstance(kind, Expert):
             acting[layer_name(at, targets[at])].append((kind, adapter))
-    factors, scales = {}, {}
+    updates = {}
     # Whole layers come first in a file, as do the parts in a layer that has adapters on both.
     for at, of_layer in sorted(acting.items(), key=lambda item: all(isinstance(kind, Rows) for kind, _ in item[1])):
-        U, V, scales[at] = whole_update(sorted(of_layer, key=lambda item: not isinstance(item[0], Rows)))
-        factors[at] = U.cpu(), V.cpu()
-    return factors, scales
+        U, V, s = whole_update(sorted(of_layer, key=lambda item: not isinstance(item[0], Rows)))
+        updates[at] = U.cpu(), V.cpu(), s
+    return updates
 
 
 def _heads(model: nn.Module, placement: Placement) -> dict[str, dict[str, Tensor]]:

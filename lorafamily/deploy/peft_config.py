@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafamily.deploy.peft_names import NAMES_OF_EXPERTS, most_frequent, pattern_of, whole_layers
+from lorafamily.deploy.peft_names import NAMES_OF_EXPERTS, most_frequent, pattern_of
 from lorafamily.errors import StateError
 from lorafamily.layers.kinds import kind_of
 from lorafamily.layers.site import base_parameters
@@ -69,13 +69,6 @@ def refuse_kernels(model: nn.Module, names: Collection[str]) -> None:
             f"peft refuses adapters on {', '.join(found[:3])}{' and more' if found[3:] else ''} of a {model_type}, "
             'whose kernels read these weights without the layer; merge, or apply with exclude=r"(out_proj|conv1d)$"'
         )
-
-
-def short_names(model: nn.Module, factors: Mapping[str, Any]) -> list[str]:
-    """The last components of the layers' names, as servers expect, if they match no other layers; else full names."""
-    short = {at.rpartition(".")[2] for at in factors}
-    able = whole_layers(model)
-    return sorted(short) if {at for at in able if at.rpartition(".")[2] in short} == set(factors) else sorted(factors)
 
 
 def base_settings(

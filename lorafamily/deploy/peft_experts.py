@@ -77,10 +77,7 @@ def shared_out(
     """Divide a file's factors of whole parameters, in `factors`, among their experts.
 
     Returns the experts as targets, and for each expert the full name of its parameter, which ranks and scales go by.
-
-    Args:
-        target_parameters: those in the file's settings: names or ends of names.
-        rank_of: rank of a parameter by its full name.
+    `target_parameters`: those in the file's settings, names or ends of names; `rank_of`: by a parameter's full name.
 
     Raises:
         FileError: factors of a parameter are missing, or not of the size that all its experts need.
@@ -91,33 +88,29 @@ def shared_out(
         for name in expert_weights(module)
         if ends_like(join(at, name), target_parameters)
     ]
-    pairs = {name: factors.pop(key, (None, None)) for name, key in _keys(model, present).items()}
+    stacks: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, key in _keys(model, present).items():
+        U, V = factors.pop(key, (None, None))
+        if U is None or V is None:
+            missing = "B" if U is None else "A"
+            raise FileError(f"{path}: lora_{missing} of {name} is missing, which target_parameters list")
+        rank, experts = int(rank_of(name)), len(model.get_parameter(name))
+        if len(V) != rank * experts or U.shape[1] != rank * experts:
+            raise FileError(
+                f"{path}: lora_A and lora_B of {name} are {tuple(V.shape)} and {tuple(U.shape)}; for {experts} "
+                f"experts of rank {rank} they need {rank * experts} rows and columns"
+            )
+        stacks[name] = U.unflatten(1, (rank, experts)), V.unflatten(0, (experts, rank))
     targets: dict[str, Target] = {}
     parameter_of: dict[str, str] = {}
     for at, layer in model.named_modules():
         for kind in expert_kinds(layer):
             expert, parameter = join(at, kind.path), join(at, kind.held_in)
-            if parameter in pairs:
+            if parameter in stacks:
                 targets[expert], parameter_of[expert] = Target(layer, kind), parameter
-                U, V = pairs[parameter]
-                factors[expert] = _of_expert(targets[expert], U, V, int(rank_of(parameter)), parameter, path)
+                U, V = stacks[parameter]
+                factors[expert] = U[..., kind.index].contiguous(), V[kind.index].contiguous()
     return targets, parameter_of
-
-
-def _of_expert(
-    target: Target, U: Tensor | None, V: Tensor | None, rank: int, parameter: str, path: Path
-) -> tuple[Tensor, Tensor]:
-    assert isinstance(target.kind, Expert)
-    index, experts = target.kind.index, len(target.parameter)
-    if U is None or V is None:
-        missing = "B" if U is None else "A"
-        raise FileError(f"{path}: lora_{missing} of {parameter} is missing, which target_parameters list")
-    if len(V) != rank * experts or U.shape[1] != rank * experts:
-        raise FileError(
-            f"{path}: lora_A and lora_B of {parameter} are {tuple(V.shape)} and {tuple(U.shape)}; for {experts} "
-            f"experts of rank {rank} they need {rank * experts} rows and columns"
-        )
-    return U.unflatten(1, (rank, experts))[..., index].contiguous(), V.unflatten(0, (experts, rank))[index].contiguous()
 
 
 def _keys(model: nn.Module, parameters: Iterable[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,15 @@ def import_peft(model: Model, path: str | os.PathLike[str], name: str = "default
     alpha_of = partial(by_pattern, config.get("alpha_pattern"), default=config["lora_alpha"])
     factors = _pairs(tensors)
     experts, parameter_of = shared_out(owner, parameters, factors, rank_of, file)
-    named = {at: parameter_of.get(at) or _named_in_patterns(at.removesuffix(INSIDE), parameters) for at in factors}
+    parts, layer_of = _attention(owner, factors, file)
+    # Patterns match the name of a layer, or of its weight where the file lists that.
+    named = {at: parameter_of.get(at) or layer_of.get(at, at) for at in factors}
+    weights = {at: f"{name}.weight" for at, name in named.items() if at not in parameter_of}
+    named |= {at: weight for at, weight in weights.items() if ends_like(weight, parameters)}
     ranks = {at: rank_of(named[at]) for at in factors}
     rslora = config.get("use_rslora")
     scales = {at: alpha_of(named[at]) / (math.sqrt(rank) if rslora else rank) for at, rank in ranks.items()}
-    targets = peft_names.whole_layers(owner) | experts | _attention(owner, factors, ranks, scales, file)
+    targets = peft_names.whole_layers(owner) | experts | parts
     peft_names.refuse_shared(owner, [targets[at].layer for at in factors if at in targets])
     return place_plain(
         model,
@@ -139,11 +143,6 @@ def _same(parameter: Tensor, saved: Tensor) -> bool:
     )
 
 
-def _named_in_patterns(at: str, parameters: Iterable[str]) -> str:
-    """The name that rank and alpha patterns match: a layer's, or its weight's where the file lists that."""
-    return f"{at}.weight" if ends_like(f"{at}.weight", parameters) else at
-
-
 def import_loralib(model: Model, state: Mapping[str, Tensor], *, alpha: float, name: str = "default") -> Model:
     """Put the factors of an original `loralib` checkpoint into a model: keys `LAYER.lora_A`, `LAYER.lora_B`.
 
@@ -189,14 +188,11 @@ def _pairs(tensors: dict[str, Tensor]) -> Pairs:
     return {at: (factors.get("B"), factors.get("A")) for at, factors in found.items()}
 
 
-def _attention(
-    model: nn.Module, factors: Pairs, ranks: dict[str, int], scales: dict[str, float], path: Path
-) -> dict[str, Target]:
-    """q, k and v of every nn.MultiheadAttention as targets; what `factors`, `ranks` and `scales` have for one is moved
-    to these."""
+def _attention(model: nn.Module, factors: Pairs, path: Path) -> tuple[dict[str, Target], dict[str, str]]:
+    """Divide the factors of every nn.MultiheadAttention among its q, k and v. Returns these as targets, and for each
+    the layer's name, which ranks and scales go by."""
     for at in [at for at in factors if at.endswith(INSIDE)]:
         U, V = factors.pop(at)
-        del ranks[at], scales[at]
         if U is None or V is None or (U.any() and V.any()):
             raise FileError(f"{path}: {at} of an nn.MultiheadAttention, which peft applies twice, cannot be read")
     parts = {
@@ -204,19 +200,15 @@ def _attention(
         for at, target in possible_targets(model).items()
         if isinstance(target.kind, ReadRows) and target.kind.held_in == "in_proj_weight"
     }
-    for at, target in parts.items():
-        name = layer_name(at, target)
-        if name not in factors:
-            continue
-        U, V = factors[name]
-        if U is None or V is None or len(U) != len(target.parameter):
-            raise FileError(
-                f"{path}: {name} needs lora_A and a lora_B of {len(target.parameter)} rows, those of q, k and v"
-            )
-        factors[at], ranks[at], scales[at] = (target.kind.matrix(U), V), ranks[name], scales[name]
-    for name in {layer_name(at, target) for at, target in parts.items()} & factors.keys():
-        del factors[name], ranks[name], scales[name]
-    return parts
+    layer_of = {at: name for at, target in parts.items() if (name := layer_name(at, target)) in factors}
+    for at, name in layer_of.items():
+        (U, V), rows = factors[name], len(parts[at].parameter)
+        if U is None or V is None or len(U) != rows:
+            raise FileError(f"{path}: {name} needs lora_A and a lora_B of {rows} rows, those of q, k and v")
+        factors[at] = parts[at].kind.matrix(U), V
+    for name in set(layer_of.values()):
+        del factors[name]
+    return parts, layer_of
 
 
 def _check_config(config: Any, path: Path) -> None:

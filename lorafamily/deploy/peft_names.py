@@ -1,9 +1,9 @@
-"""Names in Hugging Face `peft`'s folders: of files and layers, and the layers that a pattern matches."""
+"""Names in Hugging Face `peft`'s folders: of files and layers, those that a pattern matches, and that servers fuse."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from lorafamily.layers.kinds import kind_of
 from lorafamily.layers.rows import Rows
 from lorafamily.layers.standard import Convolution
 from lorafamily.layers.target import Target
+from lorafamily.names import join
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FOLDER = f"what peft saves is a folder with {CONFIG} and {TENSORS}"
@@ -21,6 +22,14 @@ INSIDE = ".base_layer.out_proj"
 """Where an nn.MultiheadAttention's output projection is, seen from the layer that peft wraps around the attention."""
 NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 """Names that experts had before transformers 5, which peft maps to fused experts."""
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"),
+)
+"""Groups of layers that SGLang fuses. It assumes that an adapter on the first is on the others too."""
+_EXPERTS = re.compile(r"(.*experts)\.\d+\..+")
 
 
 def layer_name(at: str, target: Target) -> str:
@@ -62,10 +71,8 @@ def pattern_of(at: str) -> str:
 
 def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """peft's rule: the value of the first pattern that matches the whole name, or its end after a dot."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    matching = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, default)
 
 
 def ends_like(name: str, ends: Iterable[str]) -> bool:
@@ -77,3 +84,15 @@ def most_frequent(values: Iterable[Any]) -> Any:
     """The most frequent of some ranks or alphas, the lowest of several such; 1 if there are none."""
     counted = list(values)
     return max(sorted(set(counted)), key=counted.count, default=1)
+
+
+def left_out(able: Mapping[str, Target], adapted: Collection[str]) -> Iterator[str]:
+    """Layers without an adapter that a server fuses with adapted ones: SGLang the groups in `FUSED`, vLLM all experts
+    of a list. `able`: every layer that can carry an adapter."""
+    lists = {match[1] for at in adapted if (match := _EXPERTS.fullmatch(at))}
+    for at in able:
+        parent, _, name = at.rpartition(".")
+        fused = {join(parent, member) for group in FUSED if name in group for member in group}
+        match = _EXPERTS.fullmatch(at)
+        if at not in adapted and (fused & set(adapted) or (match and match[1] in lists)):
+            yield at

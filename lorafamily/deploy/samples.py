@@ -47,7 +47,9 @@ class Samples:
         self.rows = {shape[0] for shape in shapes.values()}
         counted = next((name for name in TEXT if name in shapes), next(iter(shapes), None))
         self.counted = None if counted is None else (counted, shapes[counted])
-        self.lengths = {x.shape[1] for x in inputs.values() if _has_positions(x) and len(x) == self.count}
+        # The second axis may count positions, but that of a matrix of numbers is its width.
+        with_positions = [x for x in inputs.values() if x.ndim > 2 or (x.ndim == 2 and not x.is_floating_point())]
+        self.lengths = {x.shape[1] for x in with_positions if len(x) == self.count}
         text = next((name for name in BESIDE_IMAGES if name in shapes), None)
         images = any(name.startswith(IMAGES) for name in shapes)
         self.beside = (text, shapes[text]) if text is not None and images else None
@@ -57,16 +59,13 @@ class Samples:
         """Inside the block, remember what the model is called with; an inner block does so for its own samples."""
         names = [*inspect.signature(model.forward).parameters]
 
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._look(_tensors(names, args, kwargs) if state.routed is self else {})
-
-        def end(*call: Any) -> None:
-            self._look({})
-
         # A model that fails must not leave the inputs of that call for the next.
         hooks = (
-            model.register_forward_pre_hook(begin, with_kwargs=True),
-            model.register_forward_hook(end, always_call=True),
+            model.register_forward_pre_hook(
+                lambda _, args, kwargs: self._look(_tensors(names, args, kwargs) if state.routed is self else {}),
+                with_kwargs=True,
+            ),
+            model.register_forward_hook(lambda *_: self._look({}), always_call=True),
         )
         before, state.routed = state.routed, self
         try:
@@ -148,8 +147,3 @@ def _tensors(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, A
     for name, value in [*positional, *kwargs.items()]:
         named.update(value if isinstance(value, Mapping) else {name: value})
     return {str(name): value for name, value in named.items() if isinstance(value, Tensor) and value.ndim}
-
-
-def _has_positions(x: Tensor) -> bool:
-    """Whether the second axis may count positions; that of a matrix of numbers is its width."""
-    return x.ndim > 2 or (x.ndim == 2 and not x.is_floating_point())

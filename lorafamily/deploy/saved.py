@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,7 @@ class Saved:
 
 
 def write(saved: Saved, path: str | os.PathLike[str]) -> Path:
-    """Write an adapter without a model.
-
-    Raises:
-        FileError: a file cannot be written.
-    """
+    """Write an adapter without a model; raises FileError if a file cannot be written."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     record, tensors = _contents(saved)
@@ -145,3 +142,13 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[i
             wrong.append(f"{key} is not all finite floating-point numbers")
     if wrong:
         raise FileError(f"{folder / TENSORS}: {listed(wrong)}")
+
+
+def warn_of_other_base(saved: Saved, shapes: str, base: str) -> None:
+    """Warn if a base, into whose layers an adapter fits, has others besides; `shapes`: the hash of its shapes."""
+    if saved.record["base"].get("shapes") != shapes:
+        warnings.warn(
+            f"{saved.folder}: every adapted layer fits, but {base} has other parameters besides them than the "
+            f"{saved.record['base']['architecture']} the adapter was made for",
+            stacklevel=3,
+        )
