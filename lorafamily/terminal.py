@@ -1,4 +1,4 @@
-"""Printing for the commands: colours, characters that a stream's encoding lacks, the nearest name in errors, bytes."""
+"""Printing for the commands: colours, characters that an encoding lacks, the nearest name in errors, tables, bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 import difflib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 PLAINER = {
@@ -57,3 +57,10 @@ def in_units(size: int) -> str:
         if size >= 0.9995 * of:  # rounds to 1.00
             return f"{size / of:#.3g}".rstrip(".") + f" {unit}"
     return f"{size} B"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines: the first column to the left, the others to the right."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True)] for row in rows]
+    return ["  ".join([f"{row[0]:<{first}}", *others]) for row, others in zip(rows, cells, strict=True)]

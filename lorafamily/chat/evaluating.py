@@ -18,7 +18,7 @@ from lorafamily.chat.rows import read
 from lorafamily.chat.settings import Evaluate
 from lorafamily.chat.tokens import tokenised
 from lorafamily.errors import DataError
-from lorafamily.planner.costs import aligned
+from lorafamily.terminal import aligned
 from lorafamily.training.processes import Processes
 
 BASE, MATCH = "base", "exact match"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.budget import Sizing, check_budgets, highest
-from lorafamily.deploy.folder import refuse_not_finite
 from lorafamily.deploy.plain import PLAIN, place_plain, plain_adapters
+from lorafamily.deploy.writable import refuse_not_finite
 from lorafamily.errors import StateError
 from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.placement import (

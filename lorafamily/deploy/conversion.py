@@ -113,12 +113,19 @@ def config_of(base: Path) -> dict[str, Any]:
 
 
 def names_of(base: Path, stored: Mapping[str, tuple[int, ...]], architecture: str, wanted: Iterable[str]) -> Names:
-    """Where a checkpoint, whose tensors have the shapes `stored`, has the tensors `wanted` of a model of this class.
+    """Where a checkpoint has the tensors of a model.
 
     If transformers does not have the model's class, names on disk are those in the model. If such a class wraps a
     model of transformers, and the checkpoint is of that one, names on disk lack the prefix that the wrapper adds.
 
-    Raises FileError if the checkpoint's config is missing, or is not one of that architecture.
+    Args:
+        base: the checkpoint's folder; its config.json is read.
+        stored: shapes by name on disk.
+        architecture: the class of the model that the adapter was made for.
+        wanted: names in that model.
+
+    Raises:
+        FileError: the config is missing, or is not one of that architecture.
     """
     if (made_for := _class_of(architecture)) is not None:
         model = _on_meta(made_for, base)

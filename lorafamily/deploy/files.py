@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafamily.deploy.folder import AGAIN, hash_of_bits, hash_of_shapes, listed, refuse_not_finite
+from lorafamily.deploy.folder import hash_of_bits, hash_of_shapes, listed
 from lorafamily.deploy.saved import FORMAT, Saved, read, warn_of_other_base, write
+from lorafamily.deploy.writable import AGAIN, refuse_not_finite
 from lorafamily.errors import FileError, StateError
 from lorafamily.layers.extra_trained import (
     extra_trained_values,

@@ -22,12 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lorafamily.errors import FileError, StateError
-from lorafamily.layers.sharded import local
+from lorafamily.errors import FileError
 
 SEAL = "sha256"
-AGAIN = "training diverged: take an earlier checkpoint, or train again at a lower rate"
-"""What to do with an adapter whose numbers are not finite, for messages."""
 
 
 def write_sealed(
@@ -161,17 +158,6 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError(f"a name occurs twice among {', '.join(name for name, _ in pairs)[:80]}")
     return found
-
-
-def refuse_not_finite(tensors: Mapping[str, Tensor], instead: str = AGAIN) -> None:
-    """Check that `load` and clients would take a file of these; `instead`: what to do otherwise, for the message.
-
-    Raises:
-        StateError: a tensor has entries that are nan or infinite. Tensors on the meta device have none.
-    """
-    here = {name: local(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
-    if wrong := [name for name, tensor in here.items() if not tensor.isfinite().all()]:
-        raise StateError(f"{listed(wrong)}: not all finite numbers; {instead}")
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafamily.batch import call
-from lorafamily.deploy.folder import bits_of, listed
+from lorafamily.deploy.folder import bits_of
 from lorafamily.deploy.merge_quantised import (
     check_replacement,
     forget_quantised,
@@ -21,11 +21,11 @@ from lorafamily.deploy.merge_quantised import (
     remember_quantised,
     replace_layer,
 )
+from lorafamily.deploy.merged_weights import merged_fingerprints, refuse_replaced, warn_of_changed
 from lorafamily.errors import StateError
 from lorafamily.functional import without_autocast
 from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.layers.extra_trained import parameter_names
-from lorafamily.layers.fingerprints import fingerprints
 from lorafamily.layers.kinds import Acting
 from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
 from lorafamily.layers.placement import Model, adapted, noted, placement_of, targets_of, warn_over_budget
@@ -103,7 +103,7 @@ def merge(
         raise
     keep_padding(owner)
     if keep != "none":
-        state.merged_fingerprints = _merged_fingerprints(state, targets)
+        state.merged_fingerprints = merged_fingerprints(state, targets)
     if state.quantised.lost:
         _warn_of_lost(placement, state.quantised.lost)
     return model
@@ -176,8 +176,8 @@ def unmerge(model: Model) -> Model:
         )
     reshard(owner)
     targets = targets_of(owner)
-    _refuse_replaced(state, targets)
-    _warn_of_changed(state, targets)
+    refuse_replaced(state, targets)
+    warn_of_changed(state, targets)
     _undo(owner, state)
     return model
 
@@ -210,48 +210,6 @@ def _undo(owner: nn.Module, state: ModelState) -> None:
         site.attach()
     keep_padding(owner)
     state.originals, state.quantised, state.merged_fingerprints = None, Replaced(), {}
-
-
-def _merged_fingerprints(state: ModelState, targets: Mapping[str, Target]) -> dict[str, tuple[torch.dtype, int]]:
-    """Dtype and fingerprint of every merged weight, by the first target on it; quantised layers, which are replaced as
-    a whole, have none."""
-    first: dict[nn.Parameter, str] = {}
-    for path in state.originals or {}:
-        if not isinstance(targets[path].layer_kind, Quantised):
-            first.setdefault(targets[path].parameter, path)
-    found = fingerprints((path, parameter) for parameter, path in first.items())
-    return {path: (parameter.dtype, found[path]) for parameter, path in first.items()}
-
-
-def _refuse_replaced(state: ModelState, targets: Mapping[str, Target]) -> None:
-    """Check that no merged weight was offloaded since, or became a tensor of another class, as where it is quantised:
-    that keeps its own values, whatever it is given."""
-    replaced = []
-    for path, original in (state.originals or {}).items():
-        now, layer = targets[path].parameter, targets[path].layer
-        offloaded = now.is_meta and hasattr(layer, "_hf_hook")  # without accelerate's hook there are no values at all
-        if offloaded or (not is_sharded(now) and type(now.data) is not type(original)):
-            replaced.append(f"{path} is {'offloaded' if offloaded else f'of class {type(now.data).__name__}'}")
-    if replaced:
-        raise StateError(
-            f'the weights that "{state.active}" was merged into are others now, and the original ones cannot be put '
-            f"back ({listed(replaced)}); load the base again, or unmerge before you quantise or offload"
-        )
-
-
-def _warn_of_changed(state: ModelState, targets: Mapping[str, Target]) -> None:
-    """Warn if merged weights have other values than the merge gave them. A model cast since is not compared."""
-    before = state.merged_fingerprints
-    now = {path: targets[path].parameter for path in before}
-    here = ((path, p) for path, p in now.items() if p.dtype == before[path][0] and not p.is_meta)
-    found = fingerprints(here)
-    if changed := [path for path, value in found.items() if value != before[path][1]]:
-        warnings.warn(
-            f'weights changed since "{state.active}" was merged into them, by training or by loading others: '
-            f"{listed(changed)}; unmerging discards that, and leaves what changed in other layers. If you meant to "
-            "keep it, save the merged model first",
-            stacklevel=4,
-        )
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorafamily.adapter import Adapter
 from lorafamily.deploy.diffusers_files import prefix_of, write_diffusers
-from lorafamily.deploy.folder import refuse_not_finite, write_json, write_tensors
+from lorafamily.deploy.folder import write_json, write_tensors
 from lorafamily.deploy.model_card import write_card
 from lorafamily.deploy.peft_config import base_settings, patterns, refuse_kernels, target_settings
 from lorafamily.deploy.peft_experts import Stack, stacked, stored
@@ -37,6 +37,7 @@ from lorafamily.deploy.peft_names import (
 )
 from lorafamily.deploy.plain import padded
 from lorafamily.deploy.tied import tying, under_all_names
+from lorafamily.deploy.writable import refuse_not_finite
 from lorafamily.errors import StateError
 from lorafamily.layers.experts import Expert
 from lorafamily.layers.extra_trained import extra_trained_values

@@ -16,8 +16,8 @@ from lorafamily.layers.quantised import Quantised, counts_of
 from lorafamily.layers.site import base_parameters
 from lorafamily.layers.state import Placement
 from lorafamily.names import expert_of
-from lorafamily.planner.costs import aligned
 from lorafamily.targets import what_is
+from lorafamily.terminal import aligned
 
 
 @dataclass(frozen=True)

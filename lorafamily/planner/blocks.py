@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorafamily.layers.quantised import quantised_layers, stand_in
+from lorafamily.layers.quantised import quantised_layers
+from lorafamily.planner.stand_in import stand_in
 
 
 @dataclass(frozen=True)

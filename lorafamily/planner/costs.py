@@ -9,7 +9,7 @@ from typing import Any
 
 from lorafamily.budget import Sizing
 from lorafamily.names import by_stack, expert_of, place_of
-from lorafamily.terminal import in_units
+from lorafamily.terminal import aligned, in_units
 
 FULL, FLOOR = "full fine-tuning", "frozen floor"
 
@@ -92,13 +92,6 @@ def table(plans: Sequence[Plan], refused: Sequence[str] = ()) -> str:
     head = [f"{first.model}: {first.base_parameters:,} parameters; adapted: {_layers(first)}"]
     notes = [f"  {note}" for note in first.assumptions]
     return "\n".join([*head, lines[0], rule, *lines[1:-2], rule, *lines[-2:], rule, *refused, *notes])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table as lines: the first column to the left, the others to the right."""
-    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True)] for row in rows]
-    return ["  ".join([f"{row[0]:<{first}}", *others]) for row, others in zip(rows, cells, strict=True)]
 
 
 def _rank(sizing: Sizing) -> str:
