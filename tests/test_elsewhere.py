@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.testing import assert_close
 import lorafamily
 from conftest import perturb_, tiny, tokens
 from lorafamily.layers.placement import placement_of
+from lorafamily.layers.target import possible_targets
+from lorafamily.layers.uncalled import WeightReads
 from test_processes import start
 
 SPREAD = """
@@ -270,6 +273,15 @@ def test_an_offloaded_base_does_all_but_merge(offload, tmp_path):
         with pytest.raises(lorafamily.StateError, match=r"is not here .*remove_hook_from_module"):
             step(model)
     assert torch.equal(logits(model), y)
+
+
+def test_no_other_tensor_gets_the_id_of_a_weight_that_is_replaced_during_the_first_batch():
+    """As accelerate replaces offloaded ones; a read of that tensor would pass for a read of the weight."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    with WeightReads(possible_targets(model)):
+        before = weakref.ref(model[0].weight)
+        model[0].weight = nn.Parameter(torch.zeros(3, 3))
+        assert before() is not None
 
 
 def test_with_the_hooks_off_it_merges(tmp_path):

@@ -36,9 +36,10 @@ class WeightReads(TorchFunctionMode):
         super().__init__()
         some = {name: target for name, target in targets.items() if not isinstance(target.kind, ReadRows)}
         self._layers = {name: target.layer for name, target in some.items()}
-        # A weight that is computed from other parameters cannot be recognised.
-        self._weights = {name: id(t.parameter) for name, t in some.items() if isinstance(t.stored, nn.Parameter)}
-        self._ids = set(self._weights.values())
+        # A weight that is computed from other parameters cannot be recognised. The parameters are kept: accelerate
+        # replaces offloaded ones in a forward, and another tensor could get the id of one that is gone.
+        self._weights = {name: t.parameter for name, t in some.items() if isinstance(t.stored, nn.Parameter)}
+        self._ids = set(map(id, self._weights.values()))
         self._called: set[nn.Module] = set()
         self._read: set[int] = set()
         self._inside = 0
@@ -65,14 +66,14 @@ class WeightReads(TorchFunctionMode):
 
     def without_effect(self) -> list[str]:
         """The targets whose weight was read although their layer was never called."""
-        read = [name for name, weight in self._weights.items() if weight in self._read]
+        read = [name for name, weight in self._weights.items() if id(weight) in self._read]
         return [name for name in read if self._layers[name] not in self._called]
 
     def read_elsewhere(self, model: nn.Module) -> list[str]:
         """The targets whose layer was called, and whose weight was read besides, by no other module that has it too."""
-        owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-        read = [name for name, weight in self._weights.items() if weight in self._read and owners[weight] == 1]
-        return [name for name in read if self._layers[name] in self._called]
+        owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+        alone = [name for name, weight in self._weights.items() if owners[weight] == 1]
+        return [name for name in alone if id(self._weights[name]) in self._read and self._layers[name] in self._called]
 
     def begun(self, model: nn.Module) -> None:
         """Call it in a hook of the model, which may itself be a target: hooks that a call adds it does not run."""
