@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that rooms find each ot
 import waiting  # noqa: F401 - before torch
 
 # isort: split
+import importlib.util
 import json
 import os
 import random
@@ -74,6 +75,8 @@ class Outcome:
 
 
 def main(settings: SweepFaults) -> list[Outcome]:
+    if "node" in settings.parts and importlib.util.find_spec("ray") is None:
+        raise SystemExit("sweep_faults.py: killing nodes needs Ray: pip install 'lorafamily[sweep]', or leave out node")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         process = start(folder / "reference", "--workers", "1")
