@@ -277,6 +277,34 @@ def test_a_class_of_no_task_is_named(tmp_path):
         assert_close(logits(theirs), logits(model), **CLOSE)
 
 
+@pytest.mark.parametrize(("family", "task"), [("Bert", "FEATURE_EXTRACTION"), ("CLIP", None), ("ViT", None)])
+def test_the_task_of_a_model_without_a_head_is_one_with_which_peft_can_call_it(family, task, tmp_path):
+    """For feature extraction peft calls the base with every argument of a text encoder."""
+    transformers = pytest.importorskip("transformers", reason="transformers is an extra")
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = small | {"image_size": 16, "patch_size": 8}
+    ends = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+    config = {
+        "Bert": lambda: transformers.BertConfig(**small, vocab_size=50),
+        "CLIP": lambda: transformers.CLIPConfig(text_config=small | ends, vision_config=vision),
+        "ViT": lambda: transformers.ViTConfig(**vision),
+    }[family]()
+    pixels, inputs = torch.rand(2, 3, 16, 16), {}
+    inputs |= {"input_ids": IDS} if family != "ViT" else {}
+    inputs |= {"pixel_values": pixels} if family != "Bert" else {}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    perturb_(lorafamily.apply(model, "lora", rank=2, seed=0), size=0.1)
+    lorafamily.export_peft(model, tmp_path / "adapter", base=str(tmp_path / "base"), card=False)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == task
+    auto = peft.AutoPeftModel if task is None else peft.AutoPeftModelForFeatureExtraction
+    theirs = auto.from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        found, expected = theirs(**inputs).to_tuple()[0], model(**inputs).to_tuple()[0]
+    assert_close(found, expected, **CLOSE)
+
+
 def test_the_model_card(tmp_path):
     hub = pytest.importorskip("huggingface_hub", reason="it comes with transformers; it reads cards as the Hub does")
     model = saved_base(tmp_path / "base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -97,8 +98,9 @@ def base_settings(
 def task_of(model: nn.Module, heads: Collection[str]) -> str | None:
     """peft's task type, by which `AutoPeftModelFor…` finds the class of the base; None where the class has no task.
 
-    For a classification task peft expects the head in the file. If `heads` lacks it, the result is None too, and the
-    file names the class itself (`auto_mapping`).
+    For a classification task peft expects the head in the file. For feature extraction it calls the model with all
+    arguments of a text encoder, which models of images and sounds refuse. If `heads` lacks the head, or the model is no
+    text encoder, the result is None too, and the file names the class itself (`auto_mapping`).
     """
     if not type(model).__module__.startswith("transformers."):
         return None
@@ -109,7 +111,9 @@ def task_of(model: nn.Module, heads: Collection[str]) -> str | None:
         if type(model).__name__ in classes:
             wanted = HEADS.get(task, ())
             present = {at for at, _ in model.named_modules() if at.rpartition(".")[2] in wanted}
-            return task if present <= set(heads) else None
+            takes = inspect.signature(model.forward).parameters
+            fits = task != "FEATURE_EXTRACTION" or takes.keys() >= {"input_ids", "attention_mask", "inputs_embeds"}
+            return task if present <= set(heads) and fits else None
     return None
 
 
