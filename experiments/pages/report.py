@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafamily.insight.drawing import save
+from lorafamily.terminal import aligned
 from pages import page
 from pages.groups import Group, Row, grouped, size_of
 from pages.page import Heading, Part, Picture, Table, Text
@@ -126,14 +127,8 @@ def tuning(tried: Sequence[Row]) -> list[list[str]]:
 
 def as_text(lines: Sequence[Sequence[str]]) -> str:
     """The lines in aligned columns, for a terminal."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [
-        "  ".join(
-            f"{text:<{w}}" if i == 0 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([padded[0], "─" * len(padded[0]), *padded[1:]])
+    head, *rest = aligned(lines)
+    return "\n".join([head, "─" * len(head), *rest])
 
 
 def write(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lorafamily.layers.site import NAME, Site, sites_in
+from lorafamily.layers.wrapper import forwards_replaced
 
 T = TypeVar("T")
 
@@ -88,21 +88,6 @@ class Tape:
         if self._stop_at is not None:
             caller.ended[key] = _copied(output)
         return output
-
-
-@contextmanager
-def forwards_replaced(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """In the block these modules have other `forward`s, on the instance."""
-    before = {module: vars(module).get("forward") for module in new}
-    for module, forward in new.items():
-        vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        for module, old in before.items():
-            del vars(module)["forward"]
-            if old is not None:
-                vars(module)["forward"] = old
 
 
 @dataclass

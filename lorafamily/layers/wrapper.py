@@ -6,7 +6,8 @@ It calls the forward that was there before: the class's, or one that somebody el
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,3 +82,18 @@ class KeepsPadding(ForwardWrapper):
             return self.base_forward(*args, **kwargs)
         finally:
             encoder.use_nested_tensor = before
+
+
+@contextmanager
+def forwards_replaced(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """In the block these modules have other `forward`s, on the instance."""
+    before = {module: vars(module).get("forward") for module in new}
+    for module, forward in new.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, old in before.items():
+            del vars(module)["forward"]
+            if old is not None:
+                vars(module)["forward"] = old

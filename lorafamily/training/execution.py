@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from lorafamily.allocation.replay import forwards_replaced
 from lorafamily.errors import TrainingError
 from lorafamily.layers.bitsandbytes import scales_kept
+from lorafamily.layers.wrapper import forwards_replaced
 from lorafamily.training.state import random_kept
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
