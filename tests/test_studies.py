@@ -19,9 +19,9 @@ import study
 from studies import protocol
 from studies.arms import ARMS, UNIFORM, Arm
 from studies.intervals import equivalence, holm, paired
-from studies.page import missing, write
+from studies.page import missing, on_models, write
 from studies.problems import PROBLEMS
-from studies.results import Study, area, read, steps_to
+from studies.results import Comparison, Study, area, read, steps_to
 from studies.trials import Forgetful, Trial, shuffled, with_pattern
 from tasks import TaskError
 
@@ -186,6 +186,25 @@ def test_another_row_is_another_page(tmp_path):
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(r) + "\n" for r in rows)
     assert write(folder, tmp_path / "study.md") != STORED.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_answer_on_models_says_who_beats_uniform_lora_and_where():
+    difference = paired([0.1, 0.2, 0.15, 0.12, 0.18])
+    better, undecided = (
+        Comparison("EVA", UNIFORM.name, difference, adjusted=adjusted, same=1.0) for adjusted in (0.01, 0.2)
+    )
+    control = Comparison("uniform at the peak size", UNIFORM.name, difference, adjusted=0.01, same=1.0)
+    anew = Comparison("EVA's pattern anew", "EVA's pattern shuffled", difference, adjusted=1.0, same=0.01)
+    embedded, sst2 = (Study(PROBLEMS[name], []) for name in ("embedded", "sst2"))
+    begins = "At equal parameters, each at its own best rate, on embedded and sst2"
+    said = on_models([(embedded, [better, control]), (sst2, [undecided, anew])])
+    assert said == (
+        f"{begins}: EVA (embedded) is better, EVA (sst2) is undecided; "
+        "against the same ranks shuffled, EVA's pattern anew (sst2) is on par."
+    )
+    said = on_models([(embedded, [undecided, control]), (sst2, [undecided])])
+    assert said == f"{begins}, nothing that moves rank beats uniform LoRA: EVA (embedded and sst2) is undecided."
+    assert on_models([(embedded, [control])]).startswith("Too few runs")
 
 
 def test_rows_that_are_too_few_to_compare_are_said_to_be_there():

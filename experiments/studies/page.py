@@ -111,11 +111,7 @@ def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]
             "Where inputs vary most in the layers that need nothing, against equal ranks: "
             f"{grouped(verdicts) or 'too few runs to say'}."
         )
-    real = [on_a_model(*found[name]) for name in REAL if name in found]
-    if any(real):
-        said.append("At equal parameters, each at its own best rate: " + "; ".join(filter(None, real)) + ".")
-    else:
-        said.append("Too few runs say whether it matters on a model that was not made for the question.")
+    said.append(on_models([found[name] for name in REAL if name in found]))
     return said
 
 
@@ -144,13 +140,27 @@ def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
     return "On a planted problem, where only half of the layers can help: " + "; ".join(said) + "."
 
 
-def on_a_model(study: Study, comparisons: Sequence[Comparison]) -> str:
-    """What allocation is worth on a model that was not made for the question; empty if too little was run."""
-    against = grouped(verdicts_of(comparisons, MOVES))
-    anew = {c.arm: c.verdict for c in comparisons if c.arm.endswith("anew") and c.other != UNIFORM.name}
-    said = [f"against uniform LoRA {against}"] if against else []
-    said += [f"against the same ranks shuffled {grouped(anew)}"] if anew else []
-    return f"on {study.problem.name}, " + ", and ".join(said) if said else ""
+def on_models(found: Sequence[tuple[Study, Sequence[Comparison]]]) -> str:
+    """What allocation is worth on models that were not made for the question, the answer first."""
+    judged = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
+    moves = [(c, where) for c, where in judged if c.other == UNIFORM.name and c.arm in MOVES]
+    anew = [(c, where) for c, where in judged if c.other != UNIFORM.name and c.arm.endswith("anew")]
+    if not moves:
+        return "Too few runs say whether it matters on a model that was not made for the question."
+    beats = any(c.verdict == "better" for c, _ in moves)
+    problems = list(dict.fromkeys(where for _, where in moves))
+    answer = "" if beats else ", nothing that moves rank beats uniform LoRA"
+    said = [f"At equal parameters, each at its own best rate, on {listed(problems)}{answer}: {by_verdict(moves)}"]
+    said += [f"against the same ranks shuffled, {by_verdict(anew)}"] if anew else []
+    return "; ".join(said) + "."
+
+
+def by_verdict(found: Sequence[tuple[Comparison, str]]) -> str:
+    """Arms, each with the problems where it has a verdict."""
+    arms: dict[str, dict[str, list[str]]] = {verdict: {} for verdict in COLOUR}
+    for c, where in found:
+        arms[c.verdict].setdefault(c.arm, []).append(where)
+    return grouped({f"{arm} ({listed(where)})": v for v, own in arms.items() for arm, where in own.items()})
 
 
 def verdicts_of(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict[str, str]:
