@@ -16,13 +16,14 @@ import torch
 
 import lorafamily
 import study
+from lorafamily.registry import find
 from studies import protocol
 from studies.arms import ARMS, UNIFORM, Arm
 from studies.intervals import equivalence, holm, paired
 from studies.page import missing, on_models, write
 from studies.problems import PROBLEMS
 from studies.results import Comparison, Study, area, read, steps_to
-from studies.trials import Forgetful, Trial, shuffled, with_pattern
+from studies.trials import Forgetful, Trial, adapt, shuffled, with_pattern
 from tasks import TaskError
 
 STORED = Path(__file__).parents[1] / "docs" / "study"
@@ -116,6 +117,19 @@ def test_arms_name_what_exists():
             assert arm.method in lorafamily.methods()
             assert arm.rates_of is None or arm.rates_of in names
             assert arm.pattern is None or names.index(arm.pattern) < names.index(arm.name)
+
+
+@pytest.mark.parametrize("name", ["planted", "embedded"])
+def test_every_arm_can_be_sized(name):
+    """No arm has more parameters than its size allows, or less than nine tenths; `run` would end at one that cannot
+    be."""
+    problem = PROBLEMS[name]
+    for arm in ARMS[name]:
+        if arm.pattern is None and not find(arm.method).looks_at_data:
+            model = problem.model(0)
+            adapt(model, Trial(name, arm, -8, 0), problem)
+            allowed = problem.budget * arm.size * (arm.cut_from or (1.5 if arm.budget_at == "end" else 1.0))
+            assert 0.9 * allowed < lorafamily.summary(model).parameters <= round(allowed), arm.name
 
 
 def test_a_shuffled_pattern_stays_among_layers_of_equal_shape():

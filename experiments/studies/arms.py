@@ -111,7 +111,7 @@ EMBEDDED: tuple[Arm, ...] = (
     Arm("AdaLoRA, task-only scores", "adalora", (("gradient_of", "task"),), budget_at="end", start=-1.75),
     Arm("AdaLoRA, budget at the peak", "adalora", start=-1.75),
     Arm("AdaLoRA, budget at the peak, task-only scores", "adalora", (("gradient_of", "task"),), start=-1.75),
-    Arm("LoRA² at 1/8", "lora2", size=1 / 8, start=-1.75),
+    Arm("LoRA² at 1/8", "lora2", size=0.1325, start=-1.75),  # width 1 is a little larger than 1/8
     Arm("LoRA²", "lora2", start=-1.75),
     Arm("ElaLoRA", "elalora", start=-1.75),
     Arm("FlexLoRA", "flexlora", start=-1.75),

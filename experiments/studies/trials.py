@@ -106,7 +106,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     begun = time.perf_counter()
     model = problem.model(trial.seed).to("cuda" if torch.cuda.is_available() else "cpu")
     source_before = problem.loss(model, problem.source()) if problem.source() else None
-    _adapt(model, trial, problem)
+    adapt(model, trial, problem)
     adapters = lorafamily.summary(model)
     start = {row.module: row.slices for row in adapters.rows}
     head = sum(p.numel() for p in model.parameters() if p.requires_grad) - adapters.parameters
@@ -168,7 +168,8 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
     return row
 
 
-def _adapt(model: torch.nn.Module, trial: Trial, problem: Problem) -> None:
+def adapt(model: torch.nn.Module, trial: Trial, problem: Problem) -> None:
+    """Give the model the adapters that the trial begins with."""
     arm = trial.arm
     sizing: dict[str, Any] = {"budget": round(problem.budget * arm.size * (arm.cut_from or 1.0))}
     if trial.pattern is not None:
