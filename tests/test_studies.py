@@ -23,7 +23,7 @@ from studies.intervals import equivalence, holm, paired
 from studies.page import missing, on_models, write
 from studies.problems import PROBLEMS
 from studies.results import Comparison, Study, area, read, steps_to
-from studies.trials import Forgetful, Trial, adapt, shuffled, with_pattern
+from studies.trials import Forgetful, Trial, adapt, run, shuffled, with_pattern
 from tasks import TaskError
 
 STORED = Path(__file__).parents[1] / "docs" / "study"
@@ -174,6 +174,33 @@ def test_an_optimiser_that_forgets():
     assert optimizer.losses == 1
     assert optimizer.state[larger]["step"] == 1  # of the step just made
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("killed_at", [5, 7])
+def test_an_optimiser_that_forgets_does_so_once_though_its_run_was_killed(tmp_path, monkeypatch, killed_at):
+    """Ranks move after steps 5 to 12, and every third has a checkpoint: the newest is that of step 9, after which they
+    move, or of step 15."""
+    problem, calls = PROBLEMS["planted"], 0
+    monkeypatch.setattr(problem, "steps", 48)
+    monkeypatch.setattr(problem, "logs", True)
+    options = (("scorer", "first-order"), ("drop", 1))
+    trial = Trial("planted", Arm("x", "alora", options, dropped="state and schedule"), -8, 0)
+    whole = run(trial, tmp_path / "whole")
+
+    def killed(model, seed):
+        nonlocal calls
+        calls += 1
+        if calls == killed_at:
+            raise KeyboardInterrupt
+        return problem.measure(model, problem.tuning(seed), seed)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(problem, "tuned", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(trial, tmp_path / "killed")
+    resumed = run(trial, tmp_path / "killed")
+    assert whole["moved"] > 1
+    assert resumed | {"seconds": 0, "wall": 0} == whole | {"seconds": 0, "wall": 0}
 
 
 def test_area_and_steps_of_a_curve():

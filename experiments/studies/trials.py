@@ -42,23 +42,31 @@ class Trial:
 
 class Forgetful(torch.optim.AdamW):
     """AdamW that loses its state whenever parameters change their size; and, as where released code makes a new
-    optimizer that the schedule does not know, from then on keeps the peak rate."""
+    optimizer that the schedule does not know, from then on keeps the peak rate.
+
+    The shapes at the last step, and how often they changed, are in the parameter group, and so in checkpoints: a
+    resumed run loses its state when an uninterrupted one does.
+    """
 
     def __init__(self, parameters: Any, lr: float, dropped: Dropped):
         super().__init__(parameters, lr=lr, weight_decay=0.0)
-        self.peak, self.dropped, self.losses = lr, dropped, 0
-        self.shapes = self._shapes()
+        self.peak, self.dropped = lr, dropped
+        self.param_groups[0] |= {"shapes": self._shapes(), "losses": 0}
 
-    def _shapes(self) -> list[torch.Size]:
-        return [parameter.shape for group in self.param_groups for parameter in group["params"]]
+    def _shapes(self) -> list[list[int]]:
+        return [list(parameter.shape) for parameter in self.param_groups[0]["params"]]
+
+    @property
+    def losses(self) -> int:
+        return int(self.param_groups[0]["losses"])
 
     def step(self, closure: Any = None) -> Any:
-        if (now := self._shapes()) != self.shapes:
-            self.shapes, self.losses = now, self.losses + 1
+        (group,) = self.param_groups
+        if (now := self._shapes()) != group["shapes"]:
+            group["shapes"], group["losses"] = now, group["losses"] + 1
             self.state.clear()
-        if self.dropped == "state and schedule" and self.losses:
-            for group in self.param_groups:
-                group["lr"] = self.peak
+        if self.dropped == "state and schedule" and group["losses"]:
+            group["lr"] = self.peak
         return super().step(closure)
 
 
