@@ -9,7 +9,6 @@ from pathlib import Path
 from lorafamily.allocation.pruning import ImportancePruning
 from lorafamily.penalty import Orthogonality
 from lorafamily.registry import find as find_method
-from studies import protocol
 from studies.results import Study
 from tasks import TaskError
 
@@ -31,7 +30,7 @@ def write_entry(study: Study, rank: int, out: Path) -> Mapping[str, float]:
         from peft import AdaLoraConfig
     except ImportError:
         raise TaskError("an entry of peft's benchmark is written with peft: pip install peft") from None
-    quarter = protocol.rates(study.problem, study.arms, study.rows).get("AdaLoRA")
+    quarter = study.quarters.get("AdaLoRA")
     if quarter is None:
         raise TaskError(f"the rows of {study.problem.name} choose no rate for AdaLoRA; run that arm first")
     method = find_method("adalora")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,14 @@ class Study:
     def arms(self) -> tuple[Arm, ...]:
         return ARMS[self.problem.name]
 
+    @cached_property
+    def quarters(self) -> dict[str, int]:
+        """Chosen rates by arm, see `protocol.rates`."""
+        return protocol.rates(self.problem, self.arms, self.rows)
+
     def of(self, name: str) -> dict[int, Row]:
         """The judged rows of an arm by seed, at its chosen rate."""
-        quarter = protocol.rates(self.problem, self.arms, self.rows).get(name)
+        quarter = self.quarters.get(name)
         ended = [row for row in self.rows if row["arm"] == name and row["quarter"] == quarter and not row["failed"]]
         return {row["seed"]: row for row in ended if row["seed"] in self.problem.seeds}
 
@@ -84,9 +90,8 @@ class Study:
 
     def void(self) -> list[str]:
         """Tuned arms whose best rate is the lowest or highest that may be tried."""
-        chosen = protocol.rates(self.problem, self.arms, self.rows)
         asked = {trial.arm.name for trial in protocol.tuning_trials(self.problem, self.arms, self.rows)}
-        return [arm.name for arm in protocol.tuned(self.arms) if arm.name not in {*chosen, *asked}]
+        return [arm.name for arm in protocol.tuned(self.arms) if arm.name not in {*self.quarters, *asked}]
 
     def not_run(self) -> list[str]:
         """Arms that are not void and have too few judged seeds."""
