@@ -248,6 +248,21 @@ def test_the_answer_on_models_says_who_beats_uniform_lora_and_where():
     assert on_models([(embedded, [control])]).startswith("Too few runs")
 
 
+def test_an_arm_that_diverges_on_a_seed_is_not_judged_by_the_others():
+    stored = next(s for s in read(STORED) if s.problem.name == "planted")
+    bad = next(r["key"] for r in stored.rows if r["arm"] == "EVA" and r["seed"] == 2)
+    one = next(r["key"] for r in stored.rows if r["arm"] == "ALoRA's pattern shuffled 2" and r["seed"] == 3)
+    rows = [{**r, "failed": "step 7", "metric": None} if r["key"] in (bad, one) else r for r in stored.rows]
+    study = Study(stored.problem, rows)
+    before, after = ({(c.arm, c.other) for c in of.comparisons()} for of in (stored, study))
+    gone = {("EVA", "uniform"), ("EVA", "EVA's pattern shuffled"), ("ALoRA's pattern shuffled 2", "uniform")}
+    gone |= {(arm, "ALoRA's pattern shuffled") for arm in ("ALoRA", "ALoRA's pattern anew")}
+    assert before - after == gone
+    said = "Diverged on planted at the chosen rate, and so not compared: "
+    assert f"{said}EVA (seed 2); ALoRA's pattern shuffled 2 (seed 3)." in missing([study])
+    assert study.not_run() == []
+
+
 def test_rows_that_are_too_few_to_compare_are_said_to_be_there():
     found = next(s for s in read(STORED) if s.problem.name == "planted")
     uniform = [r for r in found.rows if r["arm"] == "uniform"]

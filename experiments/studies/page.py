@@ -68,10 +68,10 @@ PROTOCOL = (
     "quarter decades, tried with seeds and on a split that are used for nothing else, and extended until the best "
     "rate lies inside the range; an arm whose best rate stays at an edge is void. Controls take the rate of the arm "
     "that they control (patterns anew and shuffled: uniform LoRA's). Arms are judged on another split with other "
-    "seeds, seed by seed. Intervals: 95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's method over all "
-    "comparisons of a problem. The verdict is *better* or *worse* below p = {level:g}; *on par* where two one-sided "
-    "tests put the difference within the margin, which was fixed before the runs; *undecided* otherwise. g: Hedges' g "
-    "of paired differences."
+    "seeds, seed by seed; an arm of which one of these runs diverges is not compared. Intervals: 95 %, Student's t. "
+    "p: two-sided paired t-test, adjusted by Holm's method over all comparisons of a problem. The verdict is *better*"
+    " or *worse* below p = {level:g}; *on par* where two one-sided tests put the difference within the margin, which "
+    "was fixed before the runs; *undecided* otherwise. g: Hedges' g of paired differences."
 )
 PATTERNS = (
     "Anew: plain LoRA trained from step 0 with the ranks that a method ended with. Shuffled: the same, but with these "
@@ -170,8 +170,9 @@ def grouped(verdicts: Mapping[str, str]) -> str:
     return ", ".join(f"{listed(names)} {'is' if len(names) == 1 else 'are'} {v}" for v, names in by.items() if names)
 
 
-def listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+def listed(names: Sequence[object]) -> str:
+    words = list(map(str, names))
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
@@ -225,6 +226,9 @@ def missing(studies: Sequence[Study]) -> str:
     for study in studies:
         if void := study.void():
             said.append(f"Void on {study.problem.name}, since best at an edge of the rates: {', '.join(void)}.")
+        if diverged := [f"{arm.name} (seed {listed(d)})" for arm in study.arms if (d := study.diverged(arm.name))]:
+            where = f"Diverged on {study.problem.name} at the chosen rate"
+            said.append(f"{where}, and so not compared: {'; '.join(diverged)}.")
         if not study.comparisons():
             judged = [f"{arm.name} on {len(rows)} seeds" for arm in study.arms if (rows := study.of(arm.name))]
             so_far = f"judged so far: {listed(judged)}" if judged else "rates are still being chosen"

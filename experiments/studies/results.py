@@ -59,21 +59,31 @@ class Study:
         return protocol.rates(self.problem, self.arms, self.rows)
 
     def of(self, name: str) -> dict[int, Row]:
-        """The judged rows of an arm by seed, at its chosen rate."""
-        quarter = self.quarters.get(name)
-        ended = [row for row in self.rows if row["arm"] == name and row["quarter"] == quarter and not row["failed"]]
-        return {row["seed"]: row for row in ended if row["seed"] in self.problem.seeds}
+        """The judged rows of an arm by seed, at its chosen rate, without runs that diverged."""
+        return {row["seed"]: row for row in self._judged(name) if not row["failed"]}
+
+    def diverged(self, name: str) -> list[int]:
+        """The seeds of an arm's judged runs that diverged at its chosen rate."""
+        return sorted(row["seed"] for row in self._judged(name) if row["failed"])
+
+    def _judged(self, name: str) -> list[Row]:
+        chosen = [row for row in self.rows if row["arm"] == name and row["quarter"] == self.quarters.get(name)]
+        return [row for row in chosen if row["seed"] in self.problem.seeds]
+
+    def metrics(self, name: str) -> dict[int, float]:
+        """By seed. Empty where a run diverged: without the seeds that an arm fails on it would be judged too well."""
+        return {} if self.diverged(name) else {seed: row["metric"] for seed, row in self.of(name).items()}
 
     def shuffles(self, name: str) -> dict[int, float]:
         """By seed the mean metric over the shuffles of an arm's pattern; only seeds for which all shuffles were run."""
-        shuffled = [self.of(arm.name) for arm in self.arms if arm.pattern == name and arm.shuffle is not None]
-        seeds = set.intersection(*(set(rows) for rows in shuffled)) if shuffled else set()
-        return {seed: statistics.fmean(rows[seed]["metric"] for rows in shuffled) for seed in sorted(seeds)}
+        shuffled = [self.metrics(arm.name) for arm in self.arms if arm.pattern == name and arm.shuffle is not None]
+        seeds = set.intersection(*map(set, shuffled)) if shuffled else set()
+        return {seed: statistics.fmean(metrics[seed] for metrics in shuffled) for seed in sorted(seeds)}
 
     def comparisons(self) -> list[Comparison]:
-        """Every judged arm against uniform LoRA; in addition each arm that finds a pattern, and plain LoRA trained anew
-        with that pattern, against the pattern shuffled."""
-        metrics = {arm.name: {s: row["metric"] for s, row in self.of(arm.name).items()} for arm in self.arms}
+        """Every arm that was judged and did not diverge against uniform LoRA; in addition each arm that finds a
+        pattern, and plain LoRA trained anew with that pattern, against the pattern shuffled."""
+        metrics = {arm.name: self.metrics(arm.name) for arm in self.arms}
         pairs = [(name, UNIFORM.name, metrics[UNIFORM.name]) for name in metrics if name != UNIFORM.name]
         for arm in self.arms:
             if arm.pattern is not None and arm.shuffle is None:
@@ -94,9 +104,9 @@ class Study:
         return [arm.name for arm in protocol.tuned(self.arms) if arm.name not in {*self.quarters, *asked}]
 
     def not_run(self) -> list[str]:
-        """Arms that are not void and have too few judged seeds."""
-        void = set(self.void())
-        return [arm.name for arm in self.arms if len(self.of(arm.name)) < FEWEST and arm.name not in void]
+        """Arms that are not void, did not diverge, and have too few judged seeds."""
+        void, names = set(self.void()), [arm.name for arm in self.arms]
+        return [n for n in names if len(self.of(n)) < FEWEST and n not in void and not self.diverged(n)]
 
 
 def read(folder: Path) -> list[Study]:
