@@ -89,6 +89,25 @@ def test_the_grid_is_extended_until_the_best_is_inside():
     assert protocol.best_quarter(tried) == -12
 
 
+@pytest.mark.parametrize("order", [(-9, -8, -7), (-7, -8, -9)])
+def test_rates_do_not_depend_on_the_order_of_rows(order):
+    """Shares of some hundred sentences are often equal. Where every run diverged, lower rates are tried."""
+    equal = {-9: 0.3, -8: 0.2, -7: 0.2}
+    tried = {quarter: equal[quarter] for quarter in order}
+    assert (protocol.to_try(-8, tried), protocol.best_quarter(tried)) == ([], -8)
+    assert protocol.to_try(-8, dict.fromkeys(order, math.inf)) == [-10]
+
+
+def test_a_pattern_is_that_of_the_arm_at_its_chosen_rate():
+    """Among the rows is one at a rate that is not chosen any more."""
+    problem, found = PROBLEMS["planted"], [UNIFORM, Arm("EVA", "eva"), Arm("anew", pattern="EVA", rates_of="uniform")]
+    rows = [row(arm, q, s, abs(q + 8)) for arm in found[:2] for q in (-9, -8, -7) for s in problem.tuning_seeds]
+    for quarter, rank in ((-8, 1), (-7, 2)):
+        rows.append(row(found[1], quarter, 0, 1.0) | {"ranks_end": {"branches.0": rank}})
+    (anew,) = [t for t in protocol.judging_trials(problem, found, rows) if t.arm.pattern]
+    assert anew.pattern == (("branches.0", 1),)
+
+
 def test_an_optimum_at_an_edge_voids_the_arm():
     """Quality that gets better the larger the rate, to the end of what may be tried."""
     problem, rows = PROBLEMS["planted"], []

@@ -37,12 +37,17 @@ def qualities(arm: Arm, rows: Iterable[Row], seeds: Sequence[int]) -> dict[int, 
     return {quarter: statistics.fmean(own.values()) for quarter, own in found.items() if len(own) == len(seeds)}
 
 
+def _best(tried: Mapping[int, float]) -> int:
+    """The quarter with the lowest metric; of equal ones the lowest, in whatever order they were run or stored."""
+    return min(tried, key=lambda quarter: (tried[quarter], quarter))
+
+
 def to_try(start: int, tried: Mapping[int, float]) -> list[int]:
     """Quarters that must be tried next, beginning around `start`; empty where the best is inside, or nothing is left to
     try."""
     if missing := [quarter for quarter in (start - 1, start, start + 1) if quarter not in tried]:
         return missing
-    best = min(tried, key=lambda quarter: tried[quarter])
+    best = _best(tried)
     if best == min(tried) and best > LOWEST:
         return [best - 1]
     if best == max(tried) and best < HIGHEST:
@@ -52,7 +57,7 @@ def to_try(start: int, tried: Mapping[int, float]) -> list[int]:
 
 def best_quarter(tried: Mapping[int, float]) -> int | None:
     """The best quarter, None where it lies at an edge: nobody knows what is beyond."""
-    best = min(tried, key=lambda quarter: tried[quarter])
+    best = _best(tried)
     return best if min(tried) < best < max(tried) and tried[best] < float("inf") else None
 
 
@@ -82,7 +87,8 @@ def judging_trials(problem: Problem, arms: Sequence[Arm], rows: Sequence[Row]) -
     """What must be run next to judge: arms on their own, then those that need a pattern which these found. Seed by
     seed, so that a study that is stopped has whole seeds."""
     chosen = rates(problem, arms, rows)
-    ended = {(row["arm"], row["seed"]): row["ranks_end"] for row in rows if not row["failed"]}
+    judged = [row for row in rows if row["quarter"] == chosen.get(row["arm"]) and not row["failed"]]
+    ended = {(row["arm"], row["seed"]): row["ranks_end"] for row in judged}
     found = []
     for seed in problem.seeds:
         for arm in arms:
@@ -91,7 +97,7 @@ def judging_trials(problem: Problem, arms: Sequence[Arm], rows: Sequence[Row]) -
             trial = Trial(problem.name, arm, chosen[arm.name], seed)
             if arm.pattern is None:
                 found.append(trial)
-            elif arm.pattern in chosen and (arm.pattern, seed) in ended:
+            elif (arm.pattern, seed) in ended:
                 found.append(with_pattern(trial, ended[arm.pattern, seed]))
     return _missing(found, rows)
 
