@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from decimal import Decimal
@@ -14,9 +15,10 @@ import presets
 import tasks
 from studies.arms import ARMS
 from studies.problems import PROBLEMS
+from studies.small import Sentences
 from studies.trials import Trial, Trials, run
 from tasks.maths import PROMPT, final
-from test_compare import rows, write_task
+from test_compare import GOOD, rows, tiny_bert, write_task
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra")
 
@@ -137,6 +139,37 @@ def test_a_text_is_tuned_on_one_half_and_judged_on_the_other(tmp_path, decoder, 
     assert sum(len(b["input_ids"]) for b in tuning) + sum(len(b["input_ids"]) for b in judging) == pieces
     model = problem.model(0)
     assert problem.tuned(model, 0) == pytest.approx(problem.judged(model, 0), rel=0.1)  # the same text over and over
+
+
+def sentences(folder, test):
+    """SST-2 in a tiny form: a BERT of words, and rows in which the label is whether "good" is there."""
+    train, validation = GOOD[:8], GOOD[8:20]
+    data = write_task(folder / "data", "sst2", train, validation)
+    with gzip.open(data / "sst2" / "test.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in test)
+    problem = Sentences("sst2", "", 0.15)
+    problem.read(str(tiny_bert(folder / "bert", 2)), data)
+    return problem
+
+
+def test_sentences_are_tuned_on_the_validation_split_and_judged_on_the_test_split(tmp_path):
+    longer = [row | {"sentence": "word1 " * (i % 3) + row["sentence"]} for i, row in enumerate(GOOD[20:])]
+    problem = sentences(tmp_path, longer)
+    collated = problem.task.collate(problem.task.held_out)
+    (tuning,) = problem.tuning(0)
+    assert sorted(tuning["input_ids"].tolist()) == sorted(collated["input_ids"].tolist())
+    model = problem.model(0).eval()
+    with torch.no_grad():
+        alone = [model(**problem.task.collate([row])).logits.argmax().item() for row in longer]
+    wrong = sum(found != row["label"] for found, row in zip(alone, longer, strict=True))
+    assert 0 < wrong < len(longer)
+    assert problem.judged(model, 0) == wrong / len(longer)
+
+
+def test_test_rows_without_labels_are_refused(tmp_path):
+    """As GLUE has them: every arm would classify all of them wrongly, and be on par."""
+    with pytest.raises(tasks.TaskError, match=r"test\.jsonl\.gz, row 1: label -1, not in 0 … 1"):
+        sentences(tmp_path, [row | {"label": -1} for row in GOOD[20:]])
 
 
 def test_the_preset_runs_in_its_short_form(tmp_path, decoder, questions):

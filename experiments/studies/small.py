@@ -15,7 +15,6 @@ import embedded
 from lorafamily.batch import to_device
 from studies.problem import Batch, Problem, looking
 from tasks import Glue, TaskError
-from tasks.task import read_rows
 
 
 class Embedded(Problem):
@@ -102,7 +101,7 @@ class Sentences(Problem):
         every = max(1, len(self.task.held_out) // self.curve)
         self.batches = {
             "tuning": self._batches(self.task.held_out[::every][: self.curve]),
-            "judging": self._batches(read_rows(data / self.name / "test.jsonl.gz")),
+            "judging": self._batches(self.task.split(data, "test", "test")),
         }
 
     def model(self, seed: int) -> nn.Module:

@@ -67,9 +67,9 @@ class Glue(Task):
         self.name, self.path, self.batch, self.length = name, model, batch, length
         self.task = GLUE[name]
         self.metric = self.task.metric
-        self.train = self._rows(data, "train", "train")
+        self.train = self.split(data, "train", "train")
         self.rows = len(self.train)
-        self.held_out = self._rows(data, "validation", self.task.hub_validation)[:held_out]
+        self.held_out = self.split(data, "validation", self.task.hub_validation)[:held_out]
         self.by_length = sorted(self.held_out, key=lambda row: sum(len(row[column]) for column in self.task.columns))
         self.tokenizer = tokenizer_of(model)
         self.about = (
@@ -114,7 +114,12 @@ class Glue(Task):
         dtype = torch.float32 if self.task.labels == 1 else torch.long
         return batch | {"labels": torch.tensor([row["label"] for row in rows], dtype=dtype)}
 
-    def _rows(self, data: Path | None, split: str, hub_split: str) -> list[dict[str, Any]]:
+    def split(self, data: Path | None, split: str, hub_split: str) -> list[dict[str, Any]]:
+        """The rows of a split.
+
+        Raises:
+            TaskError: there are none, or one lacks a column or has no label that the task knows.
+        """
         if data is None:
             rows = from_hub(f"--task {self.name}", hub_split, "nyu-mll/glue", self.name)
             where = f"glue/{self.name} on the hub, {hub_split}"
