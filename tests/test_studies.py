@@ -56,6 +56,13 @@ def test_equivalence_takes_a_margin_that_the_data_can_tell():
         equivalence(near, 0.0)
 
 
+@pytest.mark.parametrize("n", [5, 8])
+def test_equivalence_is_seldom_found_of_a_difference_as_large_as_the_margin(n):
+    """4000 samples: the standard error of a share of 0.05 is 0.0034, so that 2 % are six of them."""
+    samples = np.random.default_rng(n).normal(10.0, 1.0, size=(4000, n)).tolist()
+    assert np.mean([equivalence(sample, 10.0) < 0.05 for sample in samples]) == pytest.approx(0.05, abs=0.02)
+
+
 def test_differences_that_do_not_vary_are_not_certain():
     same = paired([0.1] * 5)
     assert (same.low, same.high, same.p) == (0.1, 0.1, 0.5**4)
@@ -123,9 +130,19 @@ def test_seeds_and_splits_of_tuning_are_not_those_of_judging():
         assert not set(problem.tuning_seeds) & set(problem.seeds)
         assert problem.evaluations >= 15
         assert len(problem.seeds) >= (8 if problem.name in ("planted", "misleading", "embedded") else 5)
-    for problem in (PROBLEMS["planted"], PROBLEMS["embedded"]):
+    for problem in (PROBLEMS["planted"], PROBLEMS["misleading"], PROBLEMS["embedded"]):
         key = next(iter(problem.tuning(0)[0]))
         assert not torch.equal(problem.tuning(0)[0][key], problem.judging(0)[0][key])
+        splits = [problem.training(0), problem.tuning(0), problem.judging(0)]
+        rows = [{row.numpy().tobytes() for batch in split for row in batch[key]} for split in splits]
+        assert len(set.union(*rows)) == sum(map(len, rows))  # no row is in two of them
+
+
+def test_nothing_that_is_judged_chooses_a_rate():
+    for stored in read(STORED):
+        other = [row | {"metric": -row["seed"]} if row["metric"] is not None else row for row in stored.rows]
+        other = [row | {"tuning_metric": 0.0} if row["seed"] in stored.problem.seeds else row for row in other]
+        assert Study(stored.problem, other).quarters == stored.quarters
 
 
 def test_arms_name_what_exists():
