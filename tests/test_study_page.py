@@ -1,0 +1,91 @@
+"""docs/study.md is what the command writes from the rows, and says what they say."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+from studies.arms import UNIFORM
+from studies.intervals import paired
+from studies.page import missing, on_models, write
+from studies.problems import PROBLEMS
+from studies.results import Comparison, Study, read
+
+STORED = Path(__file__).parents[1] / "docs" / "study"
+
+
+def test_the_committed_page_is_what_the_command_writes(tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(STORED, folder)
+    assert write(folder, tmp_path / "study.md") == STORED.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_another_row_is_another_page(tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(STORED, folder)
+    path = folder / "planted.jsonl.gz"
+    with gzip.open(path, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    changed = next(r for r in rows if r["arm"] == "EVA" and r["seed"] == 0)
+    changed["metric"] += 1.0
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(r) + "\n" for r in rows)
+    assert write(folder, tmp_path / "study.md") != STORED.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_answer_on_models_says_who_beats_uniform_lora_and_where():
+    difference = paired([0.1, 0.2, 0.15, 0.12, 0.18])
+    better, undecided = (
+        Comparison("EVA", UNIFORM.name, difference, adjusted=adjusted, same=1.0) for adjusted in (0.01, 0.2)
+    )
+    control = Comparison("uniform at the peak size", UNIFORM.name, difference, adjusted=0.01, same=1.0)
+    anew = Comparison("EVA's pattern anew", "EVA's pattern shuffled", difference, adjusted=1.0, same=0.01)
+    embedded, sst2 = (Study(PROBLEMS[name], []) for name in ("embedded", "sst2"))
+    begins = "At equal parameters, each at its own best rate, on embedded and sst2"
+    said = on_models([(embedded, [better, control]), (sst2, [undecided, anew])])
+    assert said == (
+        f"{begins}: EVA (embedded) is better, EVA (sst2) is undecided; "
+        "against the same ranks shuffled, EVA's pattern anew (sst2) is on par."
+    )
+    said = on_models([(embedded, [undecided, control]), (sst2, [undecided])])
+    assert said == f"{begins}, nothing that moves rank beats uniform LoRA: EVA (embedded and sst2) is undecided."
+    assert on_models([(embedded, [control])]).startswith("Too few runs")
+
+
+def test_an_arm_that_diverges_on_a_seed_is_not_judged_by_the_others():
+    stored = next(s for s in read(STORED) if s.problem.name == "planted")
+    bad = next(r["key"] for r in stored.rows if r["arm"] == "EVA" and r["seed"] == 2)
+    one = next(r["key"] for r in stored.rows if r["arm"] == "ALoRA's pattern shuffled 2" and r["seed"] == 3)
+    rows = [{**r, "failed": "step 7", "metric": None} if r["key"] in (bad, one) else r for r in stored.rows]
+    study = Study(stored.problem, rows)
+    before, after = ({(c.arm, c.other) for c in of.comparisons()} for of in (stored, study))
+    gone = {("EVA", "uniform"), ("EVA", "EVA's pattern shuffled"), ("ALoRA's pattern shuffled 2", "uniform")}
+    gone |= {(arm, "ALoRA's pattern shuffled") for arm in ("ALoRA", "ALoRA's pattern anew")}
+    assert before - after == gone
+    said = "Diverged on planted at the chosen rate, and so not compared: "
+    assert f"{said}EVA (seed 2); ALoRA's pattern shuffled 2 (seed 3)." in missing([study])
+    assert study.not_run() == []
+
+
+def test_rows_that_are_too_few_to_compare_are_said_to_be_there():
+    found = next(s for s in read(STORED) if s.problem.name == "planted")
+    uniform = [r for r in found.rows if r["arm"] == "uniform"]
+    tuning = [r for r in uniform if r["seed"] not in found.problem.seeds]
+    assert tuning
+    four = tuning + [r for r in uniform if r["seed"] in found.problem.seeds[:4]]
+    begins = "On planted nothing is compared yet; "
+    assert f"{begins}judged so far: uniform on 4 seeds." in missing([Study(found.problem, four)])
+    assert f"{begins}rates are still being chosen." in missing([Study(found.problem, tuning)])
+
+
+def test_the_page_names_what_is_absent_and_what_is_of_another_size():
+    """Names have commas. On SST-2 a fourth rank of LoRA²'s would exceed the budget, so that it has a quarter less."""
+    stored = next(s for s in read(STORED) if s.problem.name == "sst2")
+    assert "on sst2: LoRA² (75 % of its parameters)." in missing([stored])
+    few = [r for r in stored.rows if r["arm"] in ("uniform", "EVA") or r["seed"] not in stored.problem.seeds]
+    said = missing([Study(stored.problem, few)])
+    assert "on sst2, or with too few seeds: uniform at the peak size; ALoRA first-order; AdaLoRA; LoRA²; LoRA" in said
+    assert "; ALoRA first-order's pattern anew; ALoRA first-order's pattern shuffled; AdaLoRA's pattern anew; " in said
+    assert "of its parameters" not in said
