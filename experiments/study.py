@@ -130,7 +130,9 @@ def run(given: Run) -> list[dict[str, Any]]:
         path = folder / "results.jsonl"
         text = path.read_text() if path.exists() else "" if short else stored(given.problem)
         rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a line that was cut
+        partial = path.with_suffix(".partial")  # a run killed while it writes keeps the rows that it had
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))  # without a line that was cut
+        partial.replace(path)
         _work(problem, arms, problem.seeds[: given.seeds], where, trials, path, rows)
     return rows
 

@@ -260,6 +260,21 @@ def test_a_study_runs_what_is_missing_and_nothing_else(tmp_path, capsys):
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == [r["key"] for r in found]
 
 
+def test_a_study_that_is_killed_while_it_begins_keeps_its_rows(tmp_path, monkeypatch):
+    path = tmp_path / "study-planted" / "results.jsonl"
+    path.parent.mkdir()
+    path.write_text(study.stored("planted"))
+
+    def killed(path, text):
+        path.write_bytes(text[:100].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(study.Run("planted", arms=("uniform",), seeds=1, workers=1, out=tmp_path))
+    assert path.read_text() == study.stored("planted")
+
+
 def test_a_study_that_has_no_rows_of_its_own_begins_with_the_stored_ones(tmp_path):
     found = study.run(study.Run("planted", arms=("uniform",), seeds=1, workers=1, out=tmp_path))
     assert len(found) == len(study.stored("planted").splitlines())
