@@ -70,6 +70,15 @@ def test_verdicts(shift, statement, verdict, higher):
     assert outcome.effect == pytest.approx(g)
 
 
+def test_an_arm_that_diverges_on_a_seed_is_not_judged_by_the_others():
+    """On the sixth seed the arm fails where the other does not; on the first five it is better."""
+    own = rows("a", 80, [*(7 + NOISE), 0])
+    own[-1] |= {"failed": "step 7", "metric": None}
+    (outcome,) = outcomes([setting(own, rows("b", 80, [5] * 6))], [BETTER])
+    assert outcome.verdict == "void"
+    assert outcome.void == "a run diverged, and the others would be judged alone: a (large)"
+
+
 def test_differences_are_taken_seed_by_seed():
     """Between seeds the metric varies by 10, between the arms of a seed by 1: only a paired test can tell."""
     spread = np.array([0, 10, 20, 30, 40.0])

@@ -91,6 +91,10 @@ class Setting:
         """The arm's rows by seed."""
         return {row["seed"]: row for row in self._rows(self.runs, arm) if not row["failed"]}
 
+    def diverged(self, arm: Arm) -> bool:
+        """Whether one of the arm's judged runs diverged."""
+        return any(row["failed"] for row in self._rows(self.runs, arm))
+
     def at_an_edge(self, arm: Arm) -> bool:
         """Whether the arm was judged at the lowest or the highest rate that it was tried at."""
         rates = {row["lr"] for row in self._rows(self.tuned, arm)}
@@ -259,6 +263,8 @@ def judge(statement: Statement, setting: Setting) -> Outcome:
 
 def _void(statement: Statement, setting: Setting, evaluations: int) -> str:
     """Why the runs cannot judge a claim; empty if they can."""
+    if diverged := [str(arm) for arm in (statement.arm, statement.other) if setting.diverged(arm)]:
+        return f"a run diverged, and the others would be judged alone: {', '.join(diverged)}"
     if edges := [str(arm) for arm in (statement.arm, statement.other) if setting.at_an_edge(arm)]:
         return f"best at an edge of the rates: {', '.join(edges)}"
     if statement.budget_at != setting.budget_at:
