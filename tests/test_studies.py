@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from studies.arms import ARMS, UNIFORM, Arm
 from studies.intervals import equivalence, holm, paired
 from studies.problems import PROBLEMS
 from studies.results import Study, area, read, steps_to
-from studies.trials import Forgetful, Trial, adapt, run, shuffled, with_pattern
+from studies.trials import Forgetful, Trial, Trials, adapt, run, shuffled, with_pattern
 from tasks import TaskError
 
 STORED = Path(__file__).parents[1] / "docs" / "study"
@@ -192,6 +192,31 @@ def test_only_planted_layers_can_help():
     assert smallest > 2 * max(norm for name, norm in norms.items() if name not in problem.planted(0))
 
 
+@pytest.mark.parametrize("name", ["uniform", "AdaLoRA", "EVA", "LoRA then cut", "EVA's pattern shuffled 1"])
+def test_a_row_is_of_the_saved_adapter(tmp_path, monkeypatch, name):
+    """Metrics are those of the adapter as it is at the end, cut if it is cut, and within the budget."""
+    problem = PROBLEMS["planted"]
+    monkeypatch.setattr(problem, "steps", 48)
+    (arm,) = (arm for arm in ARMS["planted"] if arm.name == name)
+    trial = Trial("planted", arm, -8, 0)
+    ranks = {f"branches.{i}": i % 5 for i in range(8)}
+    trial = trial if arm.pattern is None else with_pattern(trial, ranks)
+    found = run(trial, tmp_path)
+    model = problem.model(0)
+    lorafamily.load(model, tmp_path / "adapter")
+    rows = lorafamily.summary(model).rows
+    assert problem.judged(model, 0) == pytest.approx(found["metric"], rel=1e-5)
+    assert problem.tuned(model, 0) == pytest.approx(found["tuning_metric"], rel=1e-5)
+    assert {row.module: row.slices for row in rows if row.slices} == {
+        at: r for at, r in found["ranks_end"].items() if r
+    }
+    assert found["parameters_end"] == lorafamily.summary(model).parameters <= problem.budget
+    assert (found["parameters_peak"] > problem.budget) == (name in ("AdaLoRA", "LoRA then cut"))
+    if trial.pattern is not None:
+        assert found["ranks_start"] == found["ranks_end"] == dict(trial.pattern) != ranks
+        assert sorted(found["ranks_end"].values()) == sorted(ranks.values())
+
+
 def test_an_optimiser_that_forgets():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = Forgetful([weight], 0.1, "state and schedule")
@@ -306,5 +331,7 @@ def test_an_entry_of_pefts_benchmark_is_what_peft_reads(tmp_path):
         study.entry(study.Entry("llm-gsm8k", tmp_path / "other"))
 
 
-def test_trials_can_be_sent_to_workers():
-    assert dataclasses.replace(Trial("planted", UNIFORM, -8, 0), seed=1) in {Trial("planted", UNIFORM, -8, 1)}
+def test_trials_can_be_sent_to_workers(tmp_path):
+    trial = with_pattern(Trial("planted", Arm("x", shuffle=1), -8, 0), {f"branches.{i}": i for i in range(8)})
+    assert pickle.loads(pickle.dumps(trial)) in {trial}
+    assert pickle.loads(pickle.dumps(Trials("planted", tmp_path, steps=48))) == Trials("planted", tmp_path, steps=48)
