@@ -141,10 +141,9 @@ def test_a_text_is_tuned_on_one_half_and_judged_on_the_other(tmp_path, decoder, 
     assert problem.tuned(model, 0) == pytest.approx(problem.judged(model, 0), rel=0.1)  # the same text over and over
 
 
-def sentences(folder, test):
+def sentences(folder, test, validation=GOOD[8:20]):
     """SST-2 in a tiny form: a BERT of words, and rows in which the label is whether "good" is there."""
-    train, validation = GOOD[:8], GOOD[8:20]
-    data = write_task(folder / "data", "sst2", train, validation)
+    data = write_task(folder / "data", "sst2", GOOD[:8], validation)
     with gzip.open(data / "sst2" / "test.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in test)
     problem = Sentences("sst2", "", 0.15)
@@ -164,6 +163,17 @@ def test_sentences_are_tuned_on_the_validation_split_and_judged_on_the_test_spli
     wrong = sum(found != row["label"] for found, row in zip(alone, longer, strict=True))
     assert 0 < wrong < len(longer)
     assert problem.judged(model, 0) == wrong / len(longer)
+
+
+def test_ranks_are_scored_on_sentences_of_all_lengths(tmp_path):
+    """Methods that score ranks take the first 32 rows."""
+    rows = [{"sentence": " ".join(["word1"] * words), "label": words % 2} for words in range(1, 51) for _ in range(4)]
+    first, *others = sentences(tmp_path, GOOD[20:], rows).tuning(0)
+    assert len(first["labels"]) == 32
+    assert [len(batch["labels"]) for batch in others] == [64, 64, 40]
+    lengths = first["attention_mask"].sum(1).double()
+    assert abs(lengths.mean() - 25.5 - 2) < 3 * 14.4 / 32**0.5  # with two special tokens; three standard errors
+    assert lengths.std() > 10
 
 
 def test_test_rows_without_labels_are_refused(tmp_path):

@@ -255,8 +255,7 @@ def missing(studies: Sequence[Study]) -> str:
         "looks. The problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of "
         "the judged seeds. ALoRA drops one slice a round there; its paper's number, the layers of a block, would be "
         "half of all slices, and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until "
-        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth. ALoRA scores ranks on "
-        "the first 32 rows of the split to tune on: on sst2 and mrpc, whose rows are sorted by length, on the shortest."
+        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth."
     )
     return " ".join(said)
 

@@ -87,8 +87,9 @@ class Sentences(Problem):
     margin = 0.01
     seeds = range(5)
     head_lr = 1e-2
-    curve = 436
-    """Rows of the validation split that curves are drawn on, and ranks scored on."""
+    curve, scored = 436, 32
+    """Rows of the validation split that curves are drawn on; those of them that ranks are scored on, drawn at random
+    since the first by length are the shortest."""
 
     def __init__(self, name: str, what: str, goal: float):
         self.name, self.what, self.goal = name, what, goal
@@ -99,8 +100,11 @@ class Sentences(Problem):
         self.task = Glue(self.name, model, data, self.batch, self.length)
         self.head = self.task.model(0)[1]
         every = max(1, len(self.task.held_out) // self.curve)
+        curve = self.task.held_out[::every][: self.curve]
+        order = torch.randperm(len(curve), generator=torch.Generator().manual_seed(0)).tolist()
+        drawn, others = [curve[i] for i in order[: self.scored]], [curve[i] for i in order[self.scored :]]
         self.batches = {
-            "tuning": self._batches(self.task.held_out[::every][: self.curve]),
+            "tuning": [self.task.collate(drawn), *self._batches(others)],
             "judging": self._batches(self.task.split(data, "test", "test")),
         }
 
