@@ -125,6 +125,24 @@ def test_samples_are_on_tensorboard_and_evaluations_stop_a_run(here, capsys):
     assert all("**written**" in text and "<|im_start|>assistant" in text for text in texts)
 
 
+def test_ranks_are_scored_on_rows_of_all_lengths(here, monkeypatch):
+    """Evaluation goes by length, which needs little padding; the first rows would be the shortest."""
+    rows = [
+        {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "cat " * words}]}
+        for words in range(1, 65)
+    ]
+    chatting.write_lines(here / "dev.jsonl", rows)
+    given = []
+    monkeypatch.setattr(lorafamily, "train", lambda *_, validation, **__: given.append(validation) or History())
+    options = "--method alora --validation-data dev.jsonl --batch 8 --out out"
+    assert run(f"{TRAIN} {options}") == 2  # no step was made
+    lengths = [len(row) for row in given[0].rows]
+    assert len(lengths) == 64
+    first, least = lengths[:32], min(lengths)
+    assert abs(sum(first) / 32 - least - 31.5) < 3 * 18.5 / 32**0.5  # three standard errors
+    assert next(iter(given[0]))["input_ids"].shape == (8, max(lengths[:8]))
+
+
 def test_a_run_that_was_stopped_goes_on_by_the_same_command(here, capsys, monkeypatch):
     command = f"{TRAIN} --method adalora --steps 8 --save-every 2 --seed 3 --pack --length 64 --batch 2 --lr 1e-2"
     assert run(f"{command} --out whole --json") == 0

@@ -15,9 +15,11 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -239,6 +241,13 @@ def _begin_folder(options: Train, template: str) -> bool:
     return True
 
 
+def _mixed(batches: ChatBatches) -> ChatBatches:
+    """The same rows in an order that the seed draws. Ranks are scored on the first rows, which by length are the
+    shortest."""
+    order = np.random.default_rng(batches.seed).permutation(len(batches.rows))
+    return replace(batches, rows=[batches.rows[at] for at in order])
+
+
 def _run(reporter: Reporter, lr: float | None) -> History:
     options, validation = reporter.options, reporter.validation
     settings = vars(options.optimisation) | vars(options.execution)
@@ -249,7 +258,7 @@ def _run(reporter: Reporter, lr: float | None) -> History:
         loss_fn=reporter.loss_fn,
         loss_over="tokens",
         accumulate=options.batches.accumulate,
-        validation=validation,
+        validation=validation and _mixed(validation),
         evaluate=reporter.evaluate if validation else None,
         evaluate_every=(options.evaluation.evaluate_every or reporter.tenth) if validation else None,
         patience=options.evaluation.patience,

@@ -112,7 +112,8 @@ def train(
         max_grad_norm: gradients are scaled down to this norm, over all parameters that train; 0 or None: no clipping.
 
     Evaluation:
-        validation: batches; their mean loss is the metric "loss". Some methods score ranks on them.
+        validation: batches; their mean loss is the metric "loss". Some methods score ranks on the first rows, which
+            should not be the shortest ones or of one class.
         evaluate: function from the model (in eval mode, without gradients) to metrics by name, which replace that loss.
         evaluate_every: optimizer steps between evaluations; None: only at the end.
         monitor, mode: the metric that decides which evaluation is best, and whether low ("min") or high ("max") is

@@ -49,7 +49,7 @@ def session(
         model: with adapters; it may be wrapped.
         optimizer: has everything that trains, see `parameter_groups`; it may be wrapped (`accelerate`, Lightning).
         steps: optimizer steps of the whole run, which the method's schedule is made for.
-        validation: batches, for methods that score ranks on them.
+        validation: batches, for methods that score ranks on the first rows, see `train`.
         loss_fn: function from model and batch to the task loss, for scoring; None: the output's `.loss`.
         scaler: the loop's, if it trains in float16; `backward` scales the loss with it.
         autocast: makes the context in which the loop computes its forwards, for scoring.
