@@ -43,7 +43,7 @@ def test_the_answer_on_models_says_who_beats_uniform_lora_and_where():
     control = Comparison("uniform at the peak size", UNIFORM.name, difference, adjusted=0.01, same=1.0)
     anew = Comparison("EVA's pattern anew", "EVA's pattern shuffled", difference, adjusted=1.0, same=0.01)
     embedded, sst2 = (Study(PROBLEMS[name], []) for name in ("embedded", "sst2"))
-    begins = "At equal parameters, each at its own best rate, on embedded and sst2"
+    begins = "At equal budgets, each at its own best rate, on embedded and sst2"
     said = on_models([(embedded, [better, control]), (sst2, [undecided, anew])])
     assert said == (
         f"{begins}: EVA (embedded) is better, EVA (sst2) is undecided; "

@@ -152,7 +152,7 @@ def on_models(found: Sequence[tuple[Study, Sequence[Comparison]]]) -> str:
     beats = any(c.verdict == "better" for c, _ in moves)
     problems = list(dict.fromkeys(where for _, where in moves))
     answer = "" if beats else ", nothing that moves rank beats uniform LoRA"
-    said = [f"At equal parameters, each at its own best rate, on {listed(problems)}{answer}: {by_verdict(moves)}"]
+    said = [f"At equal budgets, each at its own best rate, on {listed(problems)}{answer}: {by_verdict(moves)}"]
     said += [f"against the same ranks shuffled, {by_verdict(anew)}"] if anew else []
     return "; ".join(said) + "."
 
