@@ -143,7 +143,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             raise StateError(f"{engine} holds on to the tensors it was given, and this method changes their size")
         if begun is not None:
             if not self._none_loaded:  # tensors were loaded with the model, perhaps in another precision
-                begun.update(adapters={}, beside={})
+                del begun["adapters"], begun["beside"]
             self.session.load_state_dict(begun)
         self._none_loaded = False
         self._hooks.append(self.session.optimizer.register_state_dict_post_hook(self._put_in))

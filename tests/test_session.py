@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -398,6 +399,66 @@ def test_gradients_that_are_cleared_before_the_session_sees_them_are_missed(meth
     optimizer.step()
     optimizer.zero_grad(set_to_none=to_none)
     with pytest.raises(lorafamily.TrainingError, match=r"session.step\(\) after optimizer.step\(\) and before"):
+        session.step()
+
+
+class Normed(nn.Module):
+    """A frozen layer, statistics, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("also_train", [["norm", "head"], ["head"]])
+def test_a_loop_goes_on_with_the_statistics_that_were_saved(also_train):
+    """Those of a trained norm are saved; a frozen one stays in eval mode."""
+    x = torch.randn(12, 16, 6, generator=torch.Generator().manual_seed(1))
+
+    def begun():
+        model = lorafamily.apply(Normed(), "olora", rank=2, seed=0, targets="first", also_train=also_train).train()
+        optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+        return model, optimizer, lorafamily.session(model, optimizer, steps=len(x))
+
+    def go_on(model, optimizer, session, end):
+        for batch in x[session.steps_done : end]:
+            session.backward(model(batch).square().mean())
+            optimizer.step()
+            session.step()
+            optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    whole, stopped, resumed = begun(), begun(), begun()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "training moved 3 buffers of the frozen base")
+        after_all = go_on(*whole, len(x))
+        halfway = go_on(*stopped, 6)
+        saved = copy.deepcopy((stopped[2].state_dict(), stopped[1].state_dict()))
+        for _ in range(2):  # into a new model, then back from the end
+            resumed[2].load_state_dict(saved[0])
+            resumed[1].load_state_dict(copy.deepcopy(saved[1]))
+            assert_close(dict(resumed[0].state_dict()), halfway, rtol=0, atol=0)
+            assert_close(go_on(*resumed, len(x)), after_all, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("what", ["adapters", "head"])
+def test_tensors_that_the_optimizer_does_not_hold_any_more_are_missed(what):
+    """The optimizer would go on with the old ones, and nothing would be learnt."""
+    model = lorafamily.apply(Normed(), "lora", rank=2, seed=0, targets="first", also_train="head")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+    session = lorafamily.session(model, optimizer, steps=STEPS)
+    if what == "adapters":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model.head = nn.Linear(8, 3)
+    session.backward(model(torch.randn(16, 6)).square().mean())
+    optimizer.step()
+    named = "first; head.weight; head.bias" if what == "adapters" else "head.weight; head.bias"
+    with pytest.raises(lorafamily.TrainingError, match=f"does not hold the tensors of {named}, replaced since"):
         session.step()
 
 

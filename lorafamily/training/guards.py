@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,13 @@ def no_gradient(silent: Sequence[str], adapters: Mapping[str, Any], extra: Mappi
 
 
 class FrozenBuffers:
-    """Copies of the `movable_buffers` of modules in which nothing trains: a module in train mode may change them."""
+    """Copies of the `movable_buffers` of modules in which nothing trains: a module in train mode may change them.
+
+    `stilled`: the modules that `put_back` put into eval mode, by name.
+    """
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self.stilled = model, set[str]()
         self.values = {
             at: buffer.clone()
             for at, buffer in movable_buffers(model).items()
@@ -49,13 +52,19 @@ class FrozenBuffers:
         moved = [at for at, value in self.values.items() if not torch.equal(self.model.get_buffer(at), value)]
         for at in moved:
             self.model.get_buffer(at).copy_(self.values[at])
-            self.model.get_submodule(at.rpartition(".")[0]).eval()
+        self.still(at.rpartition(".")[0] for at in moved)
         if moved:
             warnings.warn(
                 f"training moved {len(moved)} buffers of the frozen base, {listed(moved)}; they were put back, and "
                 "their modules stay in eval mode. To train one, name a parameter of it in also_train",
                 stacklevel=3,
             )
+
+    def still(self, names: Iterable[str]) -> None:
+        """Put modules into eval mode, in which their buffers do not move."""
+        for name in names:
+            self.stilled.add(name)
+            self.model.get_submodule(name).eval()
 
 
 def refuse_other_adapters(state: ModelState, placement: Placement, adapters: Mapping[str, nn.Module]) -> None:
@@ -79,11 +88,20 @@ def refuse_other_adapters(state: ModelState, placement: Placement, adapters: Map
 
 class OptimizerSteps:
     """Whether the optimizer has stepped since `begin_next`, and on which gradients. When these are gone, a session
-    would score slices on nothing; without a step it would come to the end of its schedule too soon."""
+    would score slices on nothing; without a step it would come to the end of its schedule too soon.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, adapters: Mapping[str, Adapter]):
-        self.adapters = adapters
+    `extra_trained()`: what trains besides the adapters, by name.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        adapters: Mapping[str, Adapter],
+        extra_trained: Callable[[], Mapping[str, nn.Parameter]],
+    ):
+        self.optimizer, self.adapters, self.extra_trained = optimizer, adapters, extra_trained
         self.made = False
+        self._held: set[int] = set()
         self._seen: list[tuple[nn.Parameter, int]] = []
         optimizer.register_step_post_hook(self._note)
 
@@ -105,6 +123,23 @@ class OptimizerSteps:
                 "the gradients of this step are cleared, and ranks would be moved by scores of nothing: call "
                 "session.step() after optimizer.step() and before optimizer.zero_grad()"
             )
+        if self._lacks():
+            trained = {at: [*adapter.update.tensors()] for at, adapter in self.adapters.items()}
+            trained |= {at: [parameter] for at, parameter in self.extra_trained().items()}
+            names = [at for at, tensors in trained.items() if any(id(p) not in self._held for p in tensors)]
+            raise TrainingError(
+                f"the optimizer does not hold the tensors of {listed(names)}, replaced since the session was "
+                "made (load_state_dict with assign=True? another layer?), and trains the old ones: make an optimizer "
+                "and a session for the model as it is"
+            )
+
+    def _lacks(self) -> bool:
+        """Whether something that has a gradient is not what the optimizer holds."""
+        trained = {id(parameter) for parameter, _ in self._gradients()}
+        trained |= {id(p) for p in self.extra_trained().values() if p.grad is not None}
+        if not trained <= self._held:  # ranks changed, if nothing is wrong
+            self._held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return not trained <= self._held
 
     def begin_next(self) -> None:
         """Forget the step that is over."""

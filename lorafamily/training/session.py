@@ -16,6 +16,7 @@ from lorafamily.allocation.surgery import replace_parameter
 from lorafamily.batch import LossFn, LossOver, weigher
 from lorafamily.errors import StateError, TrainingError
 from lorafamily.history import Decision
+from lorafamily.layers.extra_trained import extra_trained_values
 from lorafamily.layers.offloaded import refuse_offloaded_adapters
 from lorafamily.layers.placement import noted, placement_of, refuse_merged, refuse_unsaved, targets_of
 from lorafamily.layers.state import Placement
@@ -26,6 +27,7 @@ from lorafamily.training.guards import CUT, FrozenBuffers, OptimizerSteps, refus
 from lorafamily.training.loop_context import LoopContext, check_optimizer_has, refuse_holding_engine
 from lorafamily.training.optimisation import check_up_rate
 from lorafamily.training.processes import Processes
+from lorafamily.training.snapshot import copy_into
 from lorafamily.training.step_hooks import StepHooks, steppers
 from lorafamily.training.task_gradients import TaskGradients
 
@@ -132,7 +134,7 @@ class Session:
         self.gradients = TaskGradients(
             self.adapters, self._extra_trained, check_gradients, loop, self._processes, self._wanted_gradients
         )
-        self._optimizer_steps = OptimizerSteps(self.optimizer, self.adapters)
+        self._optimizer_steps = OptimizerSteps(self.optimizer, self.adapters, self._extra_trained)
         self._buffers = None if self.placement is None else FrozenBuffers(self.owner)
         if self.placement is not None:
             if not loop.compiled:
@@ -202,8 +204,8 @@ class Session:
         them, in the model and in the optimizer. Returns the decision, None most of the time.
 
         Raises:
-            TrainingError: the optimizer made no step, or its gradients are cleared already; the penalty's gradient was
-                not added, or adapters got no gradient in the first steps.
+            TrainingError: the optimizer made no step, or on other tensors; its gradients are cleared already; the
+                penalty's gradient was not added, or adapters got no gradient in the first steps.
             StateError: other adapters are active, or replaced these; or a state dict with other ranks was loaded into
                 the model, but not the session's state of then.
         """
@@ -240,7 +242,7 @@ class Session:
 
     def state_dict(self, *, adapters: bool = True) -> dict[str, Any]:
         """The state of the run as plain data and tensors, for `load_state_dict`. Unless `adapters` is False, it has the
-        adapters' tensors at their present ranks, and the extra trained parameters."""
+        adapters' tensors at their present ranks, the extra trained parameters and the buffers that moved."""
         state: dict[str, Any] = {
             "steps done": self.steps_done,
             "steps": self.run.steps,
@@ -250,10 +252,12 @@ class Session:
             "decisions": [vars(decision) for decision in self.decisions],
             "left out": list(self.left_out),
             "unreached": sorted(self.gradients.unreached),
+            "in eval mode": [] if self._buffers is None else sorted(self._buffers.stilled),
         }
         if adapters:
             state["adapters"] = {at: dict(adapter.state_dict()) for at, adapter in self.adapters.items()}
-            state["beside"] = {at: parameter.data for at, parameter in self._extra_trained().items()}
+            if self._state is not None and self.placement is not None:
+                state["beside"] = extra_trained_values(self.owner, self._state, self.placement)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,9 +273,10 @@ class Session:
             raise StateError("the session's state is of a run with other adapters than these, or other initial ranks")
         for at, tensors in state.get("adapters", {}).items():
             self.replace_parameters(self.adapters[at].take(tensors))
-        with torch.no_grad():
-            for at, value in state.get("beside", {}).items():
-                self._extra_trained()[at].copy_(value)
+        if self.placement is not None and "beside" in state:
+            copy_into(self.owner, {**self.placement.inactive_buffers, **state["beside"]})
+        if self._buffers is not None:
+            self._buffers.still(state.get("in eval mode", ()))
         if self.allocator.settled and not state["allocator"]["settled"]:  # back to where ranks could move
             self._again = True
             self._begin_allocation(self.run.steps)
@@ -341,5 +346,4 @@ class Session:
         self.allocator: Allocator = allocation.begin(self.run)
 
     def _extra_trained(self) -> dict[str, nn.Parameter]:
-        names = () if self.placement is None else self.placement.inactive_values
-        return {at: self.owner.get_parameter(at) for at in names}
+        return {at: self.owner.get_parameter(at) for at in (self.placement.inactive_values if self.placement else ())}
