@@ -180,6 +180,47 @@ def test_shared_unused_and_in_place_layers_are_scored_by_the_definition():
     assert not any(adapter.off for adapter in placement_of(model).adapters.values())
 
 
+class Balanced(nn.Module):
+    """Routers whose loads are in the loss: collected by hooks, as in transformers, or in a list."""
+
+    def __init__(self, hooks: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8), "router": nn.Linear(8, 4)}) for _ in range(3))
+        self.double()
+        self.loads: list[Tensor] = []
+        self.hooks = hooks
+        for layer in self.layers:
+            layer.forward = partial(self.layer, layer)
+            if hooks:
+                layer.router.register_forward_hook(lambda _, inputs, output: self.loads.append(output))
+
+    def layer(self, layer: nn.ModuleDict, x: Tensor) -> Tensor:
+        h = torch.tanh(layer.up(x))
+        load = layer.router(h)
+        if not self.hooks:
+            self.loads.append(load)
+        return x + h
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.loads.clear()
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean() + sum(load.softmax(-1).square().mean() for load in self.loads)
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+def test_what_modules_leave_behind_besides_outputs_is_scored_by_the_definition(hooks):
+    model = perturb_(lorafamily.apply(Balanced(hooks).eval(), "alora", rank=2, seed=0, targets="up"))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    expected = brute_force(model, lambda: model(x))
+    with pytest.warns(UserWarning, match="modules of Balanced hand on more than their outputs"):
+        found = scored(model, lambda: model(x), None)
+    # float64 both times: scores are differences of losses near 1, whose sums may run in another order.
+    for name, value in expected.items():
+        assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
 def test_a_tape_leaves_the_model_as_it_was_when_something_fails():
     model = lorafamily.apply(tiny(), "lora", rank=2)
     own = {name: vars(module).get("forward") for name, module in model.named_modules()}

@@ -55,6 +55,7 @@ class Ablation(Scorer):
             raise AllocationError(f"scoring_memory={scoring_memory!r}: must be a positive number of MiB, or None")
         self.memory = scoring_memory
         self._batches = True  # until the model turns out not to work under vmap
+        self._replays: bool | None = None  # not known before the first scoring
 
     @torch.no_grad()
     def why_not_finite(self) -> str:
@@ -87,9 +88,13 @@ class Ablation(Scorer):
         at = {path: names[id(target.layer)] for path, target in targets_of(self.run.model).items()}
         reached = {layer: i for i, layer in enumerate(tape.order)}
         called = [name for name in losses if at[name] in reached and len(losses[name])]
-        for name in sorted(called, key=lambda name: reached[at[name]]):
+        called.sort(key=lambda name: reached[at[name]])
+        if self._replays is None and called:
+            self._replays = self._can_replay(at[called[-1]], unchanged)
+        for name in called:
             adapter = self.run.adapters[name]
-            tape.wind_to(at[name], self._loss)
+            if self._replays:
+                tape.wind_to(at[name], self._loss)
             only = torch.eye(adapter.slices, device=adapter.device)
             gates = only if adapter.off else 1 - only
             parts = []
@@ -98,6 +103,18 @@ class Ablation(Scorer):
                 bar.update(len(batch))
             losses[name] = torch.cat(parts)
         return unchanged, losses
+
+    def _can_replay(self, last: str, unchanged: Float[Tensor, ""]) -> bool:
+        """Whether the loss stays the same if what comes before the last layer, most of the model, is replayed."""
+        tape = Tape(self.run.model)
+        tape.wind_to(last, self._loss)
+        if not (can := tape.replays(self._loss, unchanged)):
+            warnings.warn(
+                f"modules of {type(self.run.model).__name__} hand on more than their outputs (as routers do, if loads "
+                "are in the loss), so ranks are scored by whole forwards, which takes about twice the time",
+                stacklevel=2,
+            )
+        return can
 
     def _batch_size(self, device: torch.device, recorded: int, of_one: int) -> int:
         """How many ablations fit into one batch if each needs `of_one` bytes and the tape has `recorded`."""

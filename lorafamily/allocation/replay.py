@@ -1,7 +1,7 @@
 """Running a model again from the middle: what comes before a changed layer is replayed, not computed again.
 
 A module whose call ended before the changed layer is called cannot depend on it, so its recorded output replaces the
-call. The only assumption about the model is that a module's output follows from its inputs and parameters.
+call. The only assumption about the model is that a module's output is all that its call leaves behind: `replays` tells.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -58,6 +59,12 @@ class Tape:
             self._outputs = {key: output for call in self._within for key, output in call.ended.items()}
         finally:
             self._stop_at, self._within = None, []
+
+    def replays(self, compute: Callable[[], Tensor], result: Tensor) -> bool:
+        """Whether a computation comes to the same bits as without a replay. Otherwise modules leave more behind than
+        outputs: hooks inside them collect the loads of routers, or a list losses."""
+        self._layer = None  # computed as it was for the result
+        return torch.allclose(self.run(compute).to(result), result, rtol=0, atol=0, equal_nan=True)
 
     @property
     def bytes(self) -> int:
