@@ -276,3 +276,28 @@ def test_a_layer_under_two_names_is_neither_written_for_peft_nor_read_from_it(tm
         lorafamily.import_peft(CalledTwice(), tmp_path / "theirs")
     other = lorafamily.apply(CalledTwice(), "lora", rank=2, targets=r"layers\.1")
     lorafamily.export_peft(other, tmp_path / "other", card=False)
+
+
+class SameEnds(nn.Module):
+    """peft's rule for a list of names takes `fc` for `inner.fc`, which it cannot adapt, and `inner.out.fc`, too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(6, 6)
+        self.inner = nn.ModuleDict({"fc": nn.ReLU(), "out": nn.ModuleDict({"fc": nn.Linear(6, 3)})})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner["out"]["fc"](self.inner["fc"](self.fc(x)))
+
+
+def test_a_file_is_for_its_layers_alone_where_others_end_like_them(tmp_path):
+    x = torch.randn(4, 6)
+    model = perturb_(lorafamily.apply(SameEnds(), "lora", rank=2, seed=0, targets="^fc$"))
+    lorafamily.export_peft(model, tmp_path, card=False)
+    theirs = peft.PeftModel.from_pretrained(SameEnds(), tmp_path)
+    adapted = [at for at, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    assert adapted == ["base_model.model.fc"]
+    # float32, sums of six terms.
+    assert_close(theirs(x), model(x), rtol=1e-6, atol=1e-6)
+    assert_close(lorafamily.import_peft(SameEnds(), tmp_path)(x), model(x), rtol=1e-6, atol=1e-6)

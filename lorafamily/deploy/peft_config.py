@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -48,11 +49,17 @@ def target_settings(model: nn.Module, names: Sequence[str], experts: Sequence[st
 
     In such models peft takes a module with an expert's name for one of an older file's experts, and silently drops its
     adapter, even if it is a dense layer or a shared expert. Listed as parameters, they are found.
+
+    Of listed modules peft takes every one whose name ends like one of them: "fc" stands for "block.fc" as well. Where
+    there are such others, a regular expression names the layers alone.
     """
     fused = any(parameter.ndim == 3 and "expert" in name for name, parameter in base_parameters(model).items())
     mistaken = [name for name in names if fused and name.rpartition(".")[2] in NAMES_OF_EXPERTS]
+    modules = [name for name in names if name not in mistaken]
+    others = {name for name, _ in model.named_modules()} - set(modules)
+    ends = {name.split(".", dots)[-1] for name in others for dots in range(1, name.count(".") + 1)}
     return {
-        "target_modules": [name for name in names if name not in mistaken],
+        "target_modules": modules if ends.isdisjoint(modules) else f"({'|'.join(map(re.escape, modules))})",
         "target_parameters": [*(f"{name}.weight" for name in mistaken), *experts] or None,
     }
 
