@@ -766,6 +766,24 @@ def test_an_example_shows_what_is_read():
     assert list(placement_of(model).adapters) == ["first", "proj", "last"]
 
 
+class WithoutHooks(Reader):
+    """Calls a layer's forward, where an adapter acts, and no hooks run."""
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.proj.forward(self.first(x))))
+
+
+def test_a_forward_that_is_called_directly_is_a_call():
+    batches = rows(8, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_example = lorafamily.apply(WithoutHooks(), "lora", rank=2, targets="proj", example=batches[0][:1])
+        trained = lorafamily.apply(WithoutHooks(), "lora", rank=2, targets="proj", seed=0)
+        train(trained, batches, 5)
+    assert list(placement_of(by_example).adapters) == ["proj"]
+    assert placement_of(trained).adapters["proj"].norm() > 0
+
+
 class TiedCoder(nn.Module):
     """An autoencoder that decodes with the encoder's weight."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from lorafamily.layers.placement import targets_of
 from lorafamily.layers.rows import ReadRows
 from lorafamily.layers.state import Placement
 from lorafamily.layers.target import Target
+from lorafamily.layers.wrapper import forwards_replaced
 
 _GRAD = vars(torch._C.TensorBase)["grad"].__get__
 """Looking at a weight's gradient does not count as reading the weight."""
@@ -44,16 +47,21 @@ class WeightReads(TorchFunctionMode):
         self._read: set[int] = set()
         self._inside = 0
         self._hooks: list[RemovableHandle] = []
+        self._forwards = ExitStack()
 
     def __enter__(self) -> WeightReads:
         layers = set(self._layers.values())
         self._hooks += [layer.register_forward_pre_hook(self._begin) for layer in layers]
         self._hooks += [layer.register_forward_hook(self._end, always_call=True) for layer in layers]
+        # Models may call `layer.forward(x)`, which runs no hooks.
+        forwards = {layer: partial(self._forward, layer, layer.forward) for layer in layers}
+        self._forwards.enter_context(forwards_replaced(forwards))
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        self._forwards.close()
         for hook in self._hooks:
             hook.remove()
 
@@ -86,6 +94,13 @@ class WeightReads(TorchFunctionMode):
 
     def _end(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         self._inside -= 1
+
+    def _forward(self, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._begin(layer, args)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._end(layer, args, None)
 
 
 def watch_first_batch(
