@@ -24,7 +24,8 @@ def switch(model: Model, name: str | None) -> Model:
     """Make the adapters of another name the active and trainable ones; None: the base model, without adapters.
 
     Raises:
-        StateError: no adapter has that name, one is merged, or this is inside a block of `routing`.
+        StateError: no adapter has that name, one is merged, a layer that trains along was resized, or this is inside a
+            block of `routing`.
     """
     if name is None and state_of(model) is None:
         return model
@@ -45,8 +46,10 @@ def switch(model: Model, name: str | None) -> Model:
 def disabled(model: Model) -> Iterator[Model]:
     """Inside the block the model is the base model, with the head it had before training.
 
+    If another adapter becomes active inside the block (`switch`, `apply`, `load`), it stays so.
+
     Raises:
-        StateError: an adapter is merged.
+        StateError: an adapter is merged, or a layer that trains along was resized.
     """
     state = state_of(model)
     if state is None:
@@ -60,7 +63,8 @@ def disabled(model: Model) -> Iterator[Model]:
         yield model
     finally:
         state.routed = routed
-        activate(*adapted(model), before)
+        if state.active is None and before in state.placements:
+            activate(*adapted(model), before)
 
 
 def remove(model: Model, name: str | None = None) -> Model:

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import lorafamily
@@ -184,6 +185,69 @@ def test_several_adapters_switch_and_leave_one_by_one():
     with pytest.raises(lorafamily.StateError, match='no adapter named "de"; this model has "fr"'):
         lorafamily.switch(model, "de")
     assert torch.equal(logits(lorafamily.remove(model)), base)
+
+
+def test_what_becomes_active_inside_disabled_stays_active_and_trains():
+    model = tiny()
+    for name in ("one", "two"):
+        lorafamily.apply(model, "lora", rank=2, targets="blocks.1", name=name)
+    with lorafamily.disabled(model):
+        lorafamily.switch(model, "one")
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"one"}
+    with lorafamily.disabled(model):
+        lorafamily.apply(model, "lora", rank=2, targets="blocks.1", name="three")
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"three"}
+    with lorafamily.disabled(model):
+        lorafamily.remove(model, "three")
+    with pytest.raises(lorafamily.StateError, match="no adapter is active"):
+        placement_of(model)
+    lorafamily.switch(model, "two")
+    with lorafamily.disabled(model):
+        lorafamily.remove(model)
+    assert not any("lorafamily" in name for name, _ in model.named_modules())
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.first(x))
+
+
+@pytest.mark.parametrize("head", [nn.Linear(4, 5), nn.Linear(4, 3, bias=False)])
+def test_a_trained_layer_that_is_replaced_by_another_size_is_refused_where_values_would_not_fit(head, tmp_path):
+    model = lorafamily.apply(Headed(), "lora", rank=2, targets="first", also_train="head")
+    model.head = head
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    named = r"head.weight is \[5, 4\]" if len(head.weight) == 5 else "head.bias is gone"
+    for use in (
+        lambda: lorafamily.save(model, tmp_path / "file"),
+        lambda: lorafamily.export_peft(model, tmp_path / "peft"),
+        lambda: lorafamily.session(model, torch.optim.AdamW(lorafamily.parameter_groups(model)), steps=3),
+        lambda: lorafamily.switch(model, None),
+        lambda: lorafamily.disabled(model).__enter__(),
+        lambda: lorafamily.apply(model, "lora", rank=2, targets="first", name="other"),
+    ):
+        with pytest.raises(lorafamily.StateError, match=named + ", and was .*resize before you apply adapters"):
+            use()
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_adapters_from_the_meta_device_have_no_values_until_they_are_loaded():
+    """Whatever the memory held would pass for an adapter."""
+    with torch.device("meta"):
+        model = lorafamily.apply(tiny(), "olora", rank=2, targets="blocks.1")
+    whole = lorafamily.apply(tiny(), "olora", rank=2, targets="blocks.1", seed=0)
+    batch = data(1)[0]
+    model.to_empty(device="cpu")
+    base = {name: value for name, value in whole.state_dict().items() if "lorafamily" not in name}
+    model.load_state_dict(base, strict=False)
+    assert model.eval()(**batch).logits.isnan().all()
+    model.load_state_dict(whole.state_dict())
+    assert torch.equal(model(**batch).logits, whole.eval()(**batch).logits)
 
 
 def test_adapted_models_can_be_copied_and_pickled():

@@ -159,6 +159,7 @@ def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
                 f"{at} is {list(shape)} as (d_out, d_in), and its adapter was made for {list(made)}: the layer was "
                 "resized, and the file would fit no model; resize before you apply adapters"
             )
+    refuse_resized(owner, placement)
     saved = {id(owner.get_parameter(path)) for path in placement.inactive_values}
     names = [name for name, p in base_parameters(model).items() if p.requires_grad and id(p) not in saved]
     if names and state is not None and state.active == placement.name:
@@ -166,6 +167,23 @@ def refuse_unsaved(model: nn.Module, placement: Placement) -> None:
             f"{', '.join(names[:3])}{' and more' if names[3:] else ''} would train, but not be saved with adapter "
             f'"{placement.name}": name it in apply(..., also_train="{names[0]}"), or set requires_grad to False'
         )
+
+
+def refuse_resized(model: nn.Module, placement: Placement) -> None:
+    """Check that extra trained parameters have the shapes of the values that take their place, and they the other's.
+
+    Raises:
+        StateError: one was resized since the adapters were placed, or its layer replaced by another.
+    """
+    now = dict(model.named_parameters(remove_duplicate=False)) if placement.inactive_values else {}
+    for at, value in placement.inactive_values.items():
+        if at not in now or now[at].shape != value.shape:
+            found = "gone" if at not in now else f"{list(now[at].shape)}"
+            raise StateError(
+                f'{at} is {found}, and was {list(value.shape)} when adapter "{placement.name}" was placed, which '
+                "trains it: the base's value would not fit there, nor the file into the base; resize before you apply "
+                "adapters"
+            )
 
 
 def warn_of_no_session(placement: Placement) -> None:
@@ -233,12 +251,14 @@ def let_train(model: nn.Module, placement: Placement, flag: bool) -> None:
 
 
 def activate(model: nn.Module, state: ModelState, name: str | None) -> None:
-    """Make one placement take effect, with its extra trained parameters; None: the base model alone."""
+    """Make one placement take effect, with its extra trained parameters; None: the base model alone. Raises StateError
+    if these were resized."""
     if state.active == name:
         return
-    for changing in (state.active, name):  # the one that leaves, then the one that enters
-        if changing is not None:
-            placement = state.placements[changing]
-            swap_values(placement.inactive_values, model.get_parameter)
-            swap_values(placement.inactive_buffers, model.get_buffer)
+    changing = [state.placements[one] for one in (state.active, name) if one is not None]
+    for placement in changing:
+        refuse_resized(model, placement)
+    for placement in changing:  # the one that leaves, then the one that enters
+        swap_values(placement.inactive_values, model.get_parameter)
+        swap_values(placement.inactive_buffers, model.get_buffer)
     state.active = name

@@ -5,6 +5,7 @@ Everything the package knows of a model is found through its sites.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,10 +97,13 @@ class Site(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
         """Factors follow the model to another device and to a higher precision, never to a lower one: `model.half()`
-        leaves them in float32, where small updates are not lost."""
+        leaves them in float32, where small updates are not lost. From the meta device, `to_empty` brings whatever the
+        memory held: nan, until values are loaded."""
 
         def kept(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
+            if tensor.is_meta and not moved.is_meta and moved.is_floating_point():
+                moved.fill_(math.nan)
             return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
 
         return super()._apply(kept, recurse)
