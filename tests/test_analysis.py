@@ -114,6 +114,13 @@ def test_large_weights_by_lanczos():
     assert (V @ Q[:5].T).abs() == pytest.approx(torch.eye(5), abs=1e-6)
 
 
+def test_weights_whose_rows_add_up_to_zero():
+    half = torch.randint(-3, 4, (10, 30), generator=torch.Generator().manual_seed(0)).double()  # sums are exact
+    for centred in (torch.cat([half, -half]), torch.cat([half, -half]).T):
+        U, _ = analysis.leading(centred, 2)
+        assert (centred.T @ U).norm() == pytest.approx(float(torch.linalg.svdvals(centred)[:2].norm()))
+
+
 def test_norms_by_layer_and_matrix():
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(6, 6)}) for _ in range(2)])}).double()
     perturb_(lorafamily.apply(model, "lora", rank=2, targets="q", seed=0))
@@ -138,6 +145,19 @@ def test_an_untrained_update_has_nothing_to_look_at():
     assert analysis.effective_rank(analysis.spectrum(adapter)) == 0
     assert math.isnan(analysis.amplification(adapter, model[0].weight).factor)
     assert math.isnan(analysis.overlap(adapter, model[0].weight, 2))
+
+
+def test_an_update_of_a_zero_weight_is_infinitely_larger():
+    """Blocks whose last layer begins at zero (adaLN-zero), or all of a ControlNet's connections."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.init.zeros_(model[1].weight)
+    lorafamily.apply(model, "lora", rank=2, seed=0)
+    assert math.isnan(analysis.norms(model)[1].relative)
+    perturb_(model)
+    first, second = analysis.norms(model)
+    assert first.relative == pytest.approx(first.delta / float(model[0].weight.norm()))
+    assert second.relative == math.inf
+    assert analysis.amplification(placement_of(model).adapters["1"], model[1].weight).factor == math.inf
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -84,12 +84,15 @@ def effective_rank(values: Float[Tensor, " m"]) -> float:
 def leading(W: Float[Tensor, "d_out d_in"], k: int) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "k d_in"]]:
     """The k strongest left and right singular vectors of a weight, by Lanczos, which does not decompose all of W."""
     matrix = W.detach().cpu().double().numpy()
+    if not matrix.any():  # any directions are as strong
+        return torch.eye(len(matrix), k, dtype=torch.float64), torch.eye(k, matrix.shape[1], dtype=torch.float64)
     if k >= min(matrix.shape) // 2:  # where Lanczos would take longer than a full decomposition
         U, _, V = torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)
         return U[:, :k], V[:k]
     import scipy.sparse.linalg  # here, since it takes as long to import as the rest of the package
 
-    start = torch.ones(min(matrix.shape), dtype=torch.float64).numpy()  # the same vectors every time
+    # The same vectors every time. Ones would not do: rows that were centred add up to zero.
+    start = random_directions(1, min(matrix.shape), torch.Generator().manual_seed(0)).flatten().numpy()
     U, S, V = scipy.sparse.linalg.svds(matrix, k=k, v0=start)
     order = S.argsort()[::-1].copy()
     return torch.from_numpy(U[:, order].copy()), torch.from_numpy(V[order].copy())
@@ -112,8 +115,8 @@ class Amplification:
 
     @property
     def factor(self) -> float:
-        """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F, where U and V are the directions of ΔW; nan for a zero update."""
-        return self.delta / self.in_delta if self.delta else math.nan
+        """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F, where U and V are the directions of ΔW; nan for a zero update, inf for zero W."""
+        return _ratio(self.delta, self.in_delta)
 
 
 @torch.no_grad()
@@ -158,10 +161,15 @@ def overlap(adapter: Adapter, W: Float[Tensor, "d_out d_in"], k: int) -> float:
     return ((P.T @ left * values) @ (right @ Q.T)).square().sum().item() / values.square().sum().item()
 
 
+def _ratio(delta: float, weight: float) -> float:
+    """How large an update is beside a weight, which may be zero at first (adaLN-zero, the last layer of a block)."""
+    return delta / weight if weight else math.inf if delta else math.nan
+
+
 @dataclass(frozen=True)
 class Norm:
-    """The update of one layer. `delta`: ‖ΔW‖_F; `relative`: ‖ΔW‖_F / ‖W‖_F; `stack`, `layer`, `matrix`: where the layer
-    is, see `lorafamily.names.Place`."""
+    """The update of one layer. `delta`: ‖ΔW‖_F; `relative`: ‖ΔW‖_F / ‖W‖_F, inf or nan where W is zero; `stack`,
+    `layer`, `matrix`: where the layer is, see `lorafamily.names.Place`."""
 
     module: str
     stack: str
@@ -183,7 +191,7 @@ def norms(model: nn.Module, name: str | None = None) -> list[Norm]:
     for at, (adapter, W) in layers_of(model, name).items():
         values = spectrum(adapter)
         place, delta = place_of(at), values.norm().item()
-        relative = delta / W.detach().cpu().double().norm().item()
+        relative = _ratio(delta, W.detach().cpu().double().norm().item())
         rows.append(Norm(at, *place, adapter.slices, delta, relative, effective_rank(values)))
     return rows
 
