@@ -10,6 +10,8 @@ import copy
 import io
 import logging
 import shutil
+import subprocess
+import sys
 import warnings
 from itertools import product
 from types import SimpleNamespace
@@ -782,6 +784,41 @@ def test_a_forward_that_is_called_directly_is_a_call():
         train(trained, batches, 5)
     assert list(placement_of(by_example).adapters) == ["proj"]
     assert placement_of(trained).adapters["proj"].norm() > 0
+
+
+COMPILED = """
+import warnings
+import torch, lorafamily
+from torch import nn
+
+warnings.filterwarnings("error", ".* reads the weight")
+x = torch.randn(3, 8)
+for how in ("whole", "in place", "a block", "a block in place", "around"):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    if how == "a block":
+        model[1] = torch.compile(model[1], backend="eager")
+    elif how != "around" and "in place" in how:
+        (model if how == "in place" else model[1]).compile(backend="eager")
+    given = torch.compile(model, backend="eager") if how == "whole" else model
+    lorafamily.apply(given, "lora", rank=2, seed=0, targets="0", example=x)
+    lorafamily.remove(given)
+    lorafamily.apply(given, "lora", rank=2, seed=0, targets="0")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(given, lr=1e-2))
+    session = lorafamily.session(given, optimizer, steps=2)
+    called = torch.compile(model, backend="eager") if how == "around" else given
+    for _ in range(2):
+        session.backward(called(x).square().mean())
+        optimizer.step()
+        session.step()
+        optimizer.zero_grad()
+    assert len(session.adapters) == 2 and all(a.norm() > 0 for a in session.adapters.values()), how
+"""
+
+
+def test_calls_in_compiled_code_are_calls():
+    """In a process of its own: the shape checks of these tests wrap functions in what torch.compile cannot trace."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class TiedCoder(nn.Module):

@@ -47,7 +47,7 @@ class WeightReads(TorchFunctionMode):
         self._read: set[int] = set()
         self._inside = 0
         self._hooks: list[RemovableHandle] = []
-        self._forwards = ExitStack()
+        self._around = ExitStack()
 
     def __enter__(self) -> WeightReads:
         layers = set(self._layers.values())
@@ -55,13 +55,15 @@ class WeightReads(TorchFunctionMode):
         self._hooks += [layer.register_forward_hook(self._end, always_call=True) for layer in layers]
         # Models may call `layer.forward(x)`, which runs no hooks.
         forwards = {layer: partial(self._forward, layer, layer.forward) for layer in layers}
-        self._forwards.enter_context(forwards_replaced(forwards))
+        self._around.enter_context(forwards_replaced(forwards))
+        # Nor does compiled code, in which calls are no longer to be seen.
+        self._around.enter_context(torch.compiler.set_stance("force_eager"))
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._forwards.close()
+        self._around.close()
         for hook in self._hooks:
             hook.remove()
 
@@ -107,17 +109,18 @@ def watch_first_batch(
     model: nn.Module, targets: Mapping[str, Target], placement: Placement, without_effect: Callable[[list[str]], None]
 ) -> None:
     """After the model's first batch in training, call `without_effect` with the names of the targets whose weights it
-    read without calling their layers; note, and warn of, adapted layers whose weights it read as well."""
+    read without calling their layers; note, and warn of, adapted layers whose weights it read as well. A model that is
+    compiled as a whole, with this hook in it, is not watched."""
     reads = WeightReads(targets)
     hooks: list[RemovableHandle] = []
 
     def begin(module: nn.Module, inputs: Any) -> None:
-        if module.training:  # not in an evaluation that comes first
+        if module.training and not torch.compiler.is_compiling():  # not in an evaluation that comes first
             reads.__enter__()
             reads.begun(module)
 
     def end(module: nn.Module, inputs: Any, output: Any) -> None:
-        if module.training:
+        if module.training and not torch.compiler.is_compiling():
             for hook in hooks:
                 hook.remove()
             reads.__exit__(None, None, None)
