@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import lorafamily
 from heads import BERT, bart, bart_decoder, classes, classifier, gpt2, llama, masked, padded
 from lorafamily.batch import batch_axes, cut_rows, first_rows, gather_rows, loss_weight, rows_in, to_device, weigher
+from lorafamily.training.processes import Processes
 
 Pair = namedtuple("Pair", "x y")
 META = torch.device("meta")
@@ -257,10 +258,30 @@ def test_what_a_loss_is_a_mean_over():
     assert loss_weight({"x": x, "labels": torch.zeros(6, 2)}) == 6  # numbers to be near: no tokens
     head = torch.nn.Sequential(gpt2())
     assert loss_weight(batch, head) == loss_weight(batch, gpt2())  # inside another module
+    assert loss_weight(batch, speech("mean")) == 4
+
+
+def speech(reduction: str) -> Wav2Vec2ForCTC:
     sizes = {"num_hidden_layers": 1, "conv_dim": (8,), "conv_kernel": (3,), "conv_stride": (2,)}
     sizes |= {"num_feat_extract_layers": 1, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 4}
-    speech = Wav2Vec2ForCTC(Wav2Vec2Config(**{**BERT, **sizes}))
-    assert loss_weight(batch, speech) == 4
+    torch.manual_seed(0)
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**{**BERT, **sizes}, ctc_loss_reduction=reduction)).eval()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_that_is_a_sum_over_rows_adds_up(reduction):
+    """The default of wav2vec2."""
+    model = speech(reduction)
+    random = torch.Generator().manual_seed(1)
+    sounds, labels = torch.randn(6, 60, generator=random), torch.randint(1, 20, (6, 5), generator=random)
+    whole = model(input_values=sounds, labels=labels).loss.item()
+    pieces = [{"input_values": sounds[some], "labels": labels[some]} for some in (slice(0, 1), slice(1, 6))]
+    apart = [{**pieces[0], "labels": labels[:1, :4]}, pieces[1]]  # are not joined
+    weigh = weigher("auto", model)
+    shared = Processes(torch.device("cpu")).shares(pieces, weigh, False)
+    # float32: sums over some rows and over all round otherwise.
+    assert sum(share * model(**piece).loss.item() for piece, share in shared) == pytest.approx(whole, rel=1e-5)
+    assert [share for _, share in gather_rows(apart, 6, weigh)] == [share for _, share in shared]
 
 
 def test_the_ways_to_weigh():

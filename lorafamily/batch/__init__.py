@@ -2,8 +2,8 @@
 
 from lorafamily.batch.containers import fingerprint, refuse_one_batch, to_device
 from lorafamily.batch.loss import IGNORED, LossFn, LossOver, call, loss_of, loss_weight, weigher
-from lorafamily.batch.rows import batch_axes, cut_rows, first_rows, gather_rows, rows_in
+from lorafamily.batch.rows import batch_axes, cut_rows, first_rows, gather_rows, rows_in, share
 
-__all__ = ["batch_axes", "cut_rows", "first_rows", "gather_rows", "rows_in"]
+__all__ = ["batch_axes", "cut_rows", "first_rows", "gather_rows", "rows_in", "share"]
 __all__ += ["fingerprint", "refuse_one_batch", "to_device"]
 __all__ += ["IGNORED", "LossFn", "LossOver", "call", "loss_of", "loss_weight", "weigher"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lorafamily.batch.containers import items_of
-from lorafamily.batch.rows import rows_weight
+from lorafamily.batch.rows import SumOverRows, rows_weight
 from lorafamily.errors import DataError
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -76,7 +76,7 @@ def weigher(over: LossOver, model: nn.Module, loss_fn: LossFn | None = None) -> 
     if over == "rows" or (over == "auto" and loss_fn is not None):
         return rows_weight
     if over == "auto":
-        return lambda batch: loss_weight(batch, model)
+        return SumOverRows() if _sums(_head_of(model)) else lambda batch: loss_weight(batch, model)
     if over == "tokens":
         return lambda batch: _tokens_asked_for(batch, model)
     if callable(over):
@@ -108,9 +108,8 @@ def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
     labels = shifted if isinstance(shifted, Tensor) else given.get("labels")
     if not isinstance(labels, Tensor) or not labels.ndim or labels.is_floating_point() or labels.dtype == torch.bool:
         return None
-    inside = () if model is None else model.modules()  # the outermost transformers model's class determines the loss
-    head: Any = next((m for m in inside if hasattr(getattr(m, "config", None), "is_encoder_decoder")), None)
-    if getattr(head, "loss_type", None) == "ForCTC":  # a mean over rows
+    head = _head_of(model)
+    if getattr(head, "loss_type", None) == "ForCTC":  # a mean over rows, or their sum
         return None
     if labels.ndim > 1 and shifted is None and _predicts_next(head):
         labels = labels[..., 1:]
@@ -118,6 +117,18 @@ def _label_tokens(batch: Any, model: nn.Module | None) -> int | None:
     if getattr(head, "loss_type", None) == "ForSemanticSegmentation":
         ignored = getattr(head.config, "semantic_loss_ignore_index", IGNORED)
     return int((labels != ignored).sum())
+
+
+def _head_of(model: nn.Module | None) -> Any:
+    """The outermost transformers model, whose class determines the loss."""
+    inside = () if model is None else model.modules()
+    return next((m for m in inside if hasattr(getattr(m, "config", None), "is_encoder_decoder")), None)
+
+
+def _sums(head: Any) -> bool:
+    """Whether a transformers model's loss is a sum over rows, as that of wav2vec2 for CTC is by default."""
+    by_rows = getattr(head, "loss_type", None) == "ForCTC"
+    return by_rows and getattr(head.config, "ctc_loss_reduction", "mean") == "sum"
 
 
 def _predicts_next(head: Any) -> bool:

@@ -136,6 +136,18 @@ def cut_rows(batch: Any, begin: int, end: int, places: Any = None) -> Any:
     return _cut(batch, batch_axes(batch)[1] if places is None else places, begin, end)
 
 
+class SumOverRows:
+    """Weighs batches, by rows, of which the loss is a sum over rows: that of several is the sum of theirs."""
+
+    def __call__(self, batch: Any) -> float:
+        return rows_weight(batch)
+
+
+def share(weigh: Callable[[Any], float], weight: float, total: float) -> float:
+    """The share of a batch's loss in the loss of one large batch; `weight` is the batch's, `total` of all of them."""
+    return float(weight > 0) if isinstance(weigh, SumOverRows) else weight / total
+
+
 def first_rows(batch: Any, rows: int) -> Any:
     """The first rows of a batch, in the batch's type; what has no batch axis stays."""
     return cut_rows(batch, 0, rows)
@@ -166,9 +178,10 @@ def gather_rows(
     if not pieces:
         raise DataError("validation gave no batch: it is empty, or an iterator that is used up; pass a list of batches")
     weights = [weigh(piece) for piece in pieces]
-    if not sum(weights):
+    total = sum(weights)
+    if not total:
         raise DataError(f"no label counts in the {count - max(0, left)} rows that were taken: all of them are masked")
-    return [(piece, weight / sum(weights)) for piece, weight in zip(pieces, weights, strict=True) if weight]
+    return [(piece, share(weigh, weight, total)) for piece, weight in zip(pieces, weights, strict=True) if weight]
 
 
 def _cut(node: Any, places: Any, begin: int, end: int) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorafamily.batch import batch_axes, cut_rows
+from lorafamily.batch import batch_axes, cut_rows, share
 from lorafamily.errors import DataError, TrainingError
 from lorafamily.layers.placement import noted
 from lorafamily.layers.quantised import quantised_layers
@@ -85,11 +85,11 @@ class Processes:
         if not total:  # the loss is not finite, which the loop reports
             return [(batch, 1 / (len(mine) * self.world)) for batch in mine]
         if self.world == 1:
-            return [(batch, weight / total) for batch, weight in zip(mine, weights, strict=True) if weight]
+            return [(batch, share(weigh, w, total)) for batch, w in zip(mine, weights, strict=True) if w]
         heaviest, at = max((weight, at) for at, weight in enumerate(whole))
         if not heaviest:
             raise DataError(f"no label counts in any batch that process {self.rank} drew for this step")
-        return [(batch if weight else batches[at], weight / total) for batch, weight in zip(mine, weights, strict=True)]
+        return [(b if w else batches[at], share(weigh, w, total)) for b, w in zip(mine, weights, strict=True)]
 
     def add_up(self, values: list[float]) -> list[float]:
         """Sums over all processes, in float64."""
