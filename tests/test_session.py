@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -443,6 +444,33 @@ def test_a_loop_goes_on_with_the_statistics_that_were_saved(also_train):
             resumed[1].load_state_dict(copy.deepcopy(saved[1]))
             assert_close(dict(resumed[0].state_dict()), halfway, rtol=0, atol=0)
             assert_close(go_on(*resumed, len(x)), after_all, rtol=0, atol=0)
+
+
+def test_a_frozen_norm_stays_in_eval_mode_in_loops_that_call_train_at_every_step():
+    """As transformers' Trainer does, which trained on the statistics of batches and left the base's in the model."""
+    model = lorafamily.apply(Normed(), "lora", rank=2, seed=0, targets="first", also_train="head")
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+    session = lorafamily.session(model, optimizer, steps=4)
+    x, means = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)) + 2, []
+
+    def train():
+        for _ in range(4):
+            model.train()
+            session.backward(model(x).square().mean())
+            optimizer.step()
+            session.step()
+            optimizer.zero_grad()
+            means.append(float(model.norm.running_mean.abs().max()))
+
+    with pytest.warns(UserWarning, match="training moved 3 buffers of the frozen base") as said:
+        train()
+    assert len(said) == 1
+    assert means == [0.0] * 4
+    assert not copy.deepcopy(model).norm.training
+    pickle.dumps(model)
+    model.train()(x)  # the run is over
+    assert model.norm.training
+    assert model.norm.running_mean.any()
 
 
 @pytest.mark.parametrize("what", ["adapters", "head"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ def no_gradient(silent: Sequence[str], adapters: Mapping[str, Any], extra: Mappi
 class FrozenBuffers:
     """Copies of the `movable_buffers` of modules in which nothing trains: a module in train mode may change them.
 
-    `stilled`: the modules that `put_back` put into eval mode, by name.
+    `stilled`: the modules that `put_back` put into eval mode, by name. They stay in it until the run is over, also in
+    loops that call `model.train()` at every step, as transformers' Trainer does.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,8 +49,9 @@ class FrozenBuffers:
             if not any(p.requires_grad for p in model.get_submodule(at.rpartition(".")[0]).parameters())
         }
 
-    def put_back(self) -> None:
-        """Restore buffers that changed, with a warning, and put their modules into eval mode from here on."""
+    def put_back(self, *, last: bool) -> None:
+        """Restore buffers that changed, with a warning, and put their modules into eval mode. `last`: the run is over,
+        and does not keep them there any longer."""
         moved = [at for at, value in self.values.items() if not torch.equal(self.model.get_buffer(at), value)]
         for at in moved:
             self.model.get_buffer(at).copy_(self.values[at])
@@ -59,12 +62,33 @@ class FrozenBuffers:
                 "their modules stay in eval mode. To train one, name a parameter of it in also_train",
                 stacklevel=3,
             )
+        if last:
+            _STILLING.pop(self.model, None)
 
     def still(self, names: Iterable[str]) -> None:
-        """Put modules into eval mode, in which their buffers do not move."""
-        for name in names:
-            self.stilled.add(name)
-            self.model.get_submodule(name).eval()
+        """Put modules into eval mode, in which their buffers do not move, and keep them there."""
+        self.stilled |= set(names)
+        if self.stilled and self.model not in _STILLING:
+            self.model.register_forward_pre_hook(_keep_still)
+        if self.stilled:
+            _STILLING[self.model] = weakref.ref(self)
+        self.put_into_eval_mode()
+
+    def put_into_eval_mode(self) -> None:
+        """Put the stilled modules into eval mode, unless something in them trains by now."""
+        for module in map(self.model.get_submodule, self.stilled):
+            if module.training and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+
+
+_STILLING: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FrozenBuffers]] = weakref.WeakKeyDictionary()
+"""By model what keeps some of its modules in eval mode. A hook that held it could not be pickled with the model."""
+
+
+def _keep_still(model: nn.Module, inputs: Any) -> None:
+    buffers = None if torch.compiler.is_compiling() else _STILLING.get(model, lambda: None)()
+    if buffers is not None:
+        buffers.put_into_eval_mode()
 
 
 def refuse_other_adapters(state: ModelState, placement: Placement, adapters: Mapping[str, nn.Module]) -> None:

@@ -225,7 +225,7 @@ class Session:
             )
         self.steps_done += 1
         if self._buffers is not None and self.steps_done in (1, self.run.steps):
-            self._buffers.put_back()
+            self._buffers.put_back(last=self.steps_done == self.run.steps)
         self.gradients.check(self.steps_done, last=self.steps_done == self.run.steps)
         scorer = self.allocator.scorer
         averages = self.loop.scaler is not None and scorer is not None and scorer.observes
