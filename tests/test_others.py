@@ -246,7 +246,8 @@ def test_modules_are_in_the_mode_that_they_were_in():
         seen.update({name: module.training for name, module in model.named_modules()})
         return loss(model, batch)
 
-    train(model, rows(16, 5), steps=2, loss_fn=watching)
+    # Who samples between steps ends with model.train().
+    train(model, rows(16, 5), steps=3, loss_fn=watching, on_step=lambda step: model.eval() and model.train())
     assert seen == before | {"1": False}  # the frozen norm
     assert {name: module.training for name, module in model.named_modules()} == before
 

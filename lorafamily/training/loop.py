@@ -255,7 +255,8 @@ def train(
             log.step(record, decision)
             state.add(record, decision)
             if on_step is not None and processes.first:
-                on_step(record)
+                with modes_kept(model):  # it may generate, and end with model.train()
+                    on_step(record)
             bar.set_postfix(loss=f"{record.loss:.4f}", slices=record.slices, refresh=False)
             bar.update()
 
