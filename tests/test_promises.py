@@ -236,6 +236,13 @@ def test_a_trained_layer_that_is_replaced_by_another_size_is_refused_where_value
     assert not any(tmp_path.iterdir())
 
 
+def test_an_adapted_layer_that_is_replaced_is_named():
+    model = lorafamily.apply(Headed(), "lora", rank=2, targets=["first", "head"])
+    model.head = nn.Linear(4, 5)
+    with pytest.raises(lorafamily.StateError, match=r"or was head replaced since, as by resize_token_embeddings"):
+        lorafamily.merge(model)
+
+
 def test_adapters_from_the_meta_device_have_no_values_until_they_are_loaded():
     """Whatever the memory held would pass for an adapter."""
     with torch.device("meta"):

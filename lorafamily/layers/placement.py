@@ -43,6 +43,7 @@ def noted(model: nn.Module) -> tuple[nn.Module, ModelState | None]:
         raise StateError(
             f"this {type(model).__name__} is a part, or a copy of a part, of the model that adapters were placed in; "
             f"call lorafamily on that model, in which {(gone or [first.at])[0]} carries an adapter too"
+            + (f" (or was {gone[0]} replaced since, as by resize_token_embeddings? resize first)" if gone else "")
         )
     return unwrapped(model), None
 
