@@ -468,6 +468,11 @@ def test_a_frozen_norm_stays_in_eval_mode_in_loops_that_call_train_at_every_step
     assert means == [0.0] * 4
     assert not copy.deepcopy(model).norm.training
     pickle.dumps(model)
+    hooks = len(model._forward_pre_hooks)
+    session = lorafamily.session(model, optimizer, steps=4)  # the next run leaves no second hook
+    with pytest.warns(UserWarning, match="training moved 3 buffers of the frozen base"):
+        train()
+    assert len(model._forward_pre_hooks) == hooks
     model.train()(x)  # the run is over
     assert model.norm.training
     assert model.norm.running_mean.any()

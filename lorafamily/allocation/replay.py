@@ -61,10 +61,12 @@ class Tape:
             self._stop_at, self._within = None, []
 
     def replays(self, compute: Callable[[], Tensor], result: Tensor) -> bool:
-        """Whether a computation comes to the same bits as without a replay. Otherwise modules leave more behind than
+        """Whether a computation comes to the same as without a replay. Otherwise modules leave more behind than
         outputs: hooks inside them collect the loads of routers, or a list losses."""
         self._layer = None  # computed as it was for the result
-        return torch.allclose(self.run(compute).to(result), result, rtol=0, atol=0, equal_nan=True)
+        again = self.run(compute).to(result)
+        rounding = 64 * torch.finfo(result.dtype).eps  # products depend on addresses on some processors
+        return torch.allclose(again, result, rtol=rounding, atol=0, equal_nan=True)
 
     @property
     def bytes(self) -> int:

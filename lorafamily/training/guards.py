@@ -68,9 +68,9 @@ class FrozenBuffers:
     def still(self, names: Iterable[str]) -> None:
         """Put modules into eval mode, in which their buffers do not move, and keep them there."""
         self.stilled |= set(names)
-        if self.stilled and self.model not in _STILLING:
-            self.model.register_forward_pre_hook(_keep_still)
         if self.stilled:
+            if _keep_still not in self.model._forward_pre_hooks.values():  # of an earlier run, or of a copied model
+                self.model.register_forward_pre_hook(_keep_still)
             _STILLING[self.model] = weakref.ref(self)
         self.put_into_eval_mode()
 
