@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -233,9 +233,10 @@ def missing(studies: Sequence[Study]) -> str:
     for study in studies:
         if void := study.void():
             said.append(f"Void on {study.problem.name}, since best at an edge of the rates: {'; '.join(void)}.")
-        if diverged := [f"{arm.name} (seed {listed(d)})" for arm in study.arms if (d := study.diverged(arm.name))]:
-            where = f"Diverged on {study.problem.name} at the chosen rate"
-            said.append(f"{where}, and so not compared: {'; '.join(diverged)}.")
+        if diverged := arms_and_seeds(study, study.diverged):
+            said.append(f"Diverged on {study.problem.name} at the chosen rate, and so not compared: {diverged}.")
+        if lost := arms_and_seeds(study, study.lost):
+            said.append(f"Lost on {study.problem.name} what they had learnt, and compared all the same: {lost}.")
         if not study.comparisons():
             judged = [f"{arm.name} on {len(rows)} seeds" for arm in study.arms if (rows := study.of(arm.name))]
             so_far = f"judged so far: {'; '.join(judged)}" if judged else "rates are still being chosen"
@@ -255,14 +256,23 @@ def missing(studies: Sequence[Study]) -> str:
         "looks. The problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of "
         "the judged seeds. ALoRA drops one slice a round there; its paper's number, the layers of a block, would be "
         "half of all slices, and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until "
-        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth."
+        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth. On sst2 ALoRA and its "
+        "patterns were run twice, since at first its ranks were scored on the shortest sentences by mistake. It was on "
+        "par with uniform LoRA then, too, and the pattern anew was on par with the pattern shuffled."
     )
     return " ".join(said)
 
 
+def arms_and_seeds(study: Study, seeds_of: Callable[[str], list[int]]) -> str:
+    """The arms for which there are seeds, with these."""
+    found = {arm.name: seeds_of(arm.name) for arm in study.arms}
+    return "; ".join(f"{name} (seed {listed(seeds)})" for name, seeds in found.items() if seeds)
+
+
 def other_sizes(study: Study) -> list[str]:
     """The arms of uniform LoRA's budget that end with 5 % more or fewer parameters, and what they end with."""
-    ends = {arm: mean_of(study.of(arm.name), lambda row: row["parameters_end"]) for arm in study.arms if arm.size == 1}
+    arms = [arm for arm in study.arms if arm.size == 1 and arm.shuffle is None]
+    ends = {arm: mean_of(study.of(arm.name), lambda row: row["parameters_end"]) for arm in arms}
     uniform = next((end for arm, end in ends.items() if arm.name == UNIFORM.name), None)
     shares = {arm.name: end / uniform for arm, end in ends.items() if end and uniform}
     return [

@@ -66,6 +66,11 @@ class Study:
         """The seeds of an arm's judged runs that diverged at its chosen rate."""
         return sorted(row["seed"] for row in self._judged(name) if row["failed"])
 
+    def lost(self, name: str) -> list[int]:
+        """The seeds of an arm's judged runs whose curve ends more than ten margins above its lowest point."""
+        curves = {seed: [value for _, value in row["curve"]] for seed, row in self.of(name).items()}
+        return sorted(seed for seed, c in curves.items() if c[-1] - min(c) > 10 * self.problem.margin)
+
     def _judged(self, name: str) -> list[Row]:
         chosen = [row for row in self.rows if row["arm"] == name and row["quarter"] == self.quarters.get(name)]
         return [row for row in chosen if row["seed"] in self.problem.seeds]
