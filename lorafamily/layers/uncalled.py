@@ -6,6 +6,7 @@ which layers these are, but one forward does.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -56,8 +57,8 @@ class WeightReads(TorchFunctionMode):
         # Models may call `layer.forward(x)`, which runs no hooks.
         forwards = {layer: partial(self._forward, layer, layer.forward) for layer in layers}
         self._around.enter_context(forwards_replaced(forwards))
-        # Nor does compiled code, in which calls are no longer to be seen.
-        self._around.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # which takes a second to import; without it nothing is compiled
+            self._around.enter_context(torch.compiler.set_stance("force_eager"))  # in compiled code no call is seen
         super().__enter__()
         return self
 
