@@ -238,7 +238,8 @@ def missing(studies: Sequence[Study]) -> str:
         if lost := arms_and_seeds(study, study.lost):
             said.append(f"Lost on {study.problem.name} what they had learnt, and compared all the same: {lost}.")
         if not study.comparisons():
-            judged = [f"{arm.name} on {len(rows)} seeds" for arm in study.arms if (rows := study.of(arm.name))]
+            counts = {arm.name: len(study.of(arm.name)) for arm in study.arms}
+            judged = [f"{name} on {count} seed{'s' * (count > 1)}" for name, count in counts.items() if count]
             so_far = f"judged so far: {'; '.join(judged)}" if judged else "rates are still being chosen"
             said.append(f"On {study.problem.name} nothing is compared yet; {so_far}.")
         elif absent := study.not_run():
