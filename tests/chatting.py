@@ -54,6 +54,7 @@ def model(kind: str = "llama", vocabulary: int = 320, **more):
     configs = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),  # computes in float64 throughout
+        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
         "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),  # caps its logits
     }
     config, made = configs[kind]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -106,6 +107,22 @@ def test_from_a_file_of_conversations_to_answers_and_to_peft(here, capsys):
     assert json.loads(capsys.readouterr().out)["stopped"] == "all 18 steps done", "the same command changes nothing"
     assert run("train --config out/run.yaml --lr 1e-3 --out out") == 2
     assert "run with other options: --lr was 0.03, is 0.001" in capsys.readouterr().err
+
+
+def test_the_likeliest_token_is_taken_whatever_the_model_prefers(here, capsys):
+    ask = ["--max-new", "12", "red cat"]
+    assert run("generate --model base", *ask) == 0
+    likeliest = capsys.readouterr().out
+    (here / "own").mkdir()
+    for file in (here / "base").iterdir():
+        shutil.copyfile(file, here / "own" / file.name)
+    settings = json.loads((here / "base" / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 5.0, "do_sample": True, "top_k": 1, "max_new_tokens": 2}
+    (here / "own" / "generation_config.json").write_text(json.dumps(settings))
+    assert run("generate --model own", *ask) == 0
+    assert capsys.readouterr().out == likeliest
+    assert run("generate --model own --temperature 2", *ask) == 0
+    assert capsys.readouterr().out != likeliest, "drawn from more than the one likeliest token"
 
 
 def test_samples_are_on_tensorboard_and_evaluations_stop_a_run(here, capsys):

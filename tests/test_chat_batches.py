@@ -14,7 +14,7 @@ import lorafamily
 from conftest import perturb_
 from lorafamily.batch import IGNORED
 from lorafamily.chat.batches import ChatBatches, sees_other_rows
-from lorafamily.chat.loss import ChunkedLoss, difference, own_loss
+from lorafamily.chat.loss import ChunkedLoss, difference, loss_of, own_loss
 from lorafamily.chat.tokens import Tokens
 from lorafamily.errors import DataError
 from lorafamily.layers.placement import placement_of
@@ -76,6 +76,12 @@ def test_a_model_whose_rows_see_each_other_is_noticed():
     assert sees_other_rows(model, 320) < 1e-4
     blind = type(model).forward
     model.forward = lambda position_ids=None, **given: blind(model, **given)  # as models that ignore the positions
+    assert sees_other_rows(model, 320) > 0.1
+
+    def alone(position_ids=None, **given):  # as kernels that tell rows apart in a batch of one only
+        return blind(model, **given, **({"position_ids": position_ids} if len(given["input_ids"]) == 1 else {}))
+
+    model.forward = alone
     assert sees_other_rows(model, 320) > 0.1
 
 
@@ -162,3 +168,19 @@ def test_a_model_that_does_more_than_a_linear_head_is_noticed():
     assert difference(chatting.model(), 320) < 1e-6
     capped = chatting.model("gemma2", final_logit_softcapping=2.0)
     assert difference(capped, 320) > 1e-3
+
+
+def test_the_balance_of_routers_is_learnt_and_is_no_perplexity():
+    """transformers adds it to the loss in eval mode too. At a usual coefficient it is too small to be noticed."""
+    model = chatting.model(
+        "mixtral", num_key_value_heads=4, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=1e-3
+    )
+    ids = torch.randint(320, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    loss_fn, entropy = loss_of(4, model), ChunkedLoss(4)(model, batch).item()
+    assert abs(loss_fn(model, batch).item() - entropy) < 1e-6 * entropy
+    trained = loss_fn(model.train(), batch).item()
+    assert trained == model(**batch).loss.item()
+    assert 1e-4 < trained / entropy - 1 < 1e-3
+    model.config.output_router_logits = False
+    assert isinstance(loss_of(4, model), ChunkedLoss)

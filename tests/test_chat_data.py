@@ -19,6 +19,7 @@ from lorafamily.chat.templates import PLAIN, Template
 from lorafamily.chat.tokens import preview, tokenised
 from lorafamily.errors import DataError
 
+SYSTEM = {"role": "system", "content": "Be short."}
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 
 
@@ -47,6 +48,20 @@ def test_an_instruction_with_input_and_a_plain_text():
     assert said == [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
     assert of(text="Once.").text == "Once."
     assert of(text="Once.").messages is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [USER, ANSWER, USER, ANSWER]},
+        {"messages": [SYSTEM, USER, ANSWER, USER, ANSWER]},
+        {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
+        {"instruction": "Why?", "output": "Because.", "history": [["Why?", "Because."]]},
+        {"prompt": "Why?", "completion": "Because.", "history": '[["Why?", "Because."]]'},
+    ],
+)
+def test_a_system_message_and_earlier_turns_beside_the_conversation_belong_to_it(values):
+    assert of(**values, system="Be short.").messages == [SYSTEM, USER, ANSWER, USER, ANSWER]
 
 
 def test_every_kind_of_file_has_the_same_rows(tmp_path):
@@ -104,6 +119,14 @@ LINES = [
     (b'{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}', "message 1 has parts that are no text"),
     (b'{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant says anything"),
     (b'{"messages": [{"role": "assistant", "content": " "}]}', "no message of the assistant says anything"),
+    (b'{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}', "message 1 has the weight 2; it must be 0"),
+    (b'{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "no message .* has a weight of 1"),
+    (
+        b'{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}], "system": "c"}',
+        "one s",
+    ),
+    (b'{"prompt": "a", "completion": "b", "history": ["c"]}', "line 2: history must be a list of pairs"),
+    (b'{"prompt": "a", "completion": "b", "system": 3}', "line 2: system must be a text"),
     (b'{"messages": ["a"]}', "message 1 must be an object with role and content"),
     (b'{"prompt": "a"}', "line 2: has no completion"),
     (b'{"prompt": "a", "completon": "b"}', "line 2: has no completion; did you mean completon"),

@@ -16,7 +16,7 @@ pytest.importorskip("jinja2")
 
 from lorafamily.chat.forms import Conversation  # noqa: E402
 from lorafamily.chat.rows import RowError  # noqa: E402
-from lorafamily.chat.templates import PLAIN, Template  # noqa: E402
+from lorafamily.chat.templates import PLAIN, Template, plain_for  # noqa: E402
 from lorafamily.chat.tokens import tokens_of  # noqa: E402
 
 CHATML = (
@@ -184,6 +184,29 @@ def test_marks_that_leave_the_end_of_turn_out_get_it():
     template = Template(tokenizer(["<|im_start|>"], "<|im_end|>"), marked)
     assert template.marked
     assert learnt(template, TURNS[:2]) == ["Three, I think: 3.<|im_end|>"]
+
+
+@pytest.mark.parametrize(("family", "marks"), [(family, False) for family in FAMILIES] + [("llama 3", True)])
+def test_an_answer_of_weight_0_is_not_learnt(family, marks):
+    template = template_of(family, marks)
+    runs = learnt(template, TURNS[:4])
+    assert len(runs) == 2
+    assert learnt(template, [TURNS[0], {**TURNS[1], "weight": 0}, TURNS[2], {**TURNS[3], "weight": 1}]) == runs[1:]
+    assert learnt(template, [*TURNS[:3], {**TURNS[3], "weight": 0}]) == runs[:1]
+
+
+def test_the_plain_template_begins_as_the_tokenizer_does():
+    fast = tokenizer(["<s>"], "</s>")
+    assert plain_for(fast) == PLAIN
+    fast.bos_token = "<s>"
+    assert plain_for(fast) == PLAIN, "it has such a token, and does not begin texts with it"
+    fast.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", fast.bos_token_id)]
+    )
+    template = Template(fast, plain_for(fast))
+    row = tokens_of(Conversation("here", TURNS[:2]), template)
+    assert row.ids[:2].tolist() == [fast.bos_token_id, *fast("###", add_special_tokens=False)["input_ids"][:1]]
+    assert learnt(template, TURNS[:2]) == learnt(Template(fast, PLAIN), TURNS[:2])
 
 
 def test_a_call_of_a_tool_is_learnt_whole():

@@ -34,14 +34,15 @@ def conversations(rows: Iterable[Row]) -> list[Conversation]:
 def _conversation(row: Row) -> Conversation:
     values, place = row.values, row.place
     if "messages" in values:
-        messages, tools = _messages(values["messages"]), _parsed(values.get("tools"), "tools")
+        messages = _with_system(values, _messages(values["messages"]))
+        tools = _parsed(values.get("tools"), "tools")
         if tools is not None and not isinstance(tools, list):
             raise RowError("tools must be a list of function descriptions")
         return Conversation(place, messages, tools=tools or None)
     if "prompt" in values or "completion" in values:
         prompt, completion = values.get("prompt"), values.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
-            return Conversation(place, _messages([*prompt, *completion]))
+            return Conversation(place, _with_system(values, _messages([*prompt, *completion])))
         user, assistant = _text(values, "prompt"), _text(values, "completion")
     elif "instruction" in values or "output" in values:
         user, assistant = _text(values, "instruction"), _text(values, "output")
@@ -57,7 +58,29 @@ def _conversation(row: Row) -> Conversation:
         raise RowError(f"has the keys {', '.join(values) or '(none)'}; a row needs {FORMS}{close}")
     if not assistant.strip():
         raise RowError("the answer is empty, so there is nothing to learn")
-    return Conversation(place, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+    said = [part for pair in _history(values) for part in pair] + [user, assistant]
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+    return Conversation(place, _with_system(values, turns))
+
+
+def _with_system(values: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages after the system message that a row has beside them, if any."""
+    text = _text(values, "system") if values.get("system") is not None else ""
+    before = {"role": "system", "content": text}
+    if not text.strip() or messages[0] == before:
+        return messages
+    if messages[0]["role"] in ("system", "developer"):
+        raise RowError("has one system message in system and another in messages")
+    return [before, *messages]
+
+
+def _history(values: dict[str, Any]) -> list[list[str]]:
+    """Earlier turns of an instruction, as pairs of what was said and its answer."""
+    pairs = _parsed(values.get("history"), "history") or []
+    for pair in pairs if isinstance(pairs, list) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise RowError("history must be a list of pairs of texts: what was said, and the answer")
+    return list(pairs)
 
 
 def _text(values: dict[str, Any], key: str) -> str:
@@ -74,8 +97,9 @@ def _messages(given: Any) -> list[dict[str, Any]]:
         raise RowError("messages must be a list of at least one message")
     messages = [_message(message, number) for number, message in enumerate(given, 1)]
     spoken = [m for m in messages if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
-    if not spoken:
-        raise RowError("no message of the assistant says anything, so there is nothing to learn")
+    if not any(message.get("weight", 1) for message in spoken):
+        what = "has a weight of 1" if spoken else "says anything"
+        raise RowError(f"no message of the assistant {what}, so there is nothing to learn")
     return messages
 
 
@@ -97,6 +121,8 @@ def _message(given: Any, number: int) -> dict[str, Any]:
         content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise RowError(f"content of message {number} must be a text, and is of type {type(content).__name__}")
+    if message.get("weight", 1) not in (0, 1):
+        raise RowError(f"message {number} has the weight {message['weight']!r}; it must be 0 (not learnt) or 1")
     return {**message, "role": role, "content": content}
 
 

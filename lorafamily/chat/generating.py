@@ -93,20 +93,27 @@ def answers_to(
 ) -> Iterator[str]:
     """What the model writes after each prompt (a text from the template), at most `max_new` tokens; see `end_tokens`.
 
-    `temperature`: 0 takes the likeliest token each time. `batch`: prompts at a time.
+    `temperature`: 0 takes the likeliest token each time. `batch`: prompts at a time. The model's own generation config,
+    which may punish repetition or sample from a few tokens only, has no say but in what ends an answer.
     """
+    from transformers import GenerationConfig
+
     tokenizer = template.tokenizer
     ends, pad = end_tokens(model, template), template.pad
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    settings = GenerationConfig(max_new_tokens=max_new, eos_token_id=ends, pad_token_id=pad, **sampling)
     for begin in range(0, len(prompts), batch):
         found = tokenizer(list(prompts[begin : begin + batch]), add_special_tokens=False)["input_ids"]
         rows = [torch.tensor(row, dtype=torch.long, device=model.device) for row in found]
         # Padding comes first, so that new tokens follow the text.
         ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        written = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new, eos_token_id=ends, pad_token_id=pad, **sampling
-        )
+        own = model.generation_config
+        model.generation_config = settings  # settings given to `generate` would be completed by the model's own
+        try:
+            written = model.generate(input_ids=ids, attention_mask=mask)
+        finally:
+            model.generation_config = own
         for row in written[:, ids.shape[1] :].tolist():
             end = next((at for at, token in enumerate(row) if token in ends), len(row))
             yield tokenizer.decode(row[:end], skip_special_tokens=True).strip()

@@ -20,9 +20,10 @@ SAME = 1e-3  # relative difference allowed between the two ways to compute a los
 
 
 def loss_of(chunk: int, model: nn.Module) -> LossFn:
-    """The chunked loss, or the model's own if `chunk` is 0 or the model does more between its head and its loss, such
-    as capping logits (`Reporter` tells the user)."""
-    return ChunkedLoss(chunk) if chunk and difference(model, vocabulary_of(model)) <= SAME else own_loss
+    """The chunked loss, or the model's own if `chunk` is 0 or the model does more in its loss, such as capping logits
+    or balancing routers (`Reporter` tells the user)."""
+    chunked = chunk and not _balances_routers(model) and difference(model, vocabulary_of(model)) <= SAME
+    return ChunkedLoss(chunk) if chunked else own_loss
 
 
 class ChunkedLoss:
@@ -56,8 +57,15 @@ def vocabulary_of(model: Any) -> int:
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The model's own loss: all logits at once."""
-    return model(**batch, use_cache=False).loss
+    """The model's own loss: all logits at once. In eval mode without what balances routers, so that its exponential is
+    the perplexity."""
+    more = {"output_router_logits": False} if _balances_routers(model) and not model.training else {}
+    return model(**batch, use_cache=False, **more).loss
+
+
+def _balances_routers(model: Any) -> bool:
+    """Whether the model's loss has a term for the use of its experts."""
+    return bool(getattr(model.config, "output_router_logits", False))
 
 
 @torch.no_grad()

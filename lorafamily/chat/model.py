@@ -14,7 +14,7 @@ import torch
 
 from lorafamily.chat.loss import vocabulary_of
 from lorafamily.chat.settings import Inference, ModelOptions
-from lorafamily.chat.templates import PLAIN, Template
+from lorafamily.chat.templates import Template, plain_for
 from lorafamily.errors import DataError, FileError
 from lorafamily.terminal import nearest
 from lorafamily.training.execution import chosen_precision
@@ -79,7 +79,7 @@ def read_template(name: str, template: str | None, adapter: Path | None = None) 
     if template is None and adapter is not None and (adapter / TEMPLATE).is_file():
         template = str(adapter / TEMPLATE)
     if template is None or template == "plain":
-        return Template(tokenizer, PLAIN if template == "plain" or not native else native)
+        return Template(tokenizer, plain_for(tokenizer) if template == "plain" or not native else native)
     try:
         return Template(tokenizer, Path(template).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

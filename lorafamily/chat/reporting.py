@@ -65,7 +65,7 @@ class Reporter:
         self.evaluating = 0.0  # seconds in evaluations
         if self.options.batches.chunk and not isinstance(self.loss_fn, ChunkedLoss):
             name = type(self.model).__name__
-            self.say(f"{name} has more than a linear head before its loss, so logits are not chunked")
+            self.say(f"{name} does more in its loss than a linear head and cross-entropy, so logits are not chunked")
 
     def close(self) -> None:
         """Close the file of the samples."""

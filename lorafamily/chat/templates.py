@@ -26,7 +26,7 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}"
 )
 """For tokenizers without a template: a heading for each role, and the end-of-text token after the assistant's
-content."""
+content. `plain_for` adds the token that begins a text."""
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -58,18 +58,24 @@ class Template:
 
     def spans(self, messages: Messages, tools: list[Any] | None = None) -> tuple[str, list[Span]]:
         """The conversation as text, and the spans of the assistant's turns, as [begin, end) in characters, end-of-turn
-        tokens included.
+        tokens included; without those whose weight is 0.
 
         Raises:
             RowError: the template refuses it, or changes the assistant's content so that it cannot be found.
         """
+        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marked:
             text, spans = self._rendered(messages, False, tools, marks=True)
-            return text, [(begin, self._through_end(text, begin, end)) for begin, end in spans if end > begin]
-        text = self.render(messages, tools=tools)
-        contents = self._contents(messages, text, tools)
-        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [self._span(messages, at, text, contents.get(at), tools) for at in turns]
+            spans = [(begin, self._through_end(text, begin, end)) for begin, end in spans if end > begin]
+        else:
+            text = self.render(messages, tools=tools)
+            contents = self._contents(messages, text, tools)
+            spans = [self._span(messages, at, text, contents.get(at), tools) for at in turns]
+        weights = [messages[at].get("weight", 1) for at in turns]
+        if not all(weights):
+            if len(spans) != len(turns):
+                raise RowError("a weight of 0 needs a template that marks every message of the assistant once")
+            spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
         return text, [(begin, end) for begin, end in spans if end > begin]
 
     def _span(self, messages: Messages, at: int, text: str, content: Span | None, tools: list[Any] | None) -> Span:
@@ -163,6 +169,14 @@ class Template:
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise RowError(f"the chat template refuses it ({reason})") from None
         return texts[0], [(begin, end) for begin, end in spans[0]] if marks else []
+
+
+def plain_for(tokenizer: Any) -> str:
+    """The plain template. It begins as the tokenizer begins every text: models that always saw such a token, as Gemma
+    did, are lost without it."""
+    ids = tokenizer("a")["input_ids"]
+    begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" + PLAIN if begins else PLAIN
 
 
 def _around(message: dict[str, Any], before: str, after: str) -> dict[str, Any]:
