@@ -45,7 +45,7 @@ def match(
     """
     able = possible_targets(model, fused)
     refused = {name: Target(layer, kind) for name, layer, kind in refused_layers(model)}
-    left_out = {} if exclude is None else _named(model, exclude, able | refused)
+    left_out = {} if exclude is None else _named(model, exclude, able | refused, of_all=True)
     asked = able if callable(targets) else able | refused  # a predicate sees only layers that can carry an adapter
     chosen = {name: target for name, target in _named(model, targets, asked).items() if name not in left_out}
     for name, target in chosen.items():
@@ -67,7 +67,8 @@ def by_default(targets: Targets) -> bool:
     return targets in (None, "all-linear", "attention")
 
 
-def _named(model: nn.Module, targets: Targets, able: dict[str, Target]) -> dict[str, Target]:
+def _named(model: nn.Module, targets: Targets, able: dict[str, Target], of_all: bool = False) -> dict[str, Target]:
+    """The layers that are meant. Patterns mean linear layers first, unless they are `of_all` layers."""
     linear = {name: target for name, target in able.items() if target.kind.linear}
     if targets is None or by_default(targets):
         inside = _inside(model, linear)
@@ -75,7 +76,7 @@ def _named(model: nn.Module, targets: Targets, able: dict[str, Target]) -> dict[
     if callable(targets):
         return {name: target for name, target in able.items() if targets(name, target.layer)}
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    per_pattern = [_searched(pattern, linear, able, model) for pattern in patterns]
+    per_pattern = [_searched(pattern, able if of_all else linear, able, model) for pattern in patterns]
     return {name: target for name, target in able.items() if any(name in found for found in per_pattern)}
 
 
@@ -168,9 +169,13 @@ def is_of_a_kernel(model: nn.Module, name: str) -> bool:
     return "A_log" in model.get_submodule(before)._parameters and not last.startswith("in_proj")
 
 
-def _searched(pattern: str, linear: dict[str, Target], able: dict[str, Target], model: nn.Module) -> set[str]:
-    compiled = _compiled(pattern)
-    found = {name for name in linear if compiled.search(name)} or {name for name in able if compiled.search(name)}
+def _searched(pattern: str, first: dict[str, Target], able: dict[str, Target], model: nn.Module) -> set[str]:
+    """The layers in whose names the pattern is found: of `first`, or of all where there it finds output heads alone,
+    as ".*" does in a convolutional net."""
+    compiled, heads = _compiled(pattern), heads_of(model)
+    found = {name for name in first if compiled.search(name)}
+    if all(heads(name, first[name].layer) for name in found):
+        found = {name for name in able if compiled.search(name)}
     if not found:
         for name, module in model.named_modules():
             reason = why_no_experts(module)

@@ -206,6 +206,24 @@ def test_targets_by_kind_expression_and_predicate():
     assert placed(lambda name, module: getattr(module, "out_features", 0) == 64) == {n for n in every if "up" in n}
 
 
+def test_patterns_of_a_convolutional_net_mean_more_than_its_head():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            stages = [nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3), "fc": nn.Linear(4, 4)}) for _ in range(2)]
+            self.stages, self.head = nn.ModuleList(stages), nn.Linear(4, 2)
+
+    def adapted(**given):
+        return set(placement_of(lorafamily.apply(Net(), "lora", rank=1, **given)).adapters)
+
+    convolutions, linear = {"stages.0.conv", "stages.1.conv"}, {"stages.0.fc", "stages.1.fc"}
+    assert adapted(targets=".*") == linear | {"head"}
+    assert adapted(targets="conv|head") == convolutions | {"head"}
+    assert adapted(targets="head") == {"head"}
+    assert adapted(targets="conv", exclude=r"stages\.0") == {"stages.1.conv"}, "excluded is all that is named"
+    assert adapted(targets=["fc", "conv"], exclude=r"stages\.0") == {"stages.1.conv", "stages.1.fc"}
+
+
 def test_modules_that_would_bypass_an_adapter_are_no_targets():
     model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
     lorafamily.apply(model, "lora", rank=2)
