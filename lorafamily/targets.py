@@ -29,6 +29,7 @@ Targets = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 HEADS = {
     *("lm_head", "embed_out", "output_projection", "fc_out", "cls", "predictions", "qa_outputs"),
     *("classifier", "pre_classifier", "classification_head", "score", "head", "heads", "pooler"),
+    *("output", "to_logits", "mlp_head", "linear_head"),  # torchtune, x-transformers, vit-pytorch
 }
 _ATTENTION = re.compile(r"(^|[._])(\w*attn\w*|\w*attention\w*)($|[._])", re.IGNORECASE)
 _GATE = re.compile(r"(^|_)(gate|router|wg)$")
@@ -55,10 +56,9 @@ def match(
                 f'out with exclude="{name}"'
             )
     if not chosen:
+        asked_for = f"targets={targets!r}" + (" (linear layers but heads)" if by_default(targets) else "")
         without = "" if exclude is None else f" without exclude={exclude!r}"
-        raise TargetError(
-            f"targets={targets!r}{without} match no layer of {type(model).__name__}; {_offer(able, model)}"
-        )
+        raise TargetError(f"{asked_for}{without} match no layer of {type(model).__name__}; {_offer(able, model)}")
     return chosen
 
 
@@ -204,8 +204,15 @@ def _offer(able: dict[str, Target], model: nn.Module) -> str:
     for name, module in model.named_modules():
         if (reason := why_not(module)) is not None:
             return f"no layer can carry an adapter; {name}: {reason}"
-    classes = Counter(type(m).__name__ for m in model.modules() if not list(m.children()))
-    return f"no layer can carry an adapter; the model has {', '.join(f'{n} {c}' for c, n in classes.most_common())}"
+    classes = Counter(type(m) for m in model.modules() if not list(m.children()))
+    what = ", ".join(f"{count} {_full_name(cls)}" for cls, count in classes.most_common())
+    return f"no layer can carry an adapter; the model has {what}; register_layer_kind teaches lorafamily another class"
+
+
+def _full_name(cls: type) -> str:
+    """The name of a class, after its package's unless that is torch: others have a Linear, too."""
+    package = cls.__module__.partition(".")[0]
+    return cls.__name__ if package in ("torch", "__main__") else f"{package}'s {cls.__name__}"
 
 
 def what_is(model: nn.Module) -> Callable[[str], str]:

@@ -196,6 +196,51 @@ def test_linear_layers_go_first():
         lorafamily.apply(Vision(), "lora", targets="rescaled")
 
 
+class Product(nn.Module):
+    """As torch_geometric's Linear, which is no nn.Linear."""
+
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+        self.register_parameter("bias", nn.Parameter(torch.randn(6)) if bias else None)
+        self.scale = 1.0
+
+    def forward(self, x):
+        return nn.functional.linear(x * self.scale, self.weight, self.bias)
+
+
+class Router(Product):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.softmax(-1), y
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_computes_as_a_linear_layer_is_one(bias, tmp_path):
+    model = nn.Sequential(Product(bias)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    base = model(x)
+    perturb_(lorafamily.apply(model, "lora", rank=2))
+    adapted = model(x)
+    assert (adapted - base).abs().max() > 0.1
+    again = copy.deepcopy(model)
+    lorafamily.remove(again)
+    assert torch.equal(lorafamily.load(again, lorafamily.save(model, tmp_path))(x), adapted)
+    assert_close(lorafamily.merge(model)(x), adapted)
+    assert torch.equal(lorafamily.remove(model)(x), base)
+
+
+def test_what_looks_like_a_linear_layer_and_computes_something_else_is_none():
+    scaled = Product()
+    scaled.scale = 2.0
+    lazy = Product()
+    lazy.weight = nn.UninitializedParameter()
+    whole = Product()
+    whole.weight = nn.Parameter(torch.ones(6, 4, dtype=torch.int8), requires_grad=False)
+    for layer in (scaled, Router(), whole, lazy):
+        assert kinds.kind_of(layer) is None, layer
+
+
 class Scaled(nn.Module):
     """A linear layer of somebody's own, with the weight in another shape."""
 

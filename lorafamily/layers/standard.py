@@ -24,7 +24,7 @@ from lorafamily.layers.wrapper import ForwardWrapper
 
 class Known(LayerKind):
     """Layers of known classes, whose forward is the product with their weight. A subclass may compute anything, so a
-    subclass with a different forward is compared with the known class on random inputs."""
+    class with a different forward is compared with the known one on random inputs."""
 
     @property
     @abstractmethod
@@ -50,13 +50,13 @@ class Known(LayerKind):
         weight = module._parameters.get("weight")
         if weight is not None and not (weight.is_floating_point() and weight.numel()):
             return f"its weight is {weight.dtype} of shape {tuple(weight.shape)}"
-        known = next(cls for cls in self.classes if isinstance(module, cls))
+        known = next((cls for cls in self.classes if isinstance(module, cls)), self.classes[0])
         if type(module).forward is known.forward or self._same(module, known):
             return None
         return f"the forward of {type(module).__name__} computes something else than the product with its weight"
 
     def _same(self, module: nn.Module, known: type[nn.Module]) -> bool:
-        """Whether the subclass's forward takes one input and returns what the known class's returns. Both get random
+        """Whether the module's forward takes one input and returns what the known class's returns. Both get random
         weights, since the layer's may be on the meta device, or zero."""
         if module in _SAME:
             return _SAME[module]
@@ -66,7 +66,7 @@ class Known(LayerKind):
         if len(takes) == 2 and takes[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and "weight" in shapes:
             with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng([]), contextlib.suppress(Exception):
                 torch.default_generator.manual_seed(0)
-                parameters: dict[str, Any] = dict.fromkeys(module._parameters)
+                parameters: dict[str, Any] = dict.fromkeys([*module._parameters, "bias"])
                 parameters |= {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
                 buffers, same = copy.deepcopy(module._buffers), True
                 copied = object.__new__(type(module))
@@ -89,8 +89,14 @@ class _Linear(Known):
     classes = (nn.Linear,)
 
     def matches(self, module: nn.Module) -> bool:
-        # nn.MultiheadAttention reads its output projection's weight and never calls the module.
-        return super().matches(module) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        if isinstance(module, nn.Linear):
+            # nn.MultiheadAttention reads its output projection's weight and never calls the module.
+            return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        weight = module._parameters.get("weight")
+        if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) or weight.ndim != 2:
+            return False
+        # A class that is no subclass may compute the same, such as torch_geometric's Linear.
+        return weight.is_floating_point() and not isinstance(module, nn.Embedding) and self._same(module, nn.Linear)
 
 
 class _Transposed(Known):
