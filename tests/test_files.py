@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import lorafamily
 from conftest import data, logits, perturb_, tiny
@@ -220,6 +221,37 @@ def test_training_without_what_the_method_does_is_said_when_it_is_saved(method, 
     lorafamily.save(trained(method, session=True, steps=1), tmp_path / "begun")
     lorafamily.save(lorafamily.load(tiny(), tmp_path / "it"), tmp_path / "it-again")  # was said of it before
     lorafamily.save(lorafamily.load(tiny(), tmp_path / "it").double(), tmp_path / "cast")
+
+
+class Reads(nn.Module):
+    """Calls one layer, and reads the weight of the other, as BEiT's attention in timm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.called(nn.functional.linear(x, self.read.weight))
+
+
+@pytest.mark.parametrize("method", ["lora", "olora"])
+def test_adapters_that_a_loop_without_session_could_not_train_are_named_when_they_are_saved(method, tmp_path):
+    def trained(**given):
+        model = lorafamily.apply(Reads(), method, rank=2, seed=0, **given)
+        optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+        for _ in range(2):
+            model(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    for write in (lorafamily.save, lorafamily.export_peft):
+        with pytest.warns(UserWarning, match="of 2 adapters 1 are still zero, such as that of read: it took no part"):
+            write(trained(), tmp_path / write.__name__)
+    lorafamily.save(trained(targets="called"), tmp_path / "called")  # warnings are errors here
+    with pytest.warns(UserWarning, match="reads the weight of read and never calls the layer"):
+        model = trained(example=torch.ones(3, 4))
+    lorafamily.save(model, tmp_path / "example")
 
 
 def test_training_on_from_a_file_without_a_session_is_said_too(tmp_path):

@@ -31,6 +31,7 @@ from lorafamily.layers.placement import (
     placement_of,
     refuse_unsaved,
     targets_of,
+    warn_of_idle,
     warn_of_no_session,
 )
 from lorafamily.layers.quantised import Quantised, shapes_of
@@ -45,8 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """Write the adapters of one name (default: the active ones) and their extra trained parameters into a folder.
 
     Ranks may differ between modules and may be zero. Saving what was loaded writes the same bytes. Each file is
-    written next to its place and renamed into it. A warning names adapters that were trained without a session, and so
-    without the rank allocation or the penalty of their method. Returns the folder.
+    written next to its place and renamed into it. Of adapters that were trained without a session warnings say what was
+    missing: the rank allocation or the penalty of their method, or a gradient. Returns the folder.
 
     `hash_base`: also record hashes of the adapted weights, so that `load` refuses other weights of the same shapes;
     this reads all of them once.
@@ -59,6 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     placement = placement_of(model, name)
     refuse_unsaved(model, placement)
     warn_of_no_session(placement)
+    warn_of_idle(placement)
     owner, state = adapted(model)
     targets = targets_of(owner)
     layers = {at: targets[at] for at in placement.adapters}

@@ -208,6 +208,22 @@ def warn_of_no_session(placement: Placement) -> None:
         )
 
 
+def warn_of_idle(placement: Placement) -> None:
+    """Warn if of new adapters, trained in a loop without a session, some are still zero. A session finds layers whose
+    weights the model reads without calling them, where an adapter has no effect."""
+    if placement.had_session or placement.file_fingerprints is not None:
+        return
+    norms = {at: adapter.norm() for at, adapter in placement.adapters.items() if adapter.slices}
+    idle = [at for at, norm in norms.items() if norm == 0]
+    if 0 < len(idle) < len(norms):
+        warnings.warn(
+            f"of {len(norms)} adapters {len(idle)} are still zero, such as that of {idle[0]}: it took no part in the "
+            "loss, or the model reads its layer's weight without calling the layer, where an adapter has no effect; "
+            "apply(..., example=batch) finds out which",
+            stacklevel=3,
+        )
+
+
 def warn_over_budget(placement: Placement) -> None:
     """Warn, where adapters leave training, of a budget for the end that was not reached."""
     sizing, has = placement.sizing, placement.trainable()
