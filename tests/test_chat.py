@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -241,7 +242,12 @@ def test_a_base_in_four_bits_trains(here, capsys):
     assert run(f"{TRAIN} {given} --out out --json --export merged") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["loss"]["last"] < found["loss"]["first"]
-    assert run("generate --adapter out --quantise nf4 --max-new 2 red") == 0
+    assert run("generate --adapter out --quantise nf4 --max-new 2 red") == 0  # warnings are errors here
+    capsys.readouterr()
+    warnings.simplefilter("always")
+    for command in ("generate --adapter out --max-new 2 red", "evaluate --adapter out --data chats.jsonl --generate 0"):
+        assert run(command) == 0
+        assert "out: trained on the base in nf4; for that one --quantise nf4" in capsys.readouterr().err
 
 
 def test_a_converter_that_is_found_is_asked_for_a_gguf_file(tmp_path, monkeypatch):

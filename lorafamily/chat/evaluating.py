@@ -9,7 +9,7 @@ from typing import Any
 import lorafamily
 from lorafamily.chat.batches import ChatBatches
 from lorafamily.chat.forms import conversations
-from lorafamily.chat.generating import answers_to, model_name, questions_of
+from lorafamily.chat.generating import answers_to, model_name, questions_of, warn_of_other_quantisation
 from lorafamily.chat.loss import loss_of
 from lorafamily.chat.model import read_base, read_template
 from lorafamily.chat.options import at_least
@@ -36,6 +36,7 @@ def evaluate_command(options: Evaluate, say: Callable[[str], None]) -> tuple[dic
         raise DataError("--data needs at least one file, folder or name on the hub")
     names = _names(options.adapter)
     name = model_name(options.model, options.adapter)
+    warn_of_other_quantisation(options.quantise, options.adapter)
     template = read_template(name, options.template, options.adapter[0] if options.adapter else None)
     talks = conversations(row for source in options.data for row in read(source, options.split))
     found = tokenised(talks, template, length=options.length, loss_on=options.loss_on)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def generate_command(options: Generate, say: Callable[[str], None]) -> tuple[dic
         asked = [sys.stdin.read().rstrip("\n")]
     if not any(prompt.strip() for prompt in asked):
         raise DataError('nothing was asked: lorafamily generate --adapter FOLDER "Hello", or on standard input')
-    name = model_name(options.model, [options.adapter] if options.adapter else [])
+    adapters = [] if options.adapter is None else [options.adapter]
+    name = model_name(options.model, adapters)
+    warn_of_other_quantisation(options.quantise, adapters)
     template = read_template(name, options.template, options.adapter)
     model = read_base(name, options, template)
     if options.adapter is not None:
@@ -73,11 +76,27 @@ def model_name(given: str | None, adapters: Sequence[Path]) -> str:
     if given is not None:
         return given
     if adapters and (adapters[0] / RUN).is_file():
-        try:
-            return str(yaml.safe_load((adapters[0] / RUN).read_text(encoding="utf-8"))["model"]["model"])
-        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-            raise FileError(f"{adapters[0] / RUN}: not the options of a run; give --model") from None
+        if "model" not in (options := _model_options(adapters[0])):
+            raise FileError(f"{adapters[0] / RUN}: not the options of a run; give --model")
+        return str(options["model"])
     raise DataError("needs --model, the folder or name of the base")
+
+
+def warn_of_other_quantisation(given: str | None, adapters: Sequence[Path]) -> None:
+    """Warn of adapters that were trained on a base quantised otherwise: they added to other weights."""
+    for adapter in adapters:
+        options = _model_options(adapter)
+        if options and (then := options.get("quantise")) != given:
+            which, say = ("full precision", "leave out --quantise") if then is None else (then, f"--quantise {then}")
+            warnings.warn(f"--adapter {adapter}: trained on the base in {which}; for that one {say}", stacklevel=2)
+
+
+def _model_options(adapter: Path) -> dict[str, Any]:
+    """What the run of an adapter was told about its base; nothing where it is not of a run, or the file is damaged."""
+    try:
+        return dict(yaml.safe_load((adapter / RUN).read_text(encoding="utf-8"))["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, UnicodeDecodeError):
+        return {}
 
 
 @torch.no_grad()
