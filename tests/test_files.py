@@ -249,6 +249,7 @@ def test_adapters_that_a_loop_without_session_could_not_train_are_named_when_the
         with pytest.warns(UserWarning, match="of 2 adapters 1 are still zero, such as that of read: it took no part"):
             write(trained(), tmp_path / write.__name__)
     lorafamily.save(trained(targets="called"), tmp_path / "called")  # warnings are errors here
+    lorafamily.save(lorafamily.import_peft(Reads(), tmp_path / "export_peft"), tmp_path / "imported")
     with pytest.warns(UserWarning, match="reads the weight of read and never calls the layer"):
         model = trained(example=torch.ones(3, 4))
     lorafamily.save(model, tmp_path / "example")

@@ -51,6 +51,7 @@ def place_plain(
     method, adapters = plain_adapters(on_device, scales, dropout=dropout, options=options)
     sizing = Sizing(None, "peak", rank, sum(adapter.trainable() for adapter in adapters.values()))
     placement = Placement(name, PLAIN, method, sizing, adapters, {})
+    placement.file_fingerprints = placement.fingerprints()
     take_values(owner, placement, extra_trained)
     place(owner, placement, targets)
     return model

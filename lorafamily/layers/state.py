@@ -37,7 +37,7 @@ class Placement:
     had_session: bool = False
     """Whether this process has made a session for it."""
     file_fingerprints: dict[str, int] | None = None
-    """Fingerprints of its tensors when they were loaded, None where they were not loaded."""
+    """Fingerprints of its tensors when they were loaded, imported or combined; None where `apply` made them."""
 
     def trainable(self) -> int:
         """Number of trainable adapter parameters at the present ranks, without extra trained ones."""
