@@ -38,7 +38,7 @@ def write(folder: Path, out: Path) -> str:
         save(forest(*zip(*judged, strict=True)), folder / "forest.png")
         save(patterns(*zip(*judged, strict=True)), folder / "patterns.png")
     parts: list[Part] = [
-        Text(" ".join(sentences(studies, compared))),
+        Text("\n".join(f"{at}. {said}" for at, said in enumerate(sentences(studies, compared), 1))),
         Text(NOTE),
         Heading("What was asked, and how"),
         Text("\n".join(f"- **{study.problem.name}**: {study.problem.what} {_runs(study)}" for study in studies)),
