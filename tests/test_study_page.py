@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
+from conftest import shared
 from studies.arms import UNIFORM
 from studies.intervals import paired
 from studies.page import missing, on_models, write
@@ -52,6 +54,21 @@ def test_the_answer_on_models_says_who_beats_uniform_lora_and_where():
     said = on_models([(embedded, [undecided, control]), (sst2, [undecided])])
     assert said == f"{begins}, nothing that moves rank beats uniform LoRA: EVA (embedded and sst2) is undecided."
     assert on_models([(embedded, [control])]).startswith("Too few runs")
+
+
+def test_runs_that_always_answer_the_same_are_named():
+    for name in ("sst2", "mrpc"):
+        with gzip.open(shared(f"data/{name}/test.jsonl.gz"), "rt") as lines:
+            labels = Counter(json.loads(line)["label"] for line in lines)
+        assert PROBLEMS[name].constant == min(labels.values()) / labels.total()
+    stored = next(s for s in read(STORED) if s.problem.name == "mrpc")
+    rows = [dict(row) for row in stored.rows]
+    for row in rows:
+        if row["arm"] == "EVA" and row["seed"] == 3:
+            row["metric"] = PROBLEMS["mrpc"].constant
+    assert "No better than the best constant answer on mrpc" in missing([stored])
+    assert "EVA (seed 3)" in missing([Study(stored.problem, rows)])
+    assert "EVA (seed 3)" not in missing([stored])
 
 
 def test_an_arm_that_diverges_on_a_seed_is_not_judged_by_the_others():

@@ -235,6 +235,9 @@ def missing(studies: Sequence[Study]) -> str:
             said.append(f"Void on {study.problem.name}, since best at an edge of the rates: {'; '.join(void)}.")
         if diverged := arms_and_seeds(study, study.diverged):
             said.append(f"Diverged on {study.problem.name} at the chosen rate, and so not compared: {diverged}.")
+        if constant := arms_and_seeds(study, study.constant):
+            where = study.problem.name
+            said.append(f"No better than the best constant answer on {where}, and compared all the same: {constant}.")
         if lost := arms_and_seeds(study, study.lost):
             said.append(f"Lost on {study.problem.name} what they had learnt, and compared all the same: {lost}.")
         if not study.comparisons():

@@ -6,6 +6,7 @@ it, and methods that score ranks score them on it), and one to judge on, which n
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ def looking(model: nn.Module) -> Iterator[None]:
 class Problem(ABC):
     """`metric`: lower is better. `budget`: trainable parameters of an arm of size 1. `steps`, `evaluations`: of a run.
     `margin`: the difference in the metric that nobody would mind, fixed before any run. `tuning_seeds`, `seeds`: those
-    that choose rates, and those that are judged. `goal`: the metric on the tuning split that steps are counted to."""
+    that choose rates, and those that are judged. `goal`: the metric on the tuning split that steps are counted to.
+    `constant`: the metric of the best answer that is always the same; infinite where there is none."""
 
     name: str
     what: str
@@ -42,6 +44,7 @@ class Problem(ABC):
     evaluations: int
     margin: float
     goal: float
+    constant: float = math.inf
     tuning_seeds: Sequence[int] = (100,)
     seeds: Sequence[int] = range(8)
     head: str | None = None

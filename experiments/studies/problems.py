@@ -16,8 +16,8 @@ PROBLEMS: dict[str, Problem] = {
         Planted(),
         Misleading(),
         Embedded(),
-        Sentences("sst2", MINILM + "SST-2: is the sentence of a film review positive or negative?", 0.15),
-        Sentences("mrpc", MINILM + "MRPC: do two sentences say the same?", 0.25),
+        Sentences("sst2", MINILM + "SST-2: is the sentence of a film review positive or negative?", 0.15, 909 / 1821),
+        Sentences("mrpc", MINILM + "MRPC: do two sentences say the same?", 0.25, 578 / 1725),
         Maths(),
         OwnText(),
     )

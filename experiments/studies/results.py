@@ -71,6 +71,10 @@ class Study:
         curves = {seed: [value for _, value in row["curve"]] for seed, row in self.of(name).items()}
         return sorted(seed for seed, c in curves.items() if c[-1] - min(c) > 10 * self.problem.margin)
 
+    def constant(self, name: str) -> list[int]:
+        """The seeds of an arm's judged runs that ended no better than the best constant answer."""
+        return sorted(seed for seed, row in self.of(name).items() if row["metric"] >= self.problem.constant - 1e-9)
+
     def _judged(self, name: str) -> list[Row]:
         chosen = [row for row in self.rows if row["arm"] == name and row["quarter"] == self.quarters.get(name)]
         return [row for row in chosen if row["seed"] in self.problem.seeds]

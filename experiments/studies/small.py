@@ -91,8 +91,8 @@ class Sentences(Problem):
     """Rows of the validation split that curves are drawn on; those of them that ranks are scored on, drawn at random
     since the first by length are the shortest."""
 
-    def __init__(self, name: str, what: str, goal: float):
-        self.name, self.what, self.goal = name, what, goal
+    def __init__(self, name: str, what: str, goal: float, constant: float = math.inf):
+        self.name, self.what, self.goal, self.constant = name, what, goal, constant
 
     def read(self, model: str | None, data: Path | None) -> None:
         if model is None or data is None:
