@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -76,7 +76,9 @@ def _named(model: nn.Module, targets: Targets, able: dict[str, Target], of_all: 
     if callable(targets):
         return {name: target for name, target in able.items() if targets(name, target.layer)}
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    per_pattern = [_searched(pattern, able if of_all else linear, able, model) for pattern in patterns]
+    first, is_head = able if of_all else linear, heads_of(model)
+    heads = {name for name, target in first.items() if is_head(name, target.layer)}
+    per_pattern = [_searched(pattern, first, heads, able, model) for pattern in patterns]
     return {name: target for name, target in able.items() if any(name in found for found in per_pattern)}
 
 
@@ -169,12 +171,14 @@ def is_of_a_kernel(model: nn.Module, name: str) -> bool:
     return "A_log" in model.get_submodule(before)._parameters and not last.startswith("in_proj")
 
 
-def _searched(pattern: str, first: dict[str, Target], able: dict[str, Target], model: nn.Module) -> set[str]:
-    """The layers in whose names the pattern is found: of `first`, or of all where there it finds output heads alone,
-    as ".*" does in a convolutional net."""
-    compiled, heads = _compiled(pattern), heads_of(model)
+def _searched(
+    pattern: str, first: Iterable[str], heads: set[str], able: dict[str, Target], model: nn.Module
+) -> set[str]:
+    """The layers in whose names the pattern is found: of `first`, or of all that are `able` where there it finds output
+    heads alone, as ".*" does in a convolutional net."""
+    compiled = _compiled(pattern)
     found = {name for name in first if compiled.search(name)}
-    if all(heads(name, first[name].layer) for name in found):
+    if found <= heads:
         found = {name for name in able if compiled.search(name)}
     if not found:
         for name, module in model.named_modules():

@@ -76,11 +76,10 @@ def _with_system(values: dict[str, Any], messages: list[dict[str, Any]]) -> list
 
 def _history(values: dict[str, Any]) -> list[list[str]]:
     """Earlier turns of an instruction, as pairs of what was said and its answer."""
-    pairs = _parsed(values.get("history"), "history") or []
-    for pair in pairs if isinstance(pairs, list) else [None]:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise RowError("history must be a list of pairs of texts: what was said, and the answer")
-    return list(pairs)
+    pairs: Any = _parsed(values.get("history"), "history") or []
+    if isinstance(pairs, list) and all(isinstance(p, list) and [*map(type, p)] == [str, str] for p in pairs):
+        return pairs
+    raise RowError("history must be a list of pairs of texts: what was said, and the answer")
 
 
 def _text(values: dict[str, Any], key: str) -> str:

@@ -31,7 +31,6 @@ from lorafamily.layers.placement import (
     placement_of,
     refuse_unsaved,
     targets_of,
-    warn_of_idle,
     warn_of_no_session,
 )
 from lorafamily.layers.quantised import Quantised, shapes_of
@@ -60,7 +59,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     placement = placement_of(model, name)
     refuse_unsaved(model, placement)
     warn_of_no_session(placement)
-    warn_of_idle(placement)
     owner, state = adapted(model)
     targets = targets_of(owner)
     layers = {at: targets[at] for at in placement.adapters}

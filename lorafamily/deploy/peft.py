@@ -48,7 +48,6 @@ from lorafamily.layers.placement import (
     placement_of,
     refuse_unsaved,
     targets_of,
-    warn_of_idle,
     warn_of_no_session,
     warn_over_budget,
 )
@@ -136,7 +135,6 @@ def _as_plain(model: nn.Module, name: str | None) -> _PlainLoRA:
     placement = placement_of(model, name)
     refuse_unsaved(model, placement)
     warn_of_no_session(placement)
-    warn_of_idle(placement)
     warn_over_budget(placement)
     model, _ = noted(model)
     targets = targets_of(model)

@@ -188,34 +188,29 @@ def refuse_resized(model: nn.Module, placement: Placement) -> None:
 
 
 def warn_of_no_session(placement: Placement) -> None:
-    """Warn if adapters were trained in a loop without what their method does there."""
+    """Warn if adapters were trained in a loop without what their method does there, or if some of new ones are still
+    zero: a session finds layers whose weights the model reads without calling them, where an adapter has no effect."""
+    if placement.had_session:
+        return
     method = placement.method
     settled = isinstance(method.allocation, Fixed) or all(a.settled for a in placement.adapters.values())
     missing = ([] if settled else ["rank allocation"]) + ([] if method.penalty is None else ["penalty"])
-    if placement.had_session or not missing:
-        return
+    idle: list[str] = []
     if placement.file_fingerprints is None:
-        trained = any(adapter.norm() > 0 for adapter in placement.adapters.values())  # ΔW is zero at first
+        norms = {at: adapter.norm() for at, adapter in placement.adapters.items() if adapter.slices}
+        trained = any(norm > 0 for norm in norms.values())  # ΔW is zero at first
+        idle = [at for at, norm in norms.items() if norm == 0]
     else:
-        now = placement.fingerprints()
+        now = placement.fingerprints() if missing else {}
         trained = any(now.get(name, value) != value for name, value in placement.file_fingerprints.items())
-    if trained:
+    if trained and missing:
         warnings.warn(
             f'adapter "{placement.name}" was trained without the {" and ".join(missing)} of its method, '
             f"{placement.spec}: its loop made no lorafamily.session, nor did lorafamily.train or LoraFamilyCallback, "
             "which make one, run",
             stacklevel=3,
         )
-
-
-def warn_of_idle(placement: Placement) -> None:
-    """Warn if of new adapters, trained in a loop without a session, some are still zero. A session finds layers whose
-    weights the model reads without calling them, where an adapter has no effect."""
-    if placement.had_session or placement.file_fingerprints is not None:
-        return
-    norms = {at: adapter.norm() for at, adapter in placement.adapters.items() if adapter.slices}
-    idle = [at for at, norm in norms.items() if norm == 0]
-    if 0 < len(idle) < len(norms):
+    if trained and idle:
         warnings.warn(
             f"of {len(norms)} adapters {len(idle)} are still zero, such as that of {idle[0]}: it took no part in the "
             "loss, or the model reads its layer's weight without calling the layer, where an adapter has no effect; "

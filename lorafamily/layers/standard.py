@@ -23,8 +23,8 @@ from lorafamily.layers.wrapper import ForwardWrapper
 
 
 class Known(LayerKind):
-    """Layers of known classes, whose forward is the product with their weight. A subclass may compute anything, so a
-    class with a different forward is compared with the known one on random inputs."""
+    """Layers whose forward is the product with their weight: of known classes, or with a forward that is compared with
+    a known class's on random inputs, since a subclass may compute anything."""
 
     @property
     @abstractmethod
