@@ -250,6 +250,35 @@ def test_a_base_in_four_bits_trains(here, capsys):
         assert "out: trained on the base in nf4; for that one --quantise nf4" in capsys.readouterr().err
 
 
+def test_what_is_exported_ends_its_answers_as_it_learnt_to(here):
+    """A base may end texts with another token than the template ends turns with, as Qwen's do."""
+    shutil.copytree(here / "base", here / "other")
+    changed = {
+        "tokenizer_config.json": {"eos_token": "<pad>"},
+        "generation_config.json": {"eos_token_id": 1, "top_k": 7},
+    }
+    for file, entries in changed.items():
+        (here / "other" / file).write_text(json.dumps(json.loads((here / "base" / file).read_text()) | entries))
+    base = transformers.AutoTokenizer.from_pretrained("other")
+    end = base.convert_tokens_to_ids("<|im_end|>")
+    assert base.eos_token_id != end
+    chatting.write_lines(here / "short.jsonl", 8 * chatting.chats(1))
+    given = "--lr 3e-2 --epochs 40 --eval-share 0 --export peft serving merged"
+    assert run(f"train --model other --data short.jsonl {given} --rank 8 --out out") == 0
+    for folder in ("peft", "serving", "merged"):
+        assert transformers.AutoTokenizer.from_pretrained(f"out/{folder}").eos_token_id == end
+    config = transformers.GenerationConfig.from_pretrained("out/merged")
+    assert set(config.eos_token_id) == {1, base.eos_token_id, end}
+    assert config.top_k == 7
+    text = base.apply_chat_template(
+        chatting.chats(1)[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    merged = transformers.AutoModelForCausalLM.from_pretrained("out/merged")
+    written = merged.generate(**text, max_new_tokens=40)[0, text["input_ids"].shape[1] :].tolist()
+    assert len(written) < 40
+    assert written[-1] == end
+
+
 def test_a_converter_that_is_found_is_asked_for_a_gguf_file(tmp_path, monkeypatch):
     """The real one is llama.cpp's, on no package index: this is what we ask of it."""
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))

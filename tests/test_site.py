@@ -850,6 +850,25 @@ def test_data_parallel_is_refused(monkeypatch):
         lorafamily.apply(nn.DataParallel(two_layers()), rank=2)
 
 
+def test_quantising_that_would_replace_adapted_layers_is_refused():
+    from torch.ao import quantization
+    from torch.ao.quantization import quantize_fx
+
+    x, refused = numbers(5, 4, dtype=torch.float32), "would put a layer without the adapter in its place; merge"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of it is deprecated
+        with pytest.raises(lorafamily.StateError, match=refused):
+            quantize_fx.prepare_fx(sequence().float(), quantization.get_default_qconfig_mapping("x86"), (x,))
+        model = sequence().float().eval()
+        with pytest.raises(lorafamily.StateError, match=refused):
+            quantization.quantize_dynamic(model, {nn.Linear})
+        y = model(x)
+        assert torch.equal(quantization.quantize_dynamic(model, {nn.LSTM})(x), y), "nothing adapted is replaced"
+        lorafamily.merge(model)
+        quantised = quantization.quantize_dynamic(model, {nn.Linear})
+    assert_close(quantised(x), y, atol=0.02 * y.abs().max().item(), rtol=0)  # 8 bits
+
+
 # Wrapped models
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from lorafamily.chat.generating import end_tokens
 from lorafamily.chat.templates import Template
 from lorafamily.deploy.checkpoint import merge_checkpoint
 from lorafamily.deploy.peft import export_peft
@@ -54,9 +56,14 @@ def export(exports: Sequence[str], name: str, model: nn.Module, template: Templa
     if "merged" in exports or "gguf" in exports:
         written["merged"] = _new(out / "merged")
         merge_checkpoint(path if path.is_dir() else _downloaded(name), read(out), written["merged"])
-    template.tokenizer.chat_template = template.text  # so that servers render conversations as in training
+    if "merged" in written:
+        _end_answers(written["merged"], model, template)
+    tokenizer = copy.deepcopy(template.tokenizer)
+    tokenizer.chat_template = template.text  # so that servers render conversations as in training
+    if (end := template.end_of_turn()) is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)  # and stop where an answer has learnt to end
     for folder in written.values():
-        template.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     if "gguf" in exports:
         written["gguf"] = _gguf(written["merged"], out / "model.gguf")
     return written
@@ -76,6 +83,15 @@ def _new(folder: Path) -> Path:
     """The path, after removing what an earlier export of the same run left there."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
+
+
+def _end_answers(folder: Path, model: nn.Module, template: Template) -> None:
+    """Let a merged checkpoint stop at what ends an answer; its base's settings may know other tokens only."""
+    config = copy.deepcopy(getattr(model, "generation_config", None))
+    if config is not None:
+        # Settings that say they are made of config.json may be made of it once more.
+        config.update(eos_token_id=end_tokens(model, template), _from_model_config=False)
+        (folder / "generation_config.json").write_text(config.to_json_string(), encoding="utf-8")
 
 
 def _gguf(merged: Path, out: Path) -> Path:

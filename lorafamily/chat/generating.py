@@ -141,14 +141,7 @@ def answers_to(
 def end_tokens(model: Any, template: Template) -> list[int]:
     """Ids of the tokens that end an answer, by the generation config, the tokenizer or the template's end of a turn."""
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = {template.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
-    try:
-        text, spans = template.spans([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        ids = template.tokenizer(text[slice(*spans[-1])], add_special_tokens=False)["input_ids"]
-        if ids[-1] in template.tokenizer.added_tokens_decoder:
-            found.add(ids[-1])
-    except (RowError, IndexError):
-        pass  # the template refuses so short a conversation; the other ends will do
+    found = {template.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given]), template.end_of_turn()}
     return sorted(token for token in found if token is not None)
 
 

@@ -78,6 +78,16 @@ class Template:
             spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
         return text, [(begin, end) for begin, end in spans if end > begin]
 
+    def end_of_turn(self) -> int | None:
+        """Id of the token that ends the assistant's turn; None where no special token does, or where the template
+        refuses so short a conversation."""
+        try:
+            text, spans = self.spans([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except RowError:
+            return None
+        ids = self.tokenizer(text[slice(*spans[-1])], add_special_tokens=False)["input_ids"] if spans else []
+        return ids[-1] if ids and ids[-1] in self.tokenizer.added_tokens_decoder else None
+
     def _span(self, messages: Messages, at: int, text: str, content: Span | None, tools: list[Any] | None) -> Span:
         """The span of the turn of message `at`. `content`: the span of its content, None if it was not found."""
         begin = self._begin(messages, at, text, tools)

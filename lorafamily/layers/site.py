@@ -108,6 +108,16 @@ class Site(nn.Module):
 
         return super()._apply(kept, recurse)
 
+    def _keep_from_replacing(self, given: object) -> None:
+        if given is not None:
+            raise StateError(
+                f"{self.at}: torch.ao.quantization would put a layer without the adapter in its place; merge first, or "
+                "quantise the base before apply or load"
+            )
+
+    qconfig = property(fset=_keep_from_replacing)
+    """Where torch.ao.quantization notes, in all submodules of a layer, how it is about to replace it."""
+
     def _replicate_for_data_parallel(self) -> Site:
         raise StateError(
             "nn.DataParallel copies layers without the wrapper around their forward, so adapters would have no effect; "
