@@ -280,7 +280,7 @@ def test_what_is_exported_ends_its_answers_as_it_learnt_to(here):
 
 
 def test_a_converter_that_is_found_is_asked_for_a_gguf_file(tmp_path, monkeypatch):
-    """The real one is llama.cpp's, on no package index: this is what we ask of it."""
+    """The real one is in llama.cpp's source: this is what we ask of it."""
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     converter = tmp_path / "convert_hf_to_gguf.py"
     converter.write_text("import sys; open(sys.argv[3], 'w').write(' '.join(sys.argv[1:3]))")
