@@ -250,6 +250,27 @@ def test_a_base_in_four_bits_trains(here, capsys):
         assert "out: trained on the base in nf4; for that one --quantise nf4" in capsys.readouterr().err
 
 
+def test_towers_that_no_text_passes_through_get_no_adapters(here, capsys):
+    """Gemma 3's chat models see images; a budget is not spent there, and nothing waits for gradients there."""
+    words = chatting.tokenizer()
+    text = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained("seeing")
+    words.save_pretrained("seeing")
+    given = "train --model seeing --data chats.jsonl --method alora --budget 2500 --steps 12 --method-options rounds=2"
+    assert run(f"{given} --exclude o_proj --out out") == 0
+    assert "without adapters, since no text passes through: model.vision_tower\n" in capsys.readouterr().out
+    modules = json.loads(Path("out/adapter.json").read_text())["modules"]
+    assert modules
+    assert all(name.startswith("model.language_model.layers.") and "o_proj" not in name for name in modules)
+    assert run(f"{given} --dry-run") == 0
+    assert "vision_tower" not in capsys.readouterr().out.partition("passes through: model.vision_tower")[2]
+
+
 def test_what_is_exported_ends_its_answers_as_it_learnt_to(here):
     """A base may end texts with another token than the template ends turns with, as Qwen's do."""
     shutil.copytree(here / "base", here / "other")

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorafamily.chat.loss import vocabulary_of
 from lorafamily.chat.settings import Inference, ModelOptions
 from lorafamily.chat.templates import Template, plain_for
 from lorafamily.errors import DataError, FileError
+from lorafamily.names import join
 from lorafamily.terminal import nearest
 from lorafamily.training.execution import chosen_precision
 
@@ -126,6 +128,18 @@ def read_base(name: str, given: ModelOptions | Inference, template: Template) ->
             "belong together"
         )
     return model.eval()
+
+
+def beside_text(model: Any) -> list[str]:
+    """Names of the modules with linear layers that no text passes through: towers for images or sound, and what joins
+    them to the decoder."""
+    if model.config.get_text_config() is model.config:
+        return []
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    around = [name for name, module in model.named_modules() if decoder in module.modules()]
+    apart = {join(at, name): module for at in around[:-1] for name, module in model.get_submodule(at).named_children()}
+    apart = {name: module for name, module in apart.items() if name not in around and module is not head}
+    return [name for name, module in apart.items() if any(isinstance(layer, nn.Linear) for layer in module.modules())]
 
 
 def _first_line(error: Exception) -> str:

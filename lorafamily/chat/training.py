@@ -11,6 +11,7 @@ OUT/peft, serving, merged, model.gguf   if --export asks for them
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from lorafamily.chat.batches import ChatBatches, sees_other_rows
 from lorafamily.chat.forms import conversations
 from lorafamily.chat.generating import RUN
 from lorafamily.chat.loss import loss_of, vocabulary_of
-from lorafamily.chat.model import TEMPLATE, read_base, read_template
+from lorafamily.chat.model import TEMPLATE, beside_text, read_base, read_template
 from lorafamily.chat.options import at_least, grouped, write
 from lorafamily.chat.reporting import Reporter
 from lorafamily.chat.rows import read
@@ -64,11 +65,14 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
         return _preview(options, train.rows[: options.data.preview], line, template)
     say(line)
     model = read_base(options.model.model, options.model, template)
-    loss_fn = loss_of(options.batches.chunk, model)
+    loss_fn, arguments = loss_of(options.batches.chunk, model), options.method.arguments()
+    if (apart := beside_text(model)) and not isinstance(arguments["exclude"], str):
+        say(f"without adapters, since no text passes through: {', '.join(apart)}")
+        arguments["exclude"] = [*(arguments["exclude"] or []), *(f"^{re.escape(name)}\\." for name in apart)]
     seed, pack = options.optimisation.seed, options.data.length if options.batches.pack else None
     batches_of = partial(ChatBatches, size=options.batches.batch, pad=template.pad, pack=pack, seed=seed)
     if options.result.dry_run:
-        return _dry_run(options, model, loss_fn, train.rows, batches_of)
+        return _dry_run(options, model, loss_fn, arguments, train.rows, batches_of)
     processes = Processes(model.device)
     # Divided among the processes; those to evaluate on are the same in all.
     batches = batches_of(train.rows, rank=processes.rank, num_replicas=processes.world)
@@ -81,7 +85,7 @@ def train_command(options: Train, say: Callable[[str], None]) -> tuple[dict[str,
     method = options.method
     looks = find(method.method).looks_at_data  # at undivided data, so that all processes see the same
     more: dict[str, Any] = {"data": batches_of(train.rows), "loss_fn": loss_fn} if looks else {}
-    lorafamily.apply(model, seed=seed, **method.arguments(), **more)
+    lorafamily.apply(model, seed=seed, **arguments, **more)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     slices = [adapter.slices for adapter in placement_of(model).adapters.values()]
     say(f"{method.method}: {trained:,} trainable parameters, {sum(slices):,} slices on {len(slices)} layers")
@@ -194,7 +198,12 @@ def _preview(options: Train, rows: Sequence[Tokens], line: str, template: Templa
 
 
 def _dry_run(
-    options: Train, model: Any, loss_fn: LossFn, rows: Sequence[Tokens], batches_of: Callable[..., ChatBatches]
+    options: Train,
+    model: Any,
+    loss_fn: LossFn,
+    arguments: dict[str, Any],
+    rows: Sequence[Tokens],
+    batches_of: Callable[..., ChatBatches],
 ) -> tuple[dict[str, Any], str]:
     """The plan for the longest batch, and whether that fits on this device."""
     longest = rows if options.batches.pack else sorted(rows, key=len)[-options.batches.batch :]
@@ -204,7 +213,7 @@ def _dry_run(
         batch=batch,
         loss_fn=loss_fn,
         checkpoint_activations=options.execution.checkpoint_activations,
-        **options.method.arguments(),
+        **arguments,
     )
     free, peak = free_memory(model.device), plan.use.memory.peak
     height, length = batch["input_ids"].shape
