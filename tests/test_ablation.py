@@ -221,6 +221,46 @@ def test_what_modules_leave_behind_besides_outputs_is_scored_by_the_definition(h
         assert_close(found[name], value, rtol=1e-9, atol=1e-12)
 
 
+class Sharing(nn.Module):
+    """Blocks that read what an earlier one has left in `shared`, as layers do that share keys and values.
+
+    `how`: "given": a dictionary made anew for each forward (Gemma 4); "kept": an attribute that stays, written by each
+    block for the next."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.ModuleDict({m: nn.Linear(8, 8) for m in ("k", "q")}) for _ in range(4)).double()
+        self.how, self.shared = how, {}
+        for i, block in enumerate(self.blocks):
+            block.forward = partial(self.block, i, block)
+
+    def block(self, i: int, block: nn.ModuleDict, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
+        q = block["q"](x)
+        read = shared["k"] if i and (self.how == "kept" or i > 1) else torch.zeros_like(q)
+        if self.how == "kept" or i == 0:
+            shared["k"] = block["k"](x)
+        return x + torch.tanh(q + read)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = {} if self.how == "given" else self.shared
+        for block in self.blocks:
+            x = block(x, shared)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("how", ["given", "kept"])
+def test_layers_that_share_what_is_no_output_are_scored_by_the_definition(how):
+    model = perturb_(lorafamily.apply(Sharing(how).eval(), "alora", rank=2, seed=0, targets=r"blocks\.\d\.q"))
+    x = torch.randn(5, 8, dtype=torch.float64)
+    expected = brute_force(model, lambda: model(x))
+    with pytest.warns(UserWarning, match="modules of Sharing hand on more than their outputs"):
+        found = scored(model, lambda: model(x), None)
+    # float64 both times: scores are differences of losses near 1, whose sums may run in another order.
+    for name, value in expected.items():
+        assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
 def test_a_tape_leaves_the_model_as_it_was_when_something_fails():
     model = lorafamily.apply(tiny(), "lora", rank=2)
     own = {name: vars(module).get("forward") for name, module in model.named_modules()}

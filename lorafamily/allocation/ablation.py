@@ -24,6 +24,7 @@ from lorafamily.allocation.run import Run
 from lorafamily.allocation.scorer import Scorer, Scores
 from lorafamily.errors import AllocationError
 from lorafamily.layers.placement import targets_of
+from lorafamily.names import place_of
 
 SCORING_ROWS = 32  # ALoRA, sec. 4: ranks are scored on one fixed batch of 32 validation samples
 ON_A_GPU = 1024.0  # MiB for ablations in one batch, unless `scoring_memory` says otherwise
@@ -90,7 +91,7 @@ class Ablation(Scorer):
         called = [name for name in losses if at[name] in reached and len(losses[name])]
         called.sort(key=lambda name: reached[at[name]])
         if self._replays is None and called:
-            self._replays = self._can_replay(at[called[-1]], unchanged)
+            self._replays = self._can_replay([at[name] for name in called], unchanged)
         for name in called:
             adapter = self.run.adapters[name]
             if self._replays:
@@ -104,14 +105,23 @@ class Ablation(Scorer):
             losses[name] = torch.cat(parts)
         return unchanged, losses
 
-    def _can_replay(self, last: str, unchanged: Float[Tensor, ""]) -> bool:
-        """Whether the loss stays the same if what comes before the last layer, most of the model, is replayed."""
-        tape = Tape(self.run.model)
-        tape.wind_to(last, self._loss)
-        if not (can := tape.replays(self._loss, unchanged)):
+    def _can_replay(self, layers: list[str], unchanged: Float[Tensor, ""]) -> bool:
+        """Whether the loss stays the same if what comes before a layer is replayed: tried for every matrix of a block,
+        where it is called last, so that most of the model comes before it. `layers`: in the order of their calls."""
+        tape, can = Tape(self.run.model), True
+        last = {place_of(layer)._replace(layer=None): layer for layer in layers}
+        try:
+            for layer in sorted(last.values(), key=layers.index):
+                tape.wind_to(layer, self._loss)
+                can = can and tape.replays(self._loss, unchanged)
+            can = can and tape.replays(self._loss, unchanged)  # the first time may have found what winding left behind
+        except Exception:  # whatever a module raises that misses what another has left behind
+            can = False
+        if not can:
             warnings.warn(
                 f"modules of {type(self.run.model).__name__} hand on more than their outputs (as routers do, if loads "
-                "are in the loss), so ranks are scored by whole forwards, which takes about twice the time",
+                "are in the loss, or layers that share keys and values), so ranks are scored by whole forwards, which "
+                "takes about twice the time",
                 stacklevel=2,
             )
         return can

@@ -62,7 +62,8 @@ class Tape:
 
     def replays(self, compute: Callable[[], Tensor], result: Tensor) -> bool:
         """Whether a computation comes to the same as without a replay. Otherwise modules leave more behind than
-        outputs: hooks inside them collect the loads of routers, or a list losses."""
+        outputs: hooks inside them collect the loads of routers, or a list losses, or a later layer reads what an
+        earlier one has put into a dictionary."""
         self._layer = None  # computed as it was for the result
         again = self.run(compute).to(result)
         rounding = 64 * torch.finfo(result.dtype).eps  # products depend on addresses on some processors
