@@ -884,6 +884,40 @@ def test_a_first_batch_shows_what_is_read(method, tmp_path):
         assert list(train(benign, batches, 20, validation=batches).slices_end) == ["first", "proj", "last"]
 
 
+class InParts(nn.Module):
+    """A trunk, whose output the loop's own loss is on, and a head that this loss does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = Reader(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.trunk(x))
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_a_first_batch_through_a_part_of_the_model_shows_what_is_read(own_loop):
+    batches = rows(8, 5)
+    model = lorafamily.apply(InParts(), "adalora", rank=2, seed=0, targets="trunk", **scheduled("adalora"))
+    reads = pytest.raises(lorafamily.TargetError, match=r"reads the weight of trunk\.proj and never calls the layer")
+    loss_fn = lambda model, batch: F.cross_entropy(model.trunk(batch[0]), batch[1])  # noqa: E731
+    if not own_loop:
+        with reads:
+            lorafamily.train(model, batches, steps=20, lr=1e-2, loss_fn=loss_fn, progress=False)
+        return
+    optimizer = torch.optim.AdamW(lorafamily.parameter_groups(model, lr=1e-2))
+    session = lorafamily.session(model, optimizer, steps=20)
+    session.backward(loss_fn(model, batches[0]))
+    optimizer.step()
+    with reads:
+        session.step()
+    model = lorafamily.apply(InParts(), "adalora", rank=2, seed=0, **scheduled("adalora"))
+    with pytest.warns(UserWarning, match=r"reads the weight of trunk\.proj and never calls the layer.*left out"):
+        history = lorafamily.train(model, batches, steps=20, lr=1e-2, loss_fn=loss_fn, progress=False)
+    assert list(placement_of(model).adapters) == list(history.slices_end) == ["trunk.first", "trunk.last"]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def wavlm():
     sizes = {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_buckets": 16}
     sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}

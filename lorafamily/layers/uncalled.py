@@ -108,29 +108,47 @@ class WeightReads(TorchFunctionMode):
 
 def watch_first_batch(
     model: nn.Module, targets: Mapping[str, Target], placement: Placement, without_effect: Callable[[list[str]], None]
-) -> None:
-    """After the model's first batch in training, call `without_effect` with the names of the targets whose weights it
-    read without calling their layers; note, and warn of, adapted layers whose weights it read as well. A model that is
-    compiled as a whole, with this hook in it, is not watched."""
+) -> Callable[[], None]:
+    """Watch the model's first batch in training. Afterwards call `without_effect` with the names of the targets whose
+    weights it read without calling their layers; note, and warn of, adapted layers whose weights it read as well.
+
+    That is when the model's call ends, or, where a loop calls parts of it (the trunk for a loss of its own, two
+    encoders), when what is returned here is called. A model that is compiled as a whole, with these hooks in it, is not
+    watched."""
     reads = WeightReads(targets)
+    layers = {target.layer for target in targets.values()}
     hooks: list[RemovableHandle] = []
+    calls: list[nn.Module] = []
+    seen: list[nn.Module] = []
 
     def begin(module: nn.Module, inputs: Any) -> None:
         if module.training and not torch.compiler.is_compiling():  # not in an evaluation that comes first
-            reads.__enter__()
+            if not calls:
+                reads.__enter__()
+            calls.append(module)
             reads.begun(module)
 
     def end(module: nn.Module, inputs: Any, output: Any) -> None:
-        if module.training and not torch.compiler.is_compiling():
-            for hook in hooks:
-                hook.remove()
-            reads.__exit__(None, None, None)
-            if output is not None:  # the forward did not raise
-                without_effect(reads.without_effect())
-                placement.read_elsewhere = [at for at in reads.read_elsewhere(model) if at in placement.adapters]
-                warn_read_elsewhere(model, placement.read_elsewhere)
+        if calls and calls[-1] is module and not torch.compiler.is_compiling():
+            calls.pop()
+            if not calls:
+                reads.__exit__(None, None, None)
+                seen.extend([module] if output is not None else [])  # the forward did not raise
+            if module is model:
+                decide()
 
-    hooks += [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
+    def decide() -> None:
+        if seen and hooks:
+            while hooks:
+                hooks.pop().remove()
+            without_effect(reads.without_effect())
+            placement.read_elsewhere = [at for at in reads.read_elsewhere(model) if at in placement.adapters]
+            warn_read_elsewhere(model, placement.read_elsewhere)
+
+    for module in model.modules():
+        if layers and (module is model or any(part in layers for part in module.modules() if part is not module)):
+            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
+    return decide
 
 
 def warn_read_elsewhere(model: nn.Module, names: Sequence[str]) -> None:

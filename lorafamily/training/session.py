@@ -137,8 +137,8 @@ class Session:
         self._optimizer_steps = OptimizerSteps(self.optimizer, self.adapters, self._extra_trained)
         self._buffers = None if self.placement is None else FrozenBuffers(self.owner)
         if self.placement is not None:
-            if not loop.compiled:
-                watch_first_batch(model, targets_of(self.owner), self.placement, self.leave_out)
+            watched = {} if loop.compiled else targets_of(self.owner)
+            self._first_batch_over = watch_first_batch(model, watched, self.placement, self.leave_out)
             self.placement.had_session = True
             follow_state_dicts(self.owner, self._follow)
 
@@ -211,6 +211,7 @@ class Session:
         """
         if self.placement is not None and self._state is not None:
             refuse_other_adapters(self._state, self.placement, self.adapters)
+            self._first_batch_over()
         may_skip = self.loop.reduces or self.loop.scaler is not None  # a step whose gradient is not finite
         self._optimizer_steps.check_order(None if may_skip else self.gradients.finite)
         if self._awaits_state:
