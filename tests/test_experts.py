@@ -270,6 +270,20 @@ def test_peft_computes_the_same_from_target_parameters(family, targets, tmp_path
     assert placement_of(ours).trainable() == placement_of(model).trainable()
 
 
+def test_peft_finds_the_layers_of_an_architecture_with_experts_that_has_none(tmp_path, monkeypatch):
+    """It would take the dense layers' names for those of experts."""
+    peft = pytest.importorskip("peft", reason="peft is an extra; nothing to compare with without it")
+    config, cls, settings = FAMILIES["qwen3"]
+    monkeypatch.setitem(FAMILIES, "qwen3", (config, cls, settings | {"mlp_only_layers": [0, 1]}))
+    model = model_of("qwen3")
+    assert not any(parameter.ndim == 3 for parameter in model.parameters())
+    base = copy.deepcopy(model)
+    perturb_(lorafamily.apply(model, rank=3, seed=0), size=0.1)
+    lorafamily.export_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert_close(logits(theirs), logits(model), **CLOSE)
+
+
 # peft looks for what ranks are given for among layers, and says so of parameters, whose ranks it does set.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")
 def test_uneven_experts_are_filled_up_for_peft_and_servers_refused(tmp_path):

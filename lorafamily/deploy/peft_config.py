@@ -45,15 +45,20 @@ def patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str,
 
 
 def target_settings(model: nn.Module, names: Sequence[str], experts: Sequence[str]) -> dict[str, Any]:
-    """How peft finds the layers: as modules or, some of them in models with fused experts, as parameters.
+    """How peft finds the layers: as modules or, some of them in architectures with fused experts, as parameters.
 
-    In such models peft takes a module with an expert's name for one of an older file's experts, and silently drops its
-    adapter, even if it is a dense layer or a shared expert. Listed as parameters, they are found.
+    There peft takes a module with an expert's name for one of an older file's experts, and silently drops its adapter,
+    even if it is a dense layer or a shared expert, and even if this model has no other. Listed as parameters, they are
+    found.
 
     Of listed modules peft takes every one whose name ends like one of them: "fc" stands for "block.fc" as well. Where
     there are such others, a regular expression names the layers alone.
     """
-    fused = any(parameter.ndim == 3 and "expert" in name for name, parameter in base_parameters(model).items())
+    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
+    settings = [*config, *(config.get("text_config") or ())]
+    fused = any("expert" in name for name in settings) or any(
+        parameter.ndim == 3 and "expert" in name for name, parameter in base_parameters(model).items()
+    )
     mistaken = [name for name in names if fused and name.rpartition(".")[2] in NAMES_OF_EXPERTS]
     modules = [name for name in names if name not in mistaken]
     others = {name for name, _ in model.named_modules()} - set(modules)
