@@ -277,3 +277,17 @@ def test_the_checkpoint_of_a_wrapped_model_is_found_by_its_config(tmp_path):
     merged = transformers.MixtralModel.from_pretrained(tmp_path / "out").state_dict()
     lorafamily.merge(model)
     assert all(torch.equal(value, merged[name]) for name, value in inner.state_dict().items())
+
+
+def test_a_config_with_an_infinite_number_is_read(tmp_path):
+    """Those of Mamba 2 and of what is built of it have one, which transformers writes in a way of its own."""
+    torch.manual_seed(0)
+    sizes = {"num_heads": 4, "head_dim": 16, "state_size": 4, "n_groups": 1, "chunk_size": 8, "num_hidden_layers": 2}
+    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(vocab_size=99, hidden_size=32, expand=2, **sizes))
+    assert model.config.time_step_limit[1] == float("inf")
+    model.save_pretrained(tmp_path / "base")
+    adapted(model, tmp_path)
+    lorafamily.merge(model)
+    model.save_pretrained(tmp_path / "expected")
+    merge_checkpoint(tmp_path / "base", read(tmp_path / "adapter"), tmp_path / "out")
+    assert same_files(tmp_path / "out", tmp_path / "expected") == ["model.safetensors"]

@@ -165,25 +165,26 @@ def _on_meta(cls: Any, base: Path) -> Any:
     import transformers
 
     check_there(base / CONFIG, "a checkpoint has the config of its model")
-    entries = config_of(base)
-    model_type = entries.get("model_type")
+    model_type = config_of(base).get("model_type")
     known = transformers.CONFIG_MAPPING
-    config = known[model_type].from_dict(entries) if model_type in known else None
-    if config is not None and not isinstance(config, cls.config_class):
-        key = getattr(cls.config_class, "base_config_key", "")
-        config = getattr(config, key, None) if key else None  # of the text model in a vision-language model's config
-    if not isinstance(config, cls.config_class):
-        raise FileError(
-            f"{base / CONFIG}: of model_type {model_type!r}, which {cls.__name__}, the model that the adapter was made "
-            "for, is not"
-        )
     try:
-        with torch.device("meta"):
-            return cls._from_config(config)
+        config = known[model_type].from_json_file(base / CONFIG) if model_type in known else None
+        if config is not None and not isinstance(config, cls.config_class):
+            key = getattr(cls.config_class, "base_config_key", "")
+            config = (
+                getattr(config, key, None) if key else None
+            )  # of the text model in a vision-language model's config
+        if isinstance(config, cls.config_class):
+            with torch.device("meta"):
+                return cls._from_config(config)
     except Exception as error:  # a constructor can raise anything
         raise FileError(
             f"{base / CONFIG}: no {cls.__name__} can be made of it to find names by ({in_one_line(error)})"
         ) from None
+    raise FileError(
+        f"{base / CONFIG}: of model_type {model_type!r}, which {cls.__name__}, the model that the adapter was made "
+        "for, is not"
+    )
 
 
 def _found(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:

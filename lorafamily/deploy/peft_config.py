@@ -54,8 +54,9 @@ def target_settings(model: nn.Module, names: Sequence[str], experts: Sequence[st
     Of listed modules peft takes every one whose name ends like one of them: "fc" stands for "block.fc" as well. Where
     there are such others, a regular expression names the layers alone.
     """
-    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
-    settings = [*config, *(config.get("text_config") or ())]
+    config: Any = getattr(model, "config", None)
+    entries = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = [*entries, *(entries.get("text_config") or ())]
     fused = any("expert" in name for name in settings) or any(
         parameter.ndim == 3 and "expert" in name for name, parameter in base_parameters(model).items()
     )
