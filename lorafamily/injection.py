@@ -54,10 +54,10 @@ def apply(
         rank_budget: slices of all modules together, whatever parameters they have.
         budget_at: "peak": the run never exceeds the budget; "end": a method that prunes starts larger, ends within.
         targets, exclude: layers to adapt, and those of them to leave out: None or "all-linear" (no output head, pooler,
-            routers of experts, or what the kernels of state-space mixers read), "attention", regular expressions
-            searched for in full names (targets: of linear layers; of embeddings and convolutions too where one matches
-            no linear layer but output heads), or a predicate of (name, module), asked of every layer that can carry an
-            adapter.
+            routers of experts, indexers of tokens, or what the kernels of state-space mixers read), "attention",
+            regular expressions searched for in full names (targets: of linear layers; of embeddings and convolutions
+            too where one matches no linear layer but output heads), or a predicate of (name, module), asked of every
+            layer that can carry an adapter.
         fused: linear layers to adapt by parts, such as {"c_attn$": ["q", "k", "v"]}: by regular expression the names of
             parts of equal size, or names with sizes in rows, repeated if their sum is smaller than the layer. A part is
             a target like a layer ("c_attn.q"). nn.MultiheadAttention always has "q", "k", "v" and "out".

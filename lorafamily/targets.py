@@ -156,9 +156,10 @@ def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
 
 
 def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a layer chooses among experts: a `router`, or a `gate` next to experts."""
+    """Whether a layer chooses among experts (a `router`, or a `gate` next to experts), or the tokens that attention sees
+    (an `indexer`, as DeepSeek V3.2 has, whose top-k no gradient passes)."""
     *before, last = path = name.split(".")
-    if "router" in path:
+    if not {"router", "indexer"}.isdisjoint(path):
         return True
     siblings = [child for child, _ in model.get_submodule(".".join(before)).named_children()] if before else []
     return bool(_GATE.search(last)) and any("expert" in child for child in siblings if child != last)
