@@ -156,8 +156,8 @@ def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
 
 
 def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a layer chooses among experts (a `router`, or a `gate` next to experts), or the tokens that attention sees
-    (an `indexer`, as DeepSeek V3.2 has, whose top-k no gradient passes)."""
+    """Whether a layer chooses among experts (a `router`, or a `gate` next to experts), or among the tokens that
+    attention sees (an `indexer`, as in DeepSeek V3.2, whose top-k no gradient passes)."""
     *before, last = path = name.split(".")
     if not {"router", "indexer"}.isdisjoint(path):
         return True
