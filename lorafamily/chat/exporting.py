@@ -56,7 +56,6 @@ def export(exports: Sequence[str], name: str, model: nn.Module, template: Templa
     if "merged" in exports or "gguf" in exports:
         written["merged"] = _new(out / "merged")
         merge_checkpoint(path if path.is_dir() else _downloaded(name), read(out), written["merged"])
-    if "merged" in written:
         _end_answers(written["merged"], model, template)
     tokenizer = copy.deepcopy(template.tokenizer)
     tokenizer.chat_template = template.text  # so that servers render conversations as in training

@@ -170,10 +170,9 @@ def _on_meta(cls: Any, base: Path) -> Any:
     try:
         config = known[model_type].from_json_file(base / CONFIG) if model_type in known else None
         if config is not None and not isinstance(config, cls.config_class):
+            # That of the text model is in a vision-language model's config.
             key = getattr(cls.config_class, "base_config_key", "")
-            config = (
-                getattr(config, key, None) if key else None
-            )  # of the text model in a vision-language model's config
+            config = getattr(config, key, None) if key else None
         if isinstance(config, cls.config_class):
             with torch.device("meta"):
                 return cls._from_config(config)
