@@ -209,16 +209,21 @@ class Balanced(nn.Module):
         return x.square().mean() + sum(load.softmax(-1).square().mean() for load in self.loads)
 
 
-@pytest.mark.parametrize("hooks", [True, False])
-def test_what_modules_leave_behind_besides_outputs_is_scored_by_the_definition(hooks):
-    model = perturb_(lorafamily.apply(Balanced(hooks).eval(), "alora", rank=2, seed=0, targets="up"))
+def assert_scored_by_whole_forwards(model: nn.Module) -> None:
+    """With a warning, and by the definition."""
     x = torch.randn(5, 8, dtype=torch.float64)
     expected = brute_force(model, lambda: model(x))
-    with pytest.warns(UserWarning, match="modules of Balanced hand on more than their outputs"):
+    with pytest.warns(UserWarning, match=f"modules of {type(model).__name__} hand on more than their outputs"):
         found = scored(model, lambda: model(x), None)
     # float64 both times: scores are differences of losses near 1, whose sums may run in another order.
     for name, value in expected.items():
         assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+def test_what_modules_leave_behind_besides_outputs_is_scored_by_the_definition(hooks):
+    model = perturb_(lorafamily.apply(Balanced(hooks).eval(), "alora", rank=2, seed=0, targets="up"))
+    assert_scored_by_whole_forwards(model)
 
 
 class Sharing(nn.Module):
@@ -252,13 +257,7 @@ class Sharing(nn.Module):
 @pytest.mark.parametrize("how", ["given", "kept"])
 def test_layers_that_share_what_is_no_output_are_scored_by_the_definition(how):
     model = perturb_(lorafamily.apply(Sharing(how).eval(), "alora", rank=2, seed=0, targets=r"blocks\.\d\.q"))
-    x = torch.randn(5, 8, dtype=torch.float64)
-    expected = brute_force(model, lambda: model(x))
-    with pytest.warns(UserWarning, match="modules of Sharing hand on more than their outputs"):
-        found = scored(model, lambda: model(x), None)
-    # float64 both times: scores are differences of losses near 1, whose sums may run in another order.
-    for name, value in expected.items():
-        assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+    assert_scored_by_whole_forwards(model)
 
 
 def test_a_tape_leaves_the_model_as_it_was_when_something_fails():

@@ -133,7 +133,8 @@ def watch_first_batch(
             calls.pop()
             if not calls:
                 reads.__exit__(None, None, None)
-                seen.extend([module] if output is not None else [])  # the forward did not raise
+                if output is not None:  # the forward did not raise
+                    seen.append(module)
             if module is model:
                 decide()
 
