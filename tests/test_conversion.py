@@ -279,6 +279,22 @@ def test_the_checkpoint_of_a_wrapped_model_is_found_by_its_config(tmp_path):
     assert all(torch.equal(value, merged[name]) for name, value in inner.state_dict().items())
 
 
+@pytest.mark.parametrize("part", ["", "model"])
+def test_a_model_of_the_class_that_auto_classes_take_for_a_config_is_of_that_config(part, tmp_path):
+    """InternLM3 has a config of its own, and Llama's models."""
+    config = transformers.InternLM3Config(**TEXT)
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForCausalLM.from_config(config)
+    whole.save_pretrained(tmp_path / "base")
+    model = whole.get_submodule(part)
+    assert not isinstance(config, type(model).config_class)
+    expected = lorafamily.merge(adapted(model, tmp_path)).state_dict()
+    merge_checkpoint(tmp_path / "base", read(tmp_path / "adapter"), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_submodule(part).state_dict()
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in again.items())
+
+
 def test_a_config_with_an_infinite_number_is_read(tmp_path):
     """Those of Mamba 2 and of what is built of it have one, which transformers writes in a way of its own."""
     torch.manual_seed(0)

@@ -171,9 +171,12 @@ def _on_meta(cls: Any, base: Path) -> Any:
         config = known[model_type].from_json_file(base / CONFIG) if model_type in known else None
         if config is not None and not isinstance(config, cls.config_class):
             # That of the text model is in a vision-language model's config.
-            key = getattr(cls.config_class, "base_config_key", "")
-            config = getattr(config, key, None) if key else None
-        if isinstance(config, cls.config_class):
+            inside = getattr(config, getattr(cls.config_class, "base_config_key", ""), None)
+            if isinstance(inside, cls.config_class):
+                config = inside
+            elif not _given(cls, config.model_type):
+                config = None
+        if config is not None:
             with torch.device("meta"):
                 return cls._from_config(config)
     except Exception as error:  # a constructor can raise anything
@@ -184,6 +187,15 @@ def _on_meta(cls: Any, base: Path) -> Any:
         f"{base / CONFIG}: of model_type {model_type!r}, which {cls.__name__}, the model that the adapter was made "
         "for, is not"
     )
+
+
+def _given(cls: Any, model_type: str) -> bool:
+    """Whether an auto class makes models of this class from another's config, as LlamaForCausalLM from InternLM3's."""
+    from transformers.models.auto import modeling_auto
+
+    tables = [names for at, names in vars(modeling_auto).items() if at.endswith("_MAPPING_NAMES")]
+    found = [names.get(model_type) for names in tables]
+    return any(cls.__name__ in (names if isinstance(names, tuple) else (names,)) for names in found)
 
 
 def _found(model: Any, stored: Mapping[str, tuple[int, ...]]) -> Names:
