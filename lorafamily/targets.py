@@ -145,11 +145,13 @@ def heads_of(model: nn.Module) -> Callable[[str, nn.Module], bool]:
         output = getattr(model, "get_output_embeddings", lambda: None)()
     except (NotImplementedError, AttributeError):  # some models of transformers have the method, but no such layer
         output = None
-    trunk = getattr(model, "base_model_prefix", "")
+    trunks = {getattr(model, "base_model_prefix", "")}
+    # Composed of whole models, such as two BERTs: each has heads of its own, and the encoder's pooler is not used.
+    trunks |= {part for part in ("encoder", "decoder") if hasattr(getattr(model, part, None), "base_model_prefix")}
 
     def is_head(name: str, layer: nn.Module) -> bool:
         path = name.split(".")
-        path = path[1:] if len(path) > 1 and path[0] == trunk else path
+        path = path[1:] if len(path) > 1 and path[0] in trunks else path
         return path[0] in HEADS or layer is output or id(layer._parameters.get("weight")) in embeddings
 
     return is_head

@@ -617,6 +617,12 @@ def on_meta(cls: str, **config) -> nn.Module:
 EXPERTS = SMALL | {"num_key_value_heads": 2}
 ARCHITECTURES = {
     "BertForPreTraining": ({"config": "BertConfig"} | SMALL, {"pooler.dense", "cls"}, set()),
+    "EncoderDecoderModel": (
+        {"config": "EncoderDecoderConfig", "encoder": SMALL | {"model_type": "bert"}}
+        | {"decoder": SMALL | {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}},
+        {"encoder.pooler", "decoder.cls"},
+        {"crossattention.self.query"},
+    ),
     "RobertaForSequenceClassification": ({"config": "RobertaConfig"} | SMALL, {"classifier"}, set()),
     "GPTJForCausalLM": (
         {"config": "GPTJConfig", "vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8},
