@@ -11,7 +11,7 @@ from pathlib import Path
 from conftest import shared
 from studies.arms import UNIFORM
 from studies.intervals import paired
-from studies.page import missing, on_models, write
+from studies.page import missing, on_models, verdict_table, write
 from studies.problems import PROBLEMS
 from studies.results import Comparison, Study, read
 
@@ -45,14 +45,22 @@ def test_the_answer_on_models_says_who_beats_uniform_lora_and_where():
     control = Comparison("uniform at the peak size", UNIFORM.name, difference, adjusted=0.01, same=1.0)
     anew = Comparison("EVA's pattern anew", "EVA's pattern shuffled", difference, adjusted=1.0, same=0.01)
     embedded, sst2 = (Study(PROBLEMS[name], []) for name in ("embedded", "sst2"))
-    begins = "At equal budgets, each at its own best rate, on embedded and sst2"
-    said = on_models([(embedded, [better, control]), (sst2, [undecided, anew])])
-    assert said == (
-        f"{begins}: EVA (embedded) is better, EVA (sst2) is undecided; "
-        "against the same ranks shuffled, EVA's pattern anew (sst2) is on par."
+    begins = "At equal budgets, each at its own best rate, on embedded and sst2: "
+    both = [(embedded, [better, control]), (sst2, [undecided, anew])]
+    assert on_models(both) == (
+        f"{begins}EVA (embedded) beats uniform LoRA (1 better, 1 undecided), "
+        "and no found pattern, trained anew, beats its own ranks shuffled (1 on par)."
     )
+    assert verdict_table(both) == [
+        ["problem", "against", "better", "on par", "undecided", "worse"],
+        ["embedded", "uniform LoRA", "EVA", "–", "–", "–"],
+        ["sst2", "uniform LoRA", "–", "–", "EVA", "–"],
+        ["sst2", "the same ranks shuffled", "–", "EVA's pattern anew", "–", "–"],
+    ]
     said = on_models([(embedded, [undecided, control]), (sst2, [undecided])])
-    assert said == f"{begins}, nothing that moves rank beats uniform LoRA: EVA (embedded and sst2) is undecided."
+    assert said == f"{begins}nothing that moves rank beats uniform LoRA (2 undecided)."
+    said = on_models([(embedded, [better]), (sst2, [better])])
+    assert said == f"{begins}EVA (embedded) and EVA (sst2) beat uniform LoRA (2 better)."
     assert on_models([(embedded, [control])]).startswith("Too few runs")
 
 

@@ -21,6 +21,8 @@ FINDERS = ("ALoRA", "AdaLoRA", "EVA", "GoRA")
 MOVES = ("ALoRA", "ALoRA first-order", "AdaLoRA", "LoRA²", "ElaLoRA", "FlexLoRA", "EVA", "GoRA", "LoRA then cut")
 """Arms that end with unequal ranks, without controls."""
 REAL = ("embedded", "sst2", "mrpc")
+Found = Sequence[tuple[Study, Sequence[Comparison]]]
+"""Problems, each with its comparisons."""
 
 
 def write(folder: Path, out: Path) -> str:
@@ -37,8 +39,10 @@ def write(folder: Path, out: Path) -> str:
     if judged:
         save(forest(*zip(*judged, strict=True)), folder / "forest.png")
         save(patterns(*zip(*judged, strict=True)), folder / "patterns.png")
+    real = [(s, c) for s, c in zip(studies, compared, strict=True) if s.problem.name in REAL]
     parts: list[Part] = [
         Text("\n".join(f"{at}. {said}" for at, said in enumerate(sentences(studies, compared), 1))),
+        Table(verdict_table(real)),
         Text(NOTE),
         Heading("What was asked, and how"),
         Text("\n".join(f"- **{study.problem.name}**: {study.problem.what} {_runs(study)}" for study in studies)),
@@ -142,27 +146,54 @@ def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
     return "On a planted problem, where only half of the layers can help: " + "; ".join(said) + "."
 
 
-def on_models(found: Sequence[tuple[Study, Sequence[Comparison]]]) -> str:
+def on_models(found: Found) -> str:
     """What allocation is worth on models that were not made for the question, the answer first."""
-    judged = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
-    moves = [(c, where) for c, where in judged if c.other == UNIFORM.name and c.arm in MOVES]
-    anew = [(c, where) for c, where in judged if c.other != UNIFORM.name and c.arm.endswith("anew")]
+    moves, anew = moved(found), trained_anew(found)
     if not moves:
         return "Too few runs say whether it matters on a model that was not made for the question."
-    beats = any(c.verdict == "better" for c, _ in moves)
-    problems = list(dict.fromkeys(where for _, where in moves))
-    answer = "" if beats else ", nothing that moves rank beats uniform LoRA"
-    said = [f"At equal budgets, each at its own best rate, on {listed(problems)}{answer}: {by_verdict(moves)}"]
-    said += [f"against the same ranks shuffled, {by_verdict(anew)}"] if anew else []
-    return "; ".join(said) + "."
+    problems = listed(list(dict.fromkeys(where for _, where in moves)))
+    said = [
+        f"At equal budgets, each at its own best rate, on {problems}: {who('nothing that moves rank', moves)} uniform "
+        f"LoRA ({counted(moves)})"
+    ]
+    if anew:
+        said.append(f"{who('no found pattern, trained anew,', anew)} its own ranks shuffled ({counted(anew)})")
+    return ", and ".join(said) + "."
 
 
-def by_verdict(found: Sequence[tuple[Comparison, str]]) -> str:
-    """Arms, each with the problems where it has a verdict."""
-    arms: dict[str, dict[str, list[str]]] = {verdict: {} for verdict in COLOUR}
-    for c, where in found:
-        arms[c.verdict].setdefault(c.arm, []).append(where)
-    return grouped({f"{arm} ({listed(where)})": v for v, own in arms.items() for arm, where in own.items()})
+def moved(found: Found) -> list[tuple[Comparison, str]]:
+    """Arms that end with unequal ranks against uniform LoRA, each with its problem."""
+    every = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
+    return [(c, where) for c, where in every if c.other == UNIFORM.name and c.arm in MOVES]
+
+
+def trained_anew(found: Found) -> list[tuple[Comparison, str]]:
+    """Found patterns, trained anew, against the patterns shuffled, each with its problem."""
+    every = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
+    return [(c, where) for c, where in every if c.other != UNIFORM.name and c.arm.endswith("anew")]
+
+
+def who(nothing: str, found: Sequence[tuple[Comparison, str]]) -> str:
+    """Who beats the other, or that nothing does."""
+    better = [f"{c.arm} ({where})" for c, where in found if c.verdict == "better"]
+    return f"{listed(better)} {'beat' if len(better) > 1 else 'beats'}" if better else f"{nothing} beats"
+
+
+def counted(found: Sequence[tuple[Comparison, str]]) -> str:
+    """How many comparisons have each verdict."""
+    verdicts = [c.verdict for c, _ in found]
+    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in COLOUR if verdict in verdicts)
+
+
+def verdict_table(found: Found) -> list[list[str]]:
+    """Arms by problem and verdict: those that move rank, then the patterns that they found."""
+    lines = [["problem", "against", *COLOUR]]
+    for judged, other in ((moved(found), "uniform LoRA"), (trained_anew(found), "the same ranks shuffled")):
+        for problem in dict.fromkeys(where for _, where in judged):
+            own = [c for c, where in judged if where == problem]
+            by = [", ".join(c.arm for c in own if c.verdict == verdict) or "–" for verdict in COLOUR]
+            lines.append([problem, other, *by])
+    return lines
 
 
 def verdicts_of(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict[str, str]:
