@@ -42,7 +42,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     """Adds the penalty and the rank allocation of a model's active adapters to a Trainer.
 
     Args:
-        model: the model that the Trainer gets, with adapters.
+        model: the model that the Trainer gets, with adapters; or `trainer.model`, where its `model_init` makes a model
+            for every training, to each of which the callback goes over.
         validation: batches, for methods that score ranks on them, such as `trainer.get_eval_dataloader()`.
         seed: for the initialisation of new slices.
         adapters_only: save only what trains in the Trainer's checkpoints, without the frozen base.
@@ -65,17 +66,12 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         log: Callable[[dict[str, float]], None] | None = None,
         check_gradients: bool = True,
     ):
-        refuse_merged(state_of(model))
-        self.placement = placement_of(model)
-        self.model, self.validation, self.seed = model, validation, seed
+        self.validation, self.seed = validation, seed
         self.log, self.check_gradients, self.adapters_only = log, check_gradients, adapters_only
-        self.start = self._slices()
         self.session: Session | None = None
         self._hooks: list[RemovableHandle] = []
-        self._ddp_may_lose_some = self._resizes and _leave_to_session(model, self.placement.adapters)
         self._none_loaded = False  # whether the state dict loaded last had no adapters
-        # The Trainer loads a checkpoint into the model before it calls the callback, and ranks must fit by then.
-        model.register_load_state_dict_pre_hook(self._fit_ranks)
+        self._take(model)
 
     @property
     def decisions(self) -> list[Decision]:
@@ -102,17 +98,24 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         """Begin the allocation, or continue that of the checkpoint that the Trainer resumes from.
 
         Raises:
-            StateError: the Trainer trains another model; ranks would change where its engine holds on to tensors (DDP,
-                FSDP, DeepSpeed); the checkpoint was written without this callback, or is of other adapters.
+            StateError: ranks would change where its engine holds on to tensors (DDP, FSDP, DeepSpeed); the checkpoint
+                was written without this callback, or is of other adapters; `model_init` has made another model, which
+                has no adapters, or which resumes, or which DDP has wrapped by now.
             AllocationError: the method's schedule does not fit the run.
             TrainingError: the optimizer cannot train adapters.
 
         At the first batch, TargetError refuses named targets that have no effect; unnamed ones are left out.
         """
+        self._remove_hooks()  # of a training that was broken off
         if noted(given["model"])[0] is not noted(self.model)[0]:
-            raise StateError(
-                "the Trainer trains another model than the one this LoraFamilyCallback was made for; make one for it"
-            )
+            if state.global_step or (_under_ddp(args) and self._resizes):
+                raise StateError(
+                    "the Trainer trains another model than the one this LoraFamilyCallback was made for, as it does "
+                    "with model_init; to resume, or to change ranks under DDP, give both one model"
+                )
+            previous = self._fits
+            self._take(given["model"])
+            previous.remove()
         optimizer = given["optimizer"]
         begun = _taken_out(optimizer)
         if state.global_step and begun is None:
@@ -157,8 +160,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
             for at, adapter in self.placement.adapters.items():
                 adapter.take(best.adapters[at].state_dict())
         self._check_best(state)
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._remove_hooks()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin the step's gradient with the penalty's, so that both are clipped together."""
@@ -178,6 +180,19 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
             files.save(self.model, folder, self.placement.name)
+
+    def _take(self, model: nn.Module) -> None:
+        """Belong to a model from now on."""
+        refuse_merged(state_of(model))
+        self.placement, self.model = placement_of(model), model
+        self.start = self._slices()
+        self._ddp_may_lose_some = self._resizes and _leave_to_session(model, self.placement.adapters)
+        # The Trainer loads a checkpoint into the model before it calls the callback, and ranks must fit by then.
+        self._fits: RemovableHandle = model.register_load_state_dict_pre_hook(self._fit_ranks)
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @property
     def _resizes(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -173,6 +174,47 @@ def test_what_cannot_be_is_refused(tmp_path):
     other, _ = trainer_of(other, tmp_path / "plain", max_steps=4)
     with pytest.raises(lorafamily.StateError, match="of a run with other adapters"):
         other.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
+
+
+def test_a_trainer_may_make_its_model_anew_for_every_training(tmp_path):
+    """As hyperparameter_search does, where trials are also broken off."""
+    whole = adapted("adalora", double=True)
+    trainer, _ = trainer_of(whole, tmp_path / "whole")
+    trainer.train()
+    whole = (lorafamily.save(whole, tmp_path / "adapter") / "adapter.safetensors").read_bytes()
+
+    class Broken(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            if state.global_step == 10 and not trainer.model.unbroken:
+                raise InterruptedError
+
+    made = []
+
+    def model_init() -> nn.Module:
+        made.append(adapted("adalora", double=True))
+        made[-1].unbroken = len(made) != 2
+        return made[-1]
+
+    args = dataclasses.replace(trainer.args, output_dir=str(tmp_path / "anew"))
+    trainer = transformers.Trainer(None, args, train_dataset=samples(), model_init=model_init)
+    callback = LoraFamilyCallback(trainer.model)
+    trainer.add_callback(callback)
+    trainer.add_callback(Broken)
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    for i in range(2):
+        trainer.train()
+        assert callback.model is made[-1] is trainer.model
+        saved = lorafamily.save(made[-1], tmp_path / f"adapter {i}")
+        assert (saved / "adapter.safetensors").read_bytes() == whole
+    assert len(made) == 4
+    assert not made[0]._load_state_dict_pre_hooks
+    with pytest.raises(lorafamily.StateError, match=r"to resume, or .* give both one model"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "anew" / "checkpoint-12"))
+    made.clear()
+    trainer.model_init = lambda: model_of("bert")
+    with pytest.raises(lorafamily.StateError, match="has no adapters"):
+        trainer.train()
 
 
 DDP = """
