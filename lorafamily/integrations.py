@@ -21,7 +21,7 @@ from accelerate.state import GradientState  # type: ignore[import-untyped, unuse
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafamily.adapter import Adapter
 from lorafamily.allocation.allocator import Fixed
@@ -42,8 +42,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
     """Adds the penalty and the rank allocation of a model's active adapters to a Trainer.
 
     Args:
-        model: the model that the Trainer gets, with adapters; or `trainer.model`, where its `model_init` makes a model
-            for every training, to each of which the callback goes over.
+        model: the model that the Trainer gets, with adapters; or the Trainer, whose `model_init` makes a model for
+            every training: the callback goes over to each.
         validation: batches, for methods that score ranks on them, such as `trainer.get_eval_dataloader()`.
         seed: for the initialisation of new slices.
         adapters_only: save only what trains in the Trainer's checkpoints, without the frozen base.
@@ -58,7 +58,7 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Trainer,
         *,
         validation: Iterable[Any] | None = None,
         seed: int = 0,
@@ -71,7 +71,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         self.session: Session | None = None
         self._hooks: list[RemovableHandle] = []
         self._none_loaded = False  # whether the state dict loaded last had no adapters
-        self._take(model)
+        self._follows = isinstance(model, Trainer)
+        self._take(model.model if isinstance(model, Trainer) else model)
 
     @property
     def decisions(self) -> list[Decision]:
@@ -99,8 +100,8 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
 
         Raises:
             StateError: ranks would change where its engine holds on to tensors (DDP, FSDP, DeepSpeed); the checkpoint
-                was written without this callback, or is of other adapters; `model_init` has made another model, which
-                has no adapters, or which resumes, or which DDP has wrapped by now.
+                was written without this callback, or is of other adapters; the Trainer trains another model, or one
+                that its `model_init` has made, which has no adapters, resumes, or was wrapped by DDP.
             AllocationError: the method's schedule does not fit the run.
             TrainingError: the optimizer cannot train adapters.
 
@@ -108,10 +109,15 @@ class LoraFamilyCallback(TrainerCallback):  # type: ignore[misc, unused-ignore] 
         """
         self._remove_hooks()  # of a training that was broken off
         if noted(given["model"])[0] is not noted(self.model)[0]:
+            if not self._follows:
+                raise StateError(
+                    "the Trainer trains another model than the one this LoraFamilyCallback was made for; make one for "
+                    "it, or, with model_init, for the Trainer: LoraFamilyCallback(trainer)"
+                )
             if state.global_step or (_under_ddp(args) and self._resizes):
                 raise StateError(
-                    "the Trainer trains another model than the one this LoraFamilyCallback was made for, as it does "
-                    "with model_init; to resume, or to change ranks under DDP, give both one model"
+                    "a model that model_init has made can neither resume nor change its ranks under DDP; give the "
+                    "Trainer and LoraFamilyCallback one model"
                 )
             previous = self._fits
             self._take(given["model"])

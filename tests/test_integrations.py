@@ -197,7 +197,7 @@ def test_a_trainer_may_make_its_model_anew_for_every_training(tmp_path):
 
     args = dataclasses.replace(trainer.args, output_dir=str(tmp_path / "anew"))
     trainer = transformers.Trainer(None, args, train_dataset=samples(), model_init=model_init)
-    callback = LoraFamilyCallback(trainer.model)
+    callback = LoraFamilyCallback(trainer)
     trainer.add_callback(callback)
     trainer.add_callback(Broken)
     with pytest.raises(InterruptedError):
@@ -209,11 +209,15 @@ def test_a_trainer_may_make_its_model_anew_for_every_training(tmp_path):
         assert (saved / "adapter.safetensors").read_bytes() == whole
     assert len(made) == 4
     assert not made[0]._load_state_dict_pre_hooks
-    with pytest.raises(lorafamily.StateError, match=r"to resume, or .* give both one model"):
+    with pytest.raises(lorafamily.StateError, match="can neither resume nor change its ranks"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "anew" / "checkpoint-12"))
     made.clear()
     trainer.model_init = lambda: model_of("bert")
     with pytest.raises(lorafamily.StateError, match="has no adapters"):
+        trainer.train()
+    trainer, _ = trainer_of(adapted("lora"), tmp_path / "other")
+    trainer.add_callback(LoraFamilyCallback(adapted("lora")))
+    with pytest.raises(lorafamily.StateError, match=r"another model than .* LoraFamilyCallback\(trainer\)"):
         trainer.train()
 
 
