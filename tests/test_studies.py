@@ -148,7 +148,7 @@ def test_arms_name_what_exists():
         assert len({Trial(problem, arm, -8, 0).key for arm in arms}) == len(names)  # by which rows are known
         for arm in arms:
             assert arm.method in lorafamily.methods()
-            assert arm.rates_of is None or arm.rates_of in names
+            assert {arm.rates_of, arm.control} <= {None, *names}
             assert arm.pattern is None or names.index(arm.pattern) < names.index(arm.name)
 
 

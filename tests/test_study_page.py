@@ -9,9 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 from conftest import shared
-from studies.arms import UNIFORM
+from studies.arms import SVD, UNIFORM
+from studies.findings import on_models, verdict_table
 from studies.intervals import paired
-from studies.page import missing, on_models, verdict_table, write
+from studies.page import missing, write
 from studies.problems import PROBLEMS
 from studies.results import Comparison, Study, read
 
@@ -49,7 +50,7 @@ def test_the_answer_on_models_says_who_beats_uniform_lora_and_where():
     both = [(embedded, [better, control]), (sst2, [undecided, anew])]
     assert on_models(both) == (
         f"{begins}EVA (embedded) beats uniform LoRA (1 better, 1 undecided), "
-        "and no found pattern, trained anew, beats its own ranks shuffled (1 on par)."
+        "and no found pattern, trained anew, beats the same ranks shuffled (1 on par)."
     )
     assert verdict_table(both) == [
         ["problem", "against", "better", "on par", "undecided", "worse"],
@@ -57,6 +58,14 @@ def test_the_answer_on_models_says_who_beats_uniform_lora_and_where():
         ["sst2", "uniform LoRA", "–", "–", "EVA", "–"],
         ["sst2", "the same ranks shuffled", "–", "EVA's pattern anew", "–", "–"],
     ]
+    formed = Comparison("AdaLoRA", SVD.name, difference, adjusted=0.01, same=1.0)
+    both = [(embedded, [undecided, formed]), (sst2, [anew])]
+    assert on_models(both) == (
+        "At equal budgets, each at its own best rate, on embedded: nothing that moves rank beats uniform LoRA (1 "
+        "undecided), AdaLoRA (embedded) beats equal ranks in the same form (1 better), "
+        "and no found pattern, trained anew, beats the same ranks shuffled (1 on par)."
+    )
+    assert verdict_table(both)[2] == ["embedded", "the same form, equal ranks", "AdaLoRA", "–", "–", "–"]
     said = on_models([(embedded, [undecided, control]), (sst2, [undecided])])
     assert said == f"{begins}nothing that moves rank beats uniform LoRA (2 undecided)."
     said = on_models([(embedded, [better]), (sst2, [better])])
@@ -125,3 +134,12 @@ def test_the_page_names_what_is_absent_and_what_is_of_another_size():
     assert "on sst2, or with too few seeds: uniform at the peak size; ALoRA first-order; AdaLoRA; LoRA²; LoRA" in said
     assert "; ALoRA first-order's pattern anew; ALoRA first-order's pattern shuffled; AdaLoRA's pattern anew; " in said
     assert "of its parameters" not in said
+
+
+def test_an_arm_is_compared_with_its_control_where_both_were_judged():
+    stored = next(s for s in read(STORED) if s.problem.name == "embedded")
+    arm, control = stored.metrics("LoRA² at 1/8"), stored.metrics("uniform, rank 1")
+    found = next(c for c in stored.comparisons() if (c.arm, c.other) == ("LoRA² at 1/8", "uniform, rank 1"))
+    assert found.found == paired([control[seed] - arm[seed] for seed in sorted(arm)])
+    rows = [r for r in stored.rows if r["arm"] != "uniform, rank 1"]
+    assert "uniform, rank 1" not in {c.other for c in Study(stored.problem, rows).comparisons()}

@@ -20,7 +20,8 @@ class Arm:
     `budget_at`: when it holds. `up_ratio`: rate of U over that of V (LoRA+). `cut_from`: trained with so many times
     `size`, then cut to it through all layers. `pattern`: ranks by layer are those another arm of the same seed ended
     with; `shuffle`: permuted among layers of equal shape, by this number. `dropped`: what the optimizer loses whenever
-    ranks change. `start`: log10 of the rate around which tuning begins.
+    ranks change. `control`: an arm that lacks what this one is about, and is compared with it, too. `start`: log10 of
+    the rate around which tuning begins.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Arm:
     pattern: str | None = None
     shuffle: int | None = None
     dropped: Dropped | None = None
+    control: str | None = None
     rates_of: str | None = None
     start: float = -2.0
 
@@ -49,6 +51,8 @@ UNIFORM = Arm("uniform")
 """Plain LoRA, the same rank everywhere: what everything is held against."""
 ALORA = Arm("ALoRA", "alora", (("scorer", "exact"),))
 ADALORA = Arm("AdaLoRA", "adalora", budget_at="end", start=-1.75)
+SVD = Arm("SVD form, equal ranks", "svd")
+"""AdaLoRA's form and penalty without its allocation."""
 ONE = ("drop", 1)
 """ALoRA's n_A on the planted problem. The paper's, the layers of one block, is a 256th of all slices in LLaMA-2-7B;
 here it would be half of them, and every second round would undo the one before."""
@@ -107,14 +111,22 @@ EMBEDDED: tuple[Arm, ...] = (
         dropped="state and schedule",
         rates_of="ALoRA first-order",
     ),
-    ADALORA,
-    Arm("AdaLoRA, task-only scores", "adalora", (("gradient_of", "task"),), budget_at="end", start=-1.75),
+    SVD,
+    replace(ADALORA, control=SVD.name),
+    Arm(
+        "AdaLoRA, task-only scores",
+        "adalora",
+        (("gradient_of", "task"),),
+        budget_at="end",
+        control=SVD.name,
+        start=-1.75,
+    ),
     Arm("AdaLoRA, budget at the peak", "adalora", start=-1.75),
     Arm("AdaLoRA, budget at the peak, task-only scores", "adalora", (("gradient_of", "task"),), start=-1.75),
-    Arm("LoRA² at 1/8", "lora2", size=0.1325, start=-1.75),  # width 1 is a little larger than 1/8
+    Arm("LoRA² at 1/8", "lora2", size=0.1325, control="uniform, rank 1", start=-1.75),  # width 1 is a little larger
     Arm("LoRA²", "lora2", start=-1.75),
-    Arm("ElaLoRA", "elalora", start=-1.75),
-    Arm("FlexLoRA", "flexlora", start=-1.75),
+    Arm("ElaLoRA", "elalora", control=SVD.name, start=-1.75),
+    Arm("FlexLoRA", "flexlora", control=SVD.name, start=-1.75),
     Arm("OLoRA", "olora", start=-3.0),
     Arm("EVA", "eva"),
     Arm("GoRA", "gora", start=-2.25),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,17 +12,11 @@ from lorafamily.insight.drawing import save
 from pages.page import Heading, Part, Picture, Table, Text, markdown
 from pages.report import or_dash
 from studies.arms import UNIFORM
-from studies.figures import COLOUR, forest, patterns
+from studies.figures import forest, patterns
+from studies.findings import REAL, listed, sentences, verdict_table
 from studies.intervals import effect_text, p_text
 from studies.problems import PROBLEMS
 from studies.results import LEVEL, Comparison, Study, area, mean_of, puts_it_there, read, steps_to
-
-FINDERS = ("ALoRA", "AdaLoRA", "EVA", "GoRA")
-MOVES = ("ALoRA", "ALoRA first-order", "AdaLoRA", "LoRA²", "ElaLoRA", "FlexLoRA", "EVA", "GoRA", "LoRA then cut")
-"""Arms that end with unequal ranks, without controls."""
-REAL = ("embedded", "sst2", "mrpc")
-Found = Sequence[tuple[Study, Sequence[Comparison]]]
-"""Problems, each with its comparisons."""
 
 
 def write(folder: Path, out: Path) -> str:
@@ -53,8 +47,11 @@ def write(folder: Path, out: Path) -> str:
         Picture("Difference from uniform LoRA, with intervals", folder / "forest.png"),
         Heading("What the found patterns are worth"),
         Text(PATTERNS),
-        Table(controls(studies, compared)),
+        Table(controls(studies, compared, shuffled=True)),
         Picture("Mean rank by layer, and what it was worth", folder / "patterns.png"),
+        Heading("Allocation and form apart"),
+        Text(FORMS),
+        Table(controls(studies, compared, shuffled=False)),
         Heading("What follows for a choice"),
         Text(FOLLOWS),
         Heading("What is not shown"),
@@ -86,6 +83,11 @@ PATTERNS = (
     "pattern anew beats the pattern shuffled. If the method matters beyond the pattern that it finds, it also beats "
     "the pattern anew; no test compares these two."
 )
+FORMS = (
+    "AdaLoRA, ElaLoRA and FlexLoRA train P diag(λ) Q with a penalty that keeps P and Q orthonormal. The SVD form with "
+    "equal ranks is that and nothing else, so that the difference from it is the allocation's. LoRA² at an eighth of "
+    "the budget stands against LoRA of rank 1."
+)
 FOLLOWS = (
     "Allocation can pay where layers differ much in what they need. The planted problem makes them differ as much as "
     "possible, all or nothing: it shows that a method can find such layers, not that your model has any. The "
@@ -105,112 +107,6 @@ AGAIN = (
     "    python experiments/study.py store runs/study-*/results.jsonl\n"
     "    python experiments/study.py page"
 )
-
-
-def sentences(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[str]:
-    """What was found: a sentence each for the planted, the misleading and the other problems; failures first."""
-    found = {study.problem.name: (study, list(judged)) for study, judged in zip(studies, compared, strict=True)}
-    said = [planted(*found["planted"])] if "planted" in found else []
-    if "misleading" in found:
-        verdicts = verdicts_of(found["misleading"][1], FINDERS)
-        said.append(
-            "Where inputs vary most in the layers that need nothing, against equal ranks: "
-            f"{grouped(verdicts) or 'too few runs to say'}."
-        )
-    said.append(on_models([found[name] for name in REAL if name in found]))
-    return said
-
-
-def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
-    """Whether methods find the layers that can help, and gain from it."""
-    solved, failed, shares = [], [], []
-    for name in FINDERS:
-        share = puts_it_there(study.of(name))
-        verdicts = [c.verdict for c in comparisons if c.arm == name]
-        if share is None or len(verdicts) < 2:
-            continue
-        if verdicts == ["better", "better"] and share[1] < LEVEL:
-            solved.append(name)
-            shares.append(round(100 * share[0]))
-        else:
-            failed.append(name)
-    said = [f"{listed(failed)} fail"] if failed else []
-    if solved:
-        said.append(
-            f"{listed(solved)} put {min(shares)} to {max(shares)} % of the rank into these layers and beat equal ranks "
-            "and their own patterns shuffled"
-        )
-    random = {c.arm: c.verdict for c in comparisons if "random scores" in c.arm and c.other == UNIFORM.name}
-    if random:
-        said.append(f"against equal ranks, random scores are {listed(sorted(set(random.values())))}")
-    return "On a planted problem, where only half of the layers can help: " + "; ".join(said) + "."
-
-
-def on_models(found: Found) -> str:
-    """What allocation is worth on models that were not made for the question, the answer first."""
-    moves, anew = moved(found), trained_anew(found)
-    if not moves:
-        return "Too few runs say whether it matters on a model that was not made for the question."
-    problems = listed(list(dict.fromkeys(where for _, where in moves)))
-    said = [
-        f"At equal budgets, each at its own best rate, on {problems}: {who('nothing that moves rank', moves)} uniform "
-        f"LoRA ({counted(moves)})"
-    ]
-    if anew:
-        said.append(f"{who('no found pattern, trained anew,', anew)} its own ranks shuffled ({counted(anew)})")
-    return ", and ".join(said) + "."
-
-
-def moved(found: Found) -> list[tuple[Comparison, str]]:
-    """Arms that end with unequal ranks against uniform LoRA, each with its problem."""
-    every = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
-    return [(c, where) for c, where in every if c.other == UNIFORM.name and c.arm in MOVES]
-
-
-def trained_anew(found: Found) -> list[tuple[Comparison, str]]:
-    """Found patterns, trained anew, against the patterns shuffled, each with its problem."""
-    every = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
-    return [(c, where) for c, where in every if c.other != UNIFORM.name and c.arm.endswith("anew")]
-
-
-def who(nothing: str, found: Sequence[tuple[Comparison, str]]) -> str:
-    """Who beats the other, or that nothing does."""
-    better = [f"{c.arm} ({where})" for c, where in found if c.verdict == "better"]
-    return f"{listed(better)} {'beat' if len(better) > 1 else 'beats'}" if better else f"{nothing} beats"
-
-
-def counted(found: Sequence[tuple[Comparison, str]]) -> str:
-    """How many comparisons have each verdict."""
-    verdicts = [c.verdict for c, _ in found]
-    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in COLOUR if verdict in verdicts)
-
-
-def verdict_table(found: Found) -> list[list[str]]:
-    """Arms by problem and verdict: those that move rank, then the patterns that they found."""
-    lines = [["problem", "against", *COLOUR]]
-    for judged, other in ((moved(found), "uniform LoRA"), (trained_anew(found), "the same ranks shuffled")):
-        for problem in dict.fromkeys(where for _, where in judged):
-            own = [c for c, where in judged if where == problem]
-            by = [", ".join(c.arm for c in own if c.verdict == verdict) or "–" for verdict in COLOUR]
-            lines.append([problem, other, *by])
-    return lines
-
-
-def verdicts_of(comparisons: Sequence[Comparison], names: Sequence[str]) -> dict[str, str]:
-    """Against uniform LoRA."""
-    found = {c.arm: c.verdict for c in comparisons if c.other == UNIFORM.name}
-    return {name: found[name] for name in names if name in found}
-
-
-def grouped(verdicts: Mapping[str, str]) -> str:
-    """Names by verdict, in words."""
-    by = {verdict: [name for name, given in verdicts.items() if given == verdict] for verdict in COLOUR}
-    return ", ".join(f"{listed(names)} {'is' if len(names) == 1 else 'are'} {v}" for v, names in by.items() if names)
-
-
-def listed(names: Sequence[object]) -> str:
-    words = list(map(str, names))
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
@@ -250,11 +146,12 @@ def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) ->
     return lines
 
 
-def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) -> list[list[str]]:
-    """The found patterns compared with the same ranks in other places."""
+def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]], *, shuffled: bool) -> list[list[str]]:
+    """Comparisons with others than uniform LoRA: with the same ranks in other places, or with the arms' controls."""
     lines = [["arm", "problem", "against", "difference", "g", "p", "verdict"]]
     for study, comparisons in zip(studies, compared, strict=True):
-        lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in comparisons if c.other != "uniform"]
+        own = [c for c in comparisons if c.other != UNIFORM.name and c.other.endswith("shuffled") == shuffled]
+        lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in own]
     return lines
 
 
@@ -291,7 +188,8 @@ def missing(studies: Sequence[Study]) -> str:
         "looks. The problem's length and ALoRA's slices a round were chosen while looking at seed 0, which is one of "
         "the judged seeds. ALoRA drops one slice a round there; its paper's number, the layers of a block, would be "
         "half of all slices, and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until "
-        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth. On sst2 ALoRA and its "
+        "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth. The SVD form with "
+        "equal ranks was added when AdaLoRA, ElaLoRA and FlexLoRA had been judged on embedded. On sst2 ALoRA and its "
         "patterns were run twice, since at first its ranks were scored on the shortest sentences by mistake. It was on "
         "par with uniform LoRA then, too, and the pattern anew was on par with the pattern shuffled."
     )

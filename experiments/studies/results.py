@@ -91,13 +91,16 @@ class Study:
 
     def comparisons(self) -> list[Comparison]:
         """Every arm that was judged and did not diverge against uniform LoRA; in addition each arm that finds a
-        pattern, and plain LoRA trained anew with that pattern, against the pattern shuffled."""
+        pattern, and plain LoRA trained anew with that pattern, against the pattern shuffled; and arms against their
+        controls."""
         metrics = {arm.name: self.metrics(arm.name) for arm in self.arms}
         pairs = [(name, UNIFORM.name, metrics[UNIFORM.name]) for name in metrics if name != UNIFORM.name]
         for arm in self.arms:
             if arm.pattern is not None and arm.shuffle is None:
                 other = self.shuffles(arm.pattern)
                 pairs += [(name, f"{arm.pattern}'s pattern shuffled", other) for name in (arm.pattern, arm.name)]
+            if arm.control is not None:
+                pairs.append((arm.name, arm.control, metrics[arm.control]))
         found = []
         for name, other_name, other in pairs:
             seeds = sorted(metrics[name].keys() & other.keys())
