@@ -11,7 +11,7 @@ from pathlib import Path
 from lorafamily.insight.drawing import save
 from pages.page import Heading, Part, Picture, Table, Text, markdown
 from pages.report import or_dash
-from studies.arms import UNIFORM
+from studies.arms import SVD, UNIFORM
 from studies.figures import forest, patterns
 from studies.findings import REAL, listed, sentences, verdict_table
 from studies.intervals import effect_text, p_text
@@ -47,11 +47,11 @@ def write(folder: Path, out: Path) -> str:
         Picture("Difference from uniform LoRA, with intervals", folder / "forest.png"),
         Heading("What the found patterns are worth"),
         Text(PATTERNS),
-        Table(controls(studies, compared, shuffled=True)),
+        Table(controls(studies, compared, with_shuffled)),
         Picture("Mean rank by layer, and what it was worth", folder / "patterns.png"),
         Heading("Allocation and form apart"),
         Text(FORMS),
-        Table(controls(studies, compared, shuffled=False)),
+        Table(controls(studies, compared, with_control)),
         Heading("What follows for a choice"),
         Text(FOLLOWS),
         Heading("What is not shown"),
@@ -85,8 +85,8 @@ PATTERNS = (
 )
 FORMS = (
     "AdaLoRA, ElaLoRA and FlexLoRA train P diag(λ) Q with a penalty that keeps P and Q orthonormal. The SVD form with "
-    "equal ranks is that and nothing else, so that the difference from it is the allocation's. LoRA² at an eighth of "
-    "the budget stands against LoRA of rank 1."
+    "equal ranks is that and nothing else: its distance from uniform LoRA is what the form costs, and theirs from it "
+    "what allocation is worth in that form. LoRA² at an eighth of the budget stands against LoRA of rank 1."
 )
 FOLLOWS = (
     "Allocation can pay where layers differ much in what they need. The planted problem makes them differ as much as "
@@ -146,13 +146,24 @@ def table(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]]) ->
     return lines
 
 
-def controls(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]], *, shuffled: bool) -> list[list[str]]:
-    """Comparisons with others than uniform LoRA: with the same ranks in other places, or with the arms' controls."""
+def controls(
+    studies: Sequence[Study], compared: Sequence[Sequence[Comparison]], chosen: Callable[[Comparison], bool]
+) -> list[list[str]]:
+    """The comparisons that are chosen."""
     lines = [["arm", "problem", "against", "difference", "g", "p", "verdict"]]
     for study, comparisons in zip(studies, compared, strict=True):
-        own = [c for c in comparisons if c.other != UNIFORM.name and c.other.endswith("shuffled") == shuffled]
-        lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in own]
+        lines += [[c.arm, study.problem.name, c.other, *_cells(c)] for c in comparisons if chosen(c)]
     return lines
+
+
+def with_shuffled(c: Comparison) -> bool:
+    """With the same ranks in other places."""
+    return c.other.endswith("shuffled")
+
+
+def with_control(c: Comparison) -> bool:
+    """With an arm's control; and what the SVD form costs."""
+    return c.arm == SVD.name or not (with_shuffled(c) or c.other == UNIFORM.name)
 
 
 def missing(studies: Sequence[Study]) -> str:
