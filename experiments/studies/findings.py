@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from studies.arms import SVD, UNIFORM
 from studies.figures import COLOUR
@@ -57,13 +57,13 @@ def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
 
 def on_models(found: Found) -> str:
     """What allocation is worth on models that were not made for the question, the answer first."""
-    moves, formed, anew = moved(found), in_their_form(found), trained_anew(found)
-    if not moves:
+    moved, formed, anew = (chosen(found, by) for by in GROUPS.values())
+    if not moved:
         return "Too few runs say whether it matters on a model that was not made for the question."
-    problems = listed(list(dict.fromkeys(where for _, where in moves)))
+    problems = listed(list(dict.fromkeys(where for _, where in moved)))
     said = [
-        f"At equal budgets, each at its own best rate, on {problems}: {who('nothing that moves rank', moves)} uniform "
-        f"LoRA ({counted(moves)})"
+        f"At equal budgets, each at its own best rate, on {problems}: {who('nothing that moves rank', moved)} uniform "
+        f"LoRA ({counted(moved)})"
     ]
     if formed:
         said.append(f"{who('no allocation', formed)} equal ranks in the same form ({counted(formed)})")
@@ -72,22 +72,32 @@ def on_models(found: Found) -> str:
     return ", and ".join(filter(None, [", ".join(said[:-1]), said[-1]])) + "."
 
 
-def moved(found: Found) -> list[tuple[Comparison, str]]:
-    """Arms that end with unequal ranks against uniform LoRA, each with its problem."""
-    every = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
-    return [(c, where) for c, where in every if c.other == UNIFORM.name and c.arm in MOVES]
+def moves(c: Comparison) -> bool:
+    """Whether an arm that ends with unequal ranks is compared with uniform LoRA."""
+    return c.arm in MOVES and c.other == UNIFORM.name
 
 
-def in_their_form(found: Found) -> list[tuple[Comparison, str]]:
-    """Arms that end with unequal ranks against equal ranks in the same form, each with its problem."""
-    every = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
-    return [(c, where) for c, where in every if c.other == SVD.name and c.arm in MOVES]
+def moves_in_its_form(c: Comparison) -> bool:
+    """Whether it is compared with equal ranks in the same form."""
+    return c.arm in MOVES and c.other == SVD.name
 
 
-def trained_anew(found: Found) -> list[tuple[Comparison, str]]:
-    """Found patterns, trained anew, against the patterns shuffled, each with its problem."""
-    every = [(c, study.problem.name) for study, comparisons in found for c in comparisons]
-    return [(c, where) for c, where in every if c.other != UNIFORM.name and c.arm.endswith("anew")]
+def trained_anew(c: Comparison) -> bool:
+    """Whether a found pattern, trained anew, is compared with itself shuffled."""
+    return c.arm.endswith("anew") and c.other != UNIFORM.name
+
+
+GROUPS: dict[str, Callable[[Comparison], bool]] = {
+    "uniform LoRA": moves,
+    "the same form, equal ranks": moves_in_its_form,
+    "the same ranks shuffled": trained_anew,
+}
+"""The comparisons that answer the question, by what is compared with."""
+
+
+def chosen(found: Found, by: Callable[[Comparison], bool]) -> list[tuple[Comparison, str]]:
+    """Comparisons, each with its problem."""
+    return [(c, study.problem.name) for study, comparisons in found for c in comparisons if by(c)]
 
 
 def who(nothing: str, found: Sequence[tuple[Comparison, str]]) -> str:
@@ -103,18 +113,14 @@ def counted(found: Sequence[tuple[Comparison, str]]) -> str:
 
 
 def verdict_table(found: Found) -> list[list[str]]:
-    """Arms by problem and verdict: those that move rank, then the patterns that they found."""
+    """Arms by problem and verdict, in groups."""
     lines = [["problem", "against", *COLOUR]]
-    groups = {
-        "uniform LoRA": moved(found),
-        "the same form, equal ranks": in_their_form(found),
-        "the same ranks shuffled": trained_anew(found),
-    }
-    for other, judged in groups.items():
+    for other, by in GROUPS.items():
+        judged = chosen(found, by)
         for problem in dict.fromkeys(where for _, where in judged):
             own = [c for c, where in judged if where == problem]
-            by = [", ".join(c.arm for c in own if c.verdict == verdict) or "–" for verdict in COLOUR]
-            lines.append([problem, other, *by])
+            arms = [", ".join(c.arm for c in own if c.verdict == verdict) or "–" for verdict in COLOUR]
+            lines.append([problem, other, *arms])
     return lines
 
 
