@@ -123,7 +123,8 @@ EMBEDDED: tuple[Arm, ...] = (
     ),
     Arm("AdaLoRA, budget at the peak", "adalora", start=-1.75),
     Arm("AdaLoRA, budget at the peak, task-only scores", "adalora", (("gradient_of", "task"),), start=-1.75),
-    Arm("LoRA² at 1/8", "lora2", size=0.1325, control="uniform, rank 1", start=-1.75),  # width 1 is a little larger
+    # Width 1 is a little larger than 1/8.
+    Arm("LoRA² at 1/8", "lora2", size=0.1325, control="uniform, rank 1", start=-1.75),
     Arm("LoRA²", "lora2", start=-1.75),
     Arm("ElaLoRA", "elalora", control=SVD.name, start=-1.75),
     Arm("FlexLoRA", "flexlora", control=SVD.name, start=-1.75),
