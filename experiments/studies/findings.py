@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from studies.arms import SVD, UNIFORM
 from studies.figures import COLOUR
-from studies.results import LEVEL, Comparison, Study, puts_it_there
+from studies.results import LEVEL, Comparison, Study, pattern_shuffled, puts_it_there
 
 FINDERS = ("ALoRA", "AdaLoRA", "EVA", "GoRA")
 MOVES = ("ALoRA", "ALoRA first-order", "AdaLoRA", "LoRA²", "ElaLoRA", "FlexLoRA", "EVA", "GoRA", "LoRA then cut")
@@ -35,10 +35,11 @@ def planted(study: Study, comparisons: Sequence[Comparison]) -> str:
     solved, failed, shares = [], [], []
     for name in FINDERS:
         share = puts_it_there(study.of(name))
-        verdicts = [c.verdict for c in comparisons if c.arm == name]
-        if share is None or len(verdicts) < 2:
+        verdicts = {c.other: c.verdict for c in comparisons if c.arm == name}
+        against = [verdicts.get(other) for other in (UNIFORM.name, pattern_shuffled(name))]
+        if share is None or None in against:
             continue
-        if verdicts == ["better", "better"] and share[1] < LEVEL:
+        if against == ["better", "better"] and share[1] < LEVEL:
             solved.append(name)
             shares.append(round(100 * share[0]))
         else:

@@ -98,7 +98,7 @@ class Study:
         for arm in self.arms:
             if arm.pattern is not None and arm.shuffle is None:
                 other = self.shuffles(arm.pattern)
-                pairs += [(name, f"{arm.pattern}'s pattern shuffled", other) for name in (arm.pattern, arm.name)]
+                pairs += [(name, pattern_shuffled(arm.pattern), other) for name in (arm.pattern, arm.name)]
             if arm.control is not None:
                 pairs.append((arm.name, arm.control, metrics[arm.control]))
         found = []
@@ -119,6 +119,11 @@ class Study:
         """Arms that are not void, did not diverge, and have too few judged seeds."""
         void, names = set(self.void()), [arm.name for arm in self.arms]
         return [n for n in names if len(self.of(n)) < FEWEST and n not in void and not self.diverged(n)]
+
+
+def pattern_shuffled(name: str) -> str:
+    """What comparisons call the mean over the shuffles of an arm's pattern."""
+    return f"{name}'s pattern shuffled"
 
 
 def read(folder: Path) -> list[Study]:
