@@ -86,7 +86,8 @@ PATTERNS = (
 FORMS = (
     "AdaLoRA, ElaLoRA and FlexLoRA train P diag(λ) Q with a penalty that keeps P and Q orthonormal. The SVD form with "
     "equal ranks is that and nothing else: its distance from uniform LoRA is what the form costs, and theirs from it "
-    "what allocation is worth in that form. LoRA² at an eighth of the budget stands against LoRA of rank 1."
+    "what allocation is worth in that form. Without its penalty it says how much of that distance the penalty makes. "
+    "LoRA² at an eighth of the budget stands against LoRA of rank 1."
 )
 FOLLOWS = (
     "Allocation can pay where layers differ much in what they need. The planted problem makes them differ as much as "
@@ -200,9 +201,10 @@ def missing(studies: Sequence[Study]) -> str:
         "the judged seeds. ALoRA drops one slice a round there; its paper's number, the layers of a block, would be "
         "half of all slices, and is an arm of its own. AdaLoRA trains half as many slices more than uniform LoRA until "
         "it has pruned them; the arm *uniform at the peak size* shows what that alone is worth. The SVD form with "
-        "equal ranks was added when AdaLoRA, ElaLoRA and FlexLoRA had been judged on embedded. On sst2 ALoRA and its "
-        "patterns were run twice, since at first its ranks were scored on the shortest sentences by mistake. It was on "
-        "par with uniform LoRA then, too, and the pattern anew was on par with the pattern shuffled."
+        "equal ranks was added when AdaLoRA, ElaLoRA and FlexLoRA had been judged on embedded, and the same without "
+        "its penalty when the form had. On sst2 ALoRA and its patterns were run twice, since at first its ranks were "
+        "scored on the shortest sentences by mistake. It was on par with uniform LoRA then, too, and the pattern anew "
+        "was on par with the pattern shuffled."
     )
     return " ".join(said)
 
