@@ -255,6 +255,30 @@ def test_adapters_that_a_loop_without_session_could_not_train_are_named_when_the
     lorafamily.save(model, tmp_path / "example")
 
 
+@pytest.mark.parametrize("method", ["lora", "olora", "adalora"])
+def test_an_optimizer_from_before_the_adapters_is_said_when_they_are_saved(method, tmp_path):
+    def trained(place):
+        model = Reads().requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        place(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+        return model
+
+    said = 'gradients reached adapter "default", but no step moved it: the optimizer of its loop does not hold'
+    new = trained(lambda model: lorafamily.apply(model, method, rank=2, targets="called", seed=0))
+    for write in (lorafamily.save, lorafamily.export_peft):
+        with pytest.warns(UserWarning, match=said):
+            write(new, tmp_path / write.__name__)
+    with pytest.warns(UserWarning, match=said):
+        lorafamily.merge(new)
+    old = trained(lambda model: lorafamily.load(model, tmp_path / "save"))
+    with pytest.warns(UserWarning, match=said):
+        lorafamily.save(old, tmp_path / "again")
+
+
 def test_training_on_from_a_file_without_a_session_is_said_too(tmp_path):
     lorafamily.save(trained("alora", session=True, steps=2), tmp_path / "unsettled")
     model = lorafamily.load(tiny().train(), tmp_path / "unsettled")

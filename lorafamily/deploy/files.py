@@ -32,6 +32,7 @@ from lorafamily.layers.placement import (
     refuse_unsaved,
     targets_of,
     warn_of_no_session,
+    warn_of_no_step,
 )
 from lorafamily.layers.quantised import Quantised, shapes_of
 from lorafamily.layers.sharded import class_of, is_sharded
@@ -59,6 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     placement = placement_of(model, name)
     refuse_unsaved(model, placement)
     warn_of_no_session(placement)
+    warn_of_no_step(placement)
     owner, state = adapted(model)
     targets = targets_of(owner)
     layers = {at: targets[at] for at in placement.adapters}

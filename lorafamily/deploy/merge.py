@@ -28,7 +28,15 @@ from lorafamily.layers.bitsandbytes import scales_kept
 from lorafamily.layers.extra_trained import parameter_names
 from lorafamily.layers.kinds import Acting
 from lorafamily.layers.offloaded import BACK, refuse_offloaded_adapters
-from lorafamily.layers.placement import Model, adapted, noted, placement_of, targets_of, warn_over_budget
+from lorafamily.layers.placement import (
+    Model,
+    adapted,
+    noted,
+    placement_of,
+    targets_of,
+    warn_of_no_step,
+    warn_over_budget,
+)
 from lorafamily.layers.quantised import Quantised, quantised_layers
 from lorafamily.layers.sharded import is_sharded, local, put_whole, reshard, whole
 from lorafamily.layers.site import keep_padding, sites_in
@@ -73,6 +81,7 @@ def merge(
     if state.merged:
         return model
     warn_over_budget(placement)
+    warn_of_no_step(placement)
     warn_read_elsewhere(owner, placement.read_elsewhere)
     reshard(owner)
     targets = targets_of(owner)

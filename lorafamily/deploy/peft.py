@@ -49,6 +49,7 @@ from lorafamily.layers.placement import (
     refuse_unsaved,
     targets_of,
     warn_of_no_session,
+    warn_of_no_step,
     warn_over_budget,
 )
 from lorafamily.layers.rows import Rows
@@ -135,6 +136,7 @@ def _as_plain(model: nn.Module, name: str | None) -> _PlainLoRA:
     placement = placement_of(model, name)
     refuse_unsaved(model, placement)
     warn_of_no_session(placement)
+    warn_of_no_step(placement)
     warn_over_budget(placement)
     model, _ = noted(model)
     targets = targets_of(model)

@@ -190,33 +190,47 @@ def refuse_resized(model: nn.Module, placement: Placement) -> None:
 def warn_of_no_session(placement: Placement) -> None:
     """Warn if adapters were trained in a loop without what their method does there, or if some of new ones are still
     zero: a session finds layers whose weights the model reads without calling them, where an adapter has no effect."""
-    if placement.had_session:
+    if placement.had_session or not has_moved(placement):
         return
-    method = placement.method
-    settled = isinstance(method.allocation, Fixed) or all(a.settled for a in placement.adapters.values())
+    method, adapters = placement.method, placement.adapters
+    settled = isinstance(method.allocation, Fixed) or all(adapter.settled for adapter in adapters.values())
     missing = ([] if settled else ["rank allocation"]) + ([] if method.penalty is None else ["penalty"])
-    idle: list[str] = []
-    if placement.file_fingerprints is None:
-        norms = {at: adapter.norm() for at, adapter in placement.adapters.items() if adapter.slices}
-        trained = any(norm > 0 for norm in norms.values())  # ΔW is zero at first
-        idle = [at for at, norm in norms.items() if norm == 0]
-    else:
-        now = placement.fingerprints() if missing else {}
-        trained = any(now.get(name, value) != value for name, value in placement.file_fingerprints.items())
-    if trained and missing:
+    if missing:
         warnings.warn(
             f'adapter "{placement.name}" was trained without the {" and ".join(missing)} of its method, '
             f"{placement.spec}: its loop made no lorafamily.session, nor did lorafamily.train or LoraFamilyCallback, "
             "which make one, run",
             stacklevel=3,
         )
-    if trained and idle:
+    new = placement.file_fingerprints is None
+    idle = [at for at, adapter in adapters.items() if new and adapter.slices and adapter.norm() == 0]
+    if idle:
         warnings.warn(
-            f"of {len(norms)} adapters {len(idle)} are still zero, such as that of {idle[0]}: it took no part in the "
-            "loss, or the model reads its layer's weight without calling the layer, where an adapter has no effect; "
-            "apply(..., example=batch) finds out which",
+            f"of {len(adapters)} adapters {len(idle)} are still zero, such as that of {idle[0]}: it took no part in "
+            "the loss, or the model reads its layer's weight without calling the layer, where an adapter has no "
+            "effect; apply(..., example=batch) finds out which",
             stacklevel=3,
         )
+
+
+def warn_of_no_step(placement: Placement) -> None:
+    """Warn if a loop without session, which would have looked at its optimizer, computed gradients of adapters and
+    moved none."""
+    parameters = (p for adapter in placement.adapters.values() for p in adapter.parameters())
+    if not placement.had_session and any(p.grad is not None for p in parameters) and not has_moved(placement):
+        warnings.warn(
+            f'gradients reached adapter "{placement.name}", but no step moved it: the optimizer of its loop does not '
+            "hold its parameters. Make the optimizer after apply or load, of lorafamily.parameter_groups(model)",
+            stacklevel=3,
+        )
+
+
+def has_moved(placement: Placement) -> bool:
+    """Whether adapters are not as they were when they were new, with ΔW zero, or were read from a file."""
+    if placement.file_fingerprints is None:
+        return any(adapter.norm() > 0 for adapter in placement.adapters.values() if adapter.slices)
+    now = placement.fingerprints()
+    return any(now.get(name, value) != value for name, value in placement.file_fingerprints.items())
 
 
 def warn_over_budget(placement: Placement) -> None:
