@@ -47,10 +47,11 @@ def patterns(studies: Sequence[Study], compared: Sequence[Sequence[Comparison]])
 
     If it is known which layers can help, these come first.
     """
-    figure = Figure(figsize=(9.5, 2.9 * len(studies)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(studies), 2, squeeze=False, width_ratios=[3, 2])
-    for (left, right), study, comparisons in zip(panels, studies, compared, strict=True):
-        names = [arm.name for arm in study.arms if arm.pattern is None and arm.size == 1.0 and study.of(arm.name)]
+    arms = [[a.name for a in s.arms if a.pattern is None and a.size == 1.0 and s.of(a.name)] for s in studies]
+    heights = [0.8 + 0.15 * max(len(names), 8) for names in arms]
+    figure = Figure(figsize=(9.5, sum(heights)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(studies), 2, squeeze=False, width_ratios=[3, 2], height_ratios=heights)
+    for (left, right), study, comparisons, names in zip(panels, studies, compared, arms, strict=True):
         image = [np.mean([_ordered(study, row) for row in study.of(name).values()], axis=0) for name in names]
         shown = left.imshow(np.array(image), aspect="auto", cmap="viridis", vmin=0)
         known = bool(study.problem.planted(study.problem.seeds[0]))
