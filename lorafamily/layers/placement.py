@@ -219,8 +219,8 @@ def warn_of_no_step(placement: Placement) -> None:
     parameters = (p for adapter in placement.adapters.values() for p in adapter.parameters())
     if not placement.had_session and any(p.grad is not None for p in parameters) and not has_moved(placement):
         warnings.warn(
-            f'gradients reached adapter "{placement.name}", but no step moved it: the optimizer of its loop does not '
-            "hold its parameters. Make the optimizer after apply or load, of lorafamily.parameter_groups(model)",
+            f'gradients reached adapter "{placement.name}", but no step moved it. An optimizer that is older than an '
+            "adapter does not hold its parameters: make it after apply or load, of lorafamily.parameter_groups(model)",
             stacklevel=3,
         )
 
