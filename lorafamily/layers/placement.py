@@ -190,25 +190,26 @@ def refuse_resized(model: nn.Module, placement: Placement) -> None:
 def warn_of_no_session(placement: Placement) -> None:
     """Warn if adapters were trained in a loop without what their method does there, or if some of new ones are still
     zero: a session finds layers whose weights the model reads without calling them, where an adapter has no effect."""
-    if placement.had_session or not has_moved(placement):
+    if placement.had_session:
         return
     method, adapters = placement.method, placement.adapters
     settled = isinstance(method.allocation, Fixed) or all(adapter.settled for adapter in adapters.values())
     missing = ([] if settled else ["rank allocation"]) + ([] if method.penalty is None else ["penalty"])
-    if missing:
+    if missing and has_moved(placement):
         warnings.warn(
             f'adapter "{placement.name}" was trained without the {" and ".join(missing)} of its method, '
             f"{placement.spec}: its loop made no lorafamily.session, nor did lorafamily.train or LoraFamilyCallback, "
             "which make one, run",
             stacklevel=3,
         )
-    new = placement.file_fingerprints is None
-    idle = [at for at, adapter in adapters.items() if new and adapter.slices and adapter.norm() == 0]
-    if idle:
+    new = adapters if placement.file_fingerprints is None else {}
+    norms = {at: adapter.norm() for at, adapter in new.items() if adapter.slices}
+    idle = [at for at, norm in norms.items() if norm == 0]
+    if 0 < len(idle) < len(norms):
         warnings.warn(
-            f"of {len(adapters)} adapters {len(idle)} are still zero, such as that of {idle[0]}: it took no part in "
-            "the loss, or the model reads its layer's weight without calling the layer, where an adapter has no "
-            "effect; apply(..., example=batch) finds out which",
+            f"of {len(norms)} adapters {len(idle)} are still zero, such as that of {idle[0]}: it took no part in the "
+            "loss, or the model reads its layer's weight without calling the layer, where an adapter has no effect; "
+            "apply(..., example=batch) finds out which",
             stacklevel=3,
         )
 
