@@ -53,7 +53,6 @@ ALORA = Arm("ALoRA", "alora", (("scorer", "exact"),))
 ADALORA = Arm("AdaLoRA", "adalora", budget_at="end", start=-1.75)
 SVD = Arm("SVD form, equal ranks", "svd")
 """AdaLoRA's form and penalty without its allocation."""
-FORM = Arm("SVD form without its penalty", "svd", (("gamma", 0.0),), control=SVD.name)
 ONE = ("drop", 1)
 """ALoRA's n_A on the planted problem. The paper's, the layers of one block, is a 256th of all slices in LLaMA-2-7B;
 here it would be half of them, and every second round would undo the one before."""
@@ -113,7 +112,7 @@ EMBEDDED: tuple[Arm, ...] = (
         rates_of="ALoRA first-order",
     ),
     SVD,
-    FORM,
+    Arm("SVD form without its penalty", "svd", (("gamma", 0.0),), control=SVD.name),
     replace(ADALORA, control=SVD.name),
     Arm(
         "AdaLoRA, task-only scores",
